@@ -1,0 +1,81 @@
+"""Sizes in bytes and tensor dtypes, as people and files spell them. Imports no torch at load time."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from .errors import DeusMergeError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
+_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+#: safetensors dtype code -> bytes of one element
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+#: dtype as a recipe or config.json spells it -> safetensors dtype code; the dtypes a merge may write
+FLOAT_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+_TORCH = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of ``"5GB"`` (decimal), ``"8GiB"`` (binary) or a plain number.
+
+    Raises:
+        DeusMergeError: not a size, or less than one byte.
+    """
+    match = _SIZE.match(str(text))
+    if match is None:
+        raise DeusMergeError("not a size", expected="a number with a unit, like 5GB or 8GiB", got=repr(text))
+    number, unit, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** _POWER[unit.upper()])
+    if size < 1:
+        raise DeusMergeError("a size must be positive", expected="at least 1 byte", got=repr(text))
+    return size
+
+
+def format_size(size: int | float) -> str:
+    """``2_200_000_000`` -> ``"2.20 GB"`` (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def dtype_code(name: str) -> str:
+    """safetensors code of a recipe's dtype: ``"bfloat16"`` -> ``"BF16"`` (torch's ``"torch."`` prefix is allowed).
+
+    Raises:
+        DeusMergeError: not a floating dtype a merge can write.
+    """
+    plain = str(name).removeprefix("torch.")
+    if plain not in FLOAT_DTYPES:
+        raise DeusMergeError(
+            "unknown dtype", expected=" | ".join(FLOAT_DTYPES), got=repr(name), hint=nearest(plain, FLOAT_DTYPES)
+        )
+    return FLOAT_DTYPES[plain]
+
+
+def dtype_name(code: str) -> str:
+    """The inverse of `dtype_code`, for any safetensors dtype: ``"BF16"`` -> ``"bfloat16"``."""
+    return _TORCH[code]
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype code."""
+    import torch
+
+    return getattr(torch, _TORCH[code])
