@@ -1,0 +1,230 @@
+"""What a model family looks like: which tensors a decoder layer has and which spaces they connect. Data, not code.
+
+A family is one file in ``architectures/``; a family nobody described is still split into layers by its tensor names,
+which is enough for methods that work tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from .discover import plugins
+from .errors import ArchitectureError
+
+RESIDUAL = "residual"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a decoder layer.
+
+    Attributes:
+        role: What it does: ``q``, ``gate``, ``n1``, ``q.bias`` ...
+        name: Its name under the layer's prefix: ``self_attn.q_proj.weight``.
+        in_space: The space its columns read from; None for one-dimensional tensors.
+        out_space: The space its rows write to: residual, query_heads, key_heads, value_heads or neurons.
+        follows: For biases and per-head norms: the role whose out space they live in.
+        optional: A checkpoint may lack it (biases that a config switches).
+    """
+
+    role: str
+    name: str
+    in_space: str | None = None
+    out_space: str | None = None
+    follows: str | None = None
+    optional: bool = False
+
+    @property
+    def writes_residual(self) -> bool:
+        """Whether it adds to the residual stream: zeroing all such tensors of a layer makes it the identity."""
+        return self.out_space == RESIDUAL and (self.in_space is not None or self.follows is not None)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model family.
+
+    Attributes:
+        family: Its name.
+        model_types: The ``model_type`` values of config.json it covers.
+        layer: The tensors of a decoder layer, in the order alignment walks them.
+        layer_prefix: The layer's prefix with ``{layer}`` for the index.
+        before: Tensors in front of the layers.
+        after: Tensors behind them; one that is absent from a tied checkpoint is simply not there.
+        ignored: Layer tensors of old checkpoints that today's models compute (rotary buffers): not carried over.
+        layers_key: The key of config.json that holds the depth.
+    """
+
+    family: str
+    model_types: tuple[str, ...]
+    layer: tuple[TensorSpec, ...]
+    layer_prefix: str = "model.layers.{layer}."
+    before: tuple[str, ...] = ("model.embed_tokens.weight",)
+    after: tuple[str, ...] = ("model.norm.weight", "lm_head.weight")
+    ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    layers_key: str = "num_hidden_layers"
+
+    @cached_property
+    def roles(self) -> Mapping[str, TensorSpec]:
+        return {spec.role: spec for spec in self.layer}
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A checkpoint's tensor names, sorted into layers and roles.
+
+    Attributes:
+        architecture: The family, or None for one known only by its tensor names.
+        layers: For each layer: role -> tensor name. Without a family the role is the name under the prefix.
+        layer_prefix: With ``{layer}`` for the index.
+        before: Names in front of the layers (embeddings).
+        after: Names behind the layers (final norm, head).
+        layers_path: Keys into config.json that lead to the depth.
+    """
+
+    architecture: Architecture | None
+    model_type: str
+    layers: tuple[Mapping[str, str], ...]
+    layer_prefix: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    layers_path: tuple[str, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def spec(self, role: str) -> TensorSpec | None:
+        """The family's description of a role; None for tensors (or families) without one."""
+        return self.architecture.roles.get(role) if self.architecture else None
+
+    def residual_writers(self) -> tuple[str, ...]:
+        """Roles that add to the residual stream."""
+        return tuple(s.role for s in self.architecture.layer if s.writes_residual) if self.architecture else ()
+
+
+def families() -> Mapping[str, Architecture]:
+    """Every described family, by file name."""
+    return plugins("deus_merge.architectures", "ARCHITECTURE")
+
+
+def view_model(config: Mapping, names: tuple[str, ...], where: object) -> ModelView:
+    """Sort a checkpoint's tensor names by its config.
+
+    Args:
+        config: config.json.
+        names: All tensor names.
+        where: The folder, for messages.
+
+    Raises:
+        ArchitectureError: layers or required tensors are missing, or the config's depth differs from the files'.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ArchitectureError("config.json has no model_type", where=where, expected="a string", got=repr(model_type))
+    for architecture in families().values():
+        if model_type in architecture.model_types:
+            return _known(architecture, model_type, config, names, where)
+    return _generic(model_type, config, names, where)
+
+
+def _known(architecture: Architecture, model_type: str, config: Mapping, names: tuple[str, ...], where) -> ModelView:
+    depth = config.get(architecture.layers_key)
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise ArchitectureError(
+            f"config.json: {architecture.layers_key} is no depth", where=where, expected="at least 1", got=repr(depth)
+        )
+    head, tail = architecture.layer_prefix.split("{layer}")
+    pattern = re.compile(re.escape(head) + r"(\d+)" + re.escape(tail) + r"(.+)", re.DOTALL)
+    by_suffix = {spec.name: spec.role for spec in architecture.layer}
+    layers: dict[int, dict[str, str]] = {}
+    outside = []
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is None:
+            outside.append(name)
+        elif match[2] not in architecture.ignored:
+            layers.setdefault(int(match[1]), {})[by_suffix.get(match[2], match[2])] = name
+    _check_depth(layers, depth, architecture.layers_key, where)
+    for index in range(depth):
+        for spec in architecture.layer:
+            if not spec.optional and spec.role not in layers[index]:
+                raise ArchitectureError(
+                    f"layer {index} lacks its {spec.role!r} tensor",
+                    where=where,
+                    expected=architecture.layer_prefix.format(layer=index) + spec.name,
+                    hint=f"config.json says model_type {model_type!r}, family {architecture.family}",
+                )
+    order = {spec.role: i for i, spec in enumerate(architecture.layer)}
+    ordered = tuple(
+        dict(sorted(layers[i].items(), key=lambda item: (order.get(item[0], len(order)), item[1])))
+        for i in range(depth)
+    )
+    before = tuple(n for n in architecture.before if n in outside)
+    after = tuple(n for n in architecture.after if n in outside)
+    rest = tuple(sorted(set(outside) - set(before) - set(after)))
+    return ModelView(
+        architecture, model_type, ordered, architecture.layer_prefix, before, after + rest, (architecture.layers_key,)
+    )
+
+
+_LAYER = re.compile(r"(?P<prefix>(?:.*\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<suffix>.+)", re.DOTALL)
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def _generic(model_type: str, config: Mapping, names: tuple[str, ...], where) -> ModelView:
+    stacks: dict[str, dict[int, dict[str, str]]] = {}
+    for name in names:
+        if match := _LAYER.fullmatch(name):
+            layer = stacks.setdefault(match["prefix"], {}).setdefault(int(match["index"]), {})
+            layer[match["suffix"]] = name
+    if not stacks:
+        raise ArchitectureError(
+            f"unknown family {model_type!r}, and no tensor is named like a layer's",
+            where=where,
+            expected="names like model.layers.0.…, transformer.h.0.…",
+        )
+    prefix = max(stacks, key=lambda p: (sum(map(len, stacks[p].values())), p))
+    layers = stacks[prefix]
+    paths = [(k,) for k in _DEPTH_KEYS] + [("text_config", k) for k in _DEPTH_KEYS]
+    path = next((p for p in paths if _at(config, p) == len(layers)), None)
+    if path is None:
+        raise ArchitectureError(
+            f"unknown family {model_type!r}: no depth in config.json fits its {len(layers)} layers",
+            where=where,
+            expected=" or ".join(_DEPTH_KEYS) + f" = {len(layers)}",
+        )
+    _check_depth(layers, len(layers), path[-1], where)
+    in_layers = {name for layer in layers.values() for name in layer.values()}
+    outside = [n for n in names if n not in in_layers]
+    before = tuple(n for n in outside if re.search(r"embed|wte|wpe", n))
+    return ModelView(
+        None,
+        model_type,
+        tuple(dict(sorted(layers[i].items())) for i in range(len(layers))),
+        prefix + ".{layer}.",
+        before,
+        tuple(n for n in outside if n not in before),
+        path,
+    )
+
+
+def _check_depth(layers: Mapping[int, object], depth: int, key: str, where) -> None:
+    if len(layers) != depth or (layers and max(layers) >= depth):
+        missing = sorted(set(range(min(depth, 100_000))) - set(layers))[:5]
+        raise ArchitectureError(
+            f"config.json's {key} does not fit the tensors",
+            where=where,
+            expected=f"{depth} layers, 0 to {depth - 1}",
+            got=f"{len(layers)} layers" + (f", first missing: {missing}" if missing else f", up to {max(layers)}"),
+        )
+
+
+def _at(config: Mapping, path: tuple[str, ...]) -> object:
+    value: object = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

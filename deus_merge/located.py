@@ -1,0 +1,159 @@
+"""YAML values that know where they stand, so that every complaint names a recipe path and a line.
+
+`yaml.safe_load` semantics without its silent spots: duplicate keys are refused, anchors are bounded, and only plain
+data comes out. Nothing here knows what a recipe is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NoReturn
+
+import yaml
+
+from .errors import RecipeError, nearest
+
+MAX_BYTES = 4_000_000
+MAX_DEPTH = 32
+MAX_NODES = 200_000  # counted after anchors are expanded: a billion laughs end here
+
+
+@dataclass(frozen=True)
+class Located:
+    """One YAML value with its place.
+
+    Attributes:
+        value: A scalar, a ``tuple[Located, ...]`` or a ``dict[str, Located]``.
+        path: The recipe path, like ``slices[2].sources[0].layer_range``.
+        line: 1-based line in the file; 0 for a value that did not come from a file.
+        file: What the file is called in messages.
+    """
+
+    value: object
+    path: str = ""
+    line: int = 0
+    file: str = "recipe"
+
+    @property
+    def where(self) -> str:
+        line = f" (line {self.line})" if self.line else ""
+        return f"{self.path or self.file}{line}"
+
+    def fail(self, message: str, *, expected=None, got=None, hint=None) -> NoReturn:
+        """Raise a RecipeError at this place."""
+        if got is None:
+            got = self.shown()
+        raise RecipeError(message, where=self.where, expected=expected, got=got, hint=hint)
+
+    def shown(self) -> str:
+        """The value as a message shows it: short, on one line."""
+        text = repr(self.plain())
+        return text if len(text) <= 80 else text[:77] + "..."
+
+    def plain(self) -> object:
+        """The value as plain Python data, places dropped."""
+        if isinstance(self.value, dict):
+            return {k: v.plain() for k, v in self.value.items()}
+        if isinstance(self.value, tuple):
+            return [v.plain() for v in self.value]
+        return self.value
+
+    def mapping(self, allowed: Collection[str] | None = None, what: str = "mapping") -> dict[str, Located]:
+        """This value as a mapping whose keys are all in ``allowed``."""
+        if not isinstance(self.value, dict):
+            self.fail(f"must be a {what}", expected="key: value pairs")
+        for key, item in self.value.items():
+            if allowed is not None and key not in allowed:
+                item.fail(
+                    f"unknown key {key!r}", expected=", ".join(sorted(allowed)), got=key, hint=nearest(key, allowed)
+                )
+        return self.value
+
+    def sequence(self, what: str = "list") -> tuple[Located, ...]:
+        """This value as a non-empty list."""
+        if not isinstance(self.value, tuple) or not self.value:
+            self.fail(f"must be a {what}", expected="a non-empty list")
+        return self.value
+
+    def string(self, what: str = "a string") -> str:
+        if not isinstance(self.value, str) or not self.value.strip():
+            self.fail("wrong type", expected=what)
+        return self.value
+
+    def integer(self, minimum: int = 0) -> int:
+        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < minimum:
+            self.fail("wrong type", expected=f"a whole number of at least {minimum}")
+        return self.value
+
+    def choice(self, known: Collection[str], what: str) -> str:
+        if not isinstance(self.value, str) or self.value not in known:
+            self.fail(f"unknown {what}", expected=" | ".join(sorted(known)), hint=nearest(str(self.value), known))
+        return self.value
+
+
+def parse(text: str, file: str = "recipe") -> Located:
+    """YAML text -> `Located` tree.
+
+    Raises:
+        RecipeError: not YAML, more than one document, a duplicate key, a key that is no string, too large, too deep,
+            or anchors that expand beyond bounds.
+    """
+    if len(text) > MAX_BYTES:
+        raise RecipeError("the recipe is too large", where=file, expected=f"at most {MAX_BYTES} bytes", got=len(text))
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file} (line {mark.line + 1})" if mark else file
+        detail = getattr(error, "problem", None) or str(error)
+        raise RecipeError("not valid YAML", where=where, expected="one YAML document", got=detail) from None
+    except RecursionError:
+        raise RecipeError("the recipe is nested too deeply", where=file, expected=f"depth {MAX_DEPTH}") from None
+    if root is None:
+        raise RecipeError("the recipe is empty", where=file, hint="see the recipes/ folder for examples")
+    return _Reader(file).read(root, "", 0)
+
+
+class _Reader:
+    def __init__(self, file: str):
+        self.file = file
+        self.nodes = 0
+        self.scalars = yaml.constructor.SafeConstructor()
+
+    def read(self, node: yaml.Node, path: str, depth: int) -> Located:
+        line = node.start_mark.line + 1
+        place = Located(None, path, line, self.file)
+        self.nodes += 1
+        if depth > MAX_DEPTH or self.nodes > MAX_NODES:
+            place.fail("the recipe is nested or repeated too much", expected=f"depth {MAX_DEPTH}", got="more")
+        if isinstance(node, yaml.SequenceNode):
+            items = tuple(self.read(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(node.value))
+            return Located(items, path, line, self.file)
+        if isinstance(node, yaml.MappingNode):
+            return Located(self._mapping(node, path, depth), path, line, self.file)
+        try:
+            value = self.scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            place.fail("not a plain value", expected="text, a number or true/false", got=str(error).splitlines()[0])
+        if not isinstance(value, str | int | float | bool | None):
+            value = str(node.value)  # dates, binary: a recipe has no use for them but as text
+        return Located(value, path, line, self.file)
+
+    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Located]:
+        items: dict[str, Located] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            here = Located(None, path, key_node.start_mark.line + 1, self.file)
+            if not isinstance(key, str):
+                here.fail("a key must be text", expected="key: value", got=type(key).__name__)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                here.fail("merge keys (<<) are not supported", hint="write the keys out", got="<<")
+            if key in items:
+                here.fail(f"key {key!r} stands twice", expected="each key once", got=key)
+            items[key] = self.read(value_node, f"{path}.{key}" if path else key, depth + 1)
+        return items

@@ -1,0 +1,226 @@
+"""What a merge method is: parameters, what it needs, and a pure function from a block's tensors to new ones.
+
+A method is one file in ``methods/`` that defines ``METHOD``. It never sees files: it gets a `Block`, which reads its
+inputs on demand onto the device, and yields its outputs one by one, so that the caller can cast, write and free each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from .architecture import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as recipes set it.
+
+    Attributes:
+        name: Its key under ``parameters``.
+        kind: ``number``, ``integer``, ``boolean``, ``choice``, or ``other`` with a ``parse`` of its own.
+        default: The best known setting.
+        help: One line for ``deus-merge methods``.
+        scope: ``tensor``: a value per tensor, so filters and gradients apply; ``source``: that, and one per source;
+            ``block``: one value for a whole layer (gradients apply, filters do not).
+        choices: For ``choice``.
+        minimum, maximum: Bounds of a number, inclusive.
+        parse: For ``other``: plain value -> value, raising ValueError with what is expected.
+    """
+
+    name: str
+    kind: str
+    default: object
+    help: str
+    scope: str = "tensor"
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    parse: Callable[[object], object] | None = None
+
+    def read(self, value: object) -> object:
+        """A recipe's plain value as this parameter's value.
+
+        Raises:
+            ValueError: with a description of what is expected.
+        """
+        if self.parse is not None:
+            return self.parse(value)
+        if self.kind == "boolean":
+            if isinstance(value, bool):
+                return value
+        elif self.kind == "choice":
+            if value in self.choices:
+                return value
+        elif (number := as_number(value)) is not None:
+            low = self.minimum is None or number >= self.minimum
+            high = self.maximum is None or number <= self.maximum
+            if low and high and (self.kind == "number" or number == int(number)):
+                return number if self.kind == "number" else int(number)
+        raise ValueError(self.expected)
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.parse is not None:
+            return str(self.parse.__doc__).strip()
+        if self.kind == "boolean":
+            return "true or false"
+        if self.kind == "choice":
+            return " | ".join(self.choices)
+        name = "a number" if self.kind == "number" else "a whole number"
+        if self.minimum is not None and self.maximum is not None:
+            return f"{name} from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"{name} of at least {self.minimum:g}"
+        return name
+
+
+def as_number(value: object) -> float | int | None:
+    """A finite number, also one that YAML 1.1 reads as text (``1e-3``); None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, int | float) and abs(value) < float("inf"):
+        return value
+    return None
+
+
+@dataclass(frozen=True)
+class CopyOf:
+    """An output tensor that is an input tensor, unchanged: it goes from file to file.
+
+    Attributes:
+        source: Which source of the block.
+    """
+
+    source: int
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """An output tensor of zeros: nothing is read."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """An output tensor that the method makes."""
+
+
+Origin = CopyOf | Zeros | Compute
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """One output tensor of a block, as a method sees it.
+
+    Attributes:
+        role: Its role in the layer (or its name outside of layers).
+        slot: Which of the block's layers it belongs to; 0 unless a block makes several.
+        name: Its name in the output.
+        spec: The family's description, where there is one.
+        shape: Of the output; the same for every source.
+        parameters: Resolved values of the method's tensor and block parameters.
+        source_parameters: Resolved values of its source parameters, one mapping a source.
+    """
+
+    role: str
+    slot: int
+    name: str
+    spec: TensorSpec | None
+    shape: tuple[int, ...]
+    parameters: Mapping[str, object]
+    source_parameters: tuple[Mapping[str, object], ...]
+
+
+class Block(Protocol):
+    """The inputs of one unit of work: a decoder layer (or several made at once), the embeddings, or the head."""
+
+    tasks: Sequence[TensorTask]
+    base: int | None  # which source is the base model
+
+    def read(self, role: str, source: int) -> torch.Tensor:
+        """The tensor of a role from one source, in its stored dtype, on the device of the merge."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished output tensor.
+
+    Attributes:
+        task: Which output it is.
+        tensor: Its values in the arithmetic's dtype; the caller casts once.
+        diagnostics: What the report should say about it.
+    """
+
+    task: TensorTask
+    tensor: torch.Tensor
+    diagnostics: Mapping[str, object] | None = None
+
+
+class MergeMethod(Protocol):
+    """One merge method. Instances are stateless."""
+
+    name: str
+    summary: str
+    reference: str
+    parameters: tuple[Parameter, ...]
+    adds_base: bool  # whether base_model joins the sources when no source names it
+
+    def check(self, sources: int, roles: Sequence[str], family: str | None) -> str | None:
+        """What is wrong with merging this many sources with these roles; None when it is fine."""
+
+    def origin(self, task: TensorTask) -> Origin:
+        """How this output comes about; decided before any tensor is read."""
+
+    def merge(self, block: Block) -> Iterator[Made]:
+        """Make every output whose origin is `Compute`."""
+
+    def workspace(self, tasks: Sequence[TensorTask]) -> int:
+        """Upper estimate of the bytes alive at once while merging these tasks."""
+
+
+def per_tensor(
+    block: Block,
+    origin: Callable[[TensorTask], Origin],
+    merge: Callable[[list[torch.Tensor], TensorTask], torch.Tensor],
+) -> Iterator[Made]:
+    """Lift a function of one tensor per source to a block.
+
+    Args:
+        block: The inputs.
+        origin: The method's `MergeMethod.origin`.
+        merge: ``(tensors in float32 or float64, task) -> tensor``; it must not write to its inputs.
+    """
+    import torch
+
+    for task in block.tasks:
+        if isinstance(origin(task), Compute):
+            sources = range(len(task.source_parameters))
+            stored = [block.read(task.role, i) for i in sources]
+            tensors = [t if t.dtype == torch.float64 else t.to(torch.float32) for t in stored]
+            yield Made(task, merge(tensors, task))
+
+
+def elementwise_workspace(tasks: Sequence[TensorTask]) -> int:
+    """Bytes of the largest tensor, once per source in float32 and twice for results."""
+    sizes = (4 * math.prod(t.shape) * (len(t.source_parameters) + 2) for t in tasks)
+    return max(sizes, default=0)
+
+
+def parse_roles(value: object) -> object:
+    """true, false, or a list of roles like [o, down]"""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise ValueError(parse_roles.__doc__)

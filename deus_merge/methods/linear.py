@@ -1,0 +1,48 @@
+"""Weighted mean of tensors (model soups)."""
+
+from __future__ import annotations
+
+from ..method import Compute, CopyOf, Parameter, elementwise_workspace, per_tensor
+
+
+class Linear:
+    name = "linear"
+    summary = "weighted mean (or sum) of the sources"
+    reference = "Wortsman et al., Model soups, arXiv 2203.05482"
+    adds_base = False
+    parameters = (
+        Parameter("weight", "number", 1.0, "weight of a source", scope="source"),
+        Parameter("normalize", "boolean", True, "divide by the sum of the weights"),
+    )
+
+    def check(self, sources, roles, family):
+        return None
+
+    def origin(self, task):
+        """A source that alone has weight is copied."""
+        weights = self._weights(task)
+        used = [i for i, w in enumerate(weights) if w != 0]
+        return CopyOf(used[0]) if len(used) == 1 and weights[used[0]] == 1 else Compute()
+
+    def merge(self, block):
+        return per_tensor(block, self.origin, self._mean)
+
+    def workspace(self, tasks):
+        return elementwise_workspace(tasks)
+
+    def _weights(self, task) -> list[float]:
+        weights = [p["weight"] for p in task.source_parameters]
+        total = sum(weights)
+        if task.parameters["normalize"] and abs(total) >= 1e-8:
+            return [w / total for w in weights]
+        return weights
+
+    def _mean(self, tensors, task):
+        weights = self._weights(task)
+        result = tensors[0] * weights[0]
+        for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+            result.add_(tensor, alpha=weight)
+        return result
+
+
+METHOD = Linear()

@@ -1,0 +1,29 @@
+"""Layers as they are, or scaled."""
+
+from __future__ import annotations
+
+from ..method import Compute, CopyOf, Parameter, Zeros, elementwise_workspace, per_tensor
+
+
+class Passthrough:
+    name = "passthrough"
+    summary = "one source, copied as it is; `scale` multiplies its tensors"
+    reference = "mergekit"
+    adds_base = False
+    parameters = (Parameter("scale", "number", 1.0, "factor on the tensor; 0 writes zeros", scope="source"),)
+
+    def check(self, sources, roles, family):
+        return None if sources == 1 else f"passthrough takes exactly one source, not {sources}"
+
+    def origin(self, task):
+        scale = task.source_parameters[0]["scale"]
+        return CopyOf(0) if scale == 1 else Zeros() if scale == 0 else Compute()
+
+    def merge(self, block):
+        return per_tensor(block, self.origin, lambda tensors, task: tensors[0] * task.source_parameters[0]["scale"])
+
+    def workspace(self, tasks):
+        return elementwise_workspace(tasks)
+
+
+METHOD = Passthrough()

@@ -1,0 +1,365 @@
+"""YAML -> frozen dataclasses: what a recipe says, checked as far as it can be without looking at a model.
+
+Reference: mergekit's merge configuration, whose keys mean here what they mean there; ``merge_method``, ``base_model``
+and ``parameters`` of a slice, and ``upscale``, are additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .discover import plugins
+from .errors import DeusMergeError, RecipeError, nearest
+from .located import Located, parse
+from .method import MergeMethod, Parameter, as_number
+from .units import dtype_code
+
+_TOP = (
+    "slices", "models", "upscale", "merge_method", "base_model", "parameters", "dtype", "out_dtype",
+    "tokenizer_source", "chat_template",
+)  # fmt: skip
+_SLICE = ("sources", "merge_method", "base_model", "parameters")
+_SOURCE = ("model", "layer_range", "parameters")
+_UPSCALE = ("preset", "insert", "layers_per_gap", "parameters")
+_LATER = {
+    "modules": "write the decoder's slices at the top level",
+    "tokenizer": "use tokenizer_source: base, or the path of one of the models",
+}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as a recipe names it: a local folder, or ``org/name[@revision]`` on the hub."""
+
+    text: str
+    place: Located = field(compare=False, repr=False, default=Located(None))
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A list of numbers spread over a slice's layers and interpolated linearly."""
+
+    values: tuple[float, ...]
+
+    def at(self, position: float) -> float:
+        """The value at ``position`` in [0, 1]."""
+        scaled = position * (len(self.values) - 1)
+        low = int(scaled)
+        high = min(low + 1, len(self.values) - 1)
+        return self.values[low] + (scaled - low) * (self.values[high] - self.values[low])
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A value per tensor: the first entry whose filter is part of the tensor's name wins; None matches all."""
+
+    entries: tuple[tuple[str | None, object], ...]
+
+
+Setting = object  # a plain value, a Gradient or a Filtered
+Settings = Mapping[str, tuple[Setting, Located]]
+
+
+@dataclass(frozen=True)
+class SliceSource:
+    """Layers of one model; ``layer_range`` is zero-based and half-open, None for all layers."""
+
+    model: ModelRef
+    layer_range: tuple[int, int] | None = None
+    parameters: Settings = field(default_factory=dict)
+    place: Located = field(compare=False, repr=False, default=Located(None))
+
+
+@dataclass(frozen=True)
+class OutputSlice:
+    """Consecutive output layers, made from equally long sources by one method."""
+
+    sources: tuple[SliceSource, ...]
+    merge_method: str
+    base_model: ModelRef | None = None
+    parameters: Settings = field(default_factory=dict)
+    place: Located = field(compare=False, repr=False, default=Located(None))
+
+
+@dataclass(frozen=True)
+class Upscale:
+    """The ``upscale:`` shorthand; `presets.expand` turns it into slices once the depth is known."""
+
+    preset: str
+    insert: object = None  # plain data, checked by presets
+    layers_per_gap: int = 1
+    parameters: Settings = field(default_factory=dict)
+    place: Located = field(compare=False, repr=False, default=Located(None))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe. Exactly one of ``slices`` (also made from ``models``) and ``upscale`` is set."""
+
+    slices: tuple[OutputSlice, ...] = ()
+    upscale: Upscale | None = None
+    base_model: ModelRef | None = None
+    parameters: Settings = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+    source: Located = field(compare=False, repr=False, default=Located(None))
+
+    def models(self) -> tuple[ModelRef, ...]:
+        """Every model named, base first, each once."""
+        refs = [self.base_model] if self.base_model else []
+        for piece in self.slices:
+            refs += [s.model for s in piece.sources]
+            refs += [piece.base_model] if piece.base_model else []
+        return tuple(dict.fromkeys(refs))
+
+    @property
+    def donor(self) -> ModelRef:
+        """The model whose config, tokenizer, embeddings and head the output takes: the base, or the first one named."""
+        return self.models()[0]
+
+
+def methods() -> Mapping[str, MergeMethod]:
+    """Every merge method, by the name a recipe uses."""
+    return plugins("deus_merge.methods", "METHOD")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: with the recipe path, the line, what was expected and what came.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"the recipe cannot be read: {reason}", where=path) from None
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, file: str = "recipe") -> Recipe:
+    """The text of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
+    root = parse(text, file)
+    top = root.mapping((*_TOP, *_LATER), "recipe")
+    for key in _LATER:
+        if key in top:
+            top[key].fail(f"{key!r} is not supported by this version", expected=", ".join(_TOP), hint=_LATER[key])
+    form = [k for k in ("slices", "models", "upscale") if k in top]
+    if len(form) != 1:
+        root.fail("a recipe has exactly one of slices, models, upscale", got=", ".join(form) or "none of them")
+    method = _method(top["merge_method"]) if "merge_method" in top else None
+    base = _model(top["base_model"]) if "base_model" in top else None
+    parameters = _settings(top.get("parameters"))
+    common = dict(
+        base_model=base,
+        parameters=parameters,
+        dtype=_dtype(top.get("dtype")),
+        out_dtype=_dtype(top.get("out_dtype")),
+        tokenizer_source=top["tokenizer_source"].string() if "tokenizer_source" in top else None,
+        chat_template=top["chat_template"].string() if "chat_template" in top else None,
+        source=root,
+    )
+    if form == ["upscale"]:
+        if base is None:
+            root.fail("upscale needs base_model", expected="base_model: a folder or org/name", got="no base_model")
+        for key in ("merge_method", "parameters"):
+            if key in top:
+                top[key].fail(f"upscale does not go with {key}", hint="parameters may stand inside upscale")
+        return Recipe(upscale=_upscale(top["upscale"]), **common)
+    slices = _slices(top["slices"], method) if form == ["slices"] else (_models(top["models"], method, base),)
+    _check_names(parameters, [s.merge_method for s in slices])
+    for piece in slices:
+        _check_names(piece.parameters, [piece.merge_method])
+        for source in piece.sources:
+            _check_names(source.parameters, [piece.merge_method], scope="source")
+    return Recipe(slices=slices, **common)
+
+
+def _slices(node: Located, method: str | None) -> tuple[OutputSlice, ...]:
+    return tuple(_slice(item, method) for item in node.sequence("list of slices"))
+
+
+def _slice(node: Located, method: str | None) -> OutputSlice:
+    keys = node.mapping(_SLICE, "slice")
+    if "sources" not in keys:
+        node.fail("a slice needs sources", expected="sources: [{model: ..., layer_range: [a, b]}]")
+    name = _method(keys["merge_method"]) if "merge_method" in keys else method
+    if name is None:
+        node.fail("no merge_method", expected="merge_method in the slice or at the top level", got="neither")
+    sources = tuple(_source(item) for item in keys["sources"].sequence("list of sources"))
+    first = sources[0]
+    for source in sources[1:]:
+        if _length(source) != _length(first):
+            source.place.fail(
+                "sources of a slice must have equally many layers",
+                expected=f"{_length(first) or 'no'} layer_range{'' if _length(first) is None else ' length'}",
+                got=_length(source) or "no layer_range",
+            )
+    base = _model(keys["base_model"]) if "base_model" in keys else None
+    return OutputSlice(sources, name, base, _settings(keys.get("parameters")), node)
+
+
+def _length(source: SliceSource) -> int | None:
+    return source.layer_range and source.layer_range[1] - source.layer_range[0]
+
+
+def _source(node: Located) -> SliceSource:
+    keys = node.mapping(_SOURCE, "source")
+    if "model" not in keys:
+        node.fail("a source needs a model", expected="model: a folder or org/name")
+    layers = _layer_range(keys["layer_range"]) if "layer_range" in keys else None
+    return SliceSource(_model(keys["model"]), layers, _settings(keys.get("parameters")), node)
+
+
+def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputSlice:
+    """``models:`` is one slice of whole models."""
+    if method is None:
+        node.fail("no merge_method", expected="merge_method at the top level", got="none")
+    sources = []
+    for item in node.sequence("list of models"):
+        keys = item.mapping(("model", "parameters"), "model")
+        if "model" not in keys:
+            item.fail("an entry of models needs a model", expected="model: a folder or org/name")
+        sources.append(SliceSource(_model(keys["model"]), None, _settings(keys.get("parameters")), item))
+    if base and methods()[method].adds_base and base not in [s.model for s in sources]:
+        sources.append(SliceSource(base, place=base.place))
+    return OutputSlice(tuple(sources), method, place=node)
+
+
+def _model(node: Located) -> ModelRef:
+    if isinstance(node.value, dict):  # mergekit's long form
+        keys = node.mapping(("model", "path", "revision"), "model reference")
+        inner = keys.get("model", node)
+        parts = inner.mapping(("path", "revision"), "model reference") if isinstance(inner.value, dict) else keys
+        if "path" not in parts:
+            node.fail("a model reference needs a path", expected="path: a folder or org/name")
+        revision = f"@{parts['revision'].string()}" if "revision" in parts else ""
+        return ModelRef(parts["path"].string() + revision, node)
+    text = node.string("a folder or org/name[@revision]")
+    if "+" in text and not Path(text).exists():
+        node.fail("LoRA adapters (model+lora) are not supported by this version", hint="merge the adapter first")
+    return ModelRef(text, node)
+
+
+def _layer_range(node: Located) -> tuple[int, int]:
+    items = node.sequence("layer range")
+    if len(items) != 2:
+        node.fail("a layer_range has two numbers", expected="[first, last + 1]")
+    start, end = (item.integer() for item in items)
+    if start >= end:
+        node.fail(
+            "empty layer_range" if start == end else "reversed layer_range",
+            expected="[first, last + 1] with first <= last",
+            hint=f"did you mean [{end}, {start}]?" if start > end else f"did you mean [{start}, {end + 1}]?",
+        )
+    return start, end
+
+
+def _method(node: Located) -> str:
+    return node.choice(methods(), "merge method")
+
+
+def _dtype(node: Located | None) -> str | None:
+    if node is None:
+        return None
+    try:
+        return dtype_code(node.string("a dtype"))
+    except DeusMergeError as error:
+        node.fail(error.message, expected=error.expected, hint=error.hint)
+
+
+def _upscale(node: Located) -> Upscale:
+    keys = node.mapping(_UPSCALE, "upscale section")
+    preset = keys["preset"].string("the name of a preset") if "preset" in keys else "opt_deus"
+    per_gap = keys["layers_per_gap"].integer(1) if "layers_per_gap" in keys else 1
+    return Upscale(preset, keys.get("insert"), per_gap, _settings(keys.get("parameters")), node)
+
+
+def _settings(node: Located | None) -> dict[str, tuple[Setting, Located]]:
+    if node is None or node.value is None:
+        return {}
+    return {name: (_setting(item), item) for name, item in node.mapping(what="mapping of parameters").items()}
+
+
+def _setting(node: Located) -> Setting:
+    if not isinstance(node.value, tuple):
+        return node.plain()
+    items = node.sequence("value, gradient or list of filters")
+    if all(isinstance(i.value, dict) for i in items):
+        return Filtered(tuple(_filter(item) for item in items))
+    numbers = [as_number(i.value) for i in items]
+    if None not in numbers:
+        return Gradient(tuple(numbers))
+    if any(isinstance(i.value, dict | tuple) for i in items):
+        node.fail("mixed list", expected="a list of numbers, or of {filter, value} entries")
+    return node.plain()
+
+
+def _filter(node: Located) -> tuple[str | None, Setting]:
+    keys = node.mapping(("filter", "value"), "filter entry")
+    if "value" not in keys:
+        node.fail("a filter entry needs a value", expected="{filter: part of a tensor name, value: ...}")
+    pattern = keys["filter"].plain() if "filter" in keys else None
+    if pattern is not None and not isinstance(pattern, str):
+        keys["filter"].fail("wrong type", expected="part of a tensor name")
+    return (None if pattern == "*" else pattern), _setting(keys["value"])
+
+
+def _check_names(settings: Settings, names: list[str], scope: str | None = None) -> None:
+    """Every setting must be a parameter of one of the methods it can apply to, with values of its kind."""
+    for name, (setting, place) in settings.items():
+        known = [p for m in names for p in methods()[m].parameters if p.name == name and scope in (None, p.scope)]
+        if not known:
+            every = sorted({p.name for m in names for p in methods()[m].parameters if scope in (None, p.scope)})
+            place.fail(
+                f"{', '.join(dict.fromkeys(names))} has no {scope + ' ' if scope else ''}parameter {name!r}",
+                expected=", ".join(every) or "no parameters here",
+                got=name,
+                hint=nearest(name, every),
+            )
+        check_setting(known[0], setting, place)
+
+
+def check_setting(parameter: Parameter, setting: Setting, place: Located) -> None:
+    """Raise a RecipeError unless every value in the setting fits the parameter."""
+    if isinstance(setting, Filtered):
+        if parameter.scope == "block":
+            place.fail(f"{parameter.name} stands for a whole layer: filters do not apply", expected=parameter.expected)
+        for _, value in setting.entries:
+            check_setting(parameter, value, place)
+        return
+    if isinstance(setting, Gradient) and parameter.kind not in ("number", "integer", "other"):
+        place.fail(f"{parameter.name} takes no gradient", expected=parameter.expected)
+    for value in setting.values if isinstance(setting, Gradient) else (setting,):
+        try:
+            parameter.read(value)
+        except ValueError as error:
+            place.fail(f"not a value of {parameter.name}", expected=str(error))
+
+
+def evaluate(setting: Setting, tensor_name: str | None, position: float) -> object:
+    """A setting's plain value for one tensor.
+
+    Args:
+        setting: Plain value, Gradient or Filtered.
+        tensor_name: The output tensor's name, None for a whole block.
+        position: Of the layer in its slice, 0 for the first and 1 for the last.
+
+    Returns:
+        The value; None when no filter matches.
+    """
+    if isinstance(setting, Gradient):
+        return setting.at(position)
+    if isinstance(setting, Filtered):
+        for pattern, value in setting.entries:
+            if pattern is None or (tensor_name is not None and pattern in tensor_name):
+                return evaluate(value, tensor_name, position)
+        return None
+    return setting
