@@ -92,6 +92,15 @@ class Located:
         return self.value
 
 
+def locate(value: object, path: str) -> Located:
+    """Plain data as a `Located` tree that stands in no file."""
+    if isinstance(value, dict):
+        return Located({k: locate(v, f"{path}.{k}") for k, v in value.items()}, path)
+    if isinstance(value, list | tuple):
+        return Located(tuple(locate(v, f"{path}[{i}]") for i, v in enumerate(value)), path)
+    return Located(value, path)
+
+
 def parse(text: str, file: str = "recipe") -> Located:
     """YAML text -> `Located` tree.
 

@@ -175,9 +175,10 @@ class MergeMethod(Protocol):
     reference: str
     parameters: tuple[Parameter, ...]
     adds_base: bool  # whether base_model joins the sources when no source names it
+    inserts: bool  # whether it makes new layers: from pairs of sources, or in the gaps of a single source's range
 
-    def check(self, sources: int, roles: Sequence[str], family: str | None) -> str | None:
-        """What is wrong with merging this many sources with these roles; None when it is fine."""
+    def check(self, tasks: Sequence[TensorTask], sources: int) -> str | None:
+        """What is wrong with merging this many sources into these outputs; None when it is fine."""
 
     def origin(self, task: TensorTask) -> Origin:
         """How this output comes about; decided before any tensor is read."""

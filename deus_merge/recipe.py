@@ -22,7 +22,7 @@ _TOP = (
 )  # fmt: skip
 _SLICE = ("sources", "merge_method", "base_model", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
-_UPSCALE = ("preset", "insert", "layers_per_gap", "parameters")
+_UPSCALE = ("preset", "insert", "parameters")
 _LATER = {
     "modules": "write the decoder's slices at the top level",
     "tokenizer": "use tokenizer_source: base, or the path of one of the models",
@@ -91,8 +91,7 @@ class Upscale:
     """The ``upscale:`` shorthand; `presets.expand` turns it into slices once the depth is known."""
 
     preset: str
-    insert: object = None  # plain data, checked by presets
-    layers_per_gap: int = 1
+    insert: Located | None = None  # its forms need the depth: presets reads them
     parameters: Settings = field(default_factory=dict)
     place: Located = field(compare=False, repr=False, default=Located(None))
 
@@ -157,15 +156,15 @@ def parse_recipe(text: str, file: str = "recipe") -> Recipe:
     method = _method(top["merge_method"]) if "merge_method" in top else None
     base = _model(top["base_model"]) if "base_model" in top else None
     parameters = _settings(top.get("parameters"))
-    common = dict(
-        base_model=base,
-        parameters=parameters,
-        dtype=_dtype(top.get("dtype")),
-        out_dtype=_dtype(top.get("out_dtype")),
-        tokenizer_source=top["tokenizer_source"].string() if "tokenizer_source" in top else None,
-        chat_template=top["chat_template"].string() if "chat_template" in top else None,
-        source=root,
-    )
+    common = {
+        "base_model": base,
+        "parameters": parameters,
+        "dtype": _dtype(top.get("dtype")),
+        "out_dtype": _dtype(top.get("out_dtype")),
+        "tokenizer_source": top["tokenizer_source"].string() if "tokenizer_source" in top else None,
+        "chat_template": top["chat_template"].string() if "chat_template" in top else None,
+        "source": root,
+    }
     if form == ["upscale"]:
         if base is None:
             root.fail("upscale needs base_model", expected="base_model: a folder or org/name", got="no base_model")
@@ -278,8 +277,7 @@ def _dtype(node: Located | None) -> str | None:
 def _upscale(node: Located) -> Upscale:
     keys = node.mapping(_UPSCALE, "upscale section")
     preset = keys["preset"].string("the name of a preset") if "preset" in keys else "opt_deus"
-    per_gap = keys["layers_per_gap"].integer(1) if "layers_per_gap" in keys else 1
-    return Upscale(preset, keys.get("insert"), per_gap, _settings(keys.get("parameters")), node)
+    return Upscale(preset, keys.get("insert"), _settings(keys.get("parameters")), node)
 
 
 def _settings(node: Located | None) -> dict[str, tuple[Setting, Located]]:

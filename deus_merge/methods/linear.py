@@ -10,12 +10,13 @@ class Linear:
     summary = "weighted mean (or sum) of the sources"
     reference = "Wortsman et al., Model soups, arXiv 2203.05482"
     adds_base = False
+    inserts = False
     parameters = (
         Parameter("weight", "number", 1.0, "weight of a source", scope="source"),
         Parameter("normalize", "boolean", True, "divide by the sum of the weights"),
     )
 
-    def check(self, sources, roles, family):
+    def check(self, tasks, sources):
         return None
 
     def origin(self, task):

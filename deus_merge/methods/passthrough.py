@@ -10,9 +10,10 @@ class Passthrough:
     summary = "one source, copied as it is; `scale` multiplies its tensors"
     reference = "mergekit"
     adds_base = False
+    inserts = False
     parameters = (Parameter("scale", "number", 1.0, "factor on the tensor; 0 writes zeros", scope="source"),)
 
-    def check(self, sources, roles, family):
+    def check(self, tasks, sources):
         return None if sources == 1 else f"passthrough takes exactly one source, not {sources}"
 
     def origin(self, task):

@@ -14,9 +14,10 @@ class Slerp:
     summary = "spherical interpolation from the base model (t = 0) to the other source (t = 1)"
     reference = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
     adds_base = True
+    inserts = False
     parameters = (Parameter("t", "number", 0.5, "0 gives the base model, 1 the other source"),)
 
-    def check(self, sources, roles, family):
+    def check(self, tasks, sources):
         return None if sources == 2 else f"slerp takes exactly two models, not {sources}"
 
     def origin(self, task):

@@ -1,0 +1,295 @@
+"""The plan: every output tensor, how it comes about and where it will stand, before any tensor is read.
+
+A `Plan` is plain data. Blocks are independent of each other: inputs, method, parameters and output offsets all stand
+here, so any worker that sees the files can do any block in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .architecture import ModelView
+from .checkpoint.layout import ShardLayout
+from .checkpoint.reader import Checkpoint, TensorInfo
+from .method import CopyOf, TensorTask, Zeros
+from .recipe import ModelRef, Recipe, methods
+
+#: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones
+FORMAT = 1
+_TORCH_BYTES = 330_000_000  # anonymous memory of a process that has imported torch
+_PYTHON_BYTES = 50_000_000
+_COPY_RATE = 1e9  # bytes/s, a guess for the time estimate
+_MERGE_RATE = 3e8
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model the plan reads.
+
+    Attributes:
+        ref: As the recipe names it.
+        checkpoint: Its files.
+        view: Its tensors by layer and role.
+    """
+
+    ref: ModelRef
+    checkpoint: Checkpoint
+    view: ModelView
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """One source of a block: a model (index into `Plan.models`) and a layer of it, None outside of layers."""
+
+    model: int
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor.
+
+    Attributes:
+        task: What the method gets to know about it.
+        inputs: One stored tensor per source of its block.
+        dtype: safetensors code it is written in.
+        action: ``copy`` (file to file), ``cast``, ``zeros``, or ``merge``.
+        source: For copy and cast: which source.
+    """
+
+    task: TensorTask
+    inputs: tuple[TensorInfo, ...]
+    dtype: str
+    action: str
+    source: int | None = None
+
+    @property
+    def nbytes_read(self) -> int:
+        if self.action == "zeros":
+            return 0
+        return self.inputs[self.source].nbytes if self.source is not None else sum(i.nbytes for i in self.inputs)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One unit of work, of resume and of memory.
+
+    Attributes:
+        index: Its place in `Plan.blocks`.
+        title: ``layer 17``, ``embeddings``, ``final norm and head``.
+        layers: Output layers it makes; empty for embeddings and head.
+        method: The merge method's name.
+        sources: In the recipe's order.
+        base: Which source is the base model.
+        tensors: In the order they are written.
+        new: Whether its layers are new ones, to be trained.
+    """
+
+    index: int
+    title: str
+    layers: tuple[int, ...]
+    method: str
+    sources: tuple[BlockSource, ...]
+    base: int | None
+    tensors: tuple[PlannedTensor, ...]
+    new: bool = False
+
+    @property
+    def computes(self) -> bool:
+        return any(t.action in ("merge", "cast") for t in self.tensors)
+
+    @property
+    def kind(self) -> str:
+        """``copy``, ``cast``, ``fused`` or ``merged``, for tables."""
+        if any(t.action == "merge" for t in self.tensors):
+            return "fused" if self.new else "merged"
+        if self.new:
+            return "copy, zeroed" if any(t.action == "zeros" for t in self.tensors) else "copy"
+        actions = {t.action for t in self.tensors}
+        return "cast" if "cast" in actions else "copy" if actions == {"copy"} else "copy, zeroed"
+
+    def workspace(self) -> int:
+        """Estimated bytes alive at once while this block is made."""
+        merged = [t.task for t in self.tensors if t.action == "merge"]
+        cast = [t.inputs[t.source] for t in self.tensors if t.action == "cast"]
+        widest = max((i.nbytes * 3 for i in cast), default=0)
+        return max(widest, methods()[self.method].workspace(merged) if merged else 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will do.
+
+    Attributes:
+        recipe: Expanded: slices only, presets spelled out.
+        models: Base (or first named) model first.
+        blocks: In output order.
+        shards: The output files with their exact headers.
+        config: The output's config.json.
+        files: Other output files: name -> bytes, or a file to copy.
+        warnings: What the user should know.
+    """
+
+    recipe: Recipe
+    models: tuple[SourceModel, ...]
+    donor: int
+    blocks: tuple[BlockPlan, ...]
+    shards: tuple[ShardLayout, ...]
+    config: Mapping
+    files: Mapping[str, bytes | Path]
+    warnings: tuple[str, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return sum(len(b.layers) for b in self.blocks)
+
+    @property
+    def new_layers(self) -> tuple[int, ...]:
+        return tuple(layer for b in self.blocks if b.new for layer in b.layers)
+
+    @property
+    def new_parameters(self) -> tuple[str, ...]:
+        """Exact names of the tensors to train."""
+        return tuple(t.task.name for b in self.blocks if b.new for t in b.tensors)
+
+    @cached_property
+    def function_preserving(self) -> bool:
+        """Whether the output computes what the base computes: its layers in order, and new ones that add nothing."""
+        base = self.models[self.donor]
+        kept = []
+        for block in self.blocks:
+            if block.new:
+                writers = {r for r in base.view.residual_writers() if r in {t.task.role for t in block.tensors}}
+                if not writers or any(t.action != "zeros" for t in block.tensors if t.task.role in writers):
+                    return False
+            elif any(t.action != "copy" or block.sources[t.source].model != self.donor for t in block.tensors):
+                return False
+            elif block.layers:
+                kept.append(block.sources[0].layer)
+        return kept == list(range(base.view.num_layers))
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(t.nbytes_read for b in self.blocks for t in b.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(s.size for s in self.shards)
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimated peak of anonymous memory in bytes (mapped files are the kernel's cache and do not count)."""
+        if not any(b.computes for b in self.blocks):
+            return _PYTHON_BYTES
+        return _TORCH_BYTES + max(b.workspace() for b in self.blocks)
+
+    @property
+    def seconds(self) -> float:
+        """A rough estimate of the time on a CPU."""
+        merged = 0.0
+        for block in self.blocks:
+            weight = 40.0 if methods()[block.method].inserts else 1.0
+            merged += weight * sum(t.nbytes_read for t in block.tensors if t.action in ("merge", "cast"))
+        return 1.0 + self.bytes_written / _COPY_RATE + merged / _MERGE_RATE
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over all that decides the output's bytes; places of files do not."""
+        text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def layer_map(self) -> list[dict]:
+        """One entry per output layer: where it comes from."""
+        return [
+            {
+                "layer": layer,
+                "new": block.new,
+                "kind": block.kind,
+                "method": block.method,
+                "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources],
+            }
+            for block in self.blocks
+            for layer in block.layers
+        ]
+
+    def describe(self) -> dict:
+        """The plan as JSON data."""
+        actions = Counter(t.action for b in self.blocks for t in b.tensors)
+        return {
+            "format": FORMAT,
+            "plan_hash": self.hash,
+            "models": [
+                {
+                    "model": str(m.ref),
+                    "family": m.view.architecture.family if m.view.architecture else None,
+                    "model_type": m.view.model_type,
+                    "layers": m.view.num_layers,
+                    "fingerprint": m.checkpoint.fingerprint,
+                }
+                for m in self.models
+            ],
+            "donor": str(self.models[self.donor].ref),
+            "num_layers": self.num_layers,
+            "new_layers": list(self.new_layers),
+            "function_preserving": self.function_preserving,
+            "layers": self.layer_map(),
+            "tensors": dict(sorted(actions.items())),
+            "shards": [{"file": s.filename, "bytes": s.size, "tensors": len(s.tensors)} for s in self.shards],
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_memory_bytes": self.peak_memory,
+            "seconds_estimate": round(self.seconds, 1),
+            "warnings": list(self.warnings),
+        }
+
+    def _identity(self) -> dict:
+        shards = [hashlib.sha256(s.header).hexdigest() for s in self.shards]
+        files = {name: _digest(content) for name, content in self.files.items()}
+        return {
+            "format": FORMAT,
+            "models": [m.checkpoint.fingerprint for m in self.models],
+            "blocks": [_block_identity(b) for b in self.blocks],
+            "shards": [[s.filename, digest] for s, digest in zip(self.shards, shards, strict=True)],
+            "config": self.config,
+            "files": files,
+        }
+
+
+def _block_identity(block: BlockPlan) -> list:
+    return [
+        block.method,
+        [[s.model, s.layer] for s in block.sources],
+        block.base,
+        [
+            [
+                t.task.name,
+                t.action,
+                t.source,
+                t.dtype,
+                [i.name for i in t.inputs],
+                dict(t.task.parameters),
+                [dict(p) for p in t.task.source_parameters],
+            ]
+            for t in block.tensors
+        ],
+    ]
+
+
+def _digest(content: bytes | Path) -> str:
+    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+
+
+def action_of(task: TensorTask, method: str, inputs: tuple[TensorInfo, ...], dtype: str) -> tuple[str, int | None]:
+    """How an output tensor comes about, and from which source if from one alone."""
+    origin = methods()[method].origin(task)
+    if isinstance(origin, Zeros):
+        return "zeros", None
+    if isinstance(origin, CopyOf):
+        return ("copy" if inputs[origin.source].dtype == dtype else "cast"), origin.source
+    return "merge", None

@@ -1,0 +1,331 @@
+"""Recipe + configs + headers -> `Plan`. Reads no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .architecture import ModelView, TensorSpec, view_model
+from .checkpoint.hub import resolve
+from .checkpoint.layout import TensorEntry, plan_shards
+from .checkpoint.reader import Checkpoint, TensorInfo
+from .config import LayerOrigin, deeper_config, layer_lists
+from .errors import DeusMergeError, PlanError, RecipeError
+from .located import Located
+from .method import TensorTask
+from .model_files import extra_files
+from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
+from .presets import expand
+from .recipe import ModelRef, OutputSlice, Recipe, Settings, SliceSource, evaluate, methods
+from .units import FLOAT_DTYPES, dtype_name, parse_size
+
+DEFAULT_SHARD_SIZE = "5GB"
+_FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
+
+
+def build_plan(recipe: Recipe, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        recipe: As read.
+        max_shard_size: Upper bound of an output file in bytes, or like ``"5GB"``.
+
+    Raises:
+        RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
+    """
+    return _Planner(recipe).plan(parse_size(max_shard_size))
+
+
+@dataclass
+class _Planner:
+    recipe: Recipe
+
+    def plan(self, max_shard_size: int) -> Plan:
+        refs = self.recipe.models()
+        self.models = tuple(_open(ref) for ref in refs)
+        self.index = {ref: i for i, ref in enumerate(refs)}
+        self.donor = self.index[self.recipe.donor]
+        self.warnings: list[str] = []
+        self.blocks: list[BlockPlan] = []
+        self.origins: list[LayerOrigin] = []
+        if self.recipe.upscale:
+            base = self.recipe.base_model
+            slices = expand(self.recipe.upscale, base, self._view(base).num_layers)
+            self.recipe = replace(self.recipe, slices=slices, upscale=None)
+        self._outside("embeddings", "before", self.recipe.slices[0], 0.0)
+        for piece in self.recipe.slices:
+            self._slice(piece)
+        self._outside("final norm and head", "after", self.recipe.slices[-1], 1.0)
+        self._mark_repeats()
+        donor = self.models[self.donor]
+        dtype = self.recipe.out_dtype or self.recipe.dtype
+        config = deeper_config(donor.checkpoint.config, donor.view.layers_path, self.origins, dtype)
+        files = extra_files(
+            self.recipe, {str(m.ref): m.checkpoint.folder for m in self.models}, donor.checkpoint.folder
+        )
+        entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for b in self.blocks for t in b.tensors]
+        shards = plan_shards(entries, max_shard_size)
+        return Plan(
+            self.recipe, self.models, self.donor, tuple(self.blocks), shards, config, files, tuple(self.warnings)
+        )
+
+    def _view(self, ref: ModelRef) -> ModelView:
+        return self.models[self.index[ref]].view
+
+    # one slice ---------------------------------------------------------------------------------------------------
+
+    def _slice(self, piece: OutputSlice) -> None:
+        method = methods()[piece.merge_method]
+        ranges = [self._range(s) for s in piece.sources]
+        lengths = {len(r) for r in ranges}
+        if len(lengths) > 1:
+            piece.place.fail(
+                "sources of a slice must have equally many layers",
+                expected=f"{len(ranges[0])} layers each",
+                got=", ".join(f"{s.model}: {len(r)}" for s, r in zip(piece.sources, ranges, strict=True)),
+                hint="give each source a layer_range",
+            )
+        if method.inserts:
+            self._inserting(piece, ranges)
+            return
+        length = len(ranges[0])
+        for j in range(length):
+            position = j / (length - 1) if length > 1 else 1.0
+            self._layer_block(piece, piece.sources, [r[j] for r in ranges], position)
+
+    def _inserting(self, piece: OutputSlice, ranges: list[range]) -> None:
+        """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
+        first = ranges[0]
+        if len(piece.sources) == 1:
+            if len(first) < 2:
+                piece.sources[0].place.fail(
+                    f"a single layer has no gap for {piece.merge_method}",
+                    expected="a layer_range of at least two layers",
+                    got=f"[{first.start}, {first.stop}]",
+                )
+            pairs = list(zip(first, first[1:], strict=False))
+            sources = piece.sources * 2
+        else:
+            pairs = list(zip(*ranges, strict=True))
+            sources = piece.sources
+        keeps = len(piece.sources) == 1
+        copy = replace(piece, merge_method="passthrough", parameters={})
+        for j, pair in enumerate(pairs):
+            if keeps:
+                self._layer_block(copy, piece.sources, [pair[0]], 0.0, bare=True)
+            position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
+            self._layer_block(piece, sources, list(pair), position, per_gap=self._per_gap(piece), new=True)
+        if keeps:
+            self._layer_block(copy, piece.sources, [first[-1]], 0.0, bare=True)
+
+    def _per_gap(self, piece: OutputSlice) -> int:
+        for settings in (piece.sources[0].parameters, piece.parameters, self.recipe.parameters):
+            if "layers_per_gap" in settings:
+                value, place = settings["layers_per_gap"]
+                if not isinstance(value, int):
+                    place.fail("layers_per_gap is one number for a slice", expected="a whole number of at least 1")
+                return value
+        return 1
+
+    def _range(self, source: SliceSource) -> range:
+        depth = self._view(source.model).num_layers
+        start, end = source.layer_range or (0, depth)
+        if end > depth:
+            place = source.place.value.get("layer_range") if isinstance(source.place.value, dict) else source.place
+            (place or source.place).fail(
+                f"layer_range goes beyond the model's {depth} layers",
+                expected=f"0 <= first < last + 1 <= {depth}",
+                got=f"[{start}, {end}]",
+            )
+        return range(start, end)
+
+    # one block ---------------------------------------------------------------------------------------------------
+
+    def _layer_block(
+        self, piece, sources: Sequence[SliceSource], layers: list[int], position, per_gap=1, new=False, bare=False
+    ):
+        views = [self._view(s.model) for s in sources]
+        roles = [v.layers[layer] for v, layer in zip(views, layers, strict=True)]
+        first_output = len(self.origins)
+        if per_gap > 1:
+            title = f"layers {first_output}-{first_output + per_gap - 1}"
+        else:
+            title = f"layer {first_output}"
+        self._same_tensors(piece, sources, roles, f"layer {layers[0]}")
+        base = self._base(piece, sources)
+        donor = self.models[self.donor].view
+        tensors = []
+        for slot in range(per_gap):
+            prefix = donor.layer_prefix.format(layer=first_output + slot)
+            for role in roles[0]:
+                spec = views[0].spec(role)
+                names = [r[role] for r in roles]
+                name = prefix + (spec.name if spec else role)
+                tensors.append(self._tensor(piece, sources, role, slot, name, spec, names, position, base, bare))
+        block_sources = tuple(BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True))
+        outputs = tuple(range(first_output, first_output + per_gap))
+        self._add(
+            BlockPlan(len(self.blocks), title, outputs, piece.merge_method, block_sources, base, tuple(tensors), new),
+            piece,
+        )
+        which = -1 if new else base or 0
+        model = self.models[block_sources[which].model]
+        self.origins += [LayerOrigin(model.checkpoint.config, block_sources[which].layer, str(model.ref))] * per_gap
+        if new:
+            self._report_types(title, block_sources)
+
+    def _outside(self, title: str, part: str, piece: OutputSlice, position: float) -> None:
+        """Embeddings follow the first slice, final norm and head the last, if these merge several models; otherwise
+        they are the donor's."""
+        refs = list(dict.fromkeys(s.model for s in piece.sources))
+        merges = len(refs) > 1 and not methods()[piece.merge_method].inserts
+        donor = SliceSource(self.recipe.donor, place=piece.place)
+        if merges:
+            sources = tuple(next(s for s in piece.sources if s.model == ref) for ref in refs)
+        else:
+            if refs != [self.recipe.donor] and self.recipe.base_model is None:
+                self.warnings.append(
+                    f"{title} come from {self.recipe.donor}, the first model named, not from {refs[0]}, whose layers"
+                    " are next to them; set base_model to choose"
+                )
+            piece = replace(piece, merge_method="passthrough", parameters={}, sources=(donor,))
+            sources = (donor,)
+        names = [dict.fromkeys(getattr(self._view(s.model), part)) for s in sources]
+        if not names[0]:
+            return
+        self._same_tensors(piece, sources, names, title)
+        base = self._base(piece, sources)
+        tensors = tuple(
+            self._tensor(piece, sources, name, 0, name, None, [name] * len(sources), position, base, bare=not merges)
+            for name in names[0]
+        )
+        block_sources = tuple(BlockSource(self.index[s.model], None) for s in sources)
+        self._add(BlockPlan(len(self.blocks), title, (), piece.merge_method, block_sources, base, tensors), piece)
+
+    def _tensor(self, piece, sources, role, slot, name, spec: TensorSpec | None, names, position, base, bare=False):
+        inputs = tuple(
+            self.models[self.index[s.model]].checkpoint.tensors[n] for s, n in zip(sources, names, strict=True)
+        )
+        shapes = {i.shape for i in inputs}
+        if len(shapes) > 1:
+            raise PlanError(
+                f"models do not match: {name} has different shapes",
+                where=piece.place.where,
+                expected="one shape in every source",
+                got=", ".join(f"{s.model}: {list(i.shape)}" for s, i in zip(sources, inputs, strict=True)),
+            )
+        method = methods()[piece.merge_method]
+        glob: Settings = {} if bare else self.recipe.parameters
+        parameters, per_source = {}, [{} for _ in sources]
+        for p in method.parameters:
+            filter_name = None if p.scope == "block" else name
+            if p.scope != "source":
+                levels = [piece.parameters, glob]
+                parameters[p.name] = _resolve(p, levels, filter_name, position)
+                continue
+            for i, source in enumerate(sources):
+                levels = [source.parameters, piece.parameters, glob]
+                per_source[i][p.name] = _resolve(p, levels, filter_name, position)
+        task = TensorTask(role, slot, name, spec, inputs[0].shape, parameters, tuple(per_source))
+        dtype = self._dtype(inputs[base or 0])
+        action, source = action_of(task, piece.merge_method, inputs, dtype)
+        if action in ("merge", "cast"):
+            self._castable(name, inputs, dtype, action)
+        return PlannedTensor(task, inputs, dtype, action, source)
+
+    def _dtype(self, stored: TensorInfo) -> str:
+        wanted = self.recipe.out_dtype or self.recipe.dtype
+        return wanted if wanted and stored.dtype in _FLOATS else stored.dtype
+
+    def _castable(self, name: str, inputs: Sequence[TensorInfo], dtype: str, action: str) -> None:
+        for info in inputs:
+            if info.dtype not in _FLOATS:
+                raise PlanError(
+                    f"{name} holds {dtype_name(info.dtype)}, which cannot be merged",
+                    where=info.file,
+                    expected="floating point weights",
+                    hint="quantised checkpoints can only pass through; use the original weights",
+                )
+        lossy = {"F32", "F64"} & {i.dtype for i in inputs} and dtype in ("F16", "BF16")
+        if action == "cast" and lossy and not any("loses precision" in w for w in self.warnings):
+            self.warnings.append(f"{inputs[0].dtype} weights are written as {dtype}: this loses precision")
+
+    def _base(self, piece: OutputSlice, sources: Sequence[SliceSource]) -> int | None:
+        """Which source is the base model of the slice; None when the recipe names none."""
+        ref = piece.base_model or self.recipe.base_model
+        for i, source in enumerate(sources):
+            if source.model == ref:
+                return i
+        method = methods()[piece.merge_method]
+        if ref is not None and method.adds_base and not method.inserts:
+            (piece.base_model or self.recipe.base_model).place.fail(
+                f"{piece.merge_method} starts from the base model, but no source of the slice is it",
+                expected=" or ".join(dict.fromkeys(str(s.model) for s in sources)),
+            )
+        return None
+
+    def _same_tensors(self, piece, sources, roles: Sequence[Mapping[str, object]], what: str) -> None:
+        for source, own in zip(sources[1:], roles[1:], strict=True):
+            if differing := set(own) ^ set(roles[0]):
+                raise PlanError(
+                    f"models do not match: {what} has different tensors",
+                    where=source.place.where,
+                    expected=f"the tensors of {sources[0].model}",
+                    got=f"{source.model} differs in {', '.join(sorted(differing)[:5])}",
+                )
+
+    def _add(self, block: BlockPlan, piece: OutputSlice) -> None:
+        tasks = [t.task for t in block.tensors]
+        if problem := methods()[block.method].check(tasks, len(block.sources)):
+            raise RecipeError(problem, where=piece.place.where, got=f"{block.title} of the output")
+        self.blocks.append(block)
+
+    def _report_types(self, title: str, sources: Sequence[BlockSource]) -> None:
+        models = [self.models[s.model] for s in sources]
+        lists = [layer_lists(m.checkpoint.config, m.view.layers_path) for m in models]
+        for key in lists[0]:
+            entries = [
+                values.get(key, [None] * (s.layer + 1))[s.layer] for values, s in zip(lists, sources, strict=True)
+            ]
+            if any(e != entries[-1] for e in entries):
+                self.warnings.append(f"{title} fuses layers whose {key} differ ({entries}); it takes {entries[-1]!r}")
+
+    def _mark_repeats(self) -> None:
+        """A layer that stands a second time (solar, stack) is a new one."""
+        seen = set()
+        for i, block in enumerate(self.blocks):
+            key = block.method, block.sources
+            if block.layers and not block.new and len(block.sources) == 1:
+                if key in seen:
+                    self.blocks[i] = replace(block, new=True)
+                seen.add(key)
+
+
+def _open(ref: ModelRef) -> SourceModel:
+    try:
+        folder: Path = resolve(ref.text)
+        checkpoint = Checkpoint.open(folder)
+        view = view_model(checkpoint.config, tuple(checkpoint.tensors), folder)
+    except DeusMergeError as error:
+        if ref.place.path:  # say where the recipe names this model, too
+            error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
+        raise
+    return SourceModel(ref, checkpoint, view)
+
+
+def _resolve(parameter, levels: Sequence[Settings], name: str | None, position: float) -> object:
+    """source > slice > global > default; a filter list without a match falls through."""
+    for settings in levels:
+        if parameter.name in settings:
+            setting, place = settings[parameter.name]
+            value = evaluate(setting, name, position)
+            if value is None:
+                continue
+            try:
+                return parameter.read(value)
+            except ValueError as error:
+                (place if isinstance(place, Located) else Located(None)).fail(
+                    f"not a value of {parameter.name}", expected=str(error), got=value
+                )
+    return parameter.default
