@@ -1,0 +1,24 @@
+"""Checkpoints in and out: safetensors folders read lazily, written at known offsets, resumed after a kill."""
+
+from __future__ import annotations
+
+from .header import TensorInfo
+from .hub import resolve
+from .layout import ShardLayout, TensorEntry, index_json, plan_shards
+from .reader import Checkpoint
+from .shards import ShardWriter
+from .system import free_space
+from .writer import OutputFolder
+
+__all__ = [
+    "Checkpoint",
+    "OutputFolder",
+    "ShardLayout",
+    "ShardWriter",
+    "TensorEntry",
+    "TensorInfo",
+    "free_space",
+    "index_json",
+    "plan_shards",
+    "resolve",
+]

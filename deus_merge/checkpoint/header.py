@@ -1,0 +1,240 @@
+"""safetensors headers and JSON files, read strictly: sources are data that somebody else made.
+
+The format: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes. We parse it ourselves
+because straight copies need every tensor's place in the file, and because a file that lies must be refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import CheckpointError
+from ..units import ITEMSIZE
+
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
+MAX_JSON = 100_000_000  # bytes of config.json or an index
+MAX_NUMEL = 2**63 - 1  # elements; what a signed 64-bit size can hold
+MAX_DIMS = 64
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one stored tensor lies.
+
+    Attributes:
+        name: Its name.
+        dtype: safetensors dtype code: ``"BF16"``.
+        shape: Its sizes; ``()`` for a scalar.
+        file: The file it is in.
+        offset: Its first byte, counted from the file's start.
+        nbytes: Its size in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What one safetensors file says about itself.
+
+    Attributes:
+        file: The file.
+        size: Its size in bytes.
+        identity: Device, inode, size and modification time: what must not change while the file is in use.
+        tensors: Its tensors in file order.
+        metadata: The header's ``__metadata__``.
+        digest: sha256 over the length prefix and the header.
+    """
+
+    file: Path
+    size: int
+    identity: tuple[int, ...]
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+    digest: bytes
+
+
+def read_header(path: Path) -> FileHeader:
+    """Read and check one safetensors file's header; no tensor is read.
+
+    Raises:
+        CheckpointError: no regular file, unreadable, or a header that is not whole and true.
+    """
+    fd = open_regular(path)
+    with os.fdopen(fd, "rb") as stream:
+        status = os.fstat(fd)
+        size = status.st_size
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            _refuse(path, "too short for a safetensors file", expected="at least 8 bytes", got=f"{size} bytes")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER:
+            _refuse(path, "the header is too long", expected=f"at most {MAX_HEADER} bytes", got=f"{length} bytes")
+        if 8 + length > size:
+            _refuse(
+                path,
+                "the header is longer than the file",
+                expected=f"at most {size - 8} bytes",
+                got=f"{length} bytes",
+                hint="the download may be incomplete, or a Git LFS pointer",
+            )
+        raw = stream.read(length)
+    if not raw.startswith(b"{"):
+        _refuse(path, "the header is not JSON", expected="a header that begins with '{'", got=repr(raw[:1]))
+    entries = parse_json(raw, path, "header")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _refuse(path, "__metadata__ is malformed", expected="an object of strings")
+    tensors = [_tensor(name, entry, path, 8 + length) for name, entry in entries.items()]
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    _check_cover(tensors, path, 8 + length, size)
+    return FileHeader(
+        path, size, file_identity(status), tuple(tensors), metadata, hashlib.sha256(prefix + raw).digest()
+    )
+
+
+def _tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
+    if not name or _CONTROL.search(name):
+        _refuse(path, "a tensor's name is empty or has control characters", got=repr(name[:200]))
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _refuse(
+            path,
+            f"tensor {name!r}: malformed entry",
+            expected="an object of dtype, shape and data_offsets",
+            got=sorted(entry) if isinstance(entry, dict) else type(entry).__name__,
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        _refuse(path, f"tensor {name!r}: unknown dtype", expected=" | ".join(ITEMSIZE), got=repr(dtype)[:100])
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
+        _refuse(path, f"tensor {name!r}: malformed shape", expected="sizes of at least 0", got=repr(shape)[:100])
+    # The product without the zeros: a size a reader multiplies out must not overflow on its way to 0 either.
+    if math.prod(d for d in shape if d) * ITEMSIZE[dtype] > MAX_NUMEL:
+        _refuse(path, f"tensor {name!r}: the shape overflows", expected="less than 2^63 bytes", got=repr(shape)[:100])
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        _refuse(path, f"tensor {name!r}: malformed data_offsets", expected="[begin, end]", got=repr(offsets)[:100])
+    begin, end = offsets
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    if end - begin != nbytes:
+        _refuse(
+            path,
+            f"tensor {name!r}: data_offsets do not fit dtype and shape",
+            expected=f"{nbytes} bytes for {dtype} {shape}",
+            got=f"{end - begin} bytes, [{begin}, {end}]",
+        )
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, nbytes)
+
+
+def _check_cover(tensors: list[TensorInfo], path: Path, data_start: int, size: int) -> None:
+    """The tensors, in order of their offsets, must cover the rest of the file exactly once."""
+    at, before = data_start, "the header"
+    for tensor in tensors:
+        if tensor.offset != at:
+            _refuse(
+                path,
+                f"tensor {tensor.name!r} {'overlaps' if tensor.offset < at else 'leaves a hole behind'} {before}",
+                expected=f"its first byte at {at - data_start}",
+                got=tensor.offset - data_start,
+            )
+        at, before = tensor.offset + tensor.nbytes, repr(tensor.name)
+    if at > size:
+        _refuse(
+            path,
+            f"tensor {tensors[-1].name!r} ends behind the file's end",
+            expected=f"a file of {at} bytes",
+            got=f"{size} bytes",
+            hint="the file is cut off; download or copy it again",
+        )
+    if at < size:
+        _refuse(path, "bytes behind the last tensor", expected=f"a file of {at} bytes", got=f"{size} bytes")
+
+
+def parse_json(raw: bytes, where: Path, what: str) -> dict:
+    """A JSON object, with no duplicate keys and no numbers that JSON does not have.
+
+    Raises:
+        CheckpointError: anything else, with ``where``.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            double = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise ValueError(f"key {double[:200]!r} stands twice")
+        return result
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is no JSON number")
+        return value
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+    except RecursionError:
+        _refuse(where, f"the {what} is nested too deeply")
+    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
+        _refuse(where, f"the {what} is not strict JSON", expected="one UTF-8 JSON object", got=str(error))
+    if not isinstance(value, dict):
+        _refuse(where, f"the {what} is not a JSON object", got=type(value).__name__)
+    return value
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a regular file that has no business being large (config.json, an index)."""
+    with os.fdopen(open_regular(path), "rb") as stream:
+        raw = stream.read(MAX_JSON + 1)
+    if len(raw) > MAX_JSON:
+        _refuse(path, "the file is too large", expected=f"at most {MAX_JSON} bytes")
+    return raw
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file (links are followed).
+
+    Raises:
+        CheckpointError: missing, unreadable, or a folder, FIFO, socket or device.
+    """
+    try:
+        # Looked at before opening, since opening a device can have effects; not blocking, since a FIFO may slip in.
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if regular else -1
+    except FileNotFoundError:
+        dangling = path.is_symlink()
+        _refuse(path, "a link to a file that is gone" if dangling else "the file is missing")
+    except (OSError, ValueError) as error:
+        _refuse(path, "the file cannot be opened", got=getattr(error, "strerror", None) or str(error))
+    if fd >= 0 and stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    if fd >= 0:
+        os.close(fd)
+    return _refuse(path, "not a regular file", expected="a file", got="a folder, FIFO, socket or device")
+
+
+def file_identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells that a file was replaced or written to."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _whole_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= MAX_NUMEL for v in value)
+
+
+def _refuse(path: Path, message: str, *, expected=None, got=None, hint=None) -> NoReturn:
+    raise CheckpointError(message, where=path, expected=expected, got=got, hint=hint)

@@ -1,0 +1,136 @@
+"""A model reference -> a local folder: a folder as it is, or ``org/name[@revision]`` from the hub or its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+
+#: What a merge reads of a repository. Weights in other formats and other folders' weights stay where they are.
+NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+#: The hub's ``*`` also matches ``/``. ``consolidated`` is a second copy of the weights in their maker's own format.
+UNNEEDED = ("*/*", "consolidated*")
+
+
+def resolve(ref: str, *, cache_dir: Path | str | None = None, offline: bool | None = None) -> Path:
+    """The local folder of a model.
+
+    Args:
+        ref: A folder, or ``org/name`` on the hub with an optional ``@revision`` (branch, tag or commit). A folder of
+            that very name wins.
+        cache_dir: The hub's cache; by default where huggingface_hub keeps it.
+        offline: Use only the cache. None leaves it to ``HF_HUB_OFFLINE``.
+
+    Returns:
+        The folder: for the hub, the snapshot in the cache with what a merge needs.
+
+    Raises:
+        CheckpointError: no such folder; or no such repository, revision, right or connection.
+    """
+    path = Path(ref).expanduser()
+    if _exists(path):
+        if not path.is_dir():
+            raise CheckpointError(
+                "a model is a folder, this is a file", where=ref, hint=f"name its folder: {path.parent}"
+            )
+        return path.absolute()
+    repository, at, revision = ref.partition("@")
+    if at and _exists(Path(repository).expanduser()):
+        raise CheckpointError(
+            "a local folder has no revisions", where=ref, got=f"@{revision}", hint=f"leave @{revision} away"
+        )
+    if not _REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
+        raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
+    if at and not _REVISION.fullmatch(revision):
+        raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
+    return _download(ref, repository, revision or None, cache_dir, offline)
+
+
+def _download(ref: str, repository: str, revision: str | None, cache_dir, offline: bool | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    cached_only = constants.HF_HUB_OFFLINE if offline is None else offline
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=cached_only,
+            allow_patterns=list(NEEDED),
+            ignore_patterns=list(UNNEEDED),
+        )
+    except GatedRepoError as error:
+        hint = f"accept its terms at {constants.ENDPOINT}/{repository}, then `hf auth login` or set HF_TOKEN"
+        raise CheckpointError("the repository is gated", where=ref, hint=hint) from error
+    except RepositoryNotFoundError as error:
+        hint = "check the spelling; for a private one `hf auth login` or set HF_TOKEN"
+        raise CheckpointError("no such folder, and no such repository on the hub", where=ref, hint=hint) from error
+    except RevisionNotFoundError as error:
+        hint = f"its branches and tags: {constants.ENDPOINT}/{repository}/refs"
+        raise CheckpointError("the repository has no such revision", where=ref, got=revision, hint=hint) from error
+    except LocalEntryNotFoundError as error:
+        if cached_only:
+            hint = "run once with a connection, or name a local folder"
+            raise CheckpointError("not in the hub's cache, and offline", where=ref, hint=hint) from error
+        raise _unreachable(ref, error) from error
+    except HFValidationError as error:
+        raise CheckpointError("no such folder, and no name of a repository", where=ref, got=str(error)) from error
+    except HfHubHTTPError as error:
+        raise _unreachable(ref, error) from error
+    except OSError as error:  # a full disk, an unwritable cache
+        raise CheckpointError("the hub's files could not be stored", where=ref, got=str(error)) from error
+    except Exception as error:
+        # The HTTP library's own errors; which library that is has changed from version to version.
+        if type(error).__module__.split(".")[0].startswith(("httpx", "httpcore", "requests", "hf_xet")):
+            raise _unreachable(ref, error) from error
+        raise
+    return Path(folder)
+
+
+def _unreachable(ref: str, error: Exception) -> CheckpointError:
+    cause = error.__cause__ or error
+    return CheckpointError(
+        "the hub cannot be reached",
+        where=ref,
+        got=f"{type(cause).__name__}: {cause}".splitlines()[0],
+        hint="check the connection and HF_ENDPOINT; what is in the cache is read with HF_HUB_OFFLINE=1",
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

@@ -1,0 +1,134 @@
+"""Names, dtypes and shapes -> shards, headers and byte offsets. Pure: no tensor, no file.
+
+Every output byte has its place before any tensor is read, so blocks can be written in any order and by anyone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ..errors import PlanError
+from ..units import ITEMSIZE
+from .reader import SINGLE
+
+ALIGNMENT = 8  # bytes; the header's end, so that every dtype starts aligned
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One output tensor: its name, safetensors dtype code and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """One output file.
+
+    Attributes:
+        filename: Its name in the output folder.
+        header: The file's first bytes, length prefix included.
+        entries: Its tensors by name, in file order.
+        tensors: Name -> (begin, end): absolute file offsets.
+        size: The file's size in bytes.
+    """
+
+    filename: str
+    header: bytes
+    entries: Mapping[str, TensorEntry]
+    tensors: Mapping[str, tuple[int, int]]
+    size: int
+
+
+def plan_shards(entries: Iterable[TensorEntry], max_shard_size: int) -> tuple[ShardLayout, ...]:
+    """Split tensors into files, in the given order.
+
+    A file takes tensors until the next would lift their sum over the limit; a tensor larger than the limit has a file
+    of its own. Within a file wider dtypes come first (otherwise the order is kept), so each tensor is aligned to its
+    element size.
+
+    Args:
+        entries: The tensors, in layer order.
+        max_shard_size: Most bytes of tensors in one file.
+
+    Returns:
+        The files. One alone is called ``model.safetensors``.
+
+    Raises:
+        PlanError: no tensor, a name twice, a name or dtype that safetensors cannot hold.
+    """
+    groups: list[list[TensorEntry]] = []
+    seen: set[str] = set()
+    filled = 0
+    for entry in entries:
+        _check_entry(entry, seen)
+        if not groups or filled + entry.nbytes > max_shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += entry.nbytes
+    if not groups:
+        raise PlanError("there is no tensor to write")
+    total = len(groups)
+    names = [SINGLE] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+    return tuple(_layout(name, group) for name, group in zip(names, groups, strict=True))
+
+
+def index_json(shards: Sequence[ShardLayout]) -> bytes:
+    """``model.safetensors.index.json`` for these files, as transformers writes it."""
+    total = sum(entry.nbytes for shard in shards for entry in shard.entries.values())
+    weight_map = {name: shard.filename for shard in shards for name in shard.tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _layout(filename: str, group: Sequence[TensorEntry]) -> ShardLayout:
+    ordered = sorted(group, key=lambda entry: -ITEMSIZE[entry.dtype])
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in ordered:
+        table[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.nbytes],
+        }
+        at += entry.nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    tensors, begin = {}, len(header)
+    for entry in ordered:
+        tensors[entry.name] = (begin, begin + entry.nbytes)
+        begin += entry.nbytes
+    by_name = {entry.name: entry for entry in ordered}
+    return ShardLayout(filename, header, MappingProxyType(by_name), MappingProxyType(tensors), begin)
+
+
+def _check_entry(entry: TensorEntry, seen: set[str]) -> None:
+    if entry.name in seen:
+        raise PlanError("two output tensors have one name", where=entry.name)
+    seen.add(entry.name)
+    if not entry.name or entry.name == "__metadata__" or not _encodes(entry.name):
+        raise PlanError("not a name a tensor can have", got=repr(entry.name))
+    if entry.dtype not in ITEMSIZE:
+        raise PlanError("unknown dtype", where=entry.name, expected=" | ".join(ITEMSIZE), got=repr(entry.dtype))
+    if any(size < 0 for size in entry.shape):
+        raise PlanError("a size is negative", where=entry.name, got=entry.shape)
+
+
+def _encodes(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,261 @@
+"""A checkpoint folder, opened lazily: headers at once, tensors when asked, as views of mapped files."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError, nearest, printable
+from ..units import ITEMSIZE, torch_dtype
+from .header import FileHeader, TensorInfo, file_identity, open_regular, parse_json, read_header, read_small
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Private writable mappings count against the commit limit unless told not to: a shard larger than the memory must map.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
+
+
+class Checkpoint:
+    """One model folder. Use `open`; a context manager.
+
+    Attributes:
+        folder: The folder.
+        config: config.json.
+        tensors: Every tensor of every file, by name, in the order of files and offsets.
+        files: The safetensors files, sorted by name.
+        metadata: The ``__metadata__`` of the files, merged in their order.
+        fingerprint: sha256 (hex) over config.json and every file's name, size and header. Tells checkpoints of
+            different layout apart; the weights themselves and times are not in it.
+    """
+
+    def __init__(self, folder: Path, config: dict, headers: Iterable[FileHeader], fingerprint: str):
+        self.folder = folder
+        self.config = config
+        self.fingerprint = fingerprint
+        self._headers = {header.file: header for header in headers}
+        self.files = tuple(self._headers)
+        self.metadata: Mapping[str, str] = {k: v for h in self._headers.values() for k, v in h.metadata.items()}
+        tensors: dict[str, TensorInfo] = {}
+        for header in self._headers.values():
+            for tensor in header.tensors:
+                if tensor.name in tensors:
+                    raise CheckpointError(
+                        f"tensor {tensor.name!r} stands in two files",
+                        where=header.file,
+                        expected="each name once",
+                        got=f"also in {tensors[tensor.name].file.name}",
+                    )
+                tensors[tensor.name] = tensor
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()  # read-ahead runs in another thread
+        self._closed = False
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Checkpoint:
+        """Read config.json, the index and every header of a folder.
+
+        Raises:
+            CheckpointError: something is missing, malformed or untrue; the message names the file.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError("no such folder" if not folder.exists() else "not a folder", where=folder)
+        raw_config = read_small(folder / "config.json")
+        config = parse_json(raw_config, folder / "config.json", "config")
+        weight_map = _weight_map(folder)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(folder)]
+        headers = [read_header(folder / name) for name in names]
+        checkpoint = cls(folder, config, headers, _fingerprint(raw_config, names, headers))
+        for name, file in (weight_map or {}).items():
+            tensor = checkpoint.tensors.get(name)
+            if tensor is None or tensor.file != folder / file:
+                raise CheckpointError(
+                    f"the index promises tensor {name!r} in {file}",
+                    where=folder / INDEX,
+                    expected=f"the tensor in {file}",
+                    got="no such tensor" if tensor is None else f"it is in {tensor.file.name}",
+                )
+        return checkpoint
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        """Where a tensor lies.
+
+        Raises:
+            CheckpointError: no tensor of this name.
+        """
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(
+                f"no tensor {name!r}", where=self.folder, hint=nearest(name, self.tensors) if self.tensors else None
+            ) from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its stored dtype.
+
+        Backed by a private mapping of its part of the file: no memory is taken until it is written to, writing to it
+        reaches neither the file nor another read, and its pages are let go of when it dies. It stays valid after
+        `close`.
+
+        Raises:
+            CheckpointError: no such tensor, or the file has changed since `open`.
+        """
+        info = self[name]
+        return self._view(info, info.shape, info.offset, info.nbytes)
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` (half-open) of a tensor's first axis, as `read` gives them.
+
+        Raises:
+            CheckpointError: as `read`; also rows outside the tensor.
+        """
+        info = self[name]
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise CheckpointError(
+                f"tensor {name!r} has no such rows", where=info.file, expected=f"within {info.shape}", got=(start, stop)
+            )
+        row = info.nbytes // info.shape[0] if info.shape[0] else 0
+        return self._view(info, (stop - start, *info.shape[1:]), info.offset + start * row, (stop - start) * row)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Ask the kernel to read these tensors into its cache; returns before it has.
+
+        Raises:
+            CheckpointError: no such tensor, or a file has changed since `open`.
+        """
+        joined: list[list] = []
+        for info in sorted((self[n] for n in names), key=lambda t: (t.file, t.offset)):
+            if joined and joined[-1][0] == info.file and joined[-1][2] == info.offset:
+                joined[-1][2] += info.nbytes
+            else:
+                joined.append([info.file, info.offset, info.offset + info.nbytes])
+        if hasattr(os, "posix_fadvise"):
+            for file, begin, end in joined:
+                os.posix_fadvise(self._descriptor(file), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Let go of the files. Tensors that were read stay as they are."""
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+            self._closed = True
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({printable(self.folder)}, {len(self.tensors)} tensors in {len(self.files)} files)"
+
+    def _view(self, info: TensorInfo, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
+        import torch
+
+        dtype = torch_dtype(info.dtype)
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        # One mapping a read, not one a file: a method that works in place must not change what a later read sees.
+        start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(
+            self._descriptor(info.file),
+            offset - start + nbytes,
+            flags=mmap.MAP_PRIVATE | _NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=start,
+        )
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=offset - start)  # (nbytes,)
+        if offset % ITEMSIZE[info.dtype]:
+            raw = raw.clone()  # foreign files may place a tensor off its alignment, where typed loads are not allowed
+        return raw.view(dtype).view(shape)
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if self._closed:
+                raise CheckpointError("the checkpoint is closed", where=self.folder)
+            if file not in self._fds:
+                self._fds[file] = open_regular(file)
+            # A file that shrank would end in a bus error instead of a message.
+            if file_identity(os.fstat(self._fds[file])) != self._headers[file].identity:
+                raise CheckpointError("the file has changed since it was opened", where=file)
+            return self._fds[file]
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """The index's map from tensor to file name; None without an index."""
+    path = folder / INDEX
+    if not os.path.lexists(path):
+        return None
+    weight_map = parse_json(read_small(path), path, "index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("the index has no weight_map", where=path, expected="tensor names -> file names")
+    for file in dict.fromkeys(v if isinstance(v, str) else repr(v) for v in weight_map.values()):
+        _check_file_name(file, path)
+    if not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError("weight_map is malformed", where=path, expected="tensor names -> file names")
+    if os.path.lexists(folder / SINGLE) and SINGLE not in weight_map.values():
+        raise CheckpointError(
+            "two checkpoints in one folder",
+            where=folder,
+            expected=f"{SINGLE} or {INDEX}",
+            got="both, and the index does not name the file",
+            hint="remove the one that is left over",
+        )
+    return weight_map
+
+
+def _check_file_name(name: str, where: Path) -> None:
+    parts = PurePosixPath(name).parts
+    leaves = name.startswith("/") or ".." in parts or "\\" in name or re.match(r"[A-Za-z]:", name)
+    if leaves or not parts or not name.isprintable():
+        raise CheckpointError("an entry leaves the folder", where=where, expected="a file name", got=repr(name[:200]))
+    if not name.endswith(".safetensors"):
+        raise CheckpointError("an entry is no safetensors file", where=where, expected="*.safetensors", got=name[:200])
+
+
+def _single_file(folder: Path) -> str:
+    if os.path.lexists(folder / SINGLE):
+        return SINGLE
+    names = sorted(entry.name for entry in os.scandir(folder))
+    found = [n for n in names if n.endswith(".safetensors")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            "several safetensors files and no index",
+            where=folder,
+            expected=f"{SINGLE} or {INDEX}",
+            got=", ".join(found[:5]) + (" ..." if len(found) > 5 else ""),
+            hint=f"{INDEX} is missing; copy it from where the files came from",
+        )
+    others = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"))]
+    raise CheckpointError(
+        "no safetensors file",
+        where=folder,
+        expected=f"{SINGLE} or {INDEX}",
+        got=", ".join(others[:5]) or "neither",
+        hint="only safetensors is read; load the model with transformers' AutoModelForCausalLM.from_pretrained(folder) "
+        "and write it with .save_pretrained(new_folder)"
+        if others
+        else None,
+    )
+
+
+def _fingerprint(config: bytes, names: list[str], headers: list[FileHeader]) -> str:
+    digest = hashlib.sha256(b"deus-merge checkpoint 1\n")
+    digest.update(hashlib.sha256(config).digest())
+    for name, header in zip(names, headers, strict=True):
+        digest.update(hashlib.sha256(name.encode()).digest() + header.size.to_bytes(8, "little") + header.digest)
+    return digest.hexdigest()

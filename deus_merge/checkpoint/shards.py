@@ -1,0 +1,223 @@
+"""Output shards, written at offsets known beforehand, in any order and from any thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import PlanError
+from ..units import dtype_name
+from .header import TensorInfo, open_regular
+from .layout import ShardLayout, TensorEntry
+from .system import allocate, copy_range, space_told, sync_path, write_all
+
+if TYPE_CHECKING:
+    import torch
+
+_ZEROS = bytes(1 << 20)
+
+
+class ShardWriter:
+    """Every shard of one output folder, at full size from the start.
+
+    Args:
+        folder: Where the files are.
+        shards: Their layouts.
+        resume: Go on with files that an interrupted run of the same plan left, instead of creating them.
+
+    Attributes:
+        bytes_written: Bytes of tensors written so far.
+
+    Raises:
+        PlanError: no space for the files; or, on resume, a file is missing or not as that run left it.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[ShardLayout], *, resume: bool = False):
+        self.folder = folder
+        self.bytes_written = 0
+        self._shards = {shard.filename: shard for shard in shards}
+        self._places = {name: shard for shard in shards for name in shard.tensors}
+        self._fresh = set() if resume else set(self._places)
+        self._dirty: set[str] = set()
+        self._lock = threading.Lock()
+        self._fds: dict[str, int] = {}
+        try:
+            for shard in shards:
+                self._fds[shard.filename] = self._reopen(shard) if resume else self._create(shard)
+            sync_path(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, data: bytes | bytearray | memoryview, *, at: int | None = None) -> None:
+        """Write a tensor's bytes.
+
+        Args:
+            name: The tensor.
+            data: A contiguous buffer: all of it, or a part when ``at`` is given.
+            at: The part's first byte, counted from the tensor's start.
+
+        Raises:
+            PlanError: no space left.
+        """
+        shard, (begin, end) = self._place(name)
+        view = memoryview(data).cast("B")
+        size = end - begin
+        if (len(view) != size) if at is None else not 0 <= at <= at + len(view) <= size:
+            raise ValueError(f"{name}: {len(view)} bytes at {at or 0} do not fit a tensor of {size} bytes")
+        with space_told(self.folder):
+            write_all(self._fds[shard.filename], view, begin + (at or 0))
+        self._wrote(shard, (name,), len(view))
+
+    def write_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor that already has the planned dtype and shape; it may be on any device.
+
+        Raises:
+            PlanError: no space left.
+        """
+        import torch
+
+        entry = self.entry(name)
+        if tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{dtype_name(entry.dtype)}":
+            raise ValueError(f"{name}: planned {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)  # (numel,)
+        self.write(name, memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+
+    def zeros(self, name: str) -> None:
+        """Make a tensor all zero.
+
+        Raises:
+            PlanError: no space left.
+        """
+        shard, (begin, end) = self._place(name)
+        if name in self._fresh:  # allocated blocks that nobody wrote to read as zeros
+            self._wrote(shard, (name,), 0)
+            return
+        view = memoryview(_ZEROS)
+        with space_told(self.folder):
+            for at in range(begin, end, len(view)):
+                write_all(self._fds[shard.filename], view[: end - at], at)
+        self._wrote(shard, (name,), end - begin)
+
+    def copy(self, name: str, source: TensorInfo) -> None:
+        """Copy a tensor from another file; see `copy_many`."""
+        self.copy_many([(name, source)])
+
+    def copy_many(self, pairs: Iterable[tuple[str, TensorInfo]]) -> None:
+        """Copy tensors of equal size from other files, file to file; neighbours on both sides go in one call.
+
+        Args:
+            pairs: Output name and the stored tensor it comes from.
+
+        Raises:
+            CheckpointError: a source is gone or ends early.
+            PlanError: no space left.
+        """
+        runs: list[_Run] = []
+        for name, source in sorted(pairs, key=lambda p: (str(p[1].file), p[1].offset)):
+            shard, (begin, end) = self._place(name)
+            if source.nbytes != end - begin:
+                raise ValueError(f"{name}: {source.nbytes} bytes of {source.name} for {end - begin} bytes")
+            if not (runs and runs[-1].extend(name, source, shard, begin)):
+                runs.append(_Run(name, source, shard, begin))
+        fd, opened = -1, None
+        try:
+            for run in runs:
+                if run.file != opened:
+                    if fd >= 0:
+                        os.close(fd)
+                    fd, opened = -1, None
+                    fd, opened = open_regular(run.file), run.file
+                with space_told(self.folder):
+                    target = self._fds[run.shard.filename]
+                    copy_range(fd, run.source_offset, target, run.target_offset, run.length, run.file)
+                self._wrote(run.shard, run.names, run.length)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def entry(self, name: str) -> TensorEntry:
+        """What was planned for a tensor."""
+        return self._place(name)[0].entries[name]
+
+    def take_dirty(self) -> frozenset[str]:
+        """Files written to since the last call: what `sync` must bring to the disk."""
+        with self._lock:
+            dirty, self._dirty = frozenset(self._dirty), set()
+        return dirty
+
+    def sync(self, filenames: Iterable[str]) -> None:
+        """Bring these files' data to the disk.
+
+        Raises:
+            PlanError: no space left.
+        """
+        for filename in sorted(filenames):
+            with space_told(self.folder):
+                os.fdatasync(self._fds[filename])
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def _place(self, name: str) -> tuple[ShardLayout, tuple[int, int]]:
+        shard = self._places[name]
+        return shard, shard.tensors[name]
+
+    def _wrote(self, shard: ShardLayout, names: Iterable[str], count: int) -> None:
+        # After the write, never before: a file taken as clean in between is dirty again before its block is finished.
+        with self._lock:
+            self._dirty.add(shard.filename)
+            self._fresh.difference_update(names)
+            self.bytes_written += count
+
+    def _create(self, shard: ShardLayout) -> int:
+        path = self.folder / shard.filename
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with space_told(self.folder):
+                allocate(fd, shard.size)
+                write_all(fd, memoryview(shard.header), 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._dirty.add(shard.filename)
+        return fd
+
+    def _reopen(self, shard: ShardLayout) -> int:
+        path = self.folder / shard.filename
+        fd = -1
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if os.fstat(fd).st_size == shard.size and os.pread(fd, len(shard.header), 0) == shard.header:
+                return fd
+            problem = "it is not as the interrupted run left it"
+        except OSError as error:
+            problem = error.strerror
+        if fd >= 0:
+            os.close(fd)
+        raise PlanError("cannot resume", where=path, got=problem, hint="start over without --resume")
+
+
+class _Run:
+    """Neighbouring bytes of one source that become neighbouring bytes of one shard."""
+
+    def __init__(self, name: str, source: TensorInfo, shard: ShardLayout, begin: int):
+        self.names = [name]
+        self.file, self.source_offset, self.length = source.file, source.offset, source.nbytes
+        self.shard, self.target_offset = shard, begin
+
+    def extend(self, name: str, source: TensorInfo, shard: ShardLayout, begin: int) -> bool:
+        fits = (
+            source.file == self.file
+            and shard is self.shard
+            and source.offset == self.source_offset + self.length
+            and begin == self.target_offset + self.length
+        )
+        if fits:
+            self.names.append(name)
+            self.length += source.nbytes
+        return fits
