@@ -60,7 +60,7 @@ def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
     """Converts a GGUF file to a checkpoint folder: weights, config, generation config, tokenizer with chat template.
 
     The weights are dequantised to float32 and cast once, at the write. The folder is written beside ``out`` and renamed
-    when whole; when another process was faster, its folder stands.
+    when whole; when another process was faster, its folder stands. transformers shows its own progress on stderr.
 
     Args:
         gguf_file: A GGUF file of a family that transformers can dequantise.
@@ -86,7 +86,7 @@ def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        with _no_progress_bars(), _unreadable(gguf_file):
+        with _unreadable(gguf_file):
             source = {"gguf_file": gguf_file.name, "local_files_only": True}
             quantised = AutoModelForCausalLM.from_pretrained(str(gguf_file.parent), dtype="float32", **source)
             tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), **source)
@@ -98,6 +98,7 @@ def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
             model.load_state_dict(quantised.state_dict())  # strict: nothing is left at its random start
             model.generation_config = quantised.generation_config
             model.to(target).save_pretrained(partial)
+            tokenizer.init_kwargs.pop("local_files_only", None)  # of this call, not of the tokenizer
             tokenizer.save_pretrained(partial)
         _rename_whole(partial, out)
     finally:
@@ -147,20 +148,6 @@ def _unreadable(gguf_file: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise CheckpointError("transformers cannot read this GGUF file", where=gguf_file, got=error) from error
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Only the command line prints; transformers' bars come back afterwards as they were."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _rename_whole(partial: Path, out: Path) -> None:

@@ -158,12 +158,12 @@ class Made:
 
     Attributes:
         task: Which output it is.
-        tensor: Its values in the arithmetic's dtype; the caller casts once.
+        tensor: Its values in the arithmetic's dtype; the caller casts once. None when there is only something to tell.
         diagnostics: What the report should say about it.
     """
 
     task: TensorTask
-    tensor: torch.Tensor
+    tensor: torch.Tensor | None
     diagnostics: Mapping[str, object] | None = None
 
 

@@ -148,10 +148,8 @@ class _Planner:
         views = [self._view(s.model) for s in sources]
         roles = [v.layers[layer] for v, layer in zip(views, layers, strict=True)]
         first_output = len(self.origins)
-        if per_gap > 1:
-            title = f"layers {first_output}-{first_output + per_gap - 1}"
-        else:
-            title = f"layer {first_output}"
+        last = first_output + per_gap - 1
+        title = f"layers {first_output}-{last}" if per_gap > 1 else f"layer {last}"
         self._same_tensors(piece, sources, roles, f"layer {layers[0]}")
         base = self._base(piece, sources)
         donor = self.models[self.donor].view

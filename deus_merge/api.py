@@ -1,0 +1,144 @@
+"""What the command line and notebooks call: recipes in, checkpoints out.
+
+>>> from deus_merge import api
+>>> api.plan_text("base_model: ./model\\nupscale: {preset: opt_deus}")  # doctest: +SKIP
+>>> api.merge("recipes/opt_deus.yml", "./deeper")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .errors import VerifyError
+from .execute import RunOptions, execute
+from .plan import BlockPlan, Plan
+from .planner import DEFAULT_SHARD_SIZE, build_plan
+from .recipe import Recipe, parse_recipe, read_recipe
+from .verify import Verification
+
+__all__ = ["MergeResult", "RunOptions", "merge", "plan", "upscale_recipe", "verify"]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished run.
+
+    Attributes:
+        folder: The output.
+        plan: What was done.
+        verification: None when it was switched off.
+        warnings: The plan's, and the run's (plans that did not converge).
+        seconds: Wall time.
+    """
+
+    folder: Path
+    plan: Plan
+    verification: Verification | None
+    warnings: tuple[str, ...]
+    seconds: float
+
+    def describe(self) -> dict:
+        """As JSON data."""
+        return {
+            "folder": str(self.folder),
+            "plan_hash": self.plan.hash,
+            "num_layers": self.plan.num_layers,
+            "new_layers": list(self.plan.new_layers),
+            "function_preserving": self.plan.function_preserving,
+            "bytes_written": self.plan.bytes_written,
+            "seconds": round(self.seconds, 3),
+            "verification": self.verification and self.verification.describe(),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan(recipe: Recipe | str | Path, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE) -> Plan:
+    """The plan of a recipe (or of the file it stands in). Reads configs and headers, no tensor.
+
+    Raises:
+        DeusMergeError: whatever is wrong with the recipe or its models.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe)
+    return build_plan(recipe, max_shard_size=max_shard_size)
+
+
+def merge(
+    recipe: Recipe | Plan | str | Path,
+    out: str | Path,
+    options: RunOptions | None = None,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    on_block: Callable[[BlockPlan, bool], None] | None = None,
+) -> MergeResult:
+    """Run a recipe and write the checkpoint.
+
+    Args:
+        recipe: A recipe, its file, or a plan made before.
+        out: The output folder.
+        options: Device, resume, overwrite, verification.
+        max_shard_size: Upper bound of an output file.
+        on_block: Called after each block with the block and whether it was there from an earlier run.
+
+    Raises:
+        DeusMergeError: before anything is written, or VerifyError, with the output left unrenamed.
+    """
+    started = time.monotonic()
+    whole = recipe if isinstance(recipe, Plan) else plan(recipe, max_shard_size=max_shard_size)
+    verification, warnings = execute(
+        whole, Path(out), options or RunOptions(), on_block or (lambda block, resumed: None)
+    )
+    return MergeResult(Path(out), whole, verification, warnings, time.monotonic() - started)
+
+
+def upscale_recipe(
+    model: str,
+    *,
+    preset: str = "opt_deus",
+    insert: object = None,
+    dtype: str | None = None,
+    parameters: Mapping[str, object] | None = None,
+) -> Recipe:
+    """The recipe that `deus-merge upscale` runs.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        preset: A name in `presets.PRESETS`.
+        insert: As in a recipe: ``"top_half"``, ``{"every": 4}`` ...; None for the preset's own.
+        dtype: Of the output; None keeps the model's.
+        parameters: Of ``ot_fuse``, on top of the preset's.
+
+    Raises:
+        RecipeError: as for a recipe file.
+    """
+    section: dict[str, object] = {"preset": preset}
+    if insert is not None:
+        section["insert"] = insert
+    if parameters:
+        section["parameters"] = dict(parameters)
+    data: dict[str, object] = {"base_model": model}
+    if dtype:
+        data["dtype"] = dtype
+    return parse_recipe(yaml.safe_dump(data | {"upscale": section}, sort_keys=False), "upscale options")
+
+
+def verify(
+    out: str | Path, *, quick: bool = False, logits_text: str | None = None, check: bool = False
+) -> Verification:
+    """Check a finished output; see `deus_merge.verify.verify`.
+
+    Raises:
+        VerifyError: with ``check``, when something failed.
+    """
+    from .verify import verify as run
+
+    result = run(out, quick=quick, logits_text=logits_text)
+    if check and not result.passed:
+        failed = [c for c in result.checks if c.passed is False]
+        raise VerifyError(f"{failed[0].name}: {failed[0].detail}", where=out)
+    return result

@@ -1,0 +1,67 @@
+"""``demo``: the main job on a small real model, start to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import api
+from .output import progress, say, show_verification
+
+_PROMPTS = {False: "The capital of France is", True: "def __init__(self"}
+_TOKENS = 16
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path), default="demo")
+@click.option("--tiny", is_flag=True, help="Use the tiny trained model that ships in the package: no download.")
+@click.option("--preset", default="opt_deus", show_default=True)
+@click.option("--insert", default="top_half", show_default=True)
+def demo(out: Path, tiny: bool, preset: str, insert: str):
+    """Up-scale a small real model into the folder OUT, verify it, and let base and result write the same sentence.
+
+    \b
+    Example:
+      deus-merge demo --tiny
+    """
+    from ..demo_models import smollm2, tiny_model
+
+    base = tiny_model() if tiny else smollm2(out)
+    target = out / f"{'tiny' if tiny else base.name}-{preset}"
+    recipe = api.upscale_recipe(str(base), preset=preset, insert=insert)
+    plan = api.plan(recipe)
+    with progress(plan, quiet=False) as on_block:
+        result = api.merge(plan, target, api.RunOptions(overwrite=True, verify=False), on_block=on_block)
+    checked = api.verify(target, logits_text=_text())
+    show_verification(checked)
+    prompt = _PROMPTS[tiny]
+    for name, folder in (("base", base), ("up-scaled", target)):
+        click.echo(f"{name:>10}: {_continue(folder, prompt)}")
+    depth = plan.models[plan.donor].view.num_layers
+    click.echo(f"\n{depth} -> {plan.num_layers} layers in {result.seconds:.1f} s")
+    click.echo(f"base model       {base}\nup-scaled model  {target}\nrecipe           {target / 'deus_merge.yml'}")
+    click.echo(f"to train: the {len(plan.new_parameters)} tensors under new_parameters in {target / 'deus_merge.json'}")
+    if not checked.passed:
+        say("the result failed verification")
+        raise click.exceptions.Exit(3)
+
+
+def _text() -> str:
+    """Real text that is always there: the first lines of Python's own ``this`` module's neighbours."""
+    import argparse
+
+    return argparse.__doc__
+
+
+def _continue(folder: Path, prompt: str) -> str:
+    """The model's greedy continuation of the prompt, as one printable line."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=_TOKENS, do_sample=False, pad_token_id=0)[0]
+    return repr(tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,131 @@
+"""``verify``, ``inspect`` and ``methods``: they look and change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import api
+from ..units import format_size
+from .output import emit_json, say, show_verification, table
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--logits", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TEXT",
+              help="A text file: also compare logits of base and output on it.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Leave out finite values and building the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.pass_context
+def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, as_json: bool):
+    """Check OUT against its plan, its sources and transformers. Exit code 3 when a check fails.
+
+    \b
+    Example:
+      deus-merge verify ./deeper --logits text.txt
+    """
+    text = logits.read_text(encoding="utf-8", errors="replace")[:20_000] if logits else None
+    result = api.verify(out, quick=quick, logits_text=text)
+    if as_json:
+        emit_json(result.describe())
+    else:
+        show_verification(result)
+    if not result.passed:
+        say(f"{out} failed verification")
+        ctx.exit(3)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--similarity", is_flag=True, help="Transport cost and alignment of each adjacent pair of layers.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the similarity (png, svg, pdf)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
+def inspect(model: str, similarity: bool, plot: Path | None, as_json: bool):
+    """Show MODEL's family, layers, heads and sizes.
+
+    \b
+    Example:
+      deus-merge inspect ./SmolLM2-135M --similarity --plot similarity.png
+    """
+    from ..inspection import adjacent_similarity, plot_similarity, summary
+
+    facts = summary(model)
+    if similarity or plot:
+        rows = []
+        for row in adjacent_similarity(model):
+            rows.append(row)
+            say(f"layers {row['layers'][0]} and {row['layers'][1]} done")
+        facts["similarity"] = rows
+    if plot:
+        plot_similarity(facts["similarity"], plot)
+    if as_json:
+        emit_json(facts)
+        return
+    shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles")}
+    shown["bytes"] = format_size(shown["bytes"])
+    table("", ["", ""], [[k.replace("_", " "), str(v)] for k, v in shown.items()])
+    click.echo()
+    table(
+        "one layer",
+        ["role", "tensor", "shape", "reads", "writes"],
+        [list(map(str, r.values())) for r in facts["roles"]],
+    )
+    if "similarity" in facts:
+        click.echo()
+        _similarity_table(facts["similarity"])
+
+
+def _similarity_table(rows: list[dict]) -> None:
+    roles = list(rows[0]["roles"])
+    top = max(max(r["aligned"] for r in row["roles"].values()) for row in rows) or 1.0
+    body = []
+    for row in rows:
+        means = [r["aligned"] for r in row["roles"].values()]
+        bar = "█" * round(20 * sum(means) / len(means) / top)
+        cells = [
+            f"{row['roles'][r]['cost']:.3f} {row['roles'][r]['plain']:+.2f}→{row['roles'][r]['aligned']:+.2f}"
+            for r in roles
+        ]
+        body.append([f"{row['layers'][0]}–{row['layers'][1]}", *cells, bar])
+    title = "adjacent layers: transport cost, and cosine before → after alignment (rows of A against rows of B)"
+    table(title, ["layers", *roles, "aligned"], body)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
+def methods(name: str | None, as_json: bool):
+    """List merge methods, solvers, families and presets; with NAME, one with its parameters and defaults.
+
+    \b
+    Example:
+      deus-merge methods ot_fuse
+    """
+    from ..catalog import catalog
+
+    everything = catalog()
+    if name is None:
+        if as_json:
+            emit_json(everything)
+            return
+        for kind, entries in everything.items():
+            table(kind, ["name", "what"], [[n, e["summary"]] for n, e in entries.items()])
+            click.echo()
+        return
+    found = {kind: entries[name] for kind, entries in everything.items() if name in entries}
+    if not found:
+        from ..errors import DeusMergeError, nearest
+
+        known = [n for entries in everything.values() for n in entries]
+        raise DeusMergeError(f"nothing is called {name!r}", hint=nearest(name, known))
+    if as_json:
+        emit_json(found)
+        return
+    for kind, entry in found.items():
+        click.echo(f"{name} ({kind.rstrip('s')}): {entry['summary']}\nreference: {entry['reference']}\n")
+        if parameters := entry.get("parameters"):
+            columns = ["parameter", "values", "default", "what"]
+            table("", columns, [[p["name"], p["values"], str(p["default"]), p["help"]] for p in parameters])

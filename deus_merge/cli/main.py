@@ -1,0 +1,94 @@
+"""``deus-merge``: its commands, and how errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import DeusMergeError
+
+_COMMANDS = {  # name -> module with a click command of that name; imported when used, so that --help is quick
+    "merge": "run",
+    "plan": "run",
+    "upscale": "run",
+    "verify": "look",
+    "inspect": "look",
+    "methods": "look",
+    "demo": "demo",
+}
+_HELP = {
+    "merge": "Run a recipe and write the checkpoint.",
+    "plan": "Show what a recipe would do.",
+    "upscale": "Make a model deeper, without a recipe file.",
+    "verify": "Check a finished output.",
+    "inspect": "Show a model's family, layers and sizes.",
+    "methods": "List methods, solvers, families and presets.",
+    "demo": "Up-scale a small real model, start to end.",
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx):
+        return list(_COMMANDS)
+
+    def get_command(self, ctx, name):
+        if name not in _COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"{__package__}.{_COMMANDS[name]}"), name)
+
+    def resolve_command(self, ctx, args):
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from ..errors import nearest
+
+            raise click.UsageError(f"{error.format_message()} ({nearest(args[0], _COMMANDS)})", ctx) from None
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_HELP.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="deus-merge")
+def cli():
+    """Deeper language models by optimal transport: merge, fuse and up-scale checkpoints from YAML recipes.
+
+    \b
+    deus-merge demo --tiny                              see it work, no download
+    deus-merge upscale ./model ./deeper                 the main job
+    deus-merge merge recipes/mixed.yml ./out            a recipe
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit codes: 0 done, 2 wrong input, 3 failed verification, 130 interrupted, 1 a bug or the machine."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        return cli(arguments, prog_name="deus-merge", standalone_mode=False) or 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except DeusMergeError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort) as stop:
+        notes = "".join(f"\n  {note}" for note in getattr(stop, "__notes__", ()))
+        click.echo(f"\ninterrupted{notes}", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # the machine: a full disk, a lost mount
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {place}{error.strerror or error}", err=True)
+        return 1

@@ -1,0 +1,99 @@
+"""Tables and progress. What was asked for goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from ..plan import BlockPlan, Plan
+from ..units import format_size
+from ..verify import Verification
+
+
+def emit_json(data: object) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """One line for people, on stderr."""
+    if not quiet:
+        click.echo(text, err=True)
+
+
+def warn(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
+    """A table on stdout; columns in ``right`` are numbers."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(escape(str(cell)) for cell in row))
+    terminal = sys.stdout.isatty()
+    Console(highlight=False, width=None if terminal else 160, soft_wrap=False).print(grid)
+
+
+@contextmanager
+def progress(plan: Plan, quiet: bool) -> Iterator:
+    """Yields the ``on_block`` callback: a bar on a terminal, one line a block otherwise."""
+    total, started = len(plan.blocks), time.monotonic()
+    if quiet:
+        yield lambda block, resumed: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("merging", total=total)
+            yield lambda block, resumed: bar.update(task, advance=1, description=block.title)
+    else:
+
+        def line(block: BlockPlan, resumed: bool) -> None:
+            how = "kept from the earlier run" if resumed else block.kind
+            say(f"[{block.index + 1}/{total}] {block.title}: {how} ({time.monotonic() - started:.1f} s)")
+
+        yield line
+
+
+def show_plan(plan: Plan) -> None:
+    """The layer map and the sums."""
+    names = {i: f"{m.ref}" for i, m in enumerate(plan.models)}
+    short = {i: chr(ord("A") + i) if i < 26 else f"M{i}" for i in names}
+    for i, name in names.items():
+        view = plan.models[i].view
+        family = view.architecture.family if view.architecture else f"{view.model_type} (by tensor names)"
+        role = ", base" if i == plan.donor else ""
+        click.echo(f"{short[i]} = {name}  [{family}, {view.num_layers} layers{role}]")
+    click.echo()
+    rows = []
+    for block in plan.blocks:
+        origin = " + ".join(short[s.model] + (f" {s.layer}" if s.layer is not None else "") for s in block.sources)
+        rows.append([block.title, origin, block.method, block.kind, "new" if block.new else ""])
+    table("", ["output", "from", "method", "how", ""], rows)
+    click.echo()
+    layers = f"{plan.models[plan.donor].view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
+    same = "; computes what the base computes" if plan.function_preserving else ""
+    click.echo(f"{layers}{same}")
+    click.echo(
+        f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {len(plan.shards)} files; "
+        f"about {format_size(plan.peak_memory)} of memory, {plan.seconds:.0f} s"
+    )
+    click.echo(f"plan {plan.hash}")
+
+
+def show_verification(result: Verification) -> None:
+    marks = {True: "ok", False: "FAILED", None: "skipped"}
+    table("", ["check", "", "detail"], [[c.name, marks[c.passed], c.detail] for c in result.checks])

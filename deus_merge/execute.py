@@ -1,0 +1,330 @@
+"""Runs a plan: read ahead, merge on the device, write behind; then verify, and only then the folder gets its name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__
+from .checkpoint.layout import index_json
+from .checkpoint.reader import INDEX
+from .checkpoint.shards import ShardWriter
+from .checkpoint.system import free_space
+from .checkpoint.writer import OutputFolder
+from .errors import CheckpointError, DeusMergeError, PlanError, VerifyError
+from .method import TensorTask
+from .plan import BlockPlan, Plan, PlannedTensor
+from .recipe import methods
+from .recipe_yaml import dump_recipe
+from .report.card import model_card
+from .report.manifest import MANIFEST, RECIPE, manifest
+from .units import format_size, torch_dtype
+from .verify import Verification, verify
+
+if TYPE_CHECKING:
+    import torch
+
+_CAST_BYTES = 64 << 20  # of a tensor that is only cast, this much is alive at once
+_SLACK = 16 << 20  # bytes of disk for everything beside the weights
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what.
+
+    Attributes:
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        max_memory: Refuse to start when the plan's estimate is above this many bytes.
+        resume: Go on with an interrupted run.
+        overwrite: Replace an existing output, once the new one is whole.
+        verify: Check the result before it gets its name.
+        seed: For methods that draw random numbers.
+        threads: CPU threads for arithmetic; None for torch's own choice.
+    """
+
+    device: str = "auto"
+    max_memory: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    verify: bool = True
+    seed: int = 0
+    threads: int | None = None
+
+
+def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
+    """Everything that can be known to go wrong, before a byte is written.
+
+    Raises:
+        PlanError: no room on the disk, too little memory allowed, OUT in or around a source, no such device.
+    """
+    place = out.resolve()
+    for model in plan.models:
+        source = model.checkpoint.folder.resolve()
+        if place == source or source in place.parents or place in source.parents:
+            raise PlanError(
+                "the output and a source must not contain each other",
+                where=out,
+                expected="a folder beside the models",
+                got=f"source {source}",
+            )
+    if options.max_memory is not None and plan.peak_memory > options.max_memory:
+        raise PlanError(
+            "the plan needs more memory than allowed",
+            where="--max-memory",
+            expected=f"at least {format_size(plan.peak_memory)}",
+            got=format_size(options.max_memory),
+        )
+    needed = plan.bytes_written + _SLACK
+    if not options.resume and (free := free_space(out)) < needed:
+        raise PlanError("too little space on the disk", where=out, expected=format_size(needed), got=format_size(free))
+    if any(b.computes for b in plan.blocks):
+        _device(options.device)
+
+
+def execute(
+    plan: Plan, out: Path, options: RunOptions, on_block: Callable[[BlockPlan, bool], None]
+) -> tuple[Verification | None, tuple[str, ...]]:
+    """Carry out a plan.
+
+    Args:
+        plan: What to do.
+        out: The output folder; it appears when it is whole and verified.
+        options: How.
+        on_block: Called after every block, with whether an earlier run had already finished it.
+
+    Returns:
+        The verification (None if switched off), and all warnings.
+
+    Raises:
+        DeusMergeError: as `preflight`; or a tensor that cannot be merged; VerifyError when the result is wrong.
+    """
+    preflight(plan, out, options)
+    computes = any(b.computes for b in plan.blocks)
+    device = _device(options.device) if computes else None
+    identity = {
+        "deus_merge": __version__,
+        "device": device.type if device else "none",
+        "threads": _set_threads(options.threads) if computes else 0,
+        "seed": options.seed,
+        "sources": [_stamp(m.checkpoint.files) for m in plan.models],
+    }
+    output = OutputFolder(
+        out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
+    )
+    with _told_how_to_resume(output), output:
+        writer = output.shards(plan.shards)
+        with ExitStack() as stack:
+            run = _Run(plan, writer, device, stack)
+            for block, following in zip(plan.blocks, [*plan.blocks[1:], None], strict=True):
+                resumed = str(block.index) in output.finished
+                if not resumed:
+                    output.record(str(block.index), {"tensors": run.block(block, following)})
+                on_block(block, resumed)
+        diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
+        warnings = plan.warnings + tuple(output.notes) + _convergence(plan, diagnostics)
+        told = {key: identity[key] for key in ("device", "threads", "seed")}
+        _write_files(plan, output.folder, manifest(plan, diagnostics, told))
+        verification = verify(output.folder, quick=True) if options.verify else None
+        if verification and not verification.passed:
+            failed = next(c for c in verification.checks if c.passed is False)
+            raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
+        output.finish()
+    return verification, warnings + tuple(n for n in output.notes if n not in warnings)
+
+
+class _Run:
+    """One run's moving parts: the tensor being read ahead, merged, and written behind."""
+
+    def __init__(self, plan: Plan, writer: ShardWriter, device: torch.device | None, stack: ExitStack):
+        self.plan, self.writer, self.device = plan, writer, device
+        self.diagnostics: dict[int, list[dict]] = {}
+        self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
+        self._behind = stack.enter_context(ThreadPoolExecutor(1, "write-behind"))
+        self._writing: Future | None = None
+        self._next: tuple[int, Future] | None = None
+
+    def block(self, block: BlockPlan, following: BlockPlan | None) -> list[dict]:
+        """Make one block; returns what its method told."""
+        copies = [(t.task.name, t.inputs[t.source]) for t in block.tensors if t.action == "copy"]
+        if copies:
+            self.writer.copy_many(copies)
+        told: list[dict] = []
+        if block.computes:
+            loaded = self._loaded(block)
+            if following is not None and following.computes:
+                self._next = following.index, self._ahead.submit(self._load, following)
+            planned = {t.task.name: t for t in block.tensors}
+            for t in block.tensors:
+                if t.action == "cast":
+                    self._cast(block, t)
+            if any(t.action == "merge" for t in block.tensors):
+                told = self._merge(block, planned, _Inputs(self, block, loaded))
+            self._wait()
+        for t in block.tensors:
+            if t.action == "zeros":
+                self.writer.zeros(t.task.name)
+        self.diagnostics[block.index] = told
+        return told
+
+    def _merge(self, block: BlockPlan, planned: Mapping[str, PlannedTensor], inputs: _Inputs) -> list[dict]:
+        import torch
+
+        told = []
+        try:
+            for made in methods()[block.method].merge(inputs):
+                if made.diagnostics is not None:
+                    told.append({"tensor": made.task.name, **made.diagnostics})
+                if made.tensor is None:
+                    continue
+                tensor = made.tensor.to(torch_dtype(planned[made.task.name].dtype))
+                if not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(
+                        f"merging {made.task.name} gives NaN or infinity",
+                        where=planned[made.task.name].inputs[0].file,
+                        expected=f"finite values that fit {planned[made.task.name].dtype}",
+                        hint="look for NaN in the sources, or choose a wider dtype",
+                    )
+                self._write(made.task.name, tensor)
+        except DeusMergeError as error:
+            error.where = f"{block.title}: {error.where}" if error.where else block.title
+            raise
+        return told
+
+    def _cast(self, block: BlockPlan, planned: PlannedTensor) -> None:
+        """Another dtype and nothing else: a slice of rows at a time."""
+        info = planned.inputs[planned.source]
+        checkpoint = self.plan.models[block.sources[planned.source].model].checkpoint
+        dtype = torch_dtype(planned.dtype)
+        if not info.shape:
+            self._write(planned.task.name, checkpoint.read(info.name).to(dtype))
+            return
+        rows = max(1, _CAST_BYTES // max(1, info.nbytes // max(1, info.shape[0])))
+        at = 0
+        for start in range(0, info.shape[0], rows):
+            piece = checkpoint.slice(info.name, start, min(start + rows, info.shape[0])).to(dtype)
+            self._write(planned.task.name, piece, at)
+            at += piece.numel() * piece.element_size()
+
+    def _write(self, name: str, tensor: torch.Tensor, at: int | None = None) -> None:
+        """Hand a tensor to the writing thread; at most one waits, so that memory stays bound."""
+        import torch
+
+        flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+        self._wait()
+        self._writing = self._behind.submit(self.writer.write, name, memoryview(flat.numpy()), at=at)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _loaded(self, block: BlockPlan) -> dict:
+        if self._next is not None and self._next[0] == block.index:
+            return self._next[1].result()
+        return self._load(block)
+
+    def _load(self, block: BlockPlan) -> dict[tuple[str, int], torch.Tensor]:
+        """Start reading what the block will merge: into the kernel's cache, or onto the device."""
+        loaded = {}
+        for t in block.tensors:
+            if t.action != "merge" or t.task.slot:
+                continue
+            for i, info in enumerate(t.inputs):
+                checkpoint = self.plan.models[block.sources[i].model].checkpoint
+                if self.device is None or self.device.type == "cpu":
+                    checkpoint.prefetch([info.name])
+                else:
+                    loaded[t.task.role, i] = checkpoint.read(info.name).to(self.device)
+        return loaded
+
+
+class _Inputs:
+    """A block as its method sees it (`method.Block`)."""
+
+    def __init__(self, run: _Run, block: BlockPlan, loaded: dict):
+        self.tasks: list[TensorTask] = [t.task for t in block.tensors]
+        self.base = block.base
+        self._run, self._block, self._loaded = run, block, loaded
+        self._inputs = {t.task.role: t.inputs for t in block.tensors}
+
+    def read(self, role: str, source: int) -> torch.Tensor:
+        if (role, source) in self._loaded:
+            return self._loaded.pop((role, source))
+        model = self._run.plan.models[self._block.sources[source].model]
+        return model.checkpoint.read(self._inputs[role][source].name).to(self._run.device)
+
+
+def _write_files(plan: Plan, folder: Path, record: dict) -> None:
+    recipe = dump_recipe(plan.recipe)
+    if len(plan.shards) > 1:
+        (folder / INDEX).write_bytes(index_json(plan.shards))
+    for name, content in plan.files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    (folder / "config.json").write_text(json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, recipe), encoding="utf-8")
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _told_how_to_resume(output: OutputFolder) -> Iterator[None]:
+    """Whatever stops the run, say what is kept."""
+    try:
+        yield
+    except BaseException as error:
+        if hint := output.resume_hint:
+            if isinstance(error, DeusMergeError) and not isinstance(error, VerifyError):
+                error.hint = f"{error.hint}; {hint}" if error.hint else hint
+            else:
+                error.__notes__ = [*getattr(error, "__notes__", ()), hint]
+        raise
+
+
+def _convergence(plan: Plan, diagnostics: Mapping[int, list[dict]]) -> tuple[str, ...]:
+    """One warning for all plans that missed their tolerance."""
+    missed = [d for lines in diagnostics.values() for d in lines if d.get("converged") is False]
+    if not missed:
+        return ()
+    worst = max(missed, key=lambda d: d["marginal_error"])
+    return (
+        f"{len(missed)} transport plans did not reach the tolerance; the worst is {worst['tensor']} with an L1 marginal"
+        f" error of {worst['marginal_error']:.2g} after {worst['iterations']} iterations: raise reg or max_iterations",
+    )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlanError(
+            "no such CUDA device", where="--device", expected=f"{torch.cuda.device_count()} devices", got=name
+        )
+    if device.type == "cuda":  # plans need all of float32's digits
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def _set_threads(threads: int | None) -> int:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def _stamp(files: tuple[Path, ...]) -> list:
+    return [[f.name, os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files]

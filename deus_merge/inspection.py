@@ -1,0 +1,112 @@
+"""What a model is made of, and how alike its neighbouring layers are. Reads one pair of layers at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from .architecture import ModelView, view_model
+from .checkpoint.hub import resolve
+from .checkpoint.reader import Checkpoint
+from .errors import ArchitectureError, DeusMergeError
+
+
+def summary(model: str) -> dict:
+    """Family, depth, heads and sizes of a model (a folder or a hub id), as JSON data."""
+    checkpoint, view = _open(model)
+    config = checkpoint.config
+    parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+    facts = {
+        "model": model,
+        "family": view.architecture.family if view.architecture else f"{view.model_type} (by tensor names)",
+        "layers": view.num_layers,
+        "hidden_size": config.get("hidden_size"),
+        "intermediate_size": config.get("intermediate_size"),
+        "heads": config.get("num_attention_heads"),
+        "key_value_heads": config.get("num_key_value_heads"),
+        "vocabulary": config.get("vocab_size"),
+        "tied_embeddings": config.get("tie_word_embeddings"),
+        "dtypes": ", ".join(sorted({t.dtype for t in checkpoint.tensors.values()})),
+        "parameters": parameters,
+        "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
+        "files": len(checkpoint.files),
+    }
+    roles = []
+    for role, name in view.layers[0].items():
+        spec = view.spec(role)
+        roles.append(
+            {
+                "role": role,
+                "tensor": name,
+                "shape": list(checkpoint.tensors[name].shape),
+                "reads": spec.in_space if spec else None,
+                "writes": spec.out_space if spec else None,
+            }
+        )
+    return {k: v for k, v in facts.items() if v is not None} | {"roles": roles}
+
+
+def adjacent_similarity(model: str) -> Iterator[dict]:
+    """For each pair of neighbouring layers and each projection: how alike, and how much alignment adds.
+
+    Yields:
+        ``layers`` (i, i+1) and ``roles``: role -> ``cost`` (transport cost between unit rows, exact assignment),
+        ``plain`` and ``aligned``: mean cosine of rows of A and B in their own order and after the assignment.
+
+    Raises:
+        ArchitectureError: the family is not described, so there are no roles.
+    """
+    import torch
+
+    from .ot.costs import cost_matrix, unit_rows
+    from .ot.problem import OTProblem
+    from .ot.solvers.assignment import SOLVER
+
+    checkpoint, view = _open(model)
+    if view.architecture is None:
+        raise ArchitectureError(
+            f"similarity needs a described family, {view.model_type!r} is none", hint="deus-merge methods lists them"
+        )
+    roles = [s.role for s in view.architecture.layer if s.in_space]
+    for i in range(view.num_layers - 1):
+        row: dict[str, dict] = {}
+        for role in roles:
+            a, b = (checkpoint.read(view.layers[j][role]).to(torch.float32) for j in (i, i + 1))  # (n, d)
+            a, b = unit_rows(a), unit_rows(b)
+            solution = SOLVER.solve(OTProblem.uniform(cost_matrix(a, b)))
+            moved = solution.coupling.transport_map().to_rows(a)  # (n, d)
+            row[role] = {
+                "cost": solution.transport_cost,
+                "plain": (a * b).sum(1).mean().item(),
+                "aligned": (moved * b).sum(1).mean().item(),
+            }
+        yield {"layers": [i, i + 1], "roles": row}
+
+
+def plot_similarity(rows: list[dict], path: Path) -> None:
+    """Draw `adjacent_similarity` with matplotlib (the ``plot`` extra): cosine by pair, before and after."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DeusMergeError("plots need matplotlib", hint='pip install "deus-merge[plot]"') from None
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    pairs = [f"{a}–{b}" for a, b in (r["layers"] for r in rows)]
+    for index, role in enumerate(rows[0]["roles"]):
+        color = f"C{index}"
+        axes.plot(pairs, [r["roles"][role]["aligned"] for r in rows], color=color, label=role)
+        axes.plot(pairs, [r["roles"][role]["plain"] for r in rows], color=color, linestyle=":")
+    axes.set(xlabel="adjacent layers", ylabel="mean cosine of rows", title="solid: aligned, dotted: as they stand")
+    axes.tick_params(axis="x", rotation=90)
+    axes.legend(ncols=len(rows[0]["roles"]))
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise DeusMergeError(f"the plot cannot be written: {error}", where=path) from None
+
+
+def _open(model: str) -> tuple[Checkpoint, ModelView]:
+    folder = resolve(model)
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint, view_model(checkpoint.config, tuple(checkpoint.tensors), folder)

@@ -1,0 +1,60 @@
+"""The model card of an output: front matter for the hub, layer map, recipe. The same plan gives the same card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from .. import __version__
+from ..errors import printable
+from ..plan import Plan
+
+
+def model_card(plan: Plan, recipe_yaml: str) -> str:
+    """Markdown with YAML front matter.
+
+    Args:
+        plan: What was run.
+        recipe_yaml: The resolved recipe.
+    """
+    names = [_name(str(m.ref)) for m in plan.models]
+    front = {
+        "base_model": names,
+        "library_name": "transformers",
+        "tags": ["merge", "deus_merge", *(["depth-up-scaling"] if plan.new_layers else [])],
+    }
+    base = names[plan.donor]
+    depth = plan.models[plan.donor].view.num_layers
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {base}, {plan.num_layers} layers",
+        "",
+    ]
+    lines.append(f"Made by deus_merge {__version__} from {', '.join(names)}: {depth} → {plan.num_layers} layers.")
+    if plan.function_preserving and plan.new_layers:
+        lines.append(f"It computes exactly what {base} computes: the new layers add nothing until they are trained.")
+    if plan.new_layers:
+        lines += [
+            "",
+            "## Training",
+            "",
+            f"New layers: {', '.join(map(str, plan.new_layers))}. `deus_merge.json` lists the",
+        ]
+        lines.append("exact names of their tensors under `new_parameters`; freeze all others.")
+    lines += ["", "## Layers", "", "| layer | from | how |", "|---|---|---|"]
+    for entry in plan.layer_map():
+        origin = " + ".join(f"{_name(s['model'])} {s['layer']}" for s in entry["sources"])
+        how = f"{entry['method']}, new" if entry["new"] else entry["kind"]
+        lines.append(f"| {entry['layer']} | {origin} | {how} |")
+    lines += ["", "## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _name(ref: str) -> str:
+    """A model's name without the folders of whoever ran the merge."""
+    name = Path(ref).name if Path(ref).exists() else ref
+    return printable(name).replace("|", "\\|")
