@@ -1,0 +1,63 @@
+"""Exact transport between equally many points of equal mass, a permutation: SciPy's ``linear_sum_assignment``."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from ...errors import SolverError
+from ..problem import Coupling, OTProblem, OTSolution
+
+
+class Assignment:
+    """The solver ``assignment``; ``reg`` and ``max_iterations`` do not apply."""
+
+    name = "assignment"
+    summary = "exact one-to-one matching for uniform square problems; CPU"
+    reference = "Crouse 2016, IEEE TAES 52(4); SciPy"
+
+    def solve(
+        self,
+        problem: OTProblem,
+        *,
+        reg: float | Literal["auto"] = "auto",
+        max_iterations: int = 10_000,
+        tolerance: float = 1e-4,
+        target_support: float = 2.0,
+    ) -> OTSolution:
+        """Solve exactly; see `OTSolver.solve` for the arguments.
+
+        Raises:
+            SolverError: not a square problem with uniform marginals.
+        """
+        import torch
+        from scipy.optimize import linear_sum_assignment
+
+        if not problem.is_uniform_square:
+            raise SolverError(
+                "assignment matches equally many rows of equal mass",
+                expected="a square cost and uniform marginals",
+                got=f"cost {tuple(problem.cost.shape)}",
+                hint="use `solver: emd`",
+            )
+        start = time.perf_counter()
+        cost = problem.cost
+        n = cost.shape[0]
+        rows, columns = linear_sum_assignment(cost.cpu().numpy())
+        matrix = torch.zeros_like(cost)  # (n, n)
+        matrix[torch.from_numpy(rows), torch.from_numpy(columns)] = 1 / n
+        coupling = Coupling(matrix)
+        error = coupling.marginal_error(problem.a, problem.b)
+        return OTSolution(
+            coupling=coupling,
+            iterations=0,
+            marginal_error=error,
+            transport_cost=coupling.transport_cost(cost),
+            seconds=time.perf_counter() - start,
+            converged=error <= tolerance,
+            reg=None,
+            effective_support=1.0,
+        )
+
+
+SOLVER = Assignment()
