@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -59,6 +60,7 @@ class Checkpoint:
                 tensors[tensor.name] = tensor
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self._fds: dict[Path, int] = {}
+        weakref.finalize(self, _close_all, self._fds)  # for those who do not close
         self._lock = threading.Lock()  # read-ahead runs in another thread
         self._closed = False
 
@@ -148,8 +150,7 @@ class Checkpoint:
     def close(self) -> None:
         """Let go of the files. Tensors that were read stay as they are."""
         with self._lock:
-            while self._fds:
-                os.close(self._fds.popitem()[1])
+            _close_all(self._fds)
             self._closed = True
 
     def __enter__(self) -> Checkpoint:
@@ -191,6 +192,11 @@ class Checkpoint:
             if file_identity(os.fstat(self._fds[file])) != self._headers[file].identity:
                 raise CheckpointError("the file has changed since it was opened", where=file)
             return self._fds[file]
+
+
+def _close_all(fds: dict[Path, int]) -> None:
+    while fds:
+        os.close(fds.popitem()[1])
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

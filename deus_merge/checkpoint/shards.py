@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from ..units import dtype_name
+from ..units import dtype_name, format_size
 from .header import TensorInfo, open_regular
 from .layout import ShardLayout, TensorEntry
-from .system import allocate, copy_range, space_told, sync_path, write_all
+from .system import allocate, copy_range, free_space, space_told, sync_path, write_all
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,8 @@ class ShardWriter:
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
         self._fds: dict[str, int] = {}
+        if not resume:
+            self._check_space()
         try:
             for shard in shards:
                 self._fds[shard.filename] = self._reopen(shard) if resume else self._create(shard)
@@ -173,6 +175,18 @@ class ShardWriter:
             self._dirty.add(shard.filename)
             self._fresh.difference_update(names)
             self.bytes_written += count
+
+    def _check_space(self) -> None:
+        # Before allocating: a file system may fill itself up to the brim before it says no.
+        needed, free = sum(shard.size for shard in self._shards.values()), free_space(self.folder)
+        if needed > free:
+            raise PlanError(
+                "no space for the output",
+                where=self.folder,
+                expected=f"{format_size(needed)} free",
+                got=f"{format_size(free)} free",
+                hint="make room, or choose another output folder",
+            )
 
     def _create(self, shard: ShardLayout) -> int:
         path = self.folder / shard.filename

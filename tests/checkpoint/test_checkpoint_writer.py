@@ -1,0 +1,275 @@
+"""An output folder appears when it is whole, or not at all; a kill costs what was not yet on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import interrupted_child
+import pytest
+
+from deus_merge.checkpoint import OutputFolder, TensorEntry, plan_shards, writer
+from deus_merge.errors import PlanError
+
+LAYOUTS = plan_shards([TensorEntry("a", "U8", (3,)), TensorEntry("b", "U8", (3,))], 100)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write(out: Path, data: bytes = b"abcdef", *, stop: BaseException | None = None, **options) -> OutputFolder:
+    """A run of two blocks; ``stop`` is raised when the first is recorded."""
+    with OutputFolder(out, **({"plan_hash": "p", "identity": {"device": "cpu"}} | options)) as folder:
+        shards = folder.shards(LAYOUTS)
+        for name, part in (("a", data[:3]), ("b", data[3:])):
+            if name in folder.finished:
+                continue
+            shards.write(name, part)
+            folder.record(name, {"cost": 1.5})
+            if stop is not None:
+                raise stop
+        (folder.folder / "config.json").write_text("{}")
+        folder.finish()
+    return folder
+
+
+def interrupted(out: Path, data: bytes = b"abcdef", **options) -> Path:
+    with pytest.raises(KeyboardInterrupt):
+        write(out, data, stop=KeyboardInterrupt(), **options)
+    return out.parent / f".{out.name}.deus-tmp"
+
+
+def test_finishes_into_place_and_leaves_nothing_else(tmp_path):
+    folder = write(tmp_path / "deep" / "out")
+    assert set(content(folder.out)) == {"model.safetensors", "config.json"}
+    assert content(folder.out)["model.safetensors"].endswith(b"abcdef")
+    assert os.listdir(tmp_path / "deep") == ["out"]
+    assert folder.notes == [] and not folder.resumable and folder.resume_hint is None
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")  # an empty folder is no obstacle
+    assert len(content(tmp_path / "empty")) == 2
+
+
+@pytest.mark.parametrize("stop", [None, ValueError("bug"), KeyboardInterrupt()])
+def test_nothing_is_final_without_finish(stop, tmp_path):
+    out = tmp_path / "out"
+    if stop is None:
+        with OutputFolder(out, plan_hash="p") as folder:
+            folder.shards(LAYOUTS).write("a", b"abc")
+    else:
+        with pytest.raises(type(stop)), OutputFolder(out, plan_hash="p") as folder:
+            folder.shards(LAYOUTS).write("a", b"abc")
+            raise stop
+    assert os.listdir(tmp_path) == []  # no block was finished: there is nothing to resume
+
+
+@pytest.mark.parametrize("stop", [ValueError("bug"), KeyboardInterrupt()])
+def test_a_finished_block_is_kept_and_resumed(stop, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(type(stop)):
+        write(out, stop=stop)
+    temporary = tmp_path / ".out.deus-tmp"
+    assert os.listdir(tmp_path) == [temporary.name]
+    lines = [json.loads(line) for line in (temporary / "journal.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"format": 1, "plan_hash": "p", "identity": {"device": "cpu"}},
+        {"block": "a", "diagnostics": {"cost": 1.5}},
+    ]
+    with OutputFolder(out, plan_hash="p", identity={"device": "cpu"}, resume=True) as folder:
+        assert folder.finished == {"a": {"cost": 1.5}}
+        assert "1 blocks are kept" in folder.resume_hint and "--resume" in folder.resume_hint
+    write(out, b"...def", resume=True)
+    assert content(out)["model.safetensors"].endswith(b"abcdef")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_fresh_run_discards_what_was_left_and_says_so(tmp_path):
+    interrupted(tmp_path / "out", b"zzzzzz")
+    folder = write(tmp_path / "out", plan_hash="another")
+    assert "discarded" in folder.notes[0]
+    assert content(folder.out)["model.safetensors"].endswith(b"abcdef")
+
+
+def test_resume_without_an_interrupted_run_is_a_fresh_one(tmp_path):
+    assert "nothing to resume" in write(tmp_path / "out", resume=True).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan_hash": "q"}, "another plan"),
+        ({"identity": {"device": "cuda"}}, "another device"),
+        ({"identity": {"device": "cpu", "seed": 3}}, "another seed"),
+        ({"identity": {}}, "another device"),
+    ],
+)
+def test_resume_of_another_run_is_refused(options, message, tmp_path):
+    temporary = interrupted(tmp_path / "out")
+    before = content(temporary)
+    with pytest.raises(PlanError, match=message):
+        write(tmp_path / "out", resume=True, **options)
+    assert content(temporary) == before
+    assert len(content(write(tmp_path / "out", resume=True).out)) == 2  # the right one still can
+
+
+def test_identity_is_compared_as_json(tmp_path):
+    interrupted(tmp_path / "out", identity={"sources": ("x", "y"), 3: None})
+    write(tmp_path / "out", identity={"sources": ["x", "y"], "3": None}, resume=True)
+
+
+@pytest.mark.parametrize("tail", [b'{"block": "b", "diag', b'{"block": "b", "diagnostics": {}}', b"\0" * 50, b"[1]\n"])
+def test_a_torn_line_is_no_line(tail, tmp_path):
+    temporary = interrupted(tmp_path / "out")
+    with open(temporary / "journal.jsonl", "ab") as journal:
+        journal.write(tail)
+    with OutputFolder(tmp_path / "out", plan_hash="p", identity={"device": "cpu"}, resume=True) as folder:
+        assert list(folder.finished) == ["a"]
+    assert (temporary / "journal.jsonl").read_bytes().count(b"\n") == 2
+    write(tmp_path / "out", b"...def", resume=True)
+    assert content(tmp_path / "out")["model.safetensors"].endswith(b"abcdef")
+
+
+def test_another_versions_journal_is_refused(tmp_path):
+    journal = interrupted(tmp_path / "out") / "journal.jsonl"
+    journal.write_text(journal.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(PlanError, match="another version"):
+        write(tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "header", "link"])
+def test_resume_on_damaged_shards_is_refused(damage, tmp_path):
+    shard = interrupted(tmp_path / "out") / "model.safetensors"
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "shorter":
+        os.truncate(shard, 30)
+    elif damage == "header":
+        shard.write_bytes(shard.read_bytes().replace(b"U8", b"I8"))
+    else:
+        shard.rename(tmp_path / "elsewhere")
+        shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PlanError, match="cannot resume") as caught:
+        write(tmp_path / "out", resume=True)
+    assert caught.value.where == shard
+
+
+def test_a_line_is_written_after_its_data_is_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    fdatasync = os.fdatasync
+    monkeypatch.setattr(
+        os, "fdatasync", lambda fd: (synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fdatasync(fd))
+    )
+    monkeypatch.setattr(writer, "FLUSH_BYTES", 1)
+    write(tmp_path / "out")
+    assert synced == ["journal.jsonl"] + ["model.safetensors", "journal.jsonl"] * 2
+
+
+def test_a_failed_flush_is_no_finished_block(tmp_path, monkeypatch):
+    def fail(fd):
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(PlanError, match="no space left"):
+        write(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_flushes_are_batched(tmp_path, monkeypatch):
+    flushes = []
+    monkeypatch.setattr(OutputFolder, "_flush", lambda self, batch, dirty: flushes.append([b for b, _ in batch]))
+    write(tmp_path / "out")
+    assert flushes == [["a", "b"]]
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+@pytest.mark.parametrize("through_link", [True, False])
+def test_overwrite_replaces_when_whole(atomic, through_link, tmp_path, monkeypatch):
+    if not atomic:
+        monkeypatch.setattr(writer, "exchange", lambda *_: False)
+    place = tmp_path / "real"
+    place.mkdir()
+    (place / "config.json").write_text("old")
+    (place / "old.bin").write_text("old")
+    before = content(place)
+    out = place
+    if through_link:
+        out = tmp_path / "link"
+        out.symlink_to(place)
+    with pytest.raises(PlanError, match="not empty"):
+        write(out)
+    interrupted(place, overwrite=True)
+    assert content(place) == before
+    write(out, overwrite=True)
+    assert set(content(place)) == {"model.safetensors", "config.json"}
+    assert sorted(os.listdir(tmp_path)) == (["link", "real"] if through_link else ["real"])
+    assert out.is_symlink() == through_link
+
+
+@pytest.mark.parametrize("what", ["file", "no model", "mount point", "name taken"])
+def test_what_is_never_overwritten(what, tmp_path):
+    out = tmp_path / "out"
+    if what == "file":
+        out.write_text("mine")
+    elif what == "no model":
+        out.mkdir()
+        (out / "thesis.tex").write_text("mine")
+    elif what == "mount point":
+        out = Path("/proc")
+    else:
+        (tmp_path / ".out.deus-tmp").write_text("mine")
+    message = {"file": "not a folder", "no model": "holds no model", "name taken": "is taken"}.get(what, what)
+    with pytest.raises(PlanError, match=message):
+        write(out, overwrite=True)
+    if what == "no model":
+        assert content(out) == {"thesis.tex": b"mine"}
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(PlanError, match="not empty"), OutputFolder(out, plan_hash="p") as folder:
+        folder.shards(LAYOUTS).write("a", b"abc")
+        folder.record("a", {})
+        out.mkdir()
+        (out / "theirs").touch()
+        folder.finish()
+    assert content(out) == {"theirs": b""}
+    assert folder.resumable
+
+
+def test_a_second_run_is_refused(tmp_path):
+    out = tmp_path / "out"
+    with OutputFolder(out, plan_hash="p") as first:
+        before = os.listdir(first.folder)
+        with pytest.raises(PlanError, match="another run") as caught:
+            write(out)
+        assert f"process {os.getpid()} " in caught.value.got
+        code = (
+            "import sys\nfrom deus_merge.checkpoint import OutputFolder\n"
+            f"with OutputFolder({str(out)!r}, plan_hash='p', overwrite=True, resume=True): pass"
+        )
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another run is writing to this folder" in other.stderr
+        assert os.listdir(first.folder) == before
+        write(tmp_path / "other")  # elsewhere is free
+    write(out)
+
+
+@pytest.mark.parametrize("block", [0, 7, 39])
+def test_kill_and_resume_give_the_same_bytes(block, model, tmp_path):
+    assert interrupted_child.run(model, tmp_path / "undisturbed") == []
+    command = [sys.executable, interrupted_child.__file__, str(model), str(tmp_path / "out"), str(block)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "half a block\n"
+        child.send_signal(signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    kept = interrupted_child.run(model, tmp_path / "out", resume=True)
+    assert kept == [str(i) for i in range(block // 3 * 3)]  # it flushes every third block
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    assert sorted(os.listdir(tmp_path)) == ["out", "source", "undisturbed"]
