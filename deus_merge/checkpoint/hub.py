@@ -51,19 +51,19 @@ def resolve(ref: str, *, cache_dir: Path | str | None = None, offline: bool | No
     Raises:
         CheckpointError: no such folder; or no such repository, revision, right or connection.
     """
-    path = Path(ref).expanduser()
-    if _exists(path):
+    path = _local(ref)
+    if path is not None:
         if not path.is_dir():
             raise CheckpointError(
                 "a model is a folder, this is a file", where=ref, hint=f"name its folder: {path.parent}"
             )
         return path.absolute()
     repository, at, revision = ref.partition("@")
-    if at and _exists(Path(repository).expanduser()):
+    if at and _local(repository) is not None:
         raise CheckpointError(
             "a local folder has no revisions", where=ref, got=f"@{revision}", hint=f"leave @{revision} away"
         )
-    if not _REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
+    if not _REPOSITORY.fullmatch(repository) or len(repository) > 96 or "--" in repository or ".." in repository:
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
     if at and not _REVISION.fullmatch(revision):
         raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
@@ -129,8 +129,10 @@ def _unreachable(ref: str, error: Exception) -> CheckpointError:
     )
 
 
-def _exists(path: Path) -> bool:
+def _local(ref: str) -> Path | None:
+    """The file or folder a reference names; None when there is none."""
     try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+        path = Path(ref).expanduser()
+        return path if ref and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a user that nobody is
+        return None
