@@ -22,24 +22,36 @@ _PAIRS = 2048
 
 def sqeuclidean(x: Tensor, y: Tensor) -> Tensor:
     """‖x_r - y_s‖²: (n, d), (m, d) -> (n, m), in the dtype of the inputs (float32 or float64)."""
+    import torch
+
     _check(x, y)
     mean = (x.mean(0) + y.mean(0)) / 2  # (d,): a common offset of all rows costs digits
-    x, y = x - mean, y - mean
-    x2, y2 = x.square().sum(1), y.square().sum(1)  # (n,), (m,)
-    cost = x @ y.t()  # (n, m)
-    close = _CLOSE[str(x.dtype)]
+    u, v = x - mean, y - mean
+    x2, y2 = u.norm(dim=1).square_(), v.norm(dim=1).square_()  # (n,), (m,)
+    cost = u @ v.t()  # (n, m)
+    del u, v
+    close, largest = _CLOSE[str(x.dtype)], y2.max()
     for block in row_blocks(*cost.shape):
         rows = cost[block]  # (r, m)
         scale = x2[block].unsqueeze(1) + y2  # (r, m)
-        rows.mul_(-2).add_(scale).clamp_min_(0)
-        pairs = (rows < scale.mul_(close)).nonzero()  # (p, 2)
-        if len(pairs) > 4 * max(rows.shape):  # many rows alike: one product in float64 is cheaper
-            rows.copy_(_sqeuclidean_float64(x[block], y))
-            continue
-        for part in pairs.split(_PAIRS):
-            r, s = part.unbind(1)
-            rows[r, s] = (x[block][r] - y[s]).square_().sum(1)
+        torch.sub(scale, rows, alpha=2, out=rows).clamp_min_(0)
+        if bool((rows.amin(1) < close * (x2[block] + largest)).any()):
+            _recompute_close(rows, x[block], y, mean, scale)
     return cost
+
+
+def _recompute_close(rows: Tensor, x: Tensor, y: Tensor, mean: Tensor, scale: Tensor) -> None:
+    """Squared distances far below ``|x|² + |y|²`` again; ``rows`` and ``scale`` (r, m)."""
+    few = 4 * max(rows.shape)
+    pairs = (rows < _CLOSE[str(x.dtype)] * scale).nonzero()  # (p, 2)
+    if len(pairs) > few:  # many rows alike: one product in float64 is cheaper, and leaves few or exact copies
+        rows.copy_(_sqeuclidean_float64(x.double() - mean, y.double() - mean))
+        pairs = (rows < 2.0**-36 * scale).nonzero()
+        if len(pairs) > few:
+            return
+    for part in pairs.split(_PAIRS):
+        r, s = part.unbind(1)
+        rows[r, s] = (x[r] - y[s]).square_().sum(1)
 
 
 def euclidean(x: Tensor, y: Tensor) -> Tensor:
@@ -94,7 +106,6 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def _sqeuclidean_float64(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.double(), y.double()
     cost = (x @ y.t()).mul_(-2)  # (n, m)
     return cost.add_(x.square().sum(1, keepdim=True)).add_(y.square().sum(1)).clamp_min_(0)
 

@@ -253,16 +253,13 @@ def _spread(cost: Tensor) -> tuple[Tensor, float]:
 
     Above that reg the plan is nearly the product of its marginals, so annealing need not start higher.
     """
-    columns = cost.mean(0)  # (m,)
-    mean = columns.mean()
-    rows = cost.mean(1)  # (n,)
-    total = 0.0
-    for block in row_blocks(*cost.shape):
-        rest = (cost[block] - (columns - mean)).sub_(rows[block].unsqueeze(1))  # (r, m)
-        total += rest.square_().sum().item()
-    spread = 2 * math.sqrt(total / cost.numel())
-    size = cost.abs().max().item()
-    return columns - mean, max(spread, 1e-6 * size) or 1.0
+    n, _ = cost.shape
+    columns = cost.t() @ cost.new_full((n,), 1 / n)  # (m,)
+    columns = columns - columns.mean()
+    sample = cost[:: -(-n // 256)] - columns  # (at most 256, m)
+    sample = sample - sample.mean(1, keepdim=True)
+    spread = 2 * sample.square().mean().sqrt().item()
+    return columns, max(spread, 1e-6 * sample.abs().max().item(), 1e-6 * columns.abs().max().item()) or 1.0
 
 
 def _with_mass(problem: OTProblem) -> tuple[OTProblem, object]:

@@ -1,0 +1,68 @@
+"""The types: what they refuse, and that a coupling and a transport map cannot stand in for each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deus_merge.errors import SolverError
+from deus_merge.ot.problem import Coupling, OTProblem, TransportMap
+
+
+@pytest.mark.parametrize(
+    ("cost", "a", "b", "message"),
+    [
+        (torch.zeros(3), None, None, "not a matrix"),
+        (torch.zeros(0, 3), None, None, "not a matrix"),
+        (torch.zeros(2, 2, dtype=torch.int64), None, None, "dtype"),
+        (torch.tensor([[0.0, float("nan")], [1.0, 2.0]]), None, None, "not finite"),
+        (torch.tensor([[0.0, float("inf")], [1.0, 2.0]]), None, None, "not finite"),
+        (torch.zeros(2, 2), torch.tensor([1.5, -0.5]), None, "marginal a"),
+        (torch.zeros(2, 2), None, torch.tensor([0.5, 0.6]), "marginal b"),
+        (torch.zeros(2, 3), torch.full((3,), 1 / 3), None, "marginal a"),
+    ],
+)
+def test_problems_without_meaning_are_refused(cost, a, b, message):
+    with pytest.raises(SolverError, match=message):
+        if a is None and b is None:
+            OTProblem.uniform(cost)
+        else:
+            n, m = cost.shape
+            OTProblem(
+                cost,
+                torch.full((n,), 1 / n) if a is None else a,
+                torch.full((m,), 1 / m) if b is None else b,
+            )
+
+
+def test_a_map_takes_weighted_means_and_a_coupling_is_n_times_smaller():
+    n, m, d = 5, 4, 3
+    g = torch.Generator().manual_seed(0)
+    plan = torch.rand(n, m, generator=g, dtype=torch.float64)
+    plan /= plan.sum(0) * m  # columns 1/m
+    coupling, weight = Coupling(plan), torch.randn(n, d, generator=g, dtype=torch.float64)
+    moved = coupling.transport_map()
+
+    assert torch.allclose(moved.matrix.sum(0), torch.ones(m, dtype=torch.float64))
+    assert torch.allclose(moved.to_rows(weight), m * coupling.scripted_rows(weight))
+    assert torch.allclose(moved.to_columns(weight.t()), m * coupling.scripted_columns(weight.t()))
+    assert moved.to_rows(weight).max() <= weight.max()
+    assert not hasattr(coupling, "to_rows")
+    assert not hasattr(moved, "scripted_rows")
+    with pytest.raises(SolverError, match="does not fit"):
+        moved.to_rows(weight[:-1])
+
+
+def test_identity_is_free_and_changes_nothing():
+    weight = torch.randn(6, 2)
+    identity = TransportMap.identity(6)
+    assert identity.is_identity
+    assert identity.to_rows(weight) is weight
+    assert torch.equal(identity.matrix, torch.eye(6))
+
+
+@pytest.mark.parametrize("support", [1, 3, 8])
+def test_effective_support_counts_rows(support):
+    plan = torch.zeros(8, 5)
+    plan[:support] = 1 / (5 * support)
+    assert Coupling(plan).effective_support() == pytest.approx(support, rel=1e-5)

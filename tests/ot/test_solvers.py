@@ -1,0 +1,220 @@
+"""Every solver x every problem with a known optimum; a new file in ``ot/solvers/`` joins by being there."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deus_merge.discover import plugins
+from deus_merge.errors import SolverError
+from deus_merge.ot.costs import euclidean, sqeuclidean
+from deus_merge.ot.problem import OTProblem
+
+SOLVERS = plugins("deus_merge.ot.solvers", "SOLVER")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def planted(n: int = 60, noise: float = 0.0):
+    """Rows, a permutation of them with noise: the optimum is the permutation, at the cost of the noise."""
+    g = generator(1)
+    x = torch.randn(n, 40, generator=g)
+    order = torch.randperm(n, generator=g)
+    cost = euclidean(x, x[order] + noise * torch.randn(n, 40, generator=g))
+    plan = torch.zeros(n, n)
+    plan[order, torch.arange(n)] = 1 / n
+    return OTProblem.uniform(cost), (plan * cost).sum().item(), plan
+
+
+def on_a_line(n: int = 40, m: int = 25):
+    """Points on a line, convex cost, any weights: mass moves monotonically, so the optimum is known."""
+    g = generator(2)
+    x, y = torch.rand(n, 1, generator=g).sort(0).values, torch.rand(m, 1, generator=g).sort(0).values
+    a, b = torch.rand(n, generator=g) + 0.1, torch.rand(m, generator=g) + 0.1
+    a[3] = b[5] = 0  # points without mass
+    a, b = a / a.sum(), b / b.sum()
+    cost = sqeuclidean(x, y)
+    cuts = torch.cat([a.cumsum(0), b.cumsum(0)]).clamp_max(1).sort().values
+    masses = torch.diff(cuts, prepend=cuts.new_zeros(1))
+    middle = cuts - masses / 2
+    r = torch.searchsorted(a.cumsum(0), middle).clamp_max(n - 1)
+    s = torch.searchsorted(b.cumsum(0), middle).clamp_max(m - 1)
+    plan = torch.zeros(n, m).index_put((r, s), masses, accumulate=True)
+    return OTProblem(cost, a, b), (plan * cost).sum().item(), plan
+
+
+def constant(n: int = 6, m: int = 9):
+    return OTProblem.uniform(torch.full((n, m), 3.0)), 3.0, None
+
+
+def single():
+    return OTProblem.uniform(torch.tensor([[7.0]])), 7.0, torch.ones(1, 1)
+
+
+def one_to_many():
+    cost = torch.arange(5.0).view(1, 5)
+    return OTProblem.uniform(cost), 2.0, torch.full((1, 5), 0.2)
+
+
+PROBLEMS = {
+    "planted": planted,
+    "planted with noise": lambda: planted(noise=0.2),
+    "on a line": on_a_line,
+    "constant cost": constant,
+    "one point": single,
+    "one to many": one_to_many,
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_known_optimum(name, problem):
+    problem, best, plan = PROBLEMS[problem]()
+    largest = problem.cost.max().item()
+    try:
+        solution = SOLVERS[name].solve(problem, reg=1e-3 * largest, tolerance=1e-5)
+    except SolverError as refusal:
+        assert refusal.hint and not problem.is_uniform_square
+        return
+    assert solution.converged
+    assert solution.marginal_error <= 1e-5
+    assert solution.coupling.marginal_error(problem.a, problem.b) == pytest.approx(solution.marginal_error, abs=1e-6)
+    assert solution.coupling.matrix.min() >= 0
+    assert solution.transport_cost == pytest.approx(best, rel=1e-2, abs=2e-3 * largest)
+    assert solution.transport_cost >= best - 1e-4 * largest
+    if plan is not None and problem.is_uniform_square:
+        assert (solution.coupling.matrix - plan).abs().sum() < 1e-3
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(sorted(SOLVERS)),
+    n=st.integers(1, 40),
+    m=st.integers(1, 40),
+    reg=st.sampled_from(["auto", 0.3, 0.02, 1e-3]),
+    power=st.sampled_from([1, 4]),
+    seed=st.integers(0, 2**16),
+)
+def test_laws_of_a_coupling(name, n, m, reg, power, seed):
+    """Mass 1, never negative, marginals as reported, no better than the optimum, the same plan twice."""
+    g = generator(seed)
+    cost = torch.rand(n, m, generator=g) ** power
+    a, b = torch.rand(n, generator=g) + 0.01, torch.rand(m, generator=g) + 0.01
+    problem = OTProblem(cost, a / a.sum(), b / b.sum()) if seed % 2 else OTProblem.uniform(cost)
+    try:
+        one = SOLVERS[name].solve(problem, reg=reg)
+    except SolverError as refusal:
+        assert refusal.hint and not problem.is_uniform_square
+        return
+    plan = one.coupling.matrix
+    assert torch.isfinite(plan).all() and (plan >= 0).all()
+    assert plan.sum().item() == pytest.approx(1, abs=1e-5)
+    assert one.converged and one.marginal_error <= 1e-4
+    assert 1 - 1e-4 <= one.effective_support <= n + 1e-3
+    exact = SOLVERS["emd"].solve(problem)
+    assert one.transport_cost >= exact.transport_cost - 2e-4
+    assert torch.equal(plan, SOLVERS[name].solve(problem, reg=reg).coupling.matrix)
+
+
+@pytest.mark.parametrize("reg", [1.0, 0.1, 0.02])
+@pytest.mark.parametrize("shape", [(50, 50), (30, 70)])
+def test_sinkhorn_is_the_float64_plan_to_rounding(reg, shape):
+    """Against POT's log-domain Sinkhorn in float64."""
+    import ot
+
+    g = generator(3)
+    x, y = torch.randn(shape[0], 8, generator=g), torch.randn(shape[1], 8, generator=g)
+    cost = euclidean(x, y)
+    cost /= cost.max()
+    a, b = torch.rand(shape[0], generator=g) + 0.1, torch.rand(shape[1], generator=g) + 0.1
+    a, b = a / a.sum(), b / b.sum()
+    a64, b64 = (v.double().numpy() / v.double().sum().item() for v in (a, b))
+    want = ot.bregman.sinkhorn_log(a64, b64, cost.double().numpy(), reg, numItermax=100_000, stopThr=1e-13)
+
+    double = OTProblem(cost.double(), torch.from_numpy(a64), torch.from_numpy(b64))
+    got = SOLVERS["sinkhorn"].solve(double, reg=reg, tolerance=1e-12)
+    assert got.converged
+    assert np.abs(got.coupling.matrix.numpy() - want).sum() < 1e-9
+    got = SOLVERS["sinkhorn"].solve(OTProblem(cost, a, b), reg=reg, tolerance=2e-6)
+    assert np.abs(got.coupling.matrix.numpy() - want).sum() < 5e-5
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    log_ratio=st.floats(-1, 4),
+    n=st.integers(2, 60),
+    m=st.integers(2, 60),
+    kind=st.sampled_from(["uniform", "outlier", "twins", "points", "heavy"]),
+    seed=st.integers(0, 2**16),
+)
+def test_sinkhorn_is_finite_up_to_a_cost_of_ten_thousand_reg(log_ratio, n, m, kind, seed):
+    g = generator(seed)
+    cost = torch.rand(n, m, generator=g)
+    if kind == "outlier":
+        cost[0] += 30
+        cost[:, -1] += 50
+    elif kind == "twins":
+        cost = cost[torch.randint(n, (n,), generator=g)][:, torch.randint(m, (m,), generator=g)]
+    elif kind == "points":
+        cost = euclidean(torch.randn(n, 2, generator=g), torch.randn(m, 2, generator=g))
+    elif kind == "heavy":
+        cost = torch.exp(4 * torch.randn(n, m, generator=g))
+    problem = OTProblem.uniform(cost)
+    solution = SOLVERS["sinkhorn"].solve(problem, reg=cost.max().item() / 10**log_ratio)
+    plan = solution.coupling.matrix
+    assert torch.isfinite(plan).all() and math.isfinite(solution.transport_cost)
+    assert plan.sum().item() == pytest.approx(1, abs=1e-4)
+    assert solution.converged == (solution.marginal_error <= 1e-4)
+    assert (plan.sum(0) - problem.b).abs().sum() < 1e-5
+
+
+def test_sinkhorn_says_when_the_limit_was_too_low():
+    g = generator(4)
+    cost = euclidean(torch.randn(80, 3, generator=g), torch.randn(80, 3, generator=g))
+    solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(cost), reg=1e-3, max_iterations=5)
+    assert not solution.converged
+    assert solution.marginal_error > 1e-4
+    assert solution.iterations <= 20
+    assert torch.isfinite(solution.coupling.matrix).all()
+
+
+@pytest.mark.parametrize("target", [1.2, 2.0, 5.0])
+@pytest.mark.parametrize("n", [50, 400])
+def test_reg_auto_meets_its_target(target, n):
+    g = generator(5)
+    x, y = torch.randn(n, 64, generator=g), torch.randn(n, 64, generator=g)
+    for scale in (1e-3, 1.0, 1e3):  # of the cost: reg has its unit
+        solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(scale * euclidean(x, y)), target_support=target)
+        assert solution.converged
+        assert solution.effective_support == pytest.approx(target, rel=0.13)
+
+
+def test_reg_auto_ends_where_no_reg_meets_the_target():
+    alike = SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.zeros(10, 10)))
+    assert alike.effective_support == pytest.approx(10, rel=1e-3)
+    few = SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.rand(3, 3, generator=generator(6))), target_support=9.0)
+    assert few.converged and few.effective_support <= 3 + 1e-3
+
+
+@pytest.mark.parametrize("reg", [0.0, -1.0, math.nan, math.inf, "much"])
+def test_sinkhorn_refuses_a_reg_that_is_none(reg):
+    with pytest.raises(SolverError, match="reg must be positive"):
+        SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.rand(3, 3)), reg=reg)
+
+
+def test_solvers_describe_themselves_without_their_libraries():
+    code = (
+        "import sys; from deus_merge.discover import plugins; found = plugins('deus_merge.ot.solvers', 'SOLVER');"
+        "assert all(s.name == n and s.summary and s.reference for n, s in found.items());"
+        "assert not {'torch', 'scipy', 'ot', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
