@@ -48,7 +48,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
 
 
 def _text() -> str:
-    """Real text that is always there: the first lines of Python's own ``this`` module's neighbours."""
+    """English prose that every Python has: what argparse says of itself."""
     import argparse
 
     return argparse.__doc__
