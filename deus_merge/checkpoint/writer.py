@@ -86,8 +86,8 @@ class OutputFolder:
         return f"{len(self.finished)} blocks are kept in {self.folder}; run the same command with --resume to go on"
 
     def __enter__(self) -> OutputFolder:
-        self._check_place()
         try:
+            self._check_place()
             self.out.parent.mkdir(parents=True, exist_ok=True)
             lock = locked(self.out.parent / f".{self.out.name}.deus-lock", self.out)
             if not self._stack.enter_context(lock):

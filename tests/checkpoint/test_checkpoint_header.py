@@ -9,7 +9,7 @@ import socket
 import pytest
 import torch
 from checkpoint_files import raw_file
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -165,6 +165,7 @@ def test_unusual_but_true(tmp_path):
     assert read_header(path).metadata == {"format": "pt"}
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(st.characters(min_codepoint=32, exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1),
@@ -189,6 +190,7 @@ def test_reads_what_the_library_writes(tmp_path_factory, specs):
         assert stored == (expected.view(torch.uint8).numpy().tobytes() if expected.numel() else b"")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, junk):
     path = tmp_path_factory.mktemp("junk") / "x.safetensors"

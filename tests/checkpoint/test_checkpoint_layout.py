@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -76,6 +76,7 @@ entry_lists = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(entry_lists, st.integers(1, 400))
 def test_laws(tmp_path_factory, entries, limit):
     shards = plan_shards(entries, limit)

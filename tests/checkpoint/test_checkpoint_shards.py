@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_files import random_tensors, write_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -148,6 +149,7 @@ def test_a_whole_file_is_one_copy(writer, tmp_path, monkeypatch):
     assert loaded(one.folder)["t7"].tolist() == [7.0] * 9
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_copy_law(tmp_path_factory, data):
     """Any choice, order and renaming of tensors, from one or several shards into any shards."""
@@ -164,6 +166,17 @@ def test_copy_law(tmp_path_factory, data):
         one.close()
     back = loaded(root / "out")
     assert all(torch.equal(back[new], tensors[old]) for new, old in pairs)
+
+
+def test_any_order_from_any_thread(writer):
+    entries = [TensorEntry(f"t{i}", "U8", (3000 + i,)) for i in range(64)]
+    one = writer(entries, 20_000)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: one.write(f"t{i}", bytes([i]) * (3000 + i)), reversed(range(64))))
+    assert all(set(t.tolist()) == {int(n[1:])} for n, t in loaded(one.folder).items())
+    assert one.bytes_written == sum(e.nbytes for e in entries)
+    assert one.take_dirty() == {p.name for p in one.folder.iterdir()}
+    assert one.take_dirty() == frozenset()
 
 
 def test_source_that_shrank(writer, model):

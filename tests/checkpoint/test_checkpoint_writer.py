@@ -230,6 +230,14 @@ def test_what_is_never_overwritten(what, tmp_path):
         assert content(out) == {"thesis.tex": b"mine"}
 
 
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "x" * 250, "/proc/nothing/out"])
+def test_a_place_where_no_folder_can_be(place, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match="cannot be made"):
+        write(tmp_path / place)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(PlanError, match="not empty"), OutputFolder(out, plan_hash="p") as folder:
