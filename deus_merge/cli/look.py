@@ -120,7 +120,7 @@ def methods(name: str | None, as_json: bool):
         from ..errors import DeusMergeError, nearest
 
         known = [n for entries in everything.values() for n in entries]
-        raise DeusMergeError(f"nothing is called {name!r}", hint=nearest(name, known))
+        raise DeusMergeError(f"nothing is called {name!r}", expected=", ".join(known), hint=nearest(name, known))
     if as_json:
         emit_json(found)
         return

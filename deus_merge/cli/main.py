@@ -46,7 +46,8 @@ class _Lazy(click.Group):
         except click.UsageError as error:
             from ..errors import nearest
 
-            raise click.UsageError(f"{error.format_message()} ({nearest(args[0], _COMMANDS)})", ctx) from None
+            hint = nearest(args[0], _COMMANDS) or f"known: {', '.join(_COMMANDS)}"
+            raise click.UsageError(f"{error.format_message()} ({hint})", ctx) from None
 
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):
@@ -82,7 +83,8 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
-        notes = "".join(f"\n  {note}" for note in getattr(stop, "__notes__", ()))
+        interrupt = stop.__cause__ or stop  # click wraps what interrupted it
+        notes = "".join(f"\n  {note}" for note in getattr(interrupt, "__notes__", ()))
         click.echo(f"\ninterrupted{notes}", err=True)
         return 130
     except BrokenPipeError:  # the reader of our output went away

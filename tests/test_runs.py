@@ -1,0 +1,211 @@
+"""A run as a process: interrupted and resumed, refused, overwritten, verified; start-up; what verify finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TEXT, make_model, token_ids, weights, write_recipe
+
+COMMAND = [sys.executable, "-m", "deus_merge"]
+
+
+def start(*arguments, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def model_bytes(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "deus_merge.json"}
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path, kill):
+    base = make_model(tmp_path / "base", layers=24, hidden_size=64, intermediate_size=256)
+    run("upscale", base, tmp_path / "whole", "--insert", "all", "--threads", "1")
+    command = ("upscale", base, tmp_path / "out", "--insert", "all", "--threads", "1")
+    process = start(*command)
+    for line in process.stderr:
+        if line.startswith("[20/"):
+            break
+    process.send_signal(kill)
+    _, told = process.communicate(timeout=60)
+    assert not (tmp_path / "out").exists()
+    if kill == signal.SIGINT:
+        assert process.returncode == 130 and "--resume" in told
+        other = run(*command[:-2], "--threads", "2", "--resume", expect=2)
+        assert "threads" in other.err
+        done = run(*command, "--resume")
+        assert "kept from the earlier run" in done.err
+    else:
+        assert process.returncode == -signal.SIGKILL
+        run(*command, "--resume")
+    assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith("deus-tmp")] == []
+
+
+def test_resume_refuses_another_recipe(run, tmp_path):
+    base = make_model(tmp_path / "base", layers=24, hidden_size=64, intermediate_size=256)
+    process = start("upscale", base, tmp_path / "out", "--insert", "all")
+    for line in process.stderr:
+        if line.startswith("[20/"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    done = run("upscale", base, tmp_path / "out", "--insert", "top_half", "--resume", expect=2)
+    assert "resume" in done.err and not (tmp_path / "out").exists()
+
+
+def test_overwrite_replaces_the_whole_folder(run, tiny, tmp_path):
+    out = tmp_path / "out"
+    run("upscale", tiny, out, "--preset", "stack", "--max-shard-size", "200kB")
+    assert len(list(out.glob("model-*"))) > 3
+    before = model_bytes(out)
+    done = run("upscale", tiny, out, "--preset", "copy_next", expect=2)
+    assert "--overwrite" in done.err and model_bytes(out) == before
+    run("upscale", tiny, out, "--preset", "copy_next", "--overwrite")
+    assert [p.name for p in out.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_json_pipes_and_progress_goes_to_stderr(run, tiny, tmp_path):
+    done = run("upscale", tiny, tmp_path / "out", "--json")
+    assert done.json()["verification"]["passed"] and "[1/" in done.err
+    quiet = run("upscale", tiny, tmp_path / "out2", "--quiet")
+    assert quiet.out == quiet.err == ""
+
+
+def test_dry_run_writes_nothing(run, tiny, tmp_path):
+    done = run("upscale", tiny, tmp_path / "out", "--dry-run")
+    assert "6 -> 9 layers" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage(out, what: str) -> None:
+    """Change one thing in a finished output."""
+    if what in ("copied", "zeroed"):
+        record = json.loads((out / "deus_merge.json").read_text())
+        action = {"copied": "copy", "zeroed": "zeros"}[what]
+        name = next(n for n, o in record["tensors"].items() if o["action"] == action)
+        data = bytearray((out / "model.safetensors").read_bytes())
+        length = int.from_bytes(data[:8], "little")
+        begin, _ = json.loads(data[8 : 8 + length])[name]["data_offsets"]
+        data[8 + length + begin] ^= 1
+        (out / "model.safetensors").write_bytes(data)
+    elif what == "cut":
+        with (out / "model.safetensors").open("r+b") as file:
+            file.truncate(os.path.getsize(out / "model.safetensors") - 2)
+    elif what == "depth":
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8}))
+    elif what == "heads":
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
+    elif what == "nan":
+        from safetensors.torch import save_file
+
+        tensors = weights(out)
+        name = next(n for n in json.loads((out / "deus_merge.json").read_text())["new_parameters"] if "up_proj" in n)
+        tensors[name][0, 0] = float("nan")
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("what", "check"),
+    [
+        ("copied", "copied tensors"),
+        ("zeroed", "zeroed tensors"),
+        ("cut", "files and headers"),
+        ("depth", "files and headers"),
+        ("heads", "transformers"),
+        ("nan", "finite values"),
+    ],
+)
+def test_verify_finds_damage(run, tiny, tmp_path, what, check):
+    run("upscale", tiny, tmp_path / "out")
+    damage(tmp_path / "out", what)
+    done = run("verify", tmp_path / "out", "--json", expect=3)
+    assert check in [c["check"] for c in done.json()["checks"] if c["passed"] is False]
+
+
+def test_verify_compares_logits(run, tiny, tmp_path):
+    text = write_recipe(tmp_path / "text.txt", TEXT)
+    run("upscale", tiny, tmp_path / "same")
+    assert "equal bit for bit" in run("verify", tmp_path / "same", "--logits", text).out
+    run("upscale", tiny, tmp_path / "other", "--preset", "average")
+    assert "largest difference" in run("verify", tmp_path / "other", "--logits", text).out
+
+
+def test_help_is_quick_and_imports_no_torch():
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        subprocess.run([*COMMAND, "--help"], check=True, capture_output=True)
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.5
+    probe = "import sys, deus_merge.cli.run, deus_merge.cli.look; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_file_copy_needs_no_torch(tiny, tmp_path):
+    recipe = write_recipe(
+        tmp_path / "r.yml",
+        f"merge_method: passthrough\nslices: [{{sources: [{{model: {tiny}, layer_range: [0, 4]}}]}}]\n",
+    )
+    probe = (
+        "import sys; from deus_merge import api; "
+        f"api.merge({str(recipe)!r}, {str(tmp_path / 'out')!r}); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_inspect(run, tiny, tmp_path):
+    facts = run("inspect", tiny, "--json").json()
+    assert facts["family"] == "llama" and facts["layers"] == 6 and facts["tied_embeddings"]
+    done = run("inspect", tiny, "--similarity", "--plot", tmp_path / "similarity.svg")
+    assert "0–1" in done.out and (tmp_path / "similarity.svg").stat().st_size > 10_000
+    rows = run("inspect", tiny, "--similarity", "--json").json()["similarity"]
+    for row in rows:
+        for role in row["roles"].values():
+            assert role["aligned"] > role["plain"] - 1e-6 and role["cost"] > 0
+
+
+def test_methods_lists_what_is_there(run):
+    everything = run("methods", "--json").json()
+    assert {"ot_fuse", "passthrough", "linear", "slerp"} <= set(everything["methods"])
+    assert {"sinkhorn", "emd", "assignment"} <= set(everything["solvers"])
+    assert "restore_norm" in run("methods", "ot_fuse").out
+    assert "did you mean" in run("methods", "ot_fus", expect=2).err
+
+
+def test_demo_tiny(run, tmp_path, tiny):
+    done = run("demo", tmp_path / "demo", "--tiny")
+    base, deeper = (line for line in done.out.splitlines() if line.strip().startswith(("base:", "up-scaled:")))
+    assert base.split(": ")[1] == deeper.split(": ")[1]
+    assert "FAILED" not in done.out and "bit for bit" in done.out
+
+
+@pytest.mark.slow
+def test_demo(run, real, tmp_path):
+    done = run("demo", real.parent)
+    assert "The capital of France is Paris." in done.out and "30 -> 45 layers" in done.out
+
+
+@pytest.mark.slow
+def test_real_text_loss(real):
+    """The converted model knows English: the losses of data that this test writes itself."""
+    import argparse
+
+    from conftest import load
+
+    ids = token_ids(real, argparse.__doc__)
+    with torch.no_grad():
+        out = load(real)(ids).logits[0]
+    assert torch.nn.functional.cross_entropy(out[:-1], ids[0, 1:]).item() < 3.5
