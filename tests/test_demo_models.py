@@ -91,7 +91,7 @@ def test_tiny_model_has_learned_more_than_token_frequencies(tiny, script):
     ids = script.encode(tokenizer, stdlib_sources(script, held_out=True, count=8))  # (n,)
     assert len(ids) > 5000
     loss, entropy = script.held_out_loss(model, ids), script.unigram_entropy(ids)
-    assert loss < entropy - 1.0, (loss, entropy)  # a short text's own frequencies are a harder mark than a long one's
+    assert loss < entropy - 1.5, (loss, entropy)
 
 
 def test_training_note_states_a_loss_well_below_the_unigram_entropy():
