@@ -9,8 +9,7 @@ import click
 from .. import api
 from .output import progress, say, show_verification
 
-_PROMPTS = {False: "The capital of France is", True: "def __init__(self"}
-_TOKENS = 16
+_PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # and how many tokens follow
 
 
 @click.command()
@@ -35,9 +34,8 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
         result = api.merge(plan, target, api.RunOptions(overwrite=True, verify=False), on_block=on_block)
     checked = api.verify(target, logits_text=_text())
     show_verification(checked)
-    prompt = _PROMPTS[tiny]
     for name, folder in (("base", base), ("up-scaled", target)):
-        click.echo(f"{name:>10}: {_continue(folder, prompt)}")
+        click.echo(f"{name:>10}: {_continue(folder, *_PROMPTS[tiny])}")
     depth = plan.models[plan.donor].view.num_layers
     click.echo(f"\n{depth} -> {plan.num_layers} layers in {result.seconds:.1f} s")
     click.echo(f"base model       {base}\nup-scaled model  {target}\nrecipe           {target / 'deus_merge.yml'}")
@@ -54,7 +52,7 @@ def _text() -> str:
     return argparse.__doc__
 
 
-def _continue(folder: Path, prompt: str) -> str:
+def _continue(folder: Path, prompt: str, tokens: int) -> str:
     """The model's greedy continuation of the prompt, as one printable line."""
     import torch
     import transformers
@@ -63,5 +61,5 @@ def _continue(folder: Path, prompt: str) -> str:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=_TOKENS, do_sample=False, pad_token_id=0)[0]
+        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0]
     return repr(tokenizer.decode(ids, skip_special_tokens=True))

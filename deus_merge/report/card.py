@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -46,12 +48,30 @@ def model_card(plan: Plan, recipe_yaml: str) -> str:
         ]
         lines.append("exact names of their tensors under `new_parameters`; freeze all others.")
     lines += ["", "## Layers", "", "| layer | from | how |", "|---|---|---|"]
-    for entry in plan.layer_map():
-        origin = " + ".join(f"{_name(s['model'])} {s['layer']}" for s in entry["sources"])
-        how = f"{entry['method']}, new" if entry["new"] else entry["kind"]
-        lines.append(f"| {entry['layer']} | {origin} | {how} |")
+    lines += [f"| {layers} | {origin} | {how} |" for layers, origin, how in _layer_rows(plan)]
     lines += ["", "## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
     return "\n".join(lines)
+
+
+def _layer_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """The layer map, with runs of copied layers on one line."""
+
+    def source(entry: dict) -> tuple | None:
+        """What neighbours must share to stand on one line."""
+        only = entry["sources"][0]
+        shift = entry["layer"] - only["layer"]
+        return None if entry["new"] or entry["kind"] != "copy" else (only["model"], shift)
+
+    for key, group in groupby(plan.layer_map(), source):
+        entries = list(group)
+        first, last = entries[0], entries[-1]
+        if key is not None and len(entries) > 1:
+            begin, end = first["sources"][0]["layer"], last["sources"][0]["layer"]
+            yield f"{first['layer']}–{last['layer']}", f"{_name(key[0])} {begin}–{end}", "copy"
+            continue
+        for entry in entries:
+            origin = " + ".join(f"{_name(s['model'])} {s['layer']}" for s in entry["sources"])
+            yield str(entry["layer"]), origin, f"{entry['method']}, new" if entry["new"] else entry["kind"]
 
 
 def _name(ref: str) -> str:

@@ -1,0 +1,28 @@
+"""Writes docs/cli.md from ``--help``; a test checks that it is up to date. Run: python docs/make_cli.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from deus_merge.cli.main import cli
+
+PAGE = Path(__file__).parent / "cli.md"
+
+
+def render() -> str:
+    """Every command's help, as Markdown."""
+    lines = ["# Command line", "", "Made from `--help` by `python docs/make_cli.py`.", ""]
+    settings = {**cli.context_settings, "terminal_width": 100}
+    root = click.Context(cli, info_name="deus-merge", **settings)
+    lines += ["```", cli.get_help(root), "```", ""]
+    for name in cli.list_commands(root):
+        command = cli.get_command(root, name)
+        context = click.Context(command, info_name=name, parent=root, **settings)
+        lines += [f"## deus-merge {name}", "", "```", command.get_help(context), "```", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
