@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from .errors import VerifyError
 from .execute import RunOptions, execute
+from .located import locate
 from .plan import BlockPlan, Plan
 from .planner import DEFAULT_SHARD_SIZE, build_plan
-from .recipe import Recipe, parse_recipe, read_recipe
+from .recipe import Recipe, read_recipe, recipe_from
 from .verify import Verification
 
 __all__ = ["MergeResult", "RunOptions", "merge", "plan", "upscale_recipe", "verify"]
@@ -97,7 +96,7 @@ def merge(
 
 
 def upscale_recipe(
-    model: str,
+    model: str | Path,
     *,
     preset: str = "opt_deus",
     insert: object = None,
@@ -121,10 +120,10 @@ def upscale_recipe(
         section["insert"] = insert
     if parameters:
         section["parameters"] = dict(parameters)
-    data: dict[str, object] = {"base_model": model}
+    data: dict[str, object] = {"base_model": str(model)}
     if dtype:
         data["dtype"] = dtype
-    return parse_recipe(yaml.safe_dump(data | {"upscale": section}, sort_keys=False), "upscale options")
+    return recipe_from(locate(data | {"upscale": section}))
 
 
 def verify(

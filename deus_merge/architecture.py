@@ -53,7 +53,8 @@ class Architecture:
         layer: The tensors of a decoder layer, in the order alignment walks them.
         layer_prefix: The layer's prefix with ``{layer}`` for the index.
         before: Tensors in front of the layers.
-        after: Tensors behind them; one that is absent from a tied checkpoint is simply not there.
+        after: Tensors behind them.
+        tied: Those of them that a checkpoint may lack, unless its config says that embeddings are not tied.
         ignored: Layer tensors of old checkpoints that today's models compute (rotary buffers): not carried over.
         layers_key: The key of config.json that holds the depth.
     """
@@ -64,6 +65,7 @@ class Architecture:
     layer_prefix: str = "model.layers.{layer}."
     before: tuple[str, ...] = ("model.embed_tokens.weight",)
     after: tuple[str, ...] = ("model.norm.weight", "lm_head.weight")
+    tied: tuple[str, ...] = ("lm_head.weight",)
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     layers_key: str = "num_hidden_layers"
 
@@ -124,7 +126,8 @@ def view_model(config: Mapping, names: tuple[str, ...], where: object) -> ModelV
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise ArchitectureError("config.json has no model_type", where=where, expected="a string", got=repr(model_type))
+        got = repr(model_type) if model_type is not None else None
+        raise ArchitectureError("config.json has no model_type", where=where, expected="a string", got=got)
     for architecture in families().values():
         if model_type in architecture.model_types:
             return _known(architecture, model_type, config, names, where)
@@ -135,7 +138,10 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
     depth = config.get(architecture.layers_key)
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
         raise ArchitectureError(
-            f"config.json: {architecture.layers_key} is no depth", where=where, expected="at least 1", got=repr(depth)
+            f"config.json: {architecture.layers_key} is no depth",
+            where=where,
+            expected="a whole number of at least 1",
+            got=repr(depth),
         )
     head, tail = architecture.layer_prefix.split("{layer}")
     pattern = re.compile(re.escape(head) + r"(\d+)" + re.escape(tail) + r"(.+)", re.DOTALL)
@@ -163,6 +169,14 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
         dict(sorted(layers[i].items(), key=lambda item: (order.get(item[0], len(order)), item[1])))
         for i in range(depth)
     )
+    untied = config.get("tie_word_embeddings") is False
+    for name in (*architecture.before, *architecture.after):
+        if name not in outside and (untied or name not in architecture.tied):
+            raise ArchitectureError(
+                f"the checkpoint lacks {name}",
+                where=where,
+                hint="its config.json says tie_word_embeddings: false" if name in architecture.tied else None,
+            )
     before = tuple(n for n in architecture.before if n in outside)
     after = tuple(n for n in architecture.after if n in outside)
     rest = tuple(sorted(set(outside) - set(before) - set(after)))

@@ -1,4 +1,4 @@
-"""config.json for another depth: the layer count, and every list that has one entry a layer."""
+"""config.json: whether it fits the tensors, and what it says for another depth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import PlanError
+from .architecture import RESIDUAL, ModelView
+from .errors import ArchitectureError, PlanError
 from .units import dtype_name
 
 #: lists that may happen to be as long as the model is deep, but are about something else
@@ -26,6 +27,88 @@ class LayerOrigin:
     config: Mapping
     layer: int
     model: str
+
+
+def check_config(config: Mapping, view: ModelView, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Compare config.json with the tensors: what disagrees here loads as another model, or not at all.
+
+    Args:
+        config: config.json.
+        view: The tensors by layer and role.
+        shapes: Of every tensor, by name.
+        where: The folder, for messages.
+
+    Raises:
+        ArchitectureError: a described family's matrices do not have the config's sizes, or ``layer_types`` its depth.
+    """
+    section = _section(config, view.layers_path)
+    kinds = section.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) != view.num_layers:
+        raise ArchitectureError(
+            "config.json: layer_types does not fit the depth",
+            where=where,
+            expected=f"{view.num_layers} entries, one a layer",
+            got=f"{len(kinds)} entries",
+        )
+    if view.architecture is None or "quantization_config" in config:  # packed tensors have shapes of their own
+        return
+    rows, columns = _sizes(section)
+    for role, name in ((r, n) for layer in view.layers for r, n in layer.items()):
+        spec = view.spec(role)
+        if spec is not None and spec.in_space is not None:
+            _check_shape(name, shapes[name], (rows.get(spec.out_space), columns.get(spec.in_space)), section, where)
+    for name in (*view.architecture.before, *view.architecture.after):
+        if len(shapes.get(name, ())) == 2:
+            _check_shape(name, shapes[name], (section.get("vocab_size"), columns[RESIDUAL]), section, where)
+
+
+def heads(config: Mapping, view: ModelView) -> dict[str, object]:
+    """How many attention heads a config says there are: shapes alone do not tell."""
+    section = _section(config, view.layers_path)
+    queries = section.get("num_attention_heads")
+    return {"num_attention_heads": queries, "num_key_value_heads": section.get("num_key_value_heads") or queries}
+
+
+def _sizes(section: Mapping) -> tuple[dict[str, object], dict[str, object]]:
+    """Rows by out space and columns by in space of a layer's matrices, where the config tells them."""
+    hidden, queries = section.get("hidden_size"), section.get("num_attention_heads")
+    keys = section.get("num_key_value_heads") or queries
+    head = section.get("head_dim") or (_whole(hidden) and _whole(queries) and hidden // queries)
+    query_rows, key_rows = (_whole(n) and _whole(head) and n * head for n in (queries, keys))
+    common = {RESIDUAL: hidden, "neurons": section.get("intermediate_size")}
+    rows = {**common, "query_heads": query_rows, "key_heads": key_rows, "value_heads": key_rows}
+    return rows, {**common, "value_heads": query_rows}  # o reads each value head once for every query head
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple, section: Mapping, where: object) -> None:
+    known = [_whole(n) for n in wanted]
+    if len(shape) == 2 and any(k and n != w for k, n, w in zip(known, shape, wanted, strict=True)):
+        keys = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+        raise ArchitectureError(
+            f"config.json does not fit {name}",
+            where=where,
+            expected=f"shape {[w if k else n for k, n, w in zip(known, shape, wanted, strict=True)]}",
+            got=list(shape),
+            hint=f"config.json says {', '.join(f'{k}: {section[k]}' for k in keys if section.get(k) is not None)}",
+        )
+
+
+def _section(config: Mapping, layers_path: Sequence[str]) -> Mapping:
+    """The part of the config that holds the depth."""
+    for key in layers_path[:-1]:
+        config = config[key]
+    return config
 
 
 def deeper_config(
@@ -61,9 +144,7 @@ def deeper_config(
 
 def layer_lists(config: Mapping, layers_path: Sequence[str]) -> dict[str, list]:
     """Every list with one entry a layer, spelled out where the config only implies it (Qwen2's sliding window)."""
-    section = config
-    for key in layers_path[:-1]:
-        section = section[key]
+    section = _section(config, layers_path)
     depth = section[layers_path[-1]]
     lists = {
         key: value

@@ -92,9 +92,6 @@ def printable(value: object) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """A hint with the known spelling closest to ``word``, or with all of them; None when nothing is known."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known)}" if known else None
+    """A hint with the known spelling closest to ``word``; None when none is close."""
+    close = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else None

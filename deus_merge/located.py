@@ -6,7 +6,7 @@ data comes out. Nothing here knows what a recipe is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -47,9 +47,29 @@ class Located:
         raise RecipeError(message, where=self.where, expected=expected, got=got, hint=hint)
 
     def shown(self) -> str:
-        """The value as a message shows it: short, on one line."""
-        text = repr(self.plain())
-        return text if len(text) <= 80 else text[:77] + "..."
+        """The value as a message shows it: as YAML would, short, on one line."""
+        text = ""
+        for piece in self._flow():
+            text += piece
+            if len(text) > 80:
+                return text[:77] + "..."
+        return text
+
+    def _flow(self) -> Iterator[str]:
+        """Pieces of the value in YAML's flow style: a large value is never rendered whole."""
+        if isinstance(self.value, dict | tuple):
+            keyed = isinstance(self.value, dict)
+            yield "{" if keyed else "["
+            for i, key in enumerate(self.value):
+                yield ", " if i else ""
+                if keyed:
+                    yield f"{key[:100]}: "
+                yield from (self.value[key] if keyed else key)._flow()
+            yield "}" if keyed else "]"
+        elif isinstance(self.value, str):
+            yield repr(self.value[:100])
+        else:
+            yield "nothing" if self.value is None else str(self.value).lower()
 
     def plain(self) -> object:
         """The value as plain Python data, places dropped."""
@@ -59,31 +79,30 @@ class Located:
             return [v.plain() for v in self.value]
         return self.value
 
-    def mapping(self, allowed: Collection[str] | None = None, what: str = "mapping") -> dict[str, Located]:
-        """This value as a mapping whose keys are all in ``allowed``."""
+    def mapping(self, allowed: Collection[str] = (), what: str = "a mapping") -> dict[str, Located]:
+        """This value as a mapping whose keys are all in ``allowed`` (empty: any)."""
+        keys = ", ".join(sorted(allowed))
         if not isinstance(self.value, dict):
-            self.fail(f"must be a {what}", expected="key: value pairs")
+            self.fail(f"must be {what}", expected=f"key: value pairs{keys and f', with the keys {keys}'}")
         for key, item in self.value.items():
-            if allowed is not None and key not in allowed:
-                item.fail(
-                    f"unknown key {key!r}", expected=", ".join(sorted(allowed)), got=key, hint=nearest(key, allowed)
-                )
+            if allowed and key not in allowed:
+                item.fail(f"unknown key {key!r}", expected=keys, got=key, hint=nearest(key, allowed))
         return self.value
 
-    def sequence(self, what: str = "list") -> tuple[Located, ...]:
+    def sequence(self, what: str = "a list", expected: str = "a non-empty list") -> tuple[Located, ...]:
         """This value as a non-empty list."""
         if not isinstance(self.value, tuple) or not self.value:
-            self.fail(f"must be a {what}", expected="a non-empty list")
+            self.fail(f"must be {what}", expected=expected)
         return self.value
 
-    def string(self, what: str = "a string") -> str:
+    def string(self, what: str) -> str:
         if not isinstance(self.value, str) or not self.value.strip():
-            self.fail("wrong type", expected=what)
+            self.fail("wrong value", expected=what)
         return self.value
 
     def integer(self, minimum: int = 0) -> int:
         if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < minimum:
-            self.fail("wrong type", expected=f"a whole number of at least {minimum}")
+            self.fail("wrong value", expected=f"a whole number of at least {minimum}")
         return self.value
 
     def choice(self, known: Collection[str], what: str) -> str:
@@ -92,13 +111,17 @@ class Located:
         return self.value
 
 
-def locate(value: object, path: str) -> Located:
+def locate(value: object, path: str = "") -> Located:
     """Plain data as a `Located` tree that stands in no file."""
     if isinstance(value, dict):
-        return Located({k: locate(v, f"{path}.{k}") for k, v in value.items()}, path)
+        return Located({str(k): locate(v, _under(path, k)) for k, v in value.items()}, path)
     if isinstance(value, list | tuple):
         return Located(tuple(locate(v, f"{path}[{i}]") for i, v in enumerate(value)), path)
     return Located(value, path)
+
+
+def _under(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def parse(text: str, file: str = "recipe") -> Located:
@@ -109,7 +132,7 @@ def parse(text: str, file: str = "recipe") -> Located:
             or anchors that expand beyond bounds.
     """
     if len(text) > MAX_BYTES:
-        raise RecipeError("the recipe is too large", where=file, expected=f"at most {MAX_BYTES} bytes", got=len(text))
+        raise RecipeError("the recipe is too large", where=file, expected=f"at most {MAX_BYTES} bytes")
     try:
         loader = yaml.SafeLoader(text)
         try:
@@ -119,13 +142,23 @@ def parse(text: str, file: str = "recipe") -> Located:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file} (line {mark.line + 1})" if mark else file
-        detail = getattr(error, "problem", None) or str(error)
-        raise RecipeError("not valid YAML", where=where, expected="one YAML document", got=detail) from None
+        detail = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+        hint = "indent with spaces, not tabs" if r"'\t'" in detail else None
+        raise RecipeError("not valid YAML", where=where, expected="one YAML document", got=detail, hint=hint) from None
     except RecursionError:
         raise RecipeError("the recipe is nested too deeply", where=file, expected=f"depth {MAX_DEPTH}") from None
     if root is None:
-        raise RecipeError("the recipe is empty", where=file, hint="see the recipes/ folder for examples")
+        raise RecipeError("there is nothing in it", where=file, hint="deus-merge --help and recipes/ have examples")
     return _Reader(file).read(root, "", 0)
+
+
+_TAG = "tag:yaml.org,2002:"
+_PLAIN = (f"{_TAG}seq", f"{_TAG}map")
+
+
+def _tag(node: yaml.Node) -> str:
+    """A node's tag as it is written."""
+    return f"!!{node.tag.removeprefix(_TAG)}" if node.tag.startswith(_TAG) else node.tag
 
 
 class _Reader:
@@ -138,20 +171,30 @@ class _Reader:
         line = node.start_mark.line + 1
         place = Located(None, path, line, self.file)
         self.nodes += 1
-        if depth > MAX_DEPTH or self.nodes > MAX_NODES:
-            place.fail("the recipe is nested or repeated too much", expected=f"depth {MAX_DEPTH}", got="more")
-        if isinstance(node, yaml.SequenceNode):
-            items = tuple(self.read(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(node.value))
-            return Located(items, path, line, self.file)
+        if depth > MAX_DEPTH:
+            place.fail("the recipe is nested too deeply", expected=f"at most {MAX_DEPTH} levels", got="more")
+        if self.nodes > MAX_NODES:
+            place.fail("the recipe's anchors make it too large", expected=f"at most {MAX_NODES} values", got="more")
+        if isinstance(node, yaml.ScalarNode):
+            return Located(self._scalar(node, place), path, line, self.file)
+        if node.tag not in _PLAIN:
+            place.fail("a tag is not supported", expected="plain lists and mappings", got=_tag(node))
         if isinstance(node, yaml.MappingNode):
             return Located(self._mapping(node, path, depth), path, line, self.file)
+        items = tuple(self.read(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(node.value))
+        return Located(items, path, line, self.file)
+
+    def _scalar(self, node: yaml.ScalarNode, place: Located) -> object:
+        if node.tag == f"{_TAG}timestamp":
+            return node.value  # a recipe has no use for dates but as text
         try:
             value = self.scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError, OverflowError) as error:
-            place.fail("not a plain value", expected="text, a number or true/false", got=str(error).splitlines()[0])
-        if not isinstance(value, str | int | float | bool | None):
-            value = str(node.value)  # dates, binary: a recipe has no use for them but as text
-        return Located(value, path, line, self.file)
+        except (yaml.YAMLError, ValueError, LookupError):
+            value = NotImplemented
+        if not isinstance(value, str | int | float | None) or (isinstance(value, int) and value.bit_length() > 1000):
+            got = f"{_tag(node)} {node.value[:40]}"
+            place.fail("not a plain value", expected="text, a number or true/false", got=got)
+        return value
 
     def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Located]:
         items: dict[str, Located] = {}
@@ -164,5 +207,5 @@ class _Reader:
                 here.fail("merge keys (<<) are not supported", hint="write the keys out", got="<<")
             if key in items:
                 here.fail(f"key {key!r} stands twice", expected="each key once", got=key)
-            items[key] = self.read(value_node, f"{path}.{key}" if path else key, depth + 1)
+            items[key] = self.read(value_node, _under(path, key), depth + 1)
         return items

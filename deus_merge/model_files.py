@@ -50,12 +50,12 @@ def _tokenizer_folder(recipe: Recipe, models: Mapping[str, Path], donor: Path) -
         return donor
     node = recipe.source.value["tokenizer_source"]
     if source == "union":
-        node.fail(
-            "tokenizer_source: union is not supported by this version", expected="base, or one of: " + ", ".join(models)
-        )
+        node.fail("union is not supported by this version", expected=f"base, or one of the models: {', '.join(models)}")
     if source not in models:
         node.fail(
-            "the tokenizer is none of the recipe's models", expected=", ".join(models), hint=nearest(source, models)
+            "the tokenizer is none of the recipe's models",
+            expected=f"base, or one of: {', '.join(models)}",
+            hint=nearest(source, models),
         )
     return resolve(source)
 
@@ -66,7 +66,11 @@ def _set_chat_template(files: dict[str, bytes | Path], recipe: Recipe) -> None:
     if "{{" not in template and "{%" not in template:
         node = recipe.source.value["chat_template"]
         raise RecipeError(
-            "not a chat template", where=node.where, expected="auto, or a Jinja template", got=node.shown()
+            "not a chat template",
+            where=node.where,
+            expected="auto, or a Jinja template",
+            got=node.shown(),
+            hint="templates are not known by name: write the template itself",
         )
     files.pop("chat_template.json", None)
     files["chat_template.jinja"] = template.encode()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .architecture import ModelView, TensorSpec, view_model
+from .architecture import ModelView, TensorSpec, families, view_model
 from .checkpoint.hub import resolve
 from .checkpoint.layout import TensorEntry, plan_shards
 from .checkpoint.reader import Checkpoint, TensorInfo
-from .config import LayerOrigin, deeper_config, layer_lists
+from .config import LayerOrigin, check_config, deeper_config, layer_lists
 from .errors import DeusMergeError, PlanError, RecipeError
 from .located import Located
+from .matching import Part, check_heads, check_like_donor, check_same
 from .method import TensorTask
 from .model_files import extra_files
 from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
@@ -46,7 +47,7 @@ class _Planner:
         self.models = tuple(_open(ref) for ref in refs)
         self.index = {ref: i for i, ref in enumerate(refs)}
         self.donor = self.index[self.recipe.donor]
-        self.warnings: list[str] = []
+        self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
         self.blocks: list[BlockPlan] = []
         self.origins: list[LayerOrigin] = []
         if self.recipe.upscale:
@@ -73,6 +74,9 @@ class _Planner:
     def _view(self, ref: ModelRef) -> ModelView:
         return self.models[self.index[ref]].view
 
+    def _model(self, source: SliceSource) -> SourceModel:
+        return self.models[self.index[source.model]]
+
     # one slice ---------------------------------------------------------------------------------------------------
 
     def _slice(self, piece: OutputSlice) -> None:
@@ -84,7 +88,7 @@ class _Planner:
                 "sources of a slice must have equally many layers",
                 expected=f"{len(ranges[0])} layers each",
                 got=", ".join(f"{s.model}: {len(r)}" for s, r in zip(piece.sources, ranges, strict=True)),
-                hint="give each source a layer_range",
+                hint="give each source a layer_range" + (" (in slices)" if piece.place.path == "models" else ""),
             )
         if method.inserts:
             self._inserting(piece, ranges)
@@ -120,13 +124,10 @@ class _Planner:
             self._layer_block(copy, piece.sources, [first[-1]], 0.0, bare=True)
 
     def _per_gap(self, piece: OutputSlice) -> int:
-        for settings in (piece.sources[0].parameters, piece.parameters, self.recipe.parameters):
-            if "layers_per_gap" in settings:
-                value, place = settings["layers_per_gap"]
-                if not isinstance(value, int):
-                    place.fail("layers_per_gap is one number for a slice", expected="a whole number of at least 1")
-                return value
-        return 1
+        known = {p.name: p for p in methods()[piece.merge_method].parameters}
+        if "layers_per_gap" not in known:
+            return 1
+        return _resolve(known["layers_per_gap"], [piece.parameters, self.recipe.parameters], None, 0.0)
 
     def _range(self, source: SliceSource) -> range:
         depth = self._view(source.model).num_layers
@@ -134,8 +135,8 @@ class _Planner:
         if end > depth:
             place = source.place.value.get("layer_range") if isinstance(source.place.value, dict) else source.place
             (place or source.place).fail(
-                f"layer_range goes beyond the model's {depth} layers",
-                expected=f"0 <= first < last + 1 <= {depth}",
+                f"layer_range goes beyond the {depth} layers of {source.model}",
+                expected=f"[first, last + 1] within [0, {depth}]",
                 got=f"[{start}, {end}]",
             )
         return range(start, end)
@@ -150,23 +151,25 @@ class _Planner:
         first_output = len(self.origins)
         last = first_output + per_gap - 1
         title = f"layers {first_output}-{last}" if per_gap > 1 else f"layer {last}"
-        self._same_tensors(piece, sources, roles, f"layer {layers[0]}")
+        parts = [
+            Part.of(s, self._model(s), f"layer {layer}", names)
+            for s, layer, names in zip(sources, layers, roles, strict=True)
+        ]
+        check_same(parts)
+        check_like_donor(parts[0], self.models[self.donor])
         base = self._base(piece, sources)
         donor = self.models[self.donor].view
-        tensors = []
+        made = []
         for slot in range(per_gap):
             prefix = donor.layer_prefix.format(layer=first_output + slot)
             for role in roles[0]:
                 spec = views[0].spec(role)
                 names = [r[role] for r in roles]
                 name = prefix + (spec.name if spec else role)
-                tensors.append(self._tensor(piece, sources, role, slot, name, spec, names, position, base, bare))
+                made.append(self._task(piece, sources, role, slot, name, spec, names, position, bare))
         block_sources = tuple(BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True))
         outputs = tuple(range(first_output, first_output + per_gap))
-        self._add(
-            BlockPlan(len(self.blocks), title, outputs, piece.merge_method, block_sources, base, tuple(tensors), new),
-            piece,
-        )
+        self._add(piece, title, outputs, block_sources, base, made, new)
         which = -1 if new else base or 0
         model = self.models[block_sources[which].model]
         self.origins += [LayerOrigin(model.checkpoint.config, block_sources[which].layer, str(model.ref))] * per_gap
@@ -182,37 +185,28 @@ class _Planner:
         if merges:
             sources = tuple(next(s for s in piece.sources if s.model == ref) for ref in refs)
         else:
-            if refs != [self.recipe.donor] and self.recipe.base_model is None:
+            if self.recipe.donor not in refs and self.recipe.base_model is None:
                 self.warnings.append(
                     f"{title} come from {self.recipe.donor}, the first model named, not from {refs[0]}, whose layers"
                     " are next to them; set base_model to choose"
                 )
             piece = replace(piece, merge_method="passthrough", parameters={}, sources=(donor,))
             sources = (donor,)
-        names = [dict.fromkeys(getattr(self._view(s.model), part)) for s in sources]
+        names = [{n: n for n in getattr(self._view(s.model), part)} for s in sources]
         if not names[0]:
             return
-        self._same_tensors(piece, sources, names, title)
+        check_same([Part.of(s, self._model(s), title, own) for s, own in zip(sources, names, strict=True)])
         base = self._base(piece, sources)
-        tensors = tuple(
-            self._tensor(piece, sources, name, 0, name, None, [name] * len(sources), position, base, bare=not merges)
+        made = [
+            self._task(piece, sources, name, 0, name, None, [name] * len(sources), position, bare=not merges)
             for name in names[0]
-        )
+        ]
         block_sources = tuple(BlockSource(self.index[s.model], None) for s in sources)
-        self._add(BlockPlan(len(self.blocks), title, (), piece.merge_method, block_sources, base, tensors), piece)
+        self._add(piece, title, (), block_sources, base, made)
 
-    def _tensor(self, piece, sources, role, slot, name, spec: TensorSpec | None, names, position, base, bare=False):
-        inputs = tuple(
-            self.models[self.index[s.model]].checkpoint.tensors[n] for s, n in zip(sources, names, strict=True)
-        )
-        shapes = {i.shape for i in inputs}
-        if len(shapes) > 1:
-            raise PlanError(
-                f"models do not match: {name} has different shapes",
-                where=piece.place.where,
-                expected="one shape in every source",
-                got=", ".join(f"{s.model}: {list(i.shape)}" for s, i in zip(sources, inputs, strict=True)),
-            )
+    def _task(self, piece, sources, role, slot, name, spec: TensorSpec | None, names, position, bare=False):
+        """One output tensor as its method sees it, and what it is made from."""
+        inputs = tuple(self._model(s).checkpoint.tensors[n] for s, n in zip(sources, names, strict=True))
         method = methods()[piece.merge_method]
         glob: Settings = {} if bare else self.recipe.parameters
         parameters, per_source = {}, [{} for _ in sources]
@@ -225,11 +219,13 @@ class _Planner:
             for i, source in enumerate(sources):
                 levels = [source.parameters, piece.parameters, glob]
                 per_source[i][p.name] = _resolve(p, levels, filter_name, position)
-        task = TensorTask(role, slot, name, spec, inputs[0].shape, parameters, tuple(per_source))
+        return TensorTask(role, slot, name, spec, inputs[0].shape, parameters, tuple(per_source)), inputs
+
+    def _planned(self, task: TensorTask, inputs: tuple[TensorInfo, ...], method: str, base: int | None):
         dtype = self._dtype(inputs[base or 0])
-        action, source = action_of(task, piece.merge_method, inputs, dtype)
+        action, source = action_of(task, method, inputs, dtype)
         if action in ("merge", "cast"):
-            self._castable(name, inputs, dtype, action)
+            self._castable(task.name, inputs, dtype, action)
         return PlannedTensor(task, inputs, dtype, action, source)
 
     def _dtype(self, stored: TensorInfo) -> str:
@@ -263,21 +259,22 @@ class _Planner:
             )
         return None
 
-    def _same_tensors(self, piece, sources, roles: Sequence[Mapping[str, object]], what: str) -> None:
-        for source, own in zip(sources[1:], roles[1:], strict=True):
-            if differing := set(own) ^ set(roles[0]):
-                raise PlanError(
-                    f"models do not match: {what} has different tensors",
-                    where=source.place.where,
-                    expected=f"the tensors of {sources[0].model}",
-                    got=f"{source.model} differs in {', '.join(sorted(differing)[:5])}",
-                )
-
-    def _add(self, block: BlockPlan, piece: OutputSlice) -> None:
-        tasks = [t.task for t in block.tensors]
-        if problem := methods()[block.method].check(tasks, len(block.sources)):
-            raise RecipeError(problem, where=piece.place.where, got=f"{block.title} of the output")
-        self.blocks.append(block)
+    def _add(self, piece: OutputSlice, title: str, outputs, sources: tuple[BlockSource, ...], base, made, new=False):
+        """The block, if its method can make it. Asked before anything else of the method."""
+        method = methods()[piece.merge_method]
+        if problem := method.check([task for task, _ in made], len(sources)):
+            name = problem.partition(":")[0]  # a parameter, if one is to blame
+            _, place = piece.parameters.get(name) or self.recipe.parameters.get(name) or (None, piece.place)
+            views = [self.models[s.model].view for s in sources]
+            undescribed = [v.model_type for v in views if method.inserts and v.architecture is None]
+            raise RecipeError(
+                problem,
+                where=f"{place.where}, {title} of the output",
+                expected=f"a described family: {', '.join(families())}" if undescribed else None,
+                got=f"model_type {undescribed[0]}" if undescribed else None,
+            )
+        tensors = tuple(self._planned(task, inputs, piece.merge_method, base) for task, inputs in made)
+        self.blocks.append(BlockPlan(len(self.blocks), title, outputs, piece.merge_method, sources, base, tensors, new))
 
     def _report_types(self, title: str, sources: Sequence[BlockSource]) -> None:
         models = [self.models[s.model] for s in sources]
@@ -305,6 +302,7 @@ def _open(ref: ModelRef) -> SourceModel:
         folder: Path = resolve(ref.text)
         checkpoint = Checkpoint.open(folder)
         view = view_model(checkpoint.config, tuple(checkpoint.tensors), folder)
+        check_config(checkpoint.config, view, {n: t.shape for n, t in checkpoint.tensors.items()}, folder)
     except DeusMergeError as error:
         if ref.place.path:  # say where the recipe names this model, too
             error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where

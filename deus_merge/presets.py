@@ -120,9 +120,8 @@ def expand(upscale: Upscale, base: ModelRef, num_layers: int) -> tuple[OutputSli
     known = {p.name: p for p in methods()["ot_fuse"].parameters}
     for name, (setting, place) in upscale.parameters.items():
         if name not in known:
-            place.fail(
-                f"ot_fuse has no parameter {name!r}", expected=", ".join(sorted(known)), hint=nearest(name, known)
-            )
+            names = ", ".join(sorted(known))
+            place.fail(f"ot_fuse has no parameter {name!r}", expected=names, got=name, hint=nearest(name, known))
         check_setting(known[name], setting, place)
     settings = {name: (value, upscale.place) for name, value in preset.parameters.items()} | upscale.parameters
     insert = upscale.insert or locate(preset.insert, "upscale.insert")
@@ -137,18 +136,17 @@ def _places(insert: Located, n: int, after_last: bool) -> list[int]:
     if isinstance(form, str):
         named = {"all": gaps, "top_half": gaps[n - 1 - n // 2 :], "bottom_half": gaps[: n // 2]}
         places = named[insert.choice(named, "insert form")]
-    elif not isinstance(form, dict) or not form:
+    elif not isinstance(form, dict):
         insert.fail("not an insert form", expected=_FORMS)
+    elif len({"every", "after", "count"} & set(insert.mapping(("every", "after", "count", "where")))) != 1:
+        insert.fail("an insert form has one of every, after, count", expected=_FORMS)
     elif "every" in form:
-        step = insert.mapping(("every",), "insert form")["every"].integer(1)
+        step = insert.mapping(("every",))["every"].integer(1)
         places = [i for i in range(step - 1, n, step) if after_last or i < n - 1]
     elif "after" in form:
-        places = _after(insert.mapping(("after",), "insert form")["after"], n, after_last)
-    elif "count" in form:
-        places = _count(insert, gaps)
+        places = _after(insert.mapping(("after",))["after"], n, after_last)
     else:
-        insert.mapping(("every", "after", "count", "where"), "insert form")
-        insert.fail("not an insert form", expected=_FORMS)
+        places = _count(insert, gaps)
     if not places:
         insert.fail("this inserts no layer at all", expected=f"a place among the {n - 1} gaps of {n} layers")
     return places
@@ -157,7 +155,7 @@ def _places(insert: Located, n: int, after_last: bool) -> list[int]:
 def _after(node: Located, n: int, after_last: bool) -> list[int]:
     last = n - 1 if after_last else n - 2
     places = []
-    for item in node.sequence("list of layers"):
+    for item in node.sequence("a list of layers"):
         layer = item.integer()
         if layer > last:
             reason = "the model ends there" if layer >= n else "the last layer has no upper neighbour to fuse with"
@@ -169,7 +167,7 @@ def _after(node: Located, n: int, after_last: bool) -> list[int]:
 
 
 def _count(insert: Located, gaps: list[int]) -> list[int]:
-    keys = insert.mapping(("count", "where"), "insert form")
+    keys = insert.mapping(("count", "where"))
     m, total = keys["count"].integer(1), len(gaps)
     where = keys["where"].choice(_WHERE, "place") if "where" in keys else "top"
     if m > total:
@@ -226,7 +224,7 @@ def _extra(upscale: Upscale, default: int, allowed: tuple[str, ...]) -> tuple[in
         return default, upscale.place
     if not isinstance(upscale.insert.value, dict) or "count" not in upscale.insert.value:
         upscale.insert.fail(f"{upscale.preset} takes only a count", expected="{count: number of layers to add}")
-    keys = upscale.insert.mapping(allowed, "insert form")
+    keys = upscale.insert.mapping(allowed)
     return keys["count"].integer(1), keys["count"]
 
 

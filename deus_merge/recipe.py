@@ -6,13 +6,14 @@ and ``parameters`` of a slice, and ``upscale``, are additions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .discover import plugins
 from .errors import DeusMergeError, RecipeError, nearest
-from .located import Located, parse
+from .located import MAX_BYTES, Located, parse
 from .method import MergeMethod, Parameter, as_number
 from .units import dtype_code
 
@@ -27,6 +28,11 @@ _LATER = {
     "modules": "write the decoder's slices at the top level",
     "tokenizer": "use tokenizer_source: base, or the path of one of the models",
 }
+_NOT_WITH_UPSCALE = {
+    "merge_method": "choose a preset inside upscale, or write slices",
+    "parameters": "they may stand inside upscale",
+}
+_A_MODEL = "a folder or org/name[@revision]"
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,11 @@ class SliceSource:
     layer_range: tuple[int, int] | None = None
     parameters: Settings = field(default_factory=dict)
     place: Located = field(compare=False, repr=False, default=Located(None))
+
+    @property
+    def num_layers(self) -> int | None:
+        """None when only the model's depth tells."""
+        return self.layer_range and self.layer_range[1] - self.layer_range[0]
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,8 @@ def read_recipe(path: str | Path) -> Recipe:
         RecipeError: with the recipe path, the line, what was expected and what came.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"the recipe cannot be read: {reason}", where=path) from None
@@ -145,11 +157,16 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, file: str = "recipe") -> Recipe:
     """The text of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
-    root = parse(text, file)
-    top = root.mapping((*_TOP, *_LATER), "recipe")
+    return recipe_from(parse(text, file))
+
+
+def recipe_from(root: Located) -> Recipe:
+    """The values of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
+    top = root.mapping(what="a recipe")
     for key in _LATER:
         if key in top:
-            top[key].fail(f"{key!r} is not supported by this version", expected=", ".join(_TOP), hint=_LATER[key])
+            top[key].fail(f"{key!r} is not supported by this version", hint=_LATER[key])
+    root.mapping(_TOP, "a recipe")
     form = [k for k in ("slices", "models", "upscale") if k in top]
     if len(form) != 1:
         root.fail("a recipe has exactly one of slices, models, upscale", got=", ".join(form) or "none of them")
@@ -161,16 +178,16 @@ def parse_recipe(text: str, file: str = "recipe") -> Recipe:
         "parameters": parameters,
         "dtype": _dtype(top.get("dtype")),
         "out_dtype": _dtype(top.get("out_dtype")),
-        "tokenizer_source": top["tokenizer_source"].string() if "tokenizer_source" in top else None,
-        "chat_template": top["chat_template"].string() if "chat_template" in top else None,
+        "tokenizer_source": _model(top["tokenizer_source"]).text if "tokenizer_source" in top else None,
+        "chat_template": top["chat_template"].string("auto, or a Jinja template") if "chat_template" in top else None,
         "source": root,
     }
     if form == ["upscale"]:
         if base is None:
             root.fail("upscale needs base_model", expected="base_model: a folder or org/name", got="no base_model")
-        for key in ("merge_method", "parameters"):
+        for key, hint in _NOT_WITH_UPSCALE.items():
             if key in top:
-                top[key].fail(f"upscale does not go with {key}", hint="parameters may stand inside upscale")
+                top[key].fail(f"upscale does not go with {key}", hint=hint)
         return Recipe(upscale=_upscale(top["upscale"]), **common)
     slices = _slices(top["slices"], method) if form == ["slices"] else (_models(top["models"], method, base),)
     _check_names(parameters, [s.merge_method for s in slices])
@@ -182,35 +199,31 @@ def parse_recipe(text: str, file: str = "recipe") -> Recipe:
 
 
 def _slices(node: Located, method: str | None) -> tuple[OutputSlice, ...]:
-    return tuple(_slice(item, method) for item in node.sequence("list of slices"))
+    return tuple(_slice(item, method) for item in node.sequence("a list of slices"))
 
 
 def _slice(node: Located, method: str | None) -> OutputSlice:
-    keys = node.mapping(_SLICE, "slice")
+    keys = node.mapping(_SLICE, "a slice")
     if "sources" not in keys:
         node.fail("a slice needs sources", expected="sources: [{model: ..., layer_range: [a, b]}]")
     name = _method(keys["merge_method"]) if "merge_method" in keys else method
     if name is None:
         node.fail("no merge_method", expected="merge_method in the slice or at the top level", got="neither")
-    sources = tuple(_source(item) for item in keys["sources"].sequence("list of sources"))
+    sources = tuple(_source(item) for item in keys["sources"].sequence("a list of sources"))
     first = sources[0]
     for source in sources[1:]:
-        if _length(source) != _length(first):
-            source.place.fail(
+        if first.layer_range and source.layer_range and source.num_layers != first.num_layers:
+            source.place.value["layer_range"].fail(
                 "sources of a slice must have equally many layers",
-                expected=f"{_length(first) or 'no'} layer_range{'' if _length(first) is None else ' length'}",
-                got=_length(source) or "no layer_range",
+                expected=f"{first.num_layers} layers, as in sources[0]",
+                got=f"{source.num_layers} layers: {list(source.layer_range)}",
             )
     base = _model(keys["base_model"]) if "base_model" in keys else None
     return OutputSlice(sources, name, base, _settings(keys.get("parameters")), node)
 
 
-def _length(source: SliceSource) -> int | None:
-    return source.layer_range and source.layer_range[1] - source.layer_range[0]
-
-
 def _source(node: Located) -> SliceSource:
-    keys = node.mapping(_SOURCE, "source")
+    keys = node.mapping(_SOURCE, "a source")
     if "model" not in keys:
         node.fail("a source needs a model", expected="model: a folder or org/name")
     layers = _layer_range(keys["layer_range"]) if "layer_range" in keys else None
@@ -222,8 +235,8 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
     if method is None:
         node.fail("no merge_method", expected="merge_method at the top level", got="none")
     sources = []
-    for item in node.sequence("list of models"):
-        keys = item.mapping(("model", "parameters"), "model")
+    for item in node.sequence("a list of models"):
+        keys = item.mapping(("model", "parameters"), "an entry of models")
         if "model" not in keys:
             item.fail("an entry of models needs a model", expected="model: a folder or org/name")
         sources.append(SliceSource(_model(keys["model"]), None, _settings(keys.get("parameters")), item))
@@ -234,21 +247,27 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
 
 def _model(node: Located) -> ModelRef:
     if isinstance(node.value, dict):  # mergekit's long form
-        keys = node.mapping(("model", "path", "revision"), "model reference")
-        inner = keys.get("model", node)
-        parts = inner.mapping(("path", "revision"), "model reference") if isinstance(inner.value, dict) else keys
+        if "lora" in node.value:
+            _no_lora(node.value["lora"])
+        if "model" in node.value:
+            return _model(node.mapping(("model", "lora"))["model"])
+        parts = node.mapping(("path", "revision"), "a model reference")
         if "path" not in parts:
             node.fail("a model reference needs a path", expected="path: a folder or org/name")
-        revision = f"@{parts['revision'].string()}" if "revision" in parts else ""
-        return ModelRef(parts["path"].string() + revision, node)
-    text = node.string("a folder or org/name[@revision]")
-    if "+" in text and not Path(text).exists():
-        node.fail("LoRA adapters (model+lora) are not supported by this version", hint="merge the adapter first")
+        revision = f"@{parts['revision'].string('a branch, tag or commit')}" if "revision" in parts else ""
+        return ModelRef(parts["path"].string("a folder or org/name") + revision, node)
+    text = node.string(_A_MODEL)
+    if "+" in text and not os.path.exists(text):
+        _no_lora(node)
     return ModelRef(text, node)
 
 
+def _no_lora(node: Located) -> None:
+    node.fail("LoRA adapters (model+lora) are not supported by this version", hint="merge the adapter first")
+
+
 def _layer_range(node: Located) -> tuple[int, int]:
-    items = node.sequence("layer range")
+    items = node.sequence("a layer_range", "[first, last + 1]")
     if len(items) != 2:
         node.fail("a layer_range has two numbers", expected="[first, last + 1]")
     start, end = (item.integer() for item in items)
@@ -275,7 +294,7 @@ def _dtype(node: Located | None) -> str | None:
 
 
 def _upscale(node: Located) -> Upscale:
-    keys = node.mapping(_UPSCALE, "upscale section")
+    keys = node.mapping(_UPSCALE, "an upscale section")
     preset = keys["preset"].string("the name of a preset") if "preset" in keys else "opt_deus"
     return Upscale(preset, keys.get("insert"), _settings(keys.get("parameters")), node)
 
@@ -283,30 +302,32 @@ def _upscale(node: Located) -> Upscale:
 def _settings(node: Located | None) -> dict[str, tuple[Setting, Located]]:
     if node is None or node.value is None:
         return {}
-    return {name: (_setting(item), item) for name, item in node.mapping(what="mapping of parameters").items()}
+    return {name: (_setting(item), item) for name, item in node.mapping(what="a mapping of parameters").items()}
 
 
 def _setting(node: Located) -> Setting:
     if not isinstance(node.value, tuple):
         return node.plain()
-    items = node.sequence("value, gradient or list of filters")
+    items = node.sequence("a value, a gradient or a list of filters")
     if all(isinstance(i.value, dict) for i in items):
         return Filtered(tuple(_filter(item) for item in items))
     numbers = [as_number(i.value) for i in items]
     if None not in numbers:
         return Gradient(tuple(numbers))
     if any(isinstance(i.value, dict | tuple) for i in items):
-        node.fail("mixed list", expected="a list of numbers, or of {filter, value} entries")
+        node.fail("mixed list", expected="a list of numbers, or of {filter: ..., value: ...} entries")
+    if any(n is not None for n in numbers):
+        items[numbers.index(None)].fail("a gradient is a list of numbers", expected="a number")
     return node.plain()
 
 
 def _filter(node: Located) -> tuple[str | None, Setting]:
-    keys = node.mapping(("filter", "value"), "filter entry")
+    keys = node.mapping(("filter", "value"), "a filter entry")
     if "value" not in keys:
         node.fail("a filter entry needs a value", expected="{filter: part of a tensor name, value: ...}")
     pattern = keys["filter"].plain() if "filter" in keys else None
     if pattern is not None and not isinstance(pattern, str):
-        keys["filter"].fail("wrong type", expected="part of a tensor name")
+        keys["filter"].fail("wrong value", expected="part of a tensor name")
     return (None if pattern == "*" else pattern), _setting(keys["value"])
 
 
@@ -315,14 +336,16 @@ def _check_names(settings: Settings, names: list[str], scope: str | None = None)
     for name, (setting, place) in settings.items():
         known = [p for m in names for p in methods()[m].parameters if p.name == name and scope in (None, p.scope)]
         if not known:
-            every = sorted({p.name for m in names for p in methods()[m].parameters if scope in (None, p.scope)})
+            every = {p.name: p for m in names for p in methods()[m].parameters}
+            here = sorted(n for n, p in every.items() if scope in (None, p.scope))
             place.fail(
-                f"{', '.join(dict.fromkeys(names))} has no {scope + ' ' if scope else ''}parameter {name!r}",
-                expected=", ".join(every) or "no parameters here",
+                f"{', '.join(dict.fromkeys(names))} has no parameter {name!r}{' of a source' if scope else ''}",
+                expected=", ".join(here) or "no parameters here",
                 got=name,
-                hint=nearest(name, every),
+                hint=f"{name} is a parameter of the whole slice" if name in every else nearest(name, here),
             )
-        check_setting(known[0], setting, place)
+        for parameter in known:
+            check_setting(parameter, setting, place)
 
 
 def check_setting(parameter: Parameter, setting: Setting, place: Located) -> None:
@@ -330,16 +353,17 @@ def check_setting(parameter: Parameter, setting: Setting, place: Located) -> Non
     if isinstance(setting, Filtered):
         if parameter.scope == "block":
             place.fail(f"{parameter.name} stands for a whole layer: filters do not apply", expected=parameter.expected)
-        for _, value in setting.entries:
-            check_setting(parameter, value, place)
+        for entry, (_, value) in zip(place.value, setting.entries, strict=True):
+            check_setting(parameter, value, entry.value["value"])
         return
-    if isinstance(setting, Gradient) and parameter.kind not in ("number", "integer", "other"):
+    if isinstance(setting, Gradient) and parameter.kind not in ("number", "other"):
         place.fail(f"{parameter.name} takes no gradient", expected=parameter.expected)
     for value in setting.values if isinstance(setting, Gradient) else (setting,):
         try:
             parameter.read(value)
         except ValueError as error:
-            place.fail(f"not a value of {parameter.name}", expected=str(error))
+            hint = nearest(value, parameter.choices) if isinstance(value, str) else None
+            place.fail(f"not a value of {parameter.name}", expected=str(error), hint=hint)
 
 
 def evaluate(setting: Setting, tensor_name: str | None, position: float) -> object:

@@ -22,9 +22,10 @@ def dump_recipe(recipe: Recipe) -> str:
     for key in ("dtype", "out_dtype"):
         if code := getattr(recipe, key):
             data[key] = dtype_name(code)
-    for key in ("tokenizer_source", "chat_template"):
-        if value := getattr(recipe, key):
-            data[key] = value
+    if source := recipe.tokenizer_source:
+        data["tokenizer_source"] = source if source == "base" else _model(ModelRef(source))
+    if recipe.chat_template:
+        data["chat_template"] = recipe.chat_template
     data |= _parameters(recipe.parameters)
     if recipe.upscale:
         section = {"preset": recipe.upscale.preset} | _parameters(recipe.upscale.parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from .errors import DeusMergeError, nearest
@@ -40,7 +41,7 @@ def parse_size(text: str | int) -> int:
     if match is None:
         raise DeusMergeError("not a size", expected="a number with a unit, like 5GB or 8GiB", got=repr(text))
     number, unit, binary = match.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** _POWER[unit.upper()])
+    size = int(Decimal(number) * (1024 if binary else 1000) ** _POWER[unit.upper()])
     if size < 1:
         raise DeusMergeError("a size must be positive", expected="at least 1 byte", got=repr(text))
     return size

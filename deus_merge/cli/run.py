@@ -50,7 +50,7 @@ def run_options(command):
                      help="Check the result before it gets its name."),
         click.option("--seed", "--random-seed", type=int, default=0, show_default=True,
                      help="For methods that draw random numbers."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads for arithmetic."),
+        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for arithmetic."),
         click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors and warnings."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
         *map(_no_op, ("--lazy-unpickle", "--copy-tokenizer", "--trust-remote-code", "--low-cpu-memory",
@@ -92,11 +92,13 @@ def upscale(
     """
     parameters = {}
     for item in params:
-        name, sign, value = item.partition("=")
-        if not sign:
+        name, _, value = item.partition("=")
+        if not name or not value.strip():
             raise click.BadParameter(f"{item!r} is not NAME=VALUE", param_hint="--param")
+        if name in parameters:
+            raise click.BadParameter(f"{name!r} is given twice", param_hint="--param")
         parameters[name] = parse(value, f"--param {name}").plain()
-    where = parse(insert, "--insert").plain() if insert else None
+    where = parse(insert, "--insert").plain() if insert is not None else None
     recipe = api.upscale_recipe(model, preset=preset, insert=where, dtype=dtype, parameters=parameters)
     _run(recipe, out, **options)
 
