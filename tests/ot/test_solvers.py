@@ -177,6 +177,16 @@ def test_sinkhorn_is_finite_up_to_a_cost_of_ten_thousand_reg(log_ratio, n, m, ki
     assert (plan.sum(0) - problem.b).abs().sum() < 1e-5
 
 
+@pytest.mark.parametrize("limit", [1, 2, 7])
+@pytest.mark.parametrize("reg", [1e-4, 1e-8, "auto"])
+def test_sinkhorn_is_finite_wherever_it_has_to_stop(limit, reg):
+    cost = torch.exp(4 * torch.randn(40, 30, generator=generator(8)))
+    solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(cost), reg=reg, max_iterations=limit)
+    assert torch.isfinite(solution.coupling.matrix).all()
+    assert solution.converged == (solution.marginal_error <= 1e-4)
+    assert torch.isfinite(solution.coupling.transport_map().to_rows(torch.ones(40, 2))).all()
+
+
 def test_sinkhorn_says_when_the_limit_was_too_low():
     g = generator(4)
     cost = euclidean(torch.randn(80, 3, generator=g), torch.randn(80, 3, generator=g))

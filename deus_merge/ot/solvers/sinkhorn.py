@@ -24,6 +24,8 @@ from ...errors import SolverError
 from ..problem import Coupling, OTProblem, OTSolution, effective_support, row_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 _LOOSE = 0.02  # L1 marginal error that suffices before reg is halved, and to measure the support
@@ -68,7 +70,7 @@ class Sinkhorn:
             while level > 2 * reg:
                 g = _solve_level(kernel, g, level, max(_LOOSE, tolerance)).dual(level)
                 level /= 2
-        state = _solve_level(kernel, g, float(reg), tolerance)
+        state = _solve_level(kernel, g, float(reg), 0.95 * tolerance)  # the plan's own sums round a little
         coupling = Coupling(place(kernel.plan(state)))
         error = coupling.marginal_error(problem.a, problem.b)
         return OTSolution(
@@ -148,7 +150,9 @@ class _Kernel:
 
     def plan(self, state: _State) -> Tensor:
         """T with exact columns, made in place of the kernel, which is gone afterwards; (n, m)."""
-        v = state.v * (self.b / state.c.clamp_min(_tiny(state.c)))
+        # A column that underflow left without mass, possible only when the passes ran out, stays as it is.
+        lost = state.c < 1e-20 * self.b
+        v = state.v * (self.b / state.c.where(~lost, self.b))
         for block in row_blocks(*self.matrix.shape):
             self.matrix[block] *= state.u[block].unsqueeze(1)
             self.matrix[block] *= v
@@ -233,13 +237,13 @@ def _find_reg(kernel: _Kernel, g: Tensor, level: float, target: float) -> tuple[
     near = math.log1p(_SUPPORT_ERROR)
     low = high = measure(g, level)  # (log reg, log support, dual)
     for _ in range(40):
-        if kernel.spent or (low[1] <= goal <= high[1]):
+        if kernel.spent or low[1] <= goal <= high[1] or abs(low[1] - goal) <= near or abs(high[1] - goal) <= near:
             break
         if low[1] > goal:
             low, high = measure(low[2], math.exp(low[0]) / 2), low
         else:
             low, high = high, measure(high[2], math.exp(high[0]) * 2)
-        if math.exp(high[0] - low[0]) > 1 and not 1e-5 * level <= math.exp(low[0]) <= 1e3 * level:
+        if not 1e-5 * level <= math.exp(low[0]) <= 1e3 * level:
             break
     best = min(low, high, key=lambda point: abs(point[1] - goal))
     for _ in range(12):
@@ -266,7 +270,7 @@ def _spread(cost: Tensor) -> tuple[Tensor, float]:
     return columns, max(spread, 1e-6 * sample.abs().max().item(), 1e-6 * columns.abs().max().item()) or 1.0
 
 
-def _with_mass(problem: OTProblem) -> tuple[OTProblem, object]:
+def _with_mass(problem: OTProblem) -> tuple[OTProblem, Callable[[Tensor], Tensor]]:
     """The problem on the points that have mass, and the function that puts its plan back among the others."""
     rows, columns = problem.a > 0, problem.b > 0  # (n,), (m,)
     if bool(rows.all()) and bool(columns.all()):
