@@ -7,6 +7,7 @@ inputs on demand onto the device, and yields its outputs one by one, so that the
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -167,27 +168,46 @@ class Made:
     diagnostics: Mapping[str, object] | None = None
 
 
-class MergeMethod(Protocol):
-    """One merge method. Instances are stateless."""
+class MergeMethod(ABC):
+    """One merge method. Instances are stateless.
+
+    Attributes:
+        name: As in a recipe, and the file's name.
+        summary: One line for ``deus-merge methods``.
+        reference: Where it was published.
+        parameters: What a recipe can set.
+        adds_base: Whether ``base_model`` joins the sources when no source names it.
+        inserts: Whether it makes new layers: from pairs of sources, or in the gaps of a single source's range.
+    """
 
     name: str
     summary: str
     reference: str
     parameters: tuple[Parameter, ...]
-    adds_base: bool  # whether base_model joins the sources when no source names it
-    inserts: bool  # whether it makes new layers: from pairs of sources, or in the gaps of a single source's range
+    adds_base = False
+    inserts = False
 
     def check(self, tasks: Sequence[TensorTask], sources: int) -> str | None:
         """What is wrong with merging this many sources into these outputs; None when it is fine."""
+        return None
 
+    def remark(self, task: TensorTask) -> str | None:
+        """What the report must say about these settings; None in most cases."""
+        return None
+
+    @abstractmethod
     def origin(self, task: TensorTask) -> Origin:
         """How this output comes about; decided before any tensor is read."""
 
+    @abstractmethod
     def merge(self, block: Block) -> Iterator[Made]:
         """Make every output whose origin is `Compute`."""
 
     def workspace(self, tasks: Sequence[TensorTask]) -> int:
-        """Upper estimate of the bytes alive at once while merging these tasks."""
+        """Upper estimate of the bytes alive at once: the largest tensor in float32, once per source and three times
+        for results."""
+        sizes = (4 * math.prod(t.shape) * (len(t.source_parameters) + 3) for t in tasks)
+        return max(sizes, default=0)
 
 
 def per_tensor(
@@ -210,12 +230,6 @@ def per_tensor(
             stored = [block.read(task.role, i) for i in sources]
             tensors = [t if t.dtype == torch.float64 else t.to(torch.float32) for t in stored]
             yield Made(task, merge(tensors, task))
-
-
-def elementwise_workspace(tasks: Sequence[TensorTask]) -> int:
-    """Bytes of the largest tensor, once per source in float32 and twice for results."""
-    sizes = (4 * math.prod(t.shape) * (len(t.source_parameters) + 2) for t in tasks)
-    return max(sizes, default=0)
 
 
 def parse_roles(value: object) -> object:

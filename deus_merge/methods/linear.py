@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from ..method import Compute, CopyOf, Parameter, elementwise_workspace, per_tensor
+from ..method import Compute, CopyOf, MergeMethod, Parameter, per_tensor
 
 
-class Linear:
+class Linear(MergeMethod):
     name = "linear"
     summary = "weighted mean (or sum) of the sources"
     reference = "Wortsman et al., Model soups, arXiv 2203.05482"
-    adds_base = False
-    inserts = False
     parameters = (
         Parameter("weight", "number", 1.0, "weight of a source", scope="source"),
         Parameter("normalize", "boolean", True, "divide by the sum of the weights"),
     )
-
-    def check(self, tasks, sources):
-        return None
 
     def origin(self, task):
         """A source that alone has weight is copied."""
@@ -27,9 +22,6 @@ class Linear:
 
     def merge(self, block):
         return per_tensor(block, self.origin, self._mean)
-
-    def workspace(self, tasks):
-        return elementwise_workspace(tasks)
 
     def _weights(self, task) -> list[float]:
         weights = [p["weight"] for p in task.source_parameters]

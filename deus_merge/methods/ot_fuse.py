@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from ..discover import plugins
-from ..method import Block, Compute, CopyOf, Made, Parameter, TensorTask, Zeros, as_number, parse_roles
+from ..method import Block, Compute, CopyOf, Made, MergeMethod, Parameter, TensorTask, Zeros, as_number, parse_roles
 
 _PASSED_ON = (
     "plan_scale", "cost", "unit_rows", "cost_scale", "solver", "reg", "max_iterations", "tolerance", "restore_norm",
@@ -31,11 +31,10 @@ def parse_t(value: object) -> object:
     raise ValueError(parse_t.__doc__)
 
 
-class OtFuse:
+class OtFuse(MergeMethod):
     name = "ot_fuse"
     summary = "new layers from neighbours: aligned by optimal transport, fused, output projections zero"
     reference = "Cao, Wang, Aletras, Progressive Depth Up-scaling via Optimal Transport, arXiv 2508.08011"
-    adds_base = False
     inserts = True
     parameters = (
         Parameter("alignment", "choice", "transport_flow", "how A is brought to B", "block",
@@ -81,6 +80,14 @@ class OtFuse:
         writers = [t.role for t in tasks if t.spec.writes_residual]
         if not isinstance(zeroed, bool) and (wrong := [r for r in zeroed if r not in writers]):
             return f"zero_init: {wrong[0]!r} does not write to the residual stream; these do: {', '.join(writers)}"
+        return None
+
+    def remark(self, task):
+        if task.parameters["plan_scale"] == "coupling" and task.parameters["alignment"] != "none":
+            return (
+                "plan_scale: coupling applies couplings as they are, like the paper's script: what A gives is about 1/n"
+                " of a weighted mean, so new layers are close to half of their upper neighbour"
+            )
         return None
 
     def origin(self, task):

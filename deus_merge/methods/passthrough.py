@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from ..method import Compute, CopyOf, Parameter, Zeros, elementwise_workspace, per_tensor
+from ..method import Compute, CopyOf, MergeMethod, Parameter, Zeros, per_tensor
 
 
-class Passthrough:
+class Passthrough(MergeMethod):
     name = "passthrough"
     summary = "one source, copied as it is; `scale` multiplies its tensors"
     reference = "mergekit"
-    adds_base = False
-    inserts = False
     parameters = (Parameter("scale", "number", 1.0, "factor on the tensor; 0 writes zeros", scope="source"),)
 
     def check(self, tasks, sources):
@@ -22,9 +20,6 @@ class Passthrough:
 
     def merge(self, block):
         return per_tensor(block, self.origin, lambda tensors, task: tensors[0] * task.source_parameters[0]["scale"])
-
-    def workspace(self, tasks):
-        return elementwise_workspace(tasks)
 
 
 METHOD = Passthrough()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from ..method import Compute, Parameter, elementwise_workspace, per_tensor
+from ..method import Compute, MergeMethod, Parameter, per_tensor
 
 _COLINEAR = 0.9995  # above this cosine the arc is a chord
 _EPSILON = 1e-8
 _PIECE = 1 << 20  # elements that are widened to float64 at a time
 
 
-class Slerp:
+class Slerp(MergeMethod):
     name = "slerp"
     summary = "spherical interpolation from the base model (t = 0) to the other source (t = 1)"
     reference = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
     adds_base = True
-    inserts = False
     parameters = (Parameter("t", "number", 0.5, "0 gives the base model, 1 the other source"),)
 
     def check(self, tasks, sources):
@@ -30,9 +29,6 @@ class Slerp:
             return slerp(task.parameters["t"], tensors[start], tensors[1 - start])
 
         return per_tensor(block, self.origin, interpolate)
-
-    def workspace(self, tasks):
-        return 2 * elementwise_workspace(tasks)
 
 
 def slerp(t: float, start, end):
