@@ -273,6 +273,9 @@ class _Planner:
                 expected=f"a described family: {', '.join(families())}" if undescribed else None,
                 got=f"model_type {undescribed[0]}" if undescribed else None,
             )
+        remark = method.remark(made[0][0])
+        if remark and remark not in self.warnings:
+            self.warnings.append(remark)
         tensors = tuple(self._planned(task, inputs, piece.merge_method, base) for task, inputs in made)
         self.blocks.append(BlockPlan(len(self.blocks), title, outputs, piece.merge_method, sources, base, tensors, new))
 
