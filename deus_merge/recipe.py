@@ -162,11 +162,10 @@ def parse_recipe(text: str, file: str = "recipe") -> Recipe:
 
 def recipe_from(root: Located) -> Recipe:
     """The values of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
-    top = root.mapping(what="a recipe")
-    for key in _LATER:
-        if key in top:
-            top[key].fail(f"{key!r} is not supported by this version", hint=_LATER[key])
-    root.mapping(_TOP, "a recipe")
+    for key, hint in _LATER.items():
+        if isinstance(root.value, dict) and key in root.value:
+            root.value[key].fail(f"{key!r} is not supported by this version", hint=hint)
+    top = root.mapping(_TOP, "a recipe")
     form = [k for k in ("slices", "models", "upscale") if k in top]
     if len(form) != 1:
         root.fail("a recipe has exactly one of slices, models, upscale", got=", ".join(form) or "none of them")
