@@ -91,7 +91,7 @@ def as_number(value: object) -> float | int | None:
             value = float(value)
         except ValueError:
             return None
-    if isinstance(value, int | float) and abs(value) < float("inf"):
+    if isinstance(value, int | float) and abs(value) < 1e308:  # also whole numbers that no float can hold
         return value
     return None
 
