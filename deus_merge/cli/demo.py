@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .. import api
-from .output import progress, say, show_verification
+from .output import hush_transformers, progress, say, show_verification
 
 _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # and how many tokens follow
 
@@ -26,6 +26,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     """
     from ..demo_models import smollm2, tiny_model
 
+    hush_transformers()
     base = tiny_model() if tiny else smollm2(out)
     target = out / f"{'tiny' if tiny else base.name}-{preset}"
     recipe = api.upscale_recipe(str(base), preset=preset, insert=insert)

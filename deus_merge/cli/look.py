@@ -8,7 +8,7 @@ import click
 
 from .. import api
 from ..units import format_size
-from .output import emit_json, say, show_verification, table
+from .output import emit_json, hush_transformers, say, show_verification, table
 
 
 @click.command()
@@ -26,6 +26,7 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, as_j
       deus-merge verify ./deeper --logits text.txt
     """
     text = logits.read_text(encoding="utf-8", errors="replace")[:20_000] if logits else None
+    hush_transformers()
     result = api.verify(out, quick=quick, logits_text=text)
     if as_json:
         emit_json(result.describe())

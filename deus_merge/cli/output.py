@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ def say(text: str, quiet: bool = False) -> None:
     """One line for people, on stderr."""
     if not quiet:
         click.echo(text, err=True)
+
+
+def hush_transformers() -> None:
+    """No bars and notices of transformers between our lines. Has an effect until transformers is first imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def warn(warnings: tuple[str, ...]) -> None:
