@@ -12,10 +12,10 @@ from string import Template
 
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support import make_model
 
 from deus_merge import api
 from deus_merge.errors import DeusMergeError

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import load, logits, make_model, weights, write_recipe
 from scipy.special import logsumexp
+from support import load, logits, make_model, weights, write_recipe
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import torch
 import yaml
-from conftest import load, make_model, weights, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import load, make_model, weights, write_recipe
 
 from deus_merge import api
 from deus_merge.errors import RecipeError

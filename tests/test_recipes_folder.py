@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import load, make_model
+from support import load, make_model
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yml"))
 DEPTH = {

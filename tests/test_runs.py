@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import TEXT, make_model, token_ids, weights, write_recipe
+from support import TEXT, make_model, token_ids, weights, write_recipe
 
 COMMAND = [sys.executable, "-m", "deus_merge"]
 
@@ -203,7 +203,7 @@ def test_real_text_loss(real):
     """The converted model knows English: the losses of data that this test writes itself."""
     import argparse
 
-    from conftest import load
+    from support import load
 
     ids = token_ids(real, argparse.__doc__)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import load, logits, make_model, token_ids, weights
+from support import load, logits, make_model, token_ids, weights
 
 from deus_merge.presets import PRESETS
 

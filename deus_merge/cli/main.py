@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
+    # Threads that spin while they wait make a shared machine several times slower. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return cli(arguments, prog_name="deus-merge", standalone_mode=False) or 0
     except click.exceptions.Exit as stop:

@@ -35,7 +35,9 @@ def test_costs_are_exact_also_between_near_twins(name, n, m, d, offset, noise, s
     y = x[torch.randint(n, (m,), generator=g)] + noise * torch.randn(m, d, generator=g)
     cost, want = COSTS[name](x, y), exact(name, x, y)
     spread = want.max() + (offset * 2e-7) ** (1 if name == "euclidean" else 2) + 1e-12
-    assert (cost.double() - want).abs().max() <= 1e-4 * spread
+    # Unit rows are rounded to float32 before they are compared: cosine is that much off a distance of sqrt(2 want).
+    rounding = 4e-7 * (want.max().item() ** 0.5) if name == "cosine" else 0.0
+    assert (cost.double() - want).abs().max() <= 1e-4 * spread + rounding
     near = want < 1e-3 * want.max()
     # The offset's own rounding in float32 is part of the inputs, so a relative error is fair without it.
     if offset == 0 and name != "cosine" and near.any():
