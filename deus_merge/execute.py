@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -63,6 +64,8 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
     Raises:
         PlanError: no room on the disk, too little memory allowed, OUT in or around a source, no such device.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
+        raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
     place = out.resolve()
     for model in plan.models:
         source = model.checkpoint.folder.resolve()
@@ -73,6 +76,7 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
                 expected="a folder beside the models",
                 got=f"source {source}",
             )
+    OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite).check_place()
     if options.max_memory is not None and plan.peak_memory > options.max_memory:
         raise PlanError(
             "the plan needs more memory than allowed",
@@ -301,14 +305,7 @@ def _convergence(plan: Plan, diagnostics: Mapping[int, list[dict]]) -> tuple[str
 def _device(name: str) -> torch.device:
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PlanError(
             "no such CUDA device", where="--device", expected=f"{torch.cuda.device_count()} devices", got=name

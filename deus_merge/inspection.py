@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from .architecture import ModelView, view_model
-from .checkpoint.hub import resolve
-from .checkpoint.reader import Checkpoint
 from .errors import ArchitectureError, DeusMergeError
+from .plan import SourceModel
+from .recipe import ModelRef
 
 
 def summary(model: str) -> dict:
     """Family, depth, heads and sizes of a model (a folder or a hub id), as JSON data."""
-    checkpoint, view = _open(model)
+    source = SourceModel.open(ModelRef(model))
+    checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     facts = {
@@ -63,7 +63,8 @@ def adjacent_similarity(model: str) -> Iterator[dict]:
     from .ot.problem import OTProblem
     from .ot.solvers.assignment import SOLVER
 
-    checkpoint, view = _open(model)
+    source = SourceModel.open(ModelRef(model))
+    checkpoint, view = source.checkpoint, source.view
     if view.architecture is None:
         raise ArchitectureError(
             f"similarity needs a described family, {view.model_type!r} is none", hint="deus-merge methods lists them"
@@ -104,9 +105,3 @@ def plot_similarity(rows: list[dict], path: Path) -> None:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise DeusMergeError(f"the plot cannot be written: {error}", where=path) from None
-
-
-def _open(model: str) -> tuple[Checkpoint, ModelView]:
-    folder = resolve(model)
-    checkpoint = Checkpoint.open(folder)
-    return checkpoint, view_model(checkpoint.config, tuple(checkpoint.tensors), folder)

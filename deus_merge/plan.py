@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .architecture import ModelView
+from .architecture import ModelView, view_model
+from .checkpoint.hub import resolve
 from .checkpoint.layout import ShardLayout
 from .checkpoint.reader import Checkpoint, TensorInfo
+from .config import check_config
+from .errors import DeusMergeError
 from .method import CopyOf, TensorTask, Zeros
 from .recipe import ModelRef, Recipe, methods
 
@@ -41,6 +44,24 @@ class SourceModel:
     ref: ModelRef
     checkpoint: Checkpoint
     view: ModelView
+
+    @classmethod
+    def open(cls, ref: ModelRef) -> SourceModel:
+        """Find a model's folder (on the hub if need be), read its config and headers, and check that they agree.
+
+        Raises:
+            CheckpointError, ArchitectureError: with the place in the recipe that names the model.
+        """
+        try:
+            checkpoint = Checkpoint.open(resolve(ref.text))
+            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.folder)
+            shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+            check_config(checkpoint.config, view, shapes, checkpoint.folder)
+        except DeusMergeError as error:
+            if ref.place.path:
+                error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
+            raise
+        return cls(ref, checkpoint, view)
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from .architecture import ModelView, TensorSpec, families, view_model
-from .checkpoint.hub import resolve
+from .architecture import ModelView, TensorSpec, families
 from .checkpoint.layout import TensorEntry, plan_shards
-from .checkpoint.reader import Checkpoint, TensorInfo
-from .config import LayerOrigin, check_config, deeper_config, layer_lists
-from .errors import DeusMergeError, PlanError, RecipeError
-from .located import Located
+from .checkpoint.reader import TensorInfo
+from .config import LayerOrigin, deeper_config, layer_lists
+from .errors import PlanError, RecipeError
 from .matching import Part, check_heads, check_like_donor, check_same
 from .method import TensorTask
 from .model_files import extra_files
 from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
 from .presets import expand
-from .recipe import ModelRef, OutputSlice, Recipe, Settings, SliceSource, evaluate, methods
+from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
+from .settings import Settings, resolve_setting
 from .units import FLOAT_DTYPES, dtype_name, parse_size
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -44,7 +42,7 @@ class _Planner:
 
     def plan(self, max_shard_size: int) -> Plan:
         refs = self.recipe.models()
-        self.models = tuple(_open(ref) for ref in refs)
+        self.models = tuple(SourceModel.open(ref) for ref in refs)
         self.index = {ref: i for i, ref in enumerate(refs)}
         self.donor = self.index[self.recipe.donor]
         self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
@@ -127,7 +125,7 @@ class _Planner:
         known = {p.name: p for p in methods()[piece.merge_method].parameters}
         if "layers_per_gap" not in known:
             return 1
-        return _resolve(known["layers_per_gap"], [piece.parameters, self.recipe.parameters], None, 0.0)
+        return resolve_setting(known["layers_per_gap"], [piece.parameters, self.recipe.parameters], None, 0.0)
 
     def _range(self, source: SliceSource) -> range:
         depth = self._view(source.model).num_layers
@@ -214,11 +212,11 @@ class _Planner:
             filter_name = None if p.scope == "block" else name
             if p.scope != "source":
                 levels = [piece.parameters, glob]
-                parameters[p.name] = _resolve(p, levels, filter_name, position)
+                parameters[p.name] = resolve_setting(p, levels, filter_name, position)
                 continue
             for i, source in enumerate(sources):
                 levels = [source.parameters, piece.parameters, glob]
-                per_source[i][p.name] = _resolve(p, levels, filter_name, position)
+                per_source[i][p.name] = resolve_setting(p, levels, filter_name, position)
         return TensorTask(role, slot, name, spec, inputs[0].shape, parameters, tuple(per_source)), inputs
 
     def _planned(self, task: TensorTask, inputs: tuple[TensorInfo, ...], method: str, base: int | None):
@@ -298,33 +296,3 @@ class _Planner:
                 if key in seen:
                     self.blocks[i] = replace(block, new=True)
                 seen.add(key)
-
-
-def _open(ref: ModelRef) -> SourceModel:
-    try:
-        folder: Path = resolve(ref.text)
-        checkpoint = Checkpoint.open(folder)
-        view = view_model(checkpoint.config, tuple(checkpoint.tensors), folder)
-        check_config(checkpoint.config, view, {n: t.shape for n, t in checkpoint.tensors.items()}, folder)
-    except DeusMergeError as error:
-        if ref.place.path:  # say where the recipe names this model, too
-            error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
-        raise
-    return SourceModel(ref, checkpoint, view)
-
-
-def _resolve(parameter, levels: Sequence[Settings], name: str | None, position: float) -> object:
-    """source > slice > global > default; a filter list without a match falls through."""
-    for settings in levels:
-        if parameter.name in settings:
-            setting, place = settings[parameter.name]
-            value = evaluate(setting, name, position)
-            if value is None:
-                continue
-            try:
-                return parameter.read(value)
-            except ValueError as error:
-                (place if isinstance(place, Located) else Located(None)).fail(
-                    f"not a value of {parameter.name}", expected=str(error), got=value
-                )
-    return parameter.default

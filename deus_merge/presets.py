@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from .errors import nearest
 from .located import Located, locate
-from .recipe import ModelRef, OutputSlice, SliceSource, Upscale, check_setting, methods
+from .recipe import ModelRef, OutputSlice, SliceSource, Upscale, methods
+from .settings import check_setting
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 from .discover import plugins
 from .errors import DeusMergeError, RecipeError, nearest
 from .located import MAX_BYTES, Located, parse
-from .method import MergeMethod, Parameter, as_number
+from .method import MergeMethod
+from .settings import Settings, check_setting, read_settings
 from .units import dtype_code
 
 _TOP = (
@@ -44,31 +45,6 @@ class ModelRef:
 
     def __str__(self) -> str:
         return self.text
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """A list of numbers spread over a slice's layers and interpolated linearly."""
-
-    values: tuple[float, ...]
-
-    def at(self, position: float) -> float:
-        """The value at ``position`` in [0, 1]."""
-        scaled = position * (len(self.values) - 1)
-        low = int(scaled)
-        high = min(low + 1, len(self.values) - 1)
-        return self.values[low] + (scaled - low) * (self.values[high] - self.values[low])
-
-
-@dataclass(frozen=True)
-class Filtered:
-    """A value per tensor: the first entry whose filter is part of the tensor's name wins; None matches all."""
-
-    entries: tuple[tuple[str | None, object], ...]
-
-
-Setting = object  # a plain value, a Gradient or a Filtered
-Settings = Mapping[str, tuple[Setting, Located]]
 
 
 @dataclass(frozen=True)
@@ -171,7 +147,7 @@ def recipe_from(root: Located) -> Recipe:
         root.fail("a recipe has exactly one of slices, models, upscale", got=", ".join(form) or "none of them")
     method = _method(top["merge_method"]) if "merge_method" in top else None
     base = _model(top["base_model"]) if "base_model" in top else None
-    parameters = _settings(top.get("parameters"))
+    parameters = read_settings(top.get("parameters"))
     common = {
         "base_model": base,
         "parameters": parameters,
@@ -218,7 +194,7 @@ def _slice(node: Located, method: str | None) -> OutputSlice:
                 got=f"{source.num_layers} layers: {list(source.layer_range)}",
             )
     base = _model(keys["base_model"]) if "base_model" in keys else None
-    return OutputSlice(sources, name, base, _settings(keys.get("parameters")), node)
+    return OutputSlice(sources, name, base, read_settings(keys.get("parameters")), node)
 
 
 def _source(node: Located) -> SliceSource:
@@ -226,7 +202,7 @@ def _source(node: Located) -> SliceSource:
     if "model" not in keys:
         node.fail("a source needs a model", expected="model: a folder or org/name")
     layers = _layer_range(keys["layer_range"]) if "layer_range" in keys else None
-    return SliceSource(_model(keys["model"]), layers, _settings(keys.get("parameters")), node)
+    return SliceSource(_model(keys["model"]), layers, read_settings(keys.get("parameters")), node)
 
 
 def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputSlice:
@@ -238,7 +214,7 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
         keys = item.mapping(("model", "parameters"), "an entry of models")
         if "model" not in keys:
             item.fail("an entry of models needs a model", expected="model: a folder or org/name")
-        sources.append(SliceSource(_model(keys["model"]), None, _settings(keys.get("parameters")), item))
+        sources.append(SliceSource(_model(keys["model"]), None, read_settings(keys.get("parameters")), item))
     if base and methods()[method].adds_base and base not in [s.model for s in sources]:
         sources.append(SliceSource(base, place=base.place))
     return OutputSlice(tuple(sources), method, place=node)
@@ -295,39 +271,7 @@ def _dtype(node: Located | None) -> str | None:
 def _upscale(node: Located) -> Upscale:
     keys = node.mapping(_UPSCALE, "an upscale section")
     preset = keys["preset"].string("the name of a preset") if "preset" in keys else "opt_deus"
-    return Upscale(preset, keys.get("insert"), _settings(keys.get("parameters")), node)
-
-
-def _settings(node: Located | None) -> dict[str, tuple[Setting, Located]]:
-    if node is None or node.value is None:
-        return {}
-    return {name: (_setting(item), item) for name, item in node.mapping(what="a mapping of parameters").items()}
-
-
-def _setting(node: Located) -> Setting:
-    if not isinstance(node.value, tuple):
-        return node.plain()
-    items = node.sequence("a value, a gradient or a list of filters")
-    if all(isinstance(i.value, dict) for i in items):
-        return Filtered(tuple(_filter(item) for item in items))
-    numbers = [as_number(i.value) for i in items]
-    if None not in numbers:
-        return Gradient(tuple(numbers))
-    if any(isinstance(i.value, dict | tuple) for i in items):
-        node.fail("mixed list", expected="a list of numbers, or of {filter: ..., value: ...} entries")
-    if any(n is not None for n in numbers):
-        items[numbers.index(None)].fail("a gradient is a list of numbers", expected="a number")
-    return node.plain()
-
-
-def _filter(node: Located) -> tuple[str | None, Setting]:
-    keys = node.mapping(("filter", "value"), "a filter entry")
-    if "value" not in keys:
-        node.fail("a filter entry needs a value", expected="{filter: part of a tensor name, value: ...}")
-    pattern = keys["filter"].plain() if "filter" in keys else None
-    if pattern is not None and not isinstance(pattern, str):
-        keys["filter"].fail("wrong value", expected="part of a tensor name")
-    return (None if pattern == "*" else pattern), _setting(keys["value"])
+    return Upscale(preset, keys.get("insert"), read_settings(keys.get("parameters")), node)
 
 
 def _check_names(settings: Settings, names: list[str], scope: str | None = None) -> None:
@@ -345,42 +289,3 @@ def _check_names(settings: Settings, names: list[str], scope: str | None = None)
             )
         for parameter in known:
             check_setting(parameter, setting, place)
-
-
-def check_setting(parameter: Parameter, setting: Setting, place: Located) -> None:
-    """Raise a RecipeError unless every value in the setting fits the parameter."""
-    if isinstance(setting, Filtered):
-        if parameter.scope == "block":
-            place.fail(f"{parameter.name} stands for a whole layer: filters do not apply", expected=parameter.expected)
-        for entry, (_, value) in zip(place.value, setting.entries, strict=True):
-            check_setting(parameter, value, entry.value["value"])
-        return
-    if isinstance(setting, Gradient) and parameter.kind not in ("number", "other"):
-        place.fail(f"{parameter.name} takes no gradient", expected=parameter.expected)
-    for value in setting.values if isinstance(setting, Gradient) else (setting,):
-        try:
-            parameter.read(value)
-        except ValueError as error:
-            hint = nearest(value, parameter.choices) if isinstance(value, str) else None
-            place.fail(f"not a value of {parameter.name}", expected=str(error), hint=hint)
-
-
-def evaluate(setting: Setting, tensor_name: str | None, position: float) -> object:
-    """A setting's plain value for one tensor.
-
-    Args:
-        setting: Plain value, Gradient or Filtered.
-        tensor_name: The output tensor's name, None for a whole block.
-        position: Of the layer in its slice, 0 for the first and 1 for the last.
-
-    Returns:
-        The value; None when no filter matches.
-    """
-    if isinstance(setting, Gradient):
-        return setting.at(position)
-    if isinstance(setting, Filtered):
-        for pattern, value in setting.entries:
-            if pattern is None or (tensor_name is not None and pattern in tensor_name):
-                return evaluate(value, tensor_name, position)
-        return None
-    return setting

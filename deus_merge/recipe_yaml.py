@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from .recipe import Filtered, Gradient, ModelRef, OutputSlice, Recipe, Setting, Settings, SliceSource
+from .recipe import ModelRef, OutputSlice, Recipe, SliceSource
+from .settings import Filtered, Gradient, Setting, Settings
 from .units import dtype_name
 
 

@@ -196,7 +196,7 @@ class _Walk:
                 "transport_flow aligns vectors and matrices",
                 where=role,
                 got=f"shape {tuple(tensor.shape)}",
-                hint="use `alignment: none` for this family",
+                hint="presets that copy a layer (copy_next, llama_pro) take such tensors",
             )
         return tensor.to(getattr(torch, self.options.compute_dtype))
 

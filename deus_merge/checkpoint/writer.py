@@ -87,12 +87,12 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         try:
-            self._check_place()
+            self.check_place()
             self.out.parent.mkdir(parents=True, exist_ok=True)
             lock = locked(self.out.parent / f".{self.out.name}.deus-lock", self.out)
             if not self._stack.enter_context(lock):
                 self.notes.append("this file system has no locks: make sure that no other run writes to this folder")
-            self._check_place()  # again, since a run may have finished while we had no lock
+            self.check_place()  # again, since a run may have finished while we had no lock
             self._open_folder()
             self._pool = self._stack.enter_context(ThreadPoolExecutor(1, "flush"))
         except OSError as error:
@@ -135,7 +135,7 @@ class OutputFolder:
             PlanError: something has come into the way meanwhile; what was done stays resumable.
         """
         self.flush()
-        self._check_place()
+        self.check_place()
         if self._writer:
             self._writer.close()
         with space_told(self.out):
@@ -174,11 +174,18 @@ class OutputFolder:
         if not self._placed and not self.resumable:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _check_place(self) -> None:
+    def check_place(self) -> None:
+        """Whether the folder may be put in its place.
+
+        Raises:
+            PlanError: a file, a mount point, or a folder that is not empty and may not be overwritten.
+        """
         try:
             status = os.lstat(self.out)
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise PlanError("the folder cannot be made", where=self.out, got=error.strerror) from None
         if not stat.S_ISDIR(status.st_mode):
             raise PlanError("the output is not a folder", where=self.out, hint="choose another output folder")
         if os.path.ismount(self.out):
