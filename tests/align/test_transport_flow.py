@@ -264,7 +264,7 @@ def test_refusals():
         fused(a, b | {"q": b["q"][:, :-1]}, PLAIN)
     with pytest.raises(SolverError, match="n1: layers do not fit"):
         fused(a, b | {"n1": b["n1"][:-1]}, PLAIN)
-    with pytest.raises(SolverError, match="alignment: none"):
+    with pytest.raises(SolverError, match="copy_next"):
         fused(a, b | {"gate": torch.zeros(2, F, D)}, PLAIN)
     with pytest.raises(SolverError, match="v: the cost is not finite"):
         fused(a | {"v": a["v"] / 0}, b, PLAIN)
