@@ -11,10 +11,10 @@ demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a s
 	$(BIN)/deus-merge demo demo
 
 test: $(VENV)/.test lint  ## the whole test suite, with the real model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 fast: $(VENV)/.test  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

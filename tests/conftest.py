@@ -54,7 +54,13 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct, converted from its wheel."""
-    cache = Path(os.environ.get("DEUS_MERGE_TEST_CACHE") or tmp_path_factory.mktemp("models"))
-    return smollm2(cache)
+def real(pytestconfig) -> Path:
+    """SmolLM2-135M-Instruct, converted from its wheel; where ``make demo`` has it, too."""
+    return smollm2(pytestconfig.rootpath / "demo")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of the real model share one process, which converts it once."""
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("real"))
