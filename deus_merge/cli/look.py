@@ -79,6 +79,10 @@ def inspect(model: str, similarity: bool, plot: Path | None, as_json: bool):
         _similarity_table(facts["similarity"])
 
 
+def _cosine(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # adding zero turns -0.0 into 0.0
+
+
 def _similarity_table(rows: list[dict]) -> None:
     roles = list(rows[0]["roles"])
     top = max(max(r["aligned"] for r in row["roles"].values()) for row in rows) or 1.0
@@ -87,7 +91,7 @@ def _similarity_table(rows: list[dict]) -> None:
         means = [r["aligned"] for r in row["roles"].values()]
         bar = "█" * round(20 * sum(means) / len(means) / top)
         cells = [
-            f"{row['roles'][r]['cost']:.3f} {row['roles'][r]['plain']:+.2f}→{row['roles'][r]['aligned']:+.2f}"
+            f"{row['roles'][r]['cost']:.3f} {_cosine(row['roles'][r]['plain'])}→{_cosine(row['roles'][r]['aligned'])}"
             for r in roles
         ]
         body.append([f"{row['layers'][0]}–{row['layers'][1]}", *cells, bar])
