@@ -21,7 +21,7 @@ import torch
 from deus_merge.discover import plugins
 from deus_merge.errors import SolverError
 from deus_merge.ot.costs import cost_matrix
-from deus_merge.ot.problem import Coupling, OTProblem, OTSolver
+from deus_merge.ot.problem import Coupling, OTProblem, OTSolver, SolverOptions
 
 #: setting -> (arguments of the cost, reg): the paper's numbers, and this project's defaults
 SETTINGS = {
@@ -96,7 +96,7 @@ def report(name: str, solver: str, plan: Coupling, problem: OTProblem, seconds: 
 def compare(name: str, solver: OTSolver, problem: OTProblem, reg: object, options: argparse.Namespace) -> None:
     """Our solver, then its peers."""
     try:
-        solution = solver.solve(problem, reg=reg, tolerance=options.tolerance)
+        solution = solver.solve(problem, SolverOptions(reg=reg, tolerance=options.tolerance))
     except SolverError as refusal:
         print(f"{name}: {solver.name}: {refusal.message}")
         return

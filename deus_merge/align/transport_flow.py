@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from ..discover import plugins
 from ..errors import SolverError, nearest
-from ..ot.problem import Coupling, OTProblem, TransportMap
+from ..ot.problem import Coupling, OTProblem, SolverOptions, TransportMap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,10 +272,7 @@ def _solve(role: str, wa: Tensor, wb: Tensor, options: FlowOptions) -> tuple[Cou
     try:
         solution = plugins("deus_merge.ot.solvers", "SOLVER")[options.solver].solve(
             OTProblem.uniform(cost),
-            reg=options.reg,
-            max_iterations=options.max_iterations,
-            tolerance=options.tolerance,
-            target_support=options.target_support,
+            SolverOptions(options.reg, options.max_iterations, options.tolerance, options.target_support),
         )
     except SolverError as error:
         error.where = error.where or role

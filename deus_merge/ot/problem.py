@@ -7,6 +7,7 @@ is an error, not a model that is wrong by a factor of 4096.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -180,6 +181,24 @@ class TransportMap:
 
 
 @dataclass(frozen=True)
+class SolverOptions:
+    """How hard to solve.
+
+    Args:
+        reg: Entropic regularisation in units of the cost, or "auto": chosen so that a column's mass comes from
+            ``target_support`` rows. Exact solvers ignore both.
+        max_iterations: Passes over the kernel at most; exact solvers ignore it.
+        tolerance: L1 marginal error, rows plus columns, at which to stop.
+        target_support: See ``reg``.
+    """
+
+    reg: float | Literal["auto"] = "auto"
+    max_iterations: int = 10_000
+    tolerance: float = 1e-4
+    target_support: float = 2.0
+
+
+@dataclass(frozen=True)
 class OTSolution:
     """A plan and how it came about.
 
@@ -203,6 +222,36 @@ class OTSolution:
     reg: float | None
     effective_support: float
 
+    @classmethod
+    def of(
+        cls,
+        problem: OTProblem,
+        coupling: Coupling,
+        options: SolverOptions,
+        *,
+        started: float,
+        iterations: int = 0,
+        reg: float | None = None,
+        finished: bool = True,
+    ) -> OTSolution:
+        """A coupling with its diagnostics measured.
+
+        Args:
+            started: ``time.perf_counter()`` at the beginning.
+            finished: False when the solver itself says that it gave up.
+        """
+        error = coupling.marginal_error(problem.a, problem.b)
+        return cls(
+            coupling=coupling,
+            iterations=iterations,
+            marginal_error=error,
+            transport_cost=coupling.transport_cost(problem.cost),
+            effective_support=coupling.effective_support(),
+            seconds=time.perf_counter() - started,
+            converged=finished and error <= options.tolerance,
+            reg=reg,
+        )
+
 
 class OTSolver(Protocol):
     """What a module in ``ot/solvers/`` offers as ``SOLVER``; the module's name is its name in a recipe."""
@@ -211,24 +260,8 @@ class OTSolver(Protocol):
     summary: str
     reference: str
 
-    def solve(
-        self,
-        problem: OTProblem,
-        *,
-        reg: float | Literal["auto"] = "auto",
-        max_iterations: int = 10_000,
-        tolerance: float = 1e-4,
-        target_support: float = 2.0,
-    ) -> OTSolution:
+    def solve(self, problem: OTProblem, options: SolverOptions = ...) -> OTSolution:
         """Solve one problem.
-
-        Args:
-            problem: Cost and marginals.
-            reg: Entropic regularisation, or "auto": chosen so that a column's mass comes from ``target_support``
-                rows. Exact solvers ignore both.
-            max_iterations: Passes over the kernel at most.
-            tolerance: L1 marginal error, rows plus columns, at which to stop.
-            target_support: See ``reg``.
 
         Raises:
             SolverError: the solver does not handle such problems.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deus_merge.discover import plugins
 from deus_merge.errors import SolverError
 from deus_merge.ot.costs import euclidean, sqeuclidean
-from deus_merge.ot.problem import OTProblem
+from deus_merge.ot.problem import OTProblem, SolverOptions
 
 SOLVERS = plugins("deus_merge.ot.solvers", "SOLVER")
 
@@ -81,7 +81,7 @@ def test_known_optimum(name, problem):
     problem, best, plan = PROBLEMS[problem]()
     largest = problem.cost.max().item()
     try:
-        solution = SOLVERS[name].solve(problem, reg=1e-3 * largest, tolerance=1e-5)
+        solution = SOLVERS[name].solve(problem, SolverOptions(reg=1e-3 * largest, tolerance=1e-5))
     except SolverError as refusal:
         assert refusal.hint and not problem.is_uniform_square
         return
@@ -111,7 +111,7 @@ def test_laws_of_a_coupling(name, n, m, reg, power, seed):
     a, b = torch.rand(n, generator=g) + 0.01, torch.rand(m, generator=g) + 0.01
     problem = OTProblem(cost, a / a.sum(), b / b.sum()) if seed % 2 else OTProblem.uniform(cost)
     try:
-        one = SOLVERS[name].solve(problem, reg=reg)
+        one = SOLVERS[name].solve(problem, SolverOptions(reg=reg))
     except SolverError as refusal:
         assert refusal.hint and not problem.is_uniform_square
         return
@@ -122,7 +122,7 @@ def test_laws_of_a_coupling(name, n, m, reg, power, seed):
     assert 1 - 1e-4 <= one.effective_support <= n + 1e-3
     exact = SOLVERS["emd"].solve(problem)
     assert one.transport_cost >= exact.transport_cost - 2e-4
-    assert torch.equal(plan, SOLVERS[name].solve(problem, reg=reg).coupling.matrix)
+    assert torch.equal(plan, SOLVERS[name].solve(problem, SolverOptions(reg=reg)).coupling.matrix)
 
 
 @pytest.mark.parametrize("reg", [1.0, 0.1, 0.02])
@@ -141,10 +141,10 @@ def test_sinkhorn_is_the_float64_plan_to_rounding(reg, shape):
     want = ot.bregman.sinkhorn_log(a64, b64, cost.double().numpy(), reg, numItermax=100_000, stopThr=1e-13)
 
     double = OTProblem(cost.double(), torch.from_numpy(a64), torch.from_numpy(b64))
-    got = SOLVERS["sinkhorn"].solve(double, reg=reg, tolerance=1e-12)
+    got = SOLVERS["sinkhorn"].solve(double, SolverOptions(reg=reg, tolerance=1e-12))
     assert got.converged
     assert np.abs(got.coupling.matrix.numpy() - want).sum() < 1e-9
-    got = SOLVERS["sinkhorn"].solve(OTProblem(cost, a, b), reg=reg, tolerance=2e-6)
+    got = SOLVERS["sinkhorn"].solve(OTProblem(cost, a, b), SolverOptions(reg=reg, tolerance=2e-6))
     assert np.abs(got.coupling.matrix.numpy() - want).sum() < 5e-5
 
 
@@ -169,7 +169,7 @@ def test_sinkhorn_is_finite_up_to_a_cost_of_ten_thousand_reg(log_ratio, n, m, ki
     elif kind == "heavy":
         cost = torch.exp(4 * torch.randn(n, m, generator=g))
     problem = OTProblem.uniform(cost)
-    solution = SOLVERS["sinkhorn"].solve(problem, reg=cost.max().item() / 10**log_ratio)
+    solution = SOLVERS["sinkhorn"].solve(problem, SolverOptions(reg=cost.max().item() / 10**log_ratio))
     plan = solution.coupling.matrix
     assert torch.isfinite(plan).all() and math.isfinite(solution.transport_cost)
     assert plan.sum().item() == pytest.approx(1, abs=1e-4)
@@ -181,7 +181,7 @@ def test_sinkhorn_is_finite_up_to_a_cost_of_ten_thousand_reg(log_ratio, n, m, ki
 @pytest.mark.parametrize("reg", [1e-4, 1e-8, "auto"])
 def test_sinkhorn_is_finite_wherever_it_has_to_stop(limit, reg):
     cost = torch.exp(4 * torch.randn(40, 30, generator=generator(8)))
-    solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(cost), reg=reg, max_iterations=limit)
+    solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(cost), SolverOptions(reg=reg, max_iterations=limit))
     assert torch.isfinite(solution.coupling.matrix).all()
     assert solution.converged == (solution.marginal_error <= 1e-4)
     assert torch.isfinite(solution.coupling.transport_map().to_rows(torch.ones(40, 2))).all()
@@ -190,7 +190,7 @@ def test_sinkhorn_is_finite_wherever_it_has_to_stop(limit, reg):
 def test_sinkhorn_says_when_the_limit_was_too_low():
     g = generator(4)
     cost = euclidean(torch.randn(80, 3, generator=g), torch.randn(80, 3, generator=g))
-    solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(cost), reg=1e-3, max_iterations=5)
+    solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(cost), SolverOptions(reg=1e-3, max_iterations=5))
     assert not solution.converged
     assert solution.marginal_error > 1e-4
     assert solution.iterations <= 20
@@ -203,7 +203,8 @@ def test_reg_auto_meets_its_target(target, n):
     g = generator(5)
     x, y = torch.randn(n, 64, generator=g), torch.randn(n, 64, generator=g)
     for scale in (1e-3, 1.0, 1e3):  # of the cost: reg has its unit
-        solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(scale * euclidean(x, y)), target_support=target)
+        problem = OTProblem.uniform(scale * euclidean(x, y))
+        solution = SOLVERS["sinkhorn"].solve(problem, SolverOptions(target_support=target))
         assert solution.converged
         assert solution.effective_support == pytest.approx(target, rel=0.13)
 
@@ -211,14 +212,15 @@ def test_reg_auto_meets_its_target(target, n):
 def test_reg_auto_ends_where_no_reg_meets_the_target():
     alike = SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.zeros(10, 10)))
     assert alike.effective_support == pytest.approx(10, rel=1e-3)
-    few = SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.rand(3, 3, generator=generator(6))), target_support=9.0)
+    small = OTProblem.uniform(torch.rand(3, 3, generator=generator(6)))
+    few = SOLVERS["sinkhorn"].solve(small, SolverOptions(target_support=9.0))
     assert few.converged and few.effective_support <= 3 + 1e-3
 
 
 @pytest.mark.parametrize("reg", [0.0, -1.0, math.nan, math.inf, "much"])
 def test_sinkhorn_refuses_a_reg_that_is_none(reg):
     with pytest.raises(SolverError, match="reg must be positive"):
-        SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.rand(3, 3)), reg=reg)
+        SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.rand(3, 3)), SolverOptions(reg=reg))
 
 
 def test_solvers_describe_themselves_without_their_libraries():

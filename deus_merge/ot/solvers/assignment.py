@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 from ...errors import SolverError
-from ..problem import Coupling, OTProblem, OTSolution
+from ..problem import Coupling, OTProblem, OTSolution, SolverOptions
+
+_DEFAULTS = SolverOptions()
 
 
 class Assignment:
@@ -16,15 +17,7 @@ class Assignment:
     summary = "exact one-to-one matching for uniform square problems; CPU"
     reference = "Crouse 2016, IEEE TAES 52(4); SciPy"
 
-    def solve(
-        self,
-        problem: OTProblem,
-        *,
-        reg: float | Literal["auto"] = "auto",
-        max_iterations: int = 10_000,
-        tolerance: float = 1e-4,
-        target_support: float = 2.0,
-    ) -> OTSolution:
+    def solve(self, problem: OTProblem, options: SolverOptions = _DEFAULTS) -> OTSolution:
         """Solve exactly; see `OTSolver.solve` for the arguments.
 
         Raises:
@@ -46,18 +39,7 @@ class Assignment:
         rows, columns = linear_sum_assignment(cost.cpu().numpy())
         matrix = torch.zeros_like(cost)  # (n, n)
         matrix[torch.from_numpy(rows), torch.from_numpy(columns)] = 1 / n
-        coupling = Coupling(matrix)
-        error = coupling.marginal_error(problem.a, problem.b)
-        return OTSolution(
-            coupling=coupling,
-            iterations=0,
-            marginal_error=error,
-            transport_cost=coupling.transport_cost(cost),
-            seconds=time.perf_counter() - start,
-            converged=error <= tolerance,
-            reg=None,
-            effective_support=1.0,
-        )
+        return OTSolution.of(problem, Coupling(matrix), options, started=start)
 
 
 SOLVER = Assignment()

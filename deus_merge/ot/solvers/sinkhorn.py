@@ -18,16 +18,17 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ...errors import SolverError
-from ..problem import Coupling, OTProblem, OTSolution, effective_support, row_blocks
+from ..problem import Coupling, OTProblem, OTSolution, SolverOptions, effective_support, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+_DEFAULTS = SolverOptions()
 _LOOSE = 0.02  # L1 marginal error that suffices before reg is halved, and to measure the support
 _QUICK = 0.6  # a Sinkhorn step that leaves less than this share of the error is worth repeating
 _CG_STEPS = 30  # conjugate gradient steps of one Newton step
@@ -44,45 +45,28 @@ class Sinkhorn:
     summary = "entropic, stabilised, Sinkhorn and Newton steps; any device"
     reference = "Cuturi 2013, arXiv 1306.0895; Tang et al. 2024, arXiv 2401.12253"
 
-    def solve(
-        self,
-        problem: OTProblem,
-        *,
-        reg: float | Literal["auto"] = "auto",
-        max_iterations: int = 10_000,
-        tolerance: float = 1e-4,
-        target_support: float = 2.0,
-    ) -> OTSolution:
+    def solve(self, problem: OTProblem, options: SolverOptions = _DEFAULTS) -> OTSolution:
         """Solve by annealed Sinkhorn and Newton steps; see `OTSolver.solve` for the arguments.
 
         Raises:
             SolverError: reg is neither positive nor "auto".
         """
+        reg, tolerance = options.reg, options.tolerance
         if reg != "auto" and not (isinstance(reg, (int, float)) and math.isfinite(reg) and reg > 0):
             raise SolverError("reg must be positive", expected='a number above 0, or "auto"', got=repr(reg))
         start = time.perf_counter()
         inner, place = _with_mass(problem)
-        kernel = _Kernel(inner, max_iterations)
+        kernel = _Kernel(inner, options.max_iterations)
         g, level = _spread(inner.cost)  # the dual in the limit of large reg, and where to start
         if reg == "auto":
-            g, reg = _find_reg(kernel, g, level, target_support)
+            g, reg = _find_reg(kernel, g, level, options.target_support)
         else:
             while level > 2 * reg:
                 g = _solve_level(kernel, g, level, max(_LOOSE, tolerance)).dual(level)
                 level /= 2
         state = _solve_level(kernel, g, float(reg), 0.95 * tolerance)  # the plan's own sums round a little
         coupling = Coupling(place(kernel.plan(state)))
-        error = coupling.marginal_error(problem.a, problem.b)
-        return OTSolution(
-            coupling=coupling,
-            iterations=kernel.passes,
-            marginal_error=error,
-            transport_cost=coupling.transport_cost(problem.cost),
-            seconds=time.perf_counter() - start,
-            converged=error <= tolerance,
-            reg=float(reg),
-            effective_support=coupling.effective_support(),
-        )
+        return OTSolution.of(problem, coupling, options, started=start, iterations=kernel.passes, reg=float(reg))
 
 
 @dataclass
