@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from .recipe import methods
 from .recipe_yaml import dump_recipe
 from .report.card import model_card
 from .report.manifest import MANIFEST, RECIPE, manifest
-from .units import format_size, torch_dtype
+from .units import ITEMSIZE, dtype_name, format_size, torch_dtype
 from .verify import Verification, verify
 
 if TYPE_CHECKING:
@@ -124,11 +125,12 @@ def execute(
     with _told_how_to_resume(output), output:
         writer = output.shards(plan.shards)
         with ExitStack() as stack:
-            run = _Run(plan, writer, device, stack)
-            for block, following in zip(plan.blocks, [*plan.blocks[1:], None], strict=True):
+            left = [block for block in plan.blocks if str(block.index) not in output.finished]
+            run = _Run(plan, writer, device, [block for block in left if block.computes], stack)
+            for block in plan.blocks:
                 resumed = str(block.index) in output.finished
                 if not resumed:
-                    output.record(str(block.index), {"tensors": run.block(block, following)})
+                    output.record(str(block.index), {"tensors": run.block(block)})
                 on_block(block, resumed)
         diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
         warnings = plan.warnings + tuple(output.notes) + _convergence(plan, diagnostics)
@@ -143,58 +145,53 @@ def execute(
 
 
 class _Run:
-    """One run's moving parts: the tensor being read ahead, merged, and written behind."""
+    """One run's moving parts: the block being read ahead, the one being merged, the tensor being written behind."""
 
-    def __init__(self, plan: Plan, writer: ShardWriter, device: torch.device | None, stack: ExitStack):
+    def __init__(
+        self,
+        plan: Plan,
+        writer: ShardWriter,
+        device: torch.device | None,
+        computing: Sequence[BlockPlan],
+        stack: ExitStack,
+    ):
         self.plan, self.writer, self.device = plan, writer, device
         self.diagnostics: dict[int, list[dict]] = {}
         self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
         self._behind = stack.enter_context(ThreadPoolExecutor(1, "write-behind"))
         self._writing: Future | None = None
-        self._next: tuple[int, Future] | None = None
+        self._coming = iter(computing)
+        self._next = self._read_ahead()
 
-    def block(self, block: BlockPlan, following: BlockPlan | None) -> list[dict]:
+    def block(self, block: BlockPlan) -> list[dict]:
         """Make one block; returns what its method told."""
         copies = [(t.task.name, t.inputs[t.source]) for t in block.tensors if t.action == "copy"]
         if copies:
             self.writer.copy_many(copies)
+        for t in block.tensors:
+            if t.action == "zeros":
+                self.writer.zeros(t.task.name)
         told: list[dict] = []
         if block.computes:
-            loaded = self._loaded(block)
-            if following is not None and following.computes:
-                self._next = following.index, self._ahead.submit(self._load, following)
-            planned = {t.task.name: t for t in block.tensors}
+            loaded, self._next = self._next.result(), self._read_ahead()
             for t in block.tensors:
                 if t.action == "cast":
                     self._cast(block, t)
             if any(t.action == "merge" for t in block.tensors):
-                told = self._merge(block, planned, _Inputs(self, block, loaded))
+                told = self._merge(block, _Inputs(self, block, loaded))
             self._wait()
-        for t in block.tensors:
-            if t.action == "zeros":
-                self.writer.zeros(t.task.name)
         self.diagnostics[block.index] = told
         return told
 
-    def _merge(self, block: BlockPlan, planned: Mapping[str, PlannedTensor], inputs: _Inputs) -> list[dict]:
-        import torch
-
+    def _merge(self, block: BlockPlan, inputs: _Inputs) -> list[dict]:
+        planned = {t.task.name: t for t in block.tensors}
         told = []
         try:
             for made in methods()[block.method].merge(inputs):
                 if made.diagnostics is not None:
                     told.append({"tensor": made.task.name, **made.diagnostics})
-                if made.tensor is None:
-                    continue
-                tensor = made.tensor.to(torch_dtype(planned[made.task.name].dtype))
-                if not bool(torch.isfinite(tensor).all()):
-                    raise CheckpointError(
-                        f"merging {made.task.name} gives NaN or infinity",
-                        where=planned[made.task.name].inputs[0].file,
-                        expected=f"finite values that fit {planned[made.task.name].dtype}",
-                        hint="look for NaN in the sources, or choose a wider dtype",
-                    )
-                self._write(made.task.name, tensor)
+                if made.tensor is not None:
+                    self._write(planned[made.task.name], made.tensor)
         except DeusMergeError as error:
             error.where = f"{block.title}: {error.where}" if error.where else block.title
             raise
@@ -204,34 +201,40 @@ class _Run:
         """Another dtype and nothing else: a slice of rows at a time."""
         info = planned.inputs[planned.source]
         checkpoint = self.plan.models[block.sources[planned.source].model].checkpoint
-        dtype = torch_dtype(planned.dtype)
         if not info.shape:
-            self._write(planned.task.name, checkpoint.read(info.name).to(dtype))
+            self._write(planned, checkpoint.read(info.name))
             return
         rows = max(1, _CAST_BYTES // max(1, info.nbytes // max(1, info.shape[0])))
-        at = 0
+        row_bytes = math.prod(info.shape[1:]) * ITEMSIZE[planned.dtype]
         for start in range(0, info.shape[0], rows):
-            piece = checkpoint.slice(info.name, start, min(start + rows, info.shape[0])).to(dtype)
-            self._write(planned.task.name, piece, at)
-            at += piece.numel() * piece.element_size()
+            piece = checkpoint.slice(info.name, start, min(start + rows, info.shape[0]))
+            self._write(planned, piece, start * row_bytes)
 
-    def _write(self, name: str, tensor: torch.Tensor, at: int | None = None) -> None:
-        """Hand a tensor to the writing thread; at most one waits, so that memory stays bound."""
+    def _write(self, planned: PlannedTensor, tensor: torch.Tensor, at: int | None = None) -> None:
+        """Cast once and hand to the writing thread; at most one tensor waits, so that memory stays bound."""
         import torch
 
+        tensor = tensor.to(torch_dtype(planned.dtype))
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{planned.task.name} becomes NaN or infinity",
+                where=planned.inputs[0].file,
+                expected=f"finite values that fit {dtype_name(planned.dtype)}",
+                hint="look for NaN in the sources, or choose a wider dtype",
+            )
         flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
         self._wait()
-        self._writing = self._behind.submit(self.writer.write, name, memoryview(flat.numpy()), at=at)
+        self._writing = self._behind.submit(self.writer.write, planned.task.name, memoryview(flat.numpy()), at=at)
 
     def _wait(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def _loaded(self, block: BlockPlan) -> dict:
-        if self._next is not None and self._next[0] == block.index:
-            return self._next[1].result()
-        return self._load(block)
+    def _read_ahead(self) -> Future | None:
+        """Begin with the next block that computes something."""
+        block = next(self._coming, None)
+        return self._ahead.submit(self._load, block) if block else None
 
     def _load(self, block: BlockPlan) -> dict[tuple[str, int], torch.Tensor]:
         """Start reading what the block will merge: into the kernel's cache, or onto the device."""

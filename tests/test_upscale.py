@@ -133,3 +133,19 @@ def test_dtype_of_the_output(run, tmp_path):
     ours = weights(tmp_path / "out")
     assert ours["model.embed_tokens.weight"].equal(theirs["model.embed_tokens.weight"].to(torch.bfloat16))
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_overflow_and_nan_are_errors_that_name_the_tensor(run, tmp_path):
+    from safetensors.torch import save_file
+
+    base = make_model(tmp_path / "base")
+    tensors = weights(base)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6  # finite, but not in float16
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    done = run("upscale", base, tmp_path / "out", "--dtype", "float16", expect=2)
+    assert "mlp.up_proj.weight becomes NaN or infinity" in done.err and "float16" in done.err
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    done = run("upscale", base, tmp_path / "out", expect=2)
+    assert "up" in done.err and "finite" in done.err
+    assert not (tmp_path / "out").exists()

@@ -103,7 +103,9 @@ def _download(ref: str, repository: str, revision: str | None, cache_dir, offlin
     except LocalEntryNotFoundError as error:
         if cached_only:
             hint = "run once with a connection, or name a local folder"
-            raise CheckpointError("not in the hub's cache, and offline", where=ref, hint=hint) from error
+            raise CheckpointError(
+                "no such folder, and not in the hub's cache while offline", where=ref, hint=hint
+            ) from error
         raise _unreachable(ref, error) from error
     except HFValidationError as error:
         raise CheckpointError("no such folder, and no name of a repository", where=ref, got=str(error)) from error
