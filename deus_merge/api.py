@@ -1,8 +1,13 @@
 """What the command line and notebooks call: recipes in, checkpoints out.
 
->>> from deus_merge import api
->>> api.plan_text("base_model: ./model\\nupscale: {preset: opt_deus}")  # doctest: +SKIP
->>> api.merge("recipes/opt_deus.yml", "./deeper")  # doctest: +SKIP
+::
+
+    from deus_merge import api
+
+    recipe = api.upscale_recipe("demo/SmolLM2-135M-Instruct", preset="opt_deus", insert="top_half")
+    print(api.plan(recipe).describe()["new_layers"])
+    api.merge(recipe, "deeper")
+    api.verify("deeper", check=True)
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ RECIPES = {
     "lora key": (source("model: {model: base, lora: a}"), "model.lora (line 4): LoRA adapters", "merge the adapter"),
     "endless name": (source(f"model: {'x' * 5000}+y"), "slices[0].sources[0].model (line 4): LoRA adapters"),
     "no such folder": (source("model: ./bse"), "slices[0].sources[0].model (line 4): ./bse: no such folder"),
-    "no such model": (source("model: nobody/nothing"), "model (line 4): nobody/nothing: no such folder, and not in the hub's cache"),
+    "no such model": (source("model: nobody/nothing"), "nobody/nothing: no such folder, and not in the hub's cache"),
     "revision of a folder": (source("model: base@main"), "base@main: a local folder has no revisions", "leave @main"),
     "a file": (source("model: base/config.json"), "a model is a folder, this is a file", "name its folder: base"),
     "base_model a list": (f"{PASS}{SLICE}base_model: [a]\n", "base_model (line 5): wrong value", "got:      ['a']"),
