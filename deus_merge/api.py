@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import VerifyError
@@ -41,7 +41,7 @@ class MergeResult:
     """
 
     folder: Path
-    plan: Plan
+    plan: Plan = field(repr=False)
     verification: Verification | None
     warnings: tuple[str, ...]
     seconds: float

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,8 +135,8 @@ def execute(
         diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
         warnings = plan.warnings + tuple(output.notes) + _convergence(plan, diagnostics)
         told = {key: identity[key] for key in ("device", "threads", "seed")}
-        _write_files(plan, output.folder, manifest(plan, diagnostics, told))
-        verification = verify(output.folder, quick=True) if options.verify else None
+        _write_files(plan, output.folder, diagnostics, told)
+        verification = replace(verify(output.folder, quick=True), folder=out) if options.verify else None
         if verification and not verification.passed:
             failed = next(c for c in verification.checks if c.passed is False)
             raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
@@ -267,16 +267,18 @@ class _Inputs:
         return model.checkpoint.read(self._inputs[role][source].name).to(self._run.device)
 
 
-def _write_files(plan: Plan, folder: Path, record: dict) -> None:
+def _write_files(plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object]) -> None:
+    """Everything beside the weights: the manifest last, since it knows the others' digests."""
     recipe = dump_recipe(plan.recipe)
+    files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in plan.files.items()}
     if len(plan.shards) > 1:
-        (folder / INDEX).write_bytes(index_json(plan.shards))
-    for name, content in plan.files.items():
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    (folder / "config.json").write_text(json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan, recipe), encoding="utf-8")
-    (folder / RECIPE).write_text(recipe, encoding="utf-8")
-    (folder / MANIFEST).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        files[INDEX] = index_json(plan.shards)
+    files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+    files[RECIPE] = recipe.encode()
+    record = json.dumps(manifest(plan, files, diagnostics, told), indent=1, ensure_ascii=False) + "\n"
+    files |= {"README.md": model_card(plan, recipe).encode(), MANIFEST: record.encode()}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 @contextmanager

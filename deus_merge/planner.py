@@ -16,7 +16,7 @@ from .model_files import extra_files
 from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
 from .presets import expand
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
-from .settings import Settings, resolve_setting
+from .settings import Settings, filters, resolve_setting
 from .units import FLOAT_DTYPES, dtype_name, parse_size
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -57,6 +57,7 @@ class _Planner:
             self._slice(piece)
         self._outside("final norm and head", "after", self.recipe.slices[-1], 1.0)
         self._mark_repeats()
+        self._report_idle_filters()
         donor = self.models[self.donor]
         dtype = self.recipe.out_dtype or self.recipe.dtype
         config = deeper_config(donor.checkpoint.config, donor.view.layers_path, self.origins, dtype)
@@ -286,6 +287,16 @@ class _Planner:
             ]
             if any(e != entries[-1] for e in entries):
                 self.warnings.append(f"{title} fuses layers whose {key} differ ({entries}); it takes {entries[-1]!r}")
+
+    def _report_idle_filters(self) -> None:
+        """A filter that is part of no tensor's name is most likely misspelt."""
+        names = [t.task.name for block in self.blocks for t in block.tensors]
+        levels = [self.recipe.parameters]
+        for piece in self.recipe.slices:
+            levels += [piece.parameters, *(s.parameters for s in piece.sources)]
+        for setting, place in (value for settings in levels for value in settings.values()):
+            idle = [f for f in filters(setting) if not any(f in name for name in names)]
+            self.warnings += [f"{place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)]
 
     def _mark_repeats(self) -> None:
         """A layer that stands a second time (solar, stack) is a new one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import nearest
@@ -84,6 +84,15 @@ def check_setting(parameter: Parameter, setting: Setting, place: Located) -> Non
         except ValueError as error:
             hint = nearest(value, parameter.choices) if isinstance(value, str) else None
             place.fail(f"not a value of {parameter.name}", expected=str(error), hint=hint)
+
+
+def filters(setting: Setting) -> Iterator[str]:
+    """Every filter in a setting, also nested ones."""
+    if isinstance(setting, Filtered):
+        for pattern, value in setting.entries:
+            if pattern is not None:
+                yield pattern
+            yield from filters(value)
 
 
 def evaluate(setting: Setting, tensor_name: str | None, position: float) -> object:

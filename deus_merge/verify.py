@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,7 @@ def verify(folder: str | Path, *, quick: bool = False, logits_text: str | None =
         run("tensors against the plan", lambda: _names(checkpoint, record))
         run("layers and config", lambda: _layers(checkpoint, view, record))
         present = {name: o for name, o in record["tensors"].items() if name in checkpoint.tensors}
+        run("other files", lambda: _other_files(folder, record))
         run("zeroed tensors", lambda: _zeros(checkpoint, present))
         run("copied tensors", lambda: _copies(checkpoint, present, record["sources"]))
         if not quick:
@@ -115,6 +117,16 @@ def _layers(checkpoint: Checkpoint, view: ModelView, record: dict) -> tuple[bool
         return False, f"layer_types has {len(kinds)} entries for {view.num_layers} layers"
     named = f", lists: {', '.join(lists)}" if lists else ""
     return True, f"{view.num_layers} layers, {len(record['new_layers'])} new{named}"
+
+
+def _other_files(folder: Path, record: dict) -> tuple[bool, str]:
+    """Config, tokenizer and recipe as they were written; the model card is the user's to edit."""
+    for name, digest in record["files"].items():
+        if not (folder / name).is_file():
+            return False, f"{name} is missing"
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            return False, f"{name} is not as it was written"
+    return True, f"{len(record['files'])} as written"
 
 
 def _zeros(checkpoint: Checkpoint, origins: dict) -> tuple[bool, str]:
@@ -192,7 +204,7 @@ def _transformers(checkpoint: Checkpoint, view: ModelView) -> tuple[bool | None,
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged config makes the library raise whatever it likes
         return False, f"{type(error).__name__}: {error}"
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: info.shape for name, info in checkpoint.tensors.items()}
@@ -217,7 +229,7 @@ def _logits(folder: Path, record: dict, text: str) -> tuple[bool | None, str]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)["input_ids"]
     if ids.numel() < 2:
-        return None, "the text has fewer than two tokens"
+        return False, "the text has fewer than two tokens: nothing was compared"
 
     def run(path: Path) -> torch.Tensor:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)

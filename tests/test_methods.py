@@ -234,3 +234,18 @@ slices:
     ids = torch.arange(3, 40).unsqueeze(0)
     # slerp at t = 0 is the base but for rounding, and what ot_fuse adds is exactly nothing
     assert (logits(a, ids) - logits(tmp_path / "out", ids)).abs().max() < 1e-3
+
+
+def test_what_looks_like_a_mistake_is_told(run, pair, tmp_path):
+    a, b = pair
+    text = f"""
+merge_method: linear
+slices:
+  - sources:
+      - {{model: {a}, layer_range: [0, 4], parameters: {{weight: 1}}}}
+      - {{model: {b}, layer_range: [0, 4], parameters: {{weight: [{{filter: o_prj, value: 0.5}}, {{value: -1}}]}}}}
+"""
+    done = run("plan", write_recipe(tmp_path / "r.yml", text))
+    assert "filter 'o_prj' is part of no tensor's name" in done.err and "weights sum to 0" in done.err
+    expanded = run("plan", tmp_path / "r.yml", "--expand", "--json").json()
+    assert expanded["slices"][0]["merge_method"] == "linear"

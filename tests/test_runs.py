@@ -107,6 +107,11 @@ def damage(out, what: str) -> None:
     elif what == "heads":
         config = json.loads((out / "config.json").read_text())
         (out / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
+    elif what == "config":
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, "hidden_size": 100, "rms_norm_eps": 0.5}))
+    elif what == "tokenizer":
+        (out / "tokenizer.json").unlink()
     elif what == "nan":
         from safetensors.torch import save_file
 
@@ -124,6 +129,9 @@ def damage(out, what: str) -> None:
         ("cut", "files and headers"),
         ("depth", "files and headers"),
         ("heads", "transformers"),
+        ("config", "transformers"),
+        ("config", "other files"),
+        ("tokenizer", "other files"),
         ("nan", "finite values"),
     ],
 )
@@ -190,6 +198,9 @@ def test_demo_tiny(run, tmp_path, tiny):
     base, deeper = (line for line in done.out.splitlines() if line.strip().startswith(("base:", "up-scaled:")))
     assert base.split(": ")[1] == deeper.split(": ")[1]
     assert "FAILED" not in done.out and "bit for bit" in done.out
+    mine = tmp_path / "demo/tiny-opt_deus/trained.pt"
+    mine.write_text("mine")
+    assert "is kept" in run("demo", tmp_path / "demo", "--tiny").err and mine.exists()
 
 
 @pytest.mark.slow

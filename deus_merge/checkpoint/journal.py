@@ -68,6 +68,11 @@ class Journal:
         os.ftruncate(fd, length)
         return cls(path, finished, fd)
 
+    @staticmethod
+    def count(folder: Path) -> int:
+        """How many finished blocks the journal of an unfinished folder knows."""
+        return len(_read(folder / FILENAME)[1])
+
     def append(self, blocks: Iterable[tuple[str, dict]]) -> None:
         """Write finished blocks, and bring the lines to the disk."""
         blocks = list(blocks)
@@ -118,5 +123,5 @@ def _other(path: Path, message: str, expected: object, got: object) -> PlanError
         where=path.parent,
         expected=expected,
         got=got,
-        hint="run what was interrupted, or start over without --resume",
+        hint="run what was interrupted, or start over with --overwrite",
     )

@@ -213,7 +213,7 @@ class ShardWriter:
             problem = error.strerror
         if fd >= 0:
             os.close(fd)
-        raise PlanError("cannot resume", where=path, got=problem, hint="start over without --resume")
+        raise PlanError("cannot resume", where=path, got=problem, hint="start over with --overwrite")
 
 
 class _Run:

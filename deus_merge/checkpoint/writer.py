@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,6 +23,12 @@ from .system import exchange, locked, space_told, sync_path
 # A flush makes the disk's speed ours, so it is rare; what a kill costs is at most this much work.
 FLUSH_BYTES = 1 << 30
 FLUSH_SECONDS = 10.0
+
+# What --overwrite may take away: anything else in the folder is somebody's own.
+_MODEL_FILES = (
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt", "README.md", "deus_merge.yml",
+    "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes",
+)  # fmt: skip
 
 
 class OutputFolder:
@@ -212,6 +219,15 @@ class OutputFolder:
                 got=", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else ""),
                 hint="choose another folder, or empty this one",
             )
+        strange = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _MODEL_FILES))
+        if strange:
+            raise PlanError(
+                "the output folder holds more than a model: it will not be overwritten",
+                where=self.out,
+                expected="only what a merge writes",
+                got=", ".join(strange[:5]) + (" ..." if len(strange) > 5 else ""),
+                hint="move these away, or choose another folder",
+            )
 
     def _open_folder(self) -> None:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
@@ -221,9 +237,14 @@ class OutputFolder:
                 self._journal = Journal.reopen(self.folder, self._plan_hash, self._identity)
                 if self._journal:
                     return
+            elif not self._overwrite and (kept := Journal.count(self.folder)):
+                raise PlanError(
+                    "an unfinished run has left its work",
+                    where=self.folder,
+                    got=f"{kept} finished blocks",
+                    hint="go on with --resume, or start over with --overwrite",
+                )
             shutil.rmtree(self.folder)
-            if not self._resume:
-                self.notes.append(f"discarded what an unfinished run had left in {self.folder}")
         if self._resume:
             self.notes.append("there was nothing to resume: this is a fresh run")
         self.folder.mkdir()

@@ -31,14 +31,17 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     target = out / f"{'tiny' if tiny else base.name}-{preset}"
     recipe = api.upscale_recipe(str(base), preset=preset, insert=insert)
     plan = api.plan(recipe)
-    with progress(plan, quiet=False) as on_block:
-        result = api.merge(plan, target, api.RunOptions(overwrite=True, verify=False), on_block=on_block)
+    if (target / "deus_merge.json").is_file():
+        say(f"{target} is there already and is kept; remove it to make it anew")
+    else:
+        with progress(plan, quiet=False) as on_block:
+            api.merge(plan, target, api.RunOptions(verify=False), on_block=on_block)
     checked = api.verify(target, logits_text=_text())
     show_verification(checked)
     for name, folder in (("base", base), ("up-scaled", target)):
         click.echo(f"{name:>10}: {_continue(folder, *_PROMPTS[tiny])}")
     depth = plan.models[plan.donor].view.num_layers
-    click.echo(f"\n{depth} -> {plan.num_layers} layers in {result.seconds:.1f} s")
+    click.echo(f"\n{depth} -> {plan.num_layers} layers")
     click.echo(f"base model       {base}\nup-scaled model  {target}\nrecipe           {target / 'deus_merge.yml'}")
     click.echo(f"to train: the {len(plan.new_parameters)} tensors under new_parameters in {target / 'deus_merge.json'}")
     if not checked.passed:

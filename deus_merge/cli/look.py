@@ -41,7 +41,7 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, as_j
 @click.argument("model")
 @click.option("--similarity", is_flag=True, help="Transport cost and alignment of each adjacent pair of layers.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the similarity (png, svg, pdf)."
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the similarity into a file (png, svg, pdf)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
 def inspect(model: str, similarity: bool, plot: Path | None, as_json: bool):

@@ -103,4 +103,4 @@ def show_plan(plan: Plan) -> None:
 
 def show_verification(result: Verification) -> None:
     marks = {True: "ok", False: "FAILED", None: "skipped"}
-    table("", ["check", "", "detail"], [[c.name, marks[c.passed], c.detail] for c in result.checks])
+    table("", ["check", "result", "detail"], [[c.name, marks[c.passed], c.detail] for c in result.checks])

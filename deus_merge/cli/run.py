@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 
 import click
+import yaml
 
 from .. import api
 from ..errors import DeusMergeError
@@ -116,7 +117,9 @@ def plan(recipe: Path, max_shard_size: int, expand: bool, as_json: bool):
       deus-merge plan recipes/opt_deus.yml --expand
     """
     result = api.plan(recipe, max_shard_size=max_shard_size)
-    if expand:
+    if expand and as_json:
+        emit_json(yaml.safe_load(dump_recipe(result.recipe)))
+    elif expand:
         click.echo(dump_recipe(result.recipe), nl=False)
     elif as_json:
         emit_json(result.describe())

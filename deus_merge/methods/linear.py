@@ -14,6 +14,11 @@ class Linear(MergeMethod):
         Parameter("normalize", "boolean", True, "divide by the sum of the weights"),
     )
 
+    def remark(self, task):
+        if task.parameters["normalize"] and abs(sum(p["weight"] for p in task.source_parameters)) < 1e-8:
+            return "linear: the weights sum to 0, so they are not normalised"
+        return None
+
     def origin(self, task):
         """A source that alone has weight is copied."""
         weights = self._weights(task)

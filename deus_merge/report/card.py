@@ -39,14 +39,13 @@ def model_card(plan: Plan, recipe_yaml: str) -> str:
     lines.append(f"Made by deus_merge {__version__} from {', '.join(names)}: {depth} → {plan.num_layers} layers.")
     if plan.function_preserving and plan.new_layers:
         lines.append(f"It computes exactly what {base} computes: the new layers add nothing until they are trained.")
+    elif plan.new_layers:
+        lines.append(f"It does not compute what {base} computes: expect a worse loss until it is trained.")
+    lines += [f"\nNote: {warning}." for warning in plan.warnings]
     if plan.new_layers:
-        lines += [
-            "",
-            "## Training",
-            "",
-            f"New layers: {', '.join(map(str, plan.new_layers))}. `deus_merge.json` lists the",
-        ]
-        lines.append("exact names of their tensors under `new_parameters`; freeze all others.")
+        new = ", ".join(map(str, plan.new_layers))
+        lines += ["", "## Training", "", f"New layers: {new}. `deus_merge.json` lists the exact names of their"]
+        lines.append("tensors under `new_parameters`; to train only what is new, freeze all others.")
     lines += ["", "## Layers", "", "| layer | from | how |", "|---|---|---|"]
     lines += [f"| {layers} | {origin} | {how} |" for layers, origin, how in _layer_rows(plan)]
     lines += ["", "## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -17,11 +18,14 @@ RECIPE = "deus_merge.yml"
 FORMAT = 1
 
 
-def manifest(plan: Plan, diagnostics: Mapping[int, list[dict]], options: Mapping[str, object]) -> dict:
+def manifest(
+    plan: Plan, files: Mapping[str, bytes], diagnostics: Mapping[int, list[dict]], options: Mapping[str, object]
+) -> dict:
     """The manifest as JSON data.
 
     Args:
         plan: What was run.
+        files: What stands beside the weights: name -> bytes; their sha256 go in.
         diagnostics: Per block index, what its method said of each tensor.
         options: Of the run: device, threads.
 
@@ -50,6 +54,7 @@ def manifest(plan: Plan, diagnostics: Mapping[int, list[dict]], options: Mapping
         "new_parameters": list(plan.new_parameters),
         "layers": layers,
         "tensors": {t.task.name: _origin(plan, block, t) for block in plan.blocks for t in block.tensors},
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
         "warnings": list(plan.warnings),
     }
 
@@ -69,7 +74,11 @@ def read_manifest(folder: Path) -> dict:
         ) from None
     except ValueError as error:
         raise CheckpointError("the manifest is not JSON", where=path, got=error) from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("tensors"), dict):
+    if (
+        not isinstance(data, dict)
+        or data.get("format") != FORMAT
+        or not all(isinstance(data.get(k), dict) for k in ("tensors", "files"))
+    ):
         raise CheckpointError("not a manifest this version reads", where=path, expected=f"format {FORMAT}")
     return data
 

@@ -88,10 +88,12 @@ def test_a_finished_block_is_kept_and_resumed(stop, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_fresh_run_discards_what_was_left_and_says_so(tmp_path):
+def test_unfinished_work_is_thrown_away_only_when_asked(tmp_path):
     interrupted(tmp_path / "out", b"zzzzzz")
-    folder = write(tmp_path / "out", plan_hash="another")
-    assert "discarded" in folder.notes[0]
+    with pytest.raises(PlanError, match="unfinished run has left its work") as caught:
+        write(tmp_path / "out", plan_hash="another")
+    assert "--resume" in caught.value.hint and "--overwrite" in caught.value.hint
+    folder = write(tmp_path / "out", plan_hash="another", overwrite=True)
     assert content(folder.out)["model.safetensors"].endswith(b"abcdef")
 
 
@@ -195,7 +197,7 @@ def test_overwrite_replaces_when_whole(atomic, through_link, tmp_path, monkeypat
     place = tmp_path / "real"
     place.mkdir()
     (place / "config.json").write_text("old")
-    (place / "old.bin").write_text("old")
+    (place / "old.safetensors").write_text("old")
     before = content(place)
     out = place
     if through_link:
@@ -211,7 +213,7 @@ def test_overwrite_replaces_when_whole(atomic, through_link, tmp_path, monkeypat
     assert out.is_symlink() == through_link
 
 
-@pytest.mark.parametrize("what", ["file", "no model", "mount point", "name taken"])
+@pytest.mark.parametrize("what", ["file", "no model", "more than a model", "mount point", "name taken"])
 def test_what_is_never_overwritten(what, tmp_path):
     out = tmp_path / "out"
     if what == "file":
@@ -219,6 +221,10 @@ def test_what_is_never_overwritten(what, tmp_path):
     elif what == "no model":
         out.mkdir()
         (out / "thesis.tex").write_text("mine")
+    elif what == "more than a model":
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        (out / "trained.pt").write_text("mine")
     elif what == "mount point":
         out = Path("/proc")
     else:
