@@ -107,6 +107,7 @@ def test_resolved_recipe_runs_again(run, tiny, tmp_path):
     run("upscale", tiny, tmp_path / "one", "--insert", "{count: 2, where: even}", "-p", "reg=0.05", "-p", "t=0.25")
     run("merge", tmp_path / "one" / "deus_merge.yml", tmp_path / "two")
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    assert str(tiny.parent) not in (tmp_path / "one/README.md").read_text()
     hashes = [json.loads((tmp_path / n / "deus_merge.json").read_text())["plan_hash"] for n in ("one", "two")]
     assert hashes[0] == hashes[1]
 

@@ -21,6 +21,8 @@ def model_card(plan: Plan, recipe_yaml: str) -> str:
         recipe_yaml: The resolved recipe.
     """
     names = [_name(str(m.ref)) for m in plan.models]
+    for model in plan.models:  # a card is published: it names no folder of its author
+        recipe_yaml = recipe_yaml.replace(str(model.checkpoint.folder), _name(str(model.ref)))
     front = {
         "base_model": names,
         "library_name": "transformers",
