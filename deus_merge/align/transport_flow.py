@@ -49,8 +49,7 @@ class FlowOptions:
         reg: Regularisation in units of the (scaled) cost, or "auto" for ``target_support`` rows a column.
         max_iterations, tolerance, target_support: See `OTSolver.solve`.
         restore_norm: "row" or "tensor": scale fused 2-D weights back to the mean norm of their parents.
-        t: W_N = (1-t) W_A + t W_B; several values make several layers from one set of plans, and a mapping gives each
-            role its own (same length for all).
+        t: W_N = (1-t) W_A + t W_B; several values make several layers from one set of plans.
         zero: Roles that will be zeros: they are not fused, and not even read where no other role needs their plan.
         output_scale: Factor of what writes to the residual stream and is not zero.
         compute_dtype: "float32" or "float64".
@@ -67,7 +66,7 @@ class FlowOptions:
     tolerance: float = 1e-4
     target_support: float = 2.0
     restore_norm: Literal["none", "row", "tensor"] = "none"
-    t: float | Sequence[float] | Mapping[str, float | Sequence[float]] = 0.5
+    t: float | Sequence[float] = 0.5
     zero: frozenset[str] = frozenset({"o", "down"})
     output_scale: float = 1.0
     compute_dtype: Literal["float32", "float64"] = "float32"
@@ -84,10 +83,10 @@ class FlowOptions:
             if got not in known:
                 raise SolverError(f"unknown {key}", expected=" | ".join(known), got=got, hint=nearest(got, known))
 
-    def ts(self, role: str) -> tuple[float, ...]:
-        """The t of each new layer for one role."""
-        t = self.t[role] if isinstance(self.t, Mapping) else self.t
-        return tuple(t) if isinstance(t, Sequence) else (t,)
+    @property
+    def ts(self) -> tuple[float, ...]:
+        """The t of each new layer."""
+        return tuple(self.t) if isinstance(self.t, Sequence) else (self.t,)
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ class _Walk:
 
     def _mix(self, role: str, wa: Tensor, wb: Tensor, norms: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         mixed = []
-        for t in self.options.ts(role):
+        for t in self.options.ts:
             fused = (wa * (1 - t)).add_(wb, alpha=t)
             if norms is not None:
                 goal = (1 - t) * norms[0] + t * norms[1]

@@ -200,9 +200,6 @@ def test_layers_of_one_gap_share_their_plans():
         aligned, quarter, upper = item.tensors
         assert torch.allclose(upper, b[item.role], atol=1e-6)
         assert torch.allclose(quarter, 0.75 * aligned + 0.25 * b[item.role], atol=1e-6)
-    by_role = replace(PLAIN, t={role: 1.0 if role == "q" else 0.0 for role in SHAPES})
-    got, below = fused(a, b, by_role), fused(a, b, replace(PLAIN, t=0.0))
-    assert torch.equal(got["q"], b["q"]) and torch.equal(got["up"], below["up"])
 
 
 def test_restored_norms():
