@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+#: the default of a parameter that a recipe must set
+REQUIRED = "required"
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a method, as recipes set it.
@@ -25,7 +29,7 @@ class Parameter:
     Attributes:
         name: Its key under ``parameters``.
         kind: ``number``, ``integer``, ``boolean``, ``choice``, or ``other`` with a ``parse`` of its own.
-        default: The best known setting.
+        default: The best known setting, or `REQUIRED`.
         help: One line for ``deus-merge methods``.
         scope: ``tensor``: a value per tensor, so filters and gradients apply; ``source``: that, and one per source;
             ``block``: one value for a whole layer (gradients apply, filters do not).
@@ -176,7 +180,9 @@ class MergeMethod(ABC):
         summary: One line for ``deus-merge methods``.
         reference: Where it was published.
         parameters: What a recipe can set.
-        adds_base: Whether ``base_model`` joins the sources when no source names it.
+        adds_base: Whether ``base_model`` joins the ``models`` of a recipe that do not name it.
+        base: What the base model is to it: ``required``; ``optional``, but one of the sources where a recipe names it;
+            or ``ignored``: a source like the others.
         inserts: Whether it makes new layers: from pairs of sources, or in the gaps of a single source's range.
     """
 
@@ -185,6 +191,7 @@ class MergeMethod(ABC):
     reference: str
     parameters: tuple[Parameter, ...]
     adds_base = False
+    base = "ignored"
     inserts = False
 
     def check(self, tasks: Sequence[TensorTask], sources: int) -> str | None:

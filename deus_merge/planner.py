@@ -11,13 +11,13 @@ from .checkpoint.reader import TensorInfo
 from .config import LayerOrigin, deeper_config, layer_lists
 from .errors import PlanError, RecipeError
 from .matching import Part, check_heads, check_like_donor, check_same
-from .method import TensorTask
+from .method import REQUIRED, TensorTask
 from .model_files import extra_files
 from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
 from .presets import expand
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
 from .settings import Settings, filters, resolve_setting
-from .units import FLOAT_DTYPES, dtype_name, parse_size
+from .units import FLOAT_DTYPES, dtype_name, parse_size, promoted
 
 DEFAULT_SHARD_SIZE = "5GB"
 _FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
@@ -55,7 +55,7 @@ class _Planner:
         self._outside("embeddings", "before", self.recipe.slices[0], 0.0)
         for piece in self.recipe.slices:
             self._slice(piece)
-        self._outside("final norm and head", "after", self.recipe.slices[-1], 1.0)
+        self._outside("final norm and head", "after", self.recipe.slices[-1], 0.0)
         self._mark_repeats()
         self._report_idle_filters()
         donor = self.models[self.donor]
@@ -168,7 +168,7 @@ class _Planner:
                 made.append(self._task(piece, sources, role, slot, name, spec, names, position, bare))
         block_sources = tuple(BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True))
         outputs = tuple(range(first_output, first_output + per_gap))
-        self._add(piece, title, outputs, block_sources, base, made, new)
+        self._add(replace(piece, sources=tuple(sources)), title, outputs, block_sources, base, made, new)
         which = -1 if new else base or 0
         model = self.models[block_sources[which].model]
         self.origins += [LayerOrigin(model.checkpoint.config, block_sources[which].layer, str(model.ref))] * per_gap
@@ -201,7 +201,7 @@ class _Planner:
             for name in names[0]
         ]
         block_sources = tuple(BlockSource(self.index[s.model], None) for s in sources)
-        self._add(piece, title, (), block_sources, base, made)
+        self._add(replace(piece, sources=sources), title, (), block_sources, base, made)
 
     def _task(self, piece, sources, role, slot, name, spec: TensorSpec | None, names, position, bare=False):
         """One output tensor as its method sees it, and what it is made from."""
@@ -217,19 +217,21 @@ class _Planner:
                 continue
             for i, source in enumerate(sources):
                 levels = [source.parameters, piece.parameters, glob]
-                per_source[i][p.name] = resolve_setting(p, levels, filter_name, position)
+                per_source[i][p.name] = resolve_setting(p, levels, names[i], position)
         return TensorTask(role, slot, name, spec, inputs[0].shape, parameters, tuple(per_source)), inputs
 
-    def _planned(self, task: TensorTask, inputs: tuple[TensorInfo, ...], method: str, base: int | None):
-        dtype = self._dtype(inputs[base or 0])
+    def _planned(self, task: TensorTask, inputs: tuple[TensorInfo, ...], method: str):
+        dtype = self._dtype(inputs)
         action, source = action_of(task, method, inputs, dtype)
         if action in ("merge", "cast"):
             self._castable(task.name, inputs, dtype, action)
         return PlannedTensor(task, inputs, dtype, action, source)
 
-    def _dtype(self, stored: TensorInfo) -> str:
+    def _dtype(self, inputs: Sequence[TensorInfo]) -> str:
+        """As the recipe says; else the dtype that holds those of all sources."""
+        stored = promoted([i.dtype for i in inputs])
         wanted = self.recipe.out_dtype or self.recipe.dtype
-        return wanted if wanted and stored.dtype in _FLOATS else stored.dtype
+        return wanted if wanted and stored in _FLOATS else stored
 
     def _castable(self, name: str, inputs: Sequence[TensorInfo], dtype: str, action: str) -> None:
         for info in inputs:
@@ -250,13 +252,35 @@ class _Planner:
         for i, source in enumerate(sources):
             if source.model == ref:
                 return i
-        method = methods()[piece.merge_method]
-        if ref is not None and method.adds_base and not method.inserts:
-            (piece.base_model or self.recipe.base_model).place.fail(
-                f"{piece.merge_method} starts from the base model, but no source of the slice is it",
-                expected=" or ".join(dict.fromkeys(str(s.model) for s in sources)),
+        use = methods()[piece.merge_method].base
+        names = " or ".join(dict.fromkeys(str(s.model) for s in sources))
+        if ref is not None and use != "ignored":
+            ref.place.fail(
+                f"{piece.merge_method} starts from the base model, but no source of the slice is it", expected=names
+            )
+        if ref is None and use == "required":
+            piece.place.fail(
+                f"{piece.merge_method} needs a base model",
+                expected=f"base_model: {names}",
+                got="no base_model in the slice or at the top level",
             )
         return None
+
+    def _check_given(self, piece: OutputSlice, base: int | None, task: TensorTask) -> None:
+        """Parameters without a default must be set for every tensor, and every source, that they act on."""
+        method = methods()[piece.merge_method]
+        holders = [(piece.place, task.parameters)]
+        for i, source in enumerate(piece.sources):
+            if i != base or method.base == "ignored":  # a base model has no weight of its own
+                holders.append((source.place, task.source_parameters[i]))
+        for place, values in holders:
+            for p in method.parameters:
+                if values.get(p.name) is REQUIRED:
+                    place.fail(
+                        f"{piece.merge_method} needs {p.name}, which has no default",
+                        expected=f"parameters: {{{p.name}: {p.expected}}}",
+                        got=f"no value for {task.name}",
+                    )
 
     def _add(self, piece: OutputSlice, title: str, outputs, sources: tuple[BlockSource, ...], base, made, new=False):
         """The block, if its method can make it. Asked before anything else of the method."""
@@ -272,10 +296,12 @@ class _Planner:
                 expected=f"a described family: {', '.join(families())}" if undescribed else None,
                 got=f"model_type {undescribed[0]}" if undescribed else None,
             )
+        for task, _ in made:
+            self._check_given(piece, base, task)
         remark = method.remark(made[0][0])
         if remark and remark not in self.warnings:
             self.warnings.append(remark)
-        tensors = tuple(self._planned(task, inputs, piece.merge_method, base) for task, inputs in made)
+        tensors = tuple(self._planned(task, inputs, piece.merge_method) for task, inputs in made)
         self.blocks.append(BlockPlan(len(self.blocks), title, outputs, piece.merge_method, sources, base, tensors, new))
 
     def _report_types(self, title: str, sources: Sequence[BlockSource]) -> None:
@@ -290,7 +316,8 @@ class _Planner:
 
     def _report_idle_filters(self) -> None:
         """A filter that is part of no tensor's name is most likely misspelt."""
-        names = [t.task.name for block in self.blocks for t in block.tensors]
+        tensors = [t for block in self.blocks for t in block.tensors]
+        names = {name for t in tensors for name in (t.task.name, *(i.name for i in t.inputs))}
         levels = [self.recipe.parameters]
         for piece in self.recipe.slices:
             levels += [piece.parameters, *(s.parameters for s in piece.sources)]

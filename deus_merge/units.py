@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -80,3 +81,9 @@ def torch_dtype(code: str) -> torch.dtype:
     import torch
 
     return getattr(torch, _TORCH[code])
+
+
+def promoted(codes: Sequence[str]) -> str:
+    """The narrowest dtype that holds values of all of these float dtypes: ``F16`` and ``BF16`` need ``F32``."""
+    widest = max(codes, key=ITEMSIZE.__getitem__)
+    return widest if all(c == widest or ITEMSIZE[c] < ITEMSIZE[widest] for c in codes) else "F32"

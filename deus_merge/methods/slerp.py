@@ -14,6 +14,7 @@ class Slerp(MergeMethod):
     summary = "spherical interpolation from the base model (t = 0) to the other source (t = 1)"
     reference = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
     adds_base = True
+    base = "optional"
     parameters = (Parameter("t", "number", 0.5, "0 gives the base model, 1 the other source"),)
 
     def check(self, tasks, sources):
