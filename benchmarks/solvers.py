@@ -21,7 +21,8 @@ import torch
 from deus_merge.discover import plugins
 from deus_merge.errors import SolverError
 from deus_merge.ot.costs import cost_matrix
-from deus_merge.ot.problem import Coupling, OTProblem, OTSolver, SolverOptions
+from deus_merge.ot.coupling import Coupling
+from deus_merge.ot.problem import OTProblem, OTSolver, SolverOptions
 
 #: setting -> (arguments of the cost, reg): the paper's numbers, and this project's defaults
 SETTINGS = {

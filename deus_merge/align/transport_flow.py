@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from ..discover import plugins
 from ..errors import SolverError, nearest
-from ..ot.problem import Coupling, OTProblem, SolverOptions, TransportMap
+from ..ot.coupling import Coupling, TransportMap
+from ..ot.problem import OTProblem, SolverOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,7 +205,7 @@ class _Walk:
         scale = self.options.plan_scale
         if spec.follows in self.plans:
             plan = self.plans[spec.follows]
-            rows = plan.matrix.shape[0] if isinstance(plan, Coupling) else plan.shape[0]
+            rows = plan.shape[0]
             heads, rest = divmod(rows, len(vector))
             if rest:
                 raise SolverError("does not fit the weight it follows", where=spec.role, expected=rows, got=len(vector))
@@ -265,11 +266,19 @@ def _expect(kind: type, plan: TransportMap | Coupling) -> TransportMap | Couplin
 
 def _solve(role: str, wa: Tensor, wb: Tensor, options: FlowOptions) -> tuple[Coupling, RoleDiagnostics]:
     """The plan between the rows of A and B; the cost lives only in here."""
-    from ..ot.costs import cost_matrix
+    from ..ot.costs import PointCost
 
-    cost = cost_matrix(wa, wb, cost=options.cost, unit=options.unit_rows, cost_scale=options.cost_scale)  # (n, m)
+    solver = plugins("deus_merge.ot.solvers", "SOLVER")[options.solver]
     try:
-        solution = plugins("deus_merge.ot.solvers", "SOLVER")[options.solver].solve(
+        cost = PointCost(
+            wa,
+            wb,
+            cost=options.cost,
+            unit=options.unit_rows,
+            cost_scale=options.cost_scale,
+            keep_points=solver.needs_points,
+        )
+        solution = solver.solve(
             OTProblem.uniform(cost),
             SolverOptions(options.reg, options.max_iterations, options.tolerance, options.target_support),
         )

@@ -6,12 +6,15 @@ only there, they are computed again from ``x - y``. A planted permutation theref
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..errors import SolverError, nearest
-from .problem import row_blocks
+from .coupling import product_blocks, row_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
 #: Squared distances below this share of ``|x|² + |y|²`` are computed again, by dtype.
@@ -20,32 +23,134 @@ _CLOSE = {"torch.float32": 2.0**-7, "torch.float64": 2.0**-20}
 _PAIRS = 2048
 
 
-def sqeuclidean(x: Tensor, y: Tensor) -> Tensor:
-    """‖x_r - y_s‖²: (n, d), (m, d) -> (n, m), in the dtype of the inputs (float32 or float64)."""
-    import torch
-
-    _check(x, y)
-    mean = (x.mean(0) + y.mean(0)) / 2  # (d,): a common offset of all rows costs digits
-    u, v = x - mean, y - mean
-    x2, y2 = u.norm(dim=1).square_(), v.norm(dim=1).square_()  # (n,), (m,)
-    cost = u @ v.t()  # (n, m)
-    del u, v
-    close, largest = _CLOSE[str(x.dtype)], y2.max()
-    for block in row_blocks(*cost.shape):
-        rows = cost[block]  # (r, m)
-        scale = x2[block].unsqueeze(1) + y2  # (r, m)
-        torch.sub(scale, rows, alpha=2, out=rows).clamp_min_(0)
-        if bool((rows.amin(1) < close * (x2[block] + largest)).any()):
-            _recompute_close(rows, x[block], y, mean, scale)
-    return cost
+#: The costs a recipe can name.
+COSTS = ("euclidean", "sqeuclidean", "cosine")
+#: The scalings a recipe can name.
+COST_SCALES = ("none", "max", "median")
 
 
-def _recompute_close(rows: Tensor, x: Tensor, y: Tensor, mean: Tensor, scale: Tensor) -> None:
-    """Squared distances far below ``|x|² + |y|²`` again; ``rows`` and ``scale`` (r, m)."""
+class PointCost:
+    """The cost between the rows of two matrices, made in row blocks: kept in memory, or made again on every pass.
+
+    Args:
+        x, y: (n, d), (m, d), float32 or float64, finite.
+        cost: ``euclidean`` ‖x_r - y_s‖₂, ``sqeuclidean`` its square, or ``cosine`` 1 - cos(x_r, y_s).
+        unit: Scale rows to norm 1 first.
+        cost_scale: Divide by the matrix's maximum or median; one of `COST_SCALES`.
+        keep_points: False: `points` may go once the whole cost is in memory.
+
+    Raises:
+        SolverError: an unknown name, rows of different length, or values that are not finite or too large to square.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        cost: str = "euclidean",
+        unit: bool = False,
+        cost_scale: str = "none",
+        keep_points: bool = True,
+    ):
+        for key, got, known in (("cost", cost, COSTS), ("cost_scale", cost_scale, COST_SCALES)):
+            if got not in known:
+                raise SolverError(f"unknown {key}", expected=" | ".join(known), got=got, hint=nearest(got, known))
+        _check(x, y)
+        self.name, self._cost_scale = cost, cost_scale
+        self.shape, self.dtype, self.device = (len(x), len(y)), x.dtype, x.device
+        if unit or cost == "cosine":
+            x, y = unit_rows(x), unit_rows(y)
+        self._points = _centred(x, y)
+        self._norms = tuple(p.norm(dim=1).square_() for p in self._points)  # (n,), (m,)
+        if not math.isfinite(4 * max(norms.max().item() for norms in self._norms)):  # of the largest sum below
+            raise SolverError(
+                f"the cost overflows {str(x.dtype).removeprefix('torch.')}",
+                expected="distances whose square is a finite number",
+                got=f"values up to {max(points.abs().max().item() for points in (x, y)):.3g}",
+                hint="set unit_rows: true, or compute_dtype: float64; or mend the checkpoint",
+            )
+        self._scale = None if cost_scale != "none" else 1.0
+        self._keep_points, self._keep, self._kept = keep_points, math.inf, {}
+
+    @property
+    def points(self) -> tuple[Tensor, Tensor]:
+        """The rows as they are compared, (n, d) and (m, d), a large common offset removed."""
+        if self._points is None:
+            raise SolverError("the points of this cost are gone", hint="keep_points=True keeps them")
+        return self._points
+
+    def keep(self, nbytes: float | None) -> None:
+        """Keep at most this many bytes of the cost in memory (None: all of it); the rest is made again each time."""
+        self._keep = math.inf if nbytes is None else nbytes
+        if sum(rows.nbytes for rows in self._kept.values()) > self._keep:
+            self._kept.clear()
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to."""
+        if self._scale is None:
+            size = _median(self._raw, self.dtype) if self._cost_scale == "median" else self._maximum()
+            self._scale = size if size > 0 else 1.0
+            for rows in self._kept.values():
+                rows.div_(self._scale)
+        for block, rows, new in self._raw():
+            yield block, rows.div_(self._scale) if new and self._scale != 1 else rows
+
+    def dense(self) -> Tensor:
+        """The whole cost, (n, m), in one new tensor."""
+        import torch
+
+        self.keep(0)
+        matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)  # (n, m)
+        for block, rows in self.blocks():
+            matrix[block] = rows
+        return matrix
+
+    def _raw(self) -> Iterator[tuple[slice, Tensor, bool]]:
+        """Row blocks as they are kept, or new and not yet scaled: (rows, (r, m), whether they are new)."""
+        used = sum(rows.nbytes for rows in self._kept.values())
+        for block in product_blocks(*self.shape):
+            rows = self._kept.get(block.start)
+            new = rows is None
+            if new:
+                rows = self._make(block)  # (r, m)
+                if used + rows.nbytes <= self._keep:
+                    self._kept[block.start] = rows
+                    used += rows.nbytes
+            yield block, rows, new
+        if not self._keep_points and used == self.shape[0] * self.shape[1] * self.dtype.itemsize:
+            self._points = None
+
+    def _maximum(self) -> float:
+        return max(rows.max().item() for _, rows, _ in self._raw())
+
+    def _make(self, block: slice) -> Tensor:
+        """The rows of one block before scaling, (r, m)."""
+        import torch
+
+        x, y = self._points[0][block], self._points[1]  # (r, d), (m, d)
+        x2, y2 = self._norms[0][block], self._norms[1]  # (r,), (m,)
+        cost = x @ y.t()  # (r, m)
+        close, largest = _CLOSE[str(x.dtype)], y2.max()
+        for part in row_blocks(*cost.shape):
+            rows = cost[part]  # (p, m)
+            scale = x2[part].unsqueeze(1) + y2  # (p, m)
+            torch.sub(scale, rows, alpha=2, out=rows).clamp_min_(0)
+            if bool((rows.amin(1) < close * (x2[part] + largest)).any()):
+                _recompute_close(rows, x[part], y, scale)
+            if self.name == "euclidean":
+                rows.sqrt_()
+            elif self.name == "cosine":
+                rows.mul_(0.5)
+        return cost
+
+
+def _recompute_close(rows: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> None:
+    """Squared distances far below ``|x|² + |y|²`` again; ``rows`` and ``scale`` (p, m)."""
     few = 4 * max(rows.shape)
-    pairs = (rows < _CLOSE[str(x.dtype)] * scale).nonzero()  # (p, 2)
+    pairs = (rows < _CLOSE[str(x.dtype)] * scale).nonzero()  # (q, 2)
     if len(pairs) > few:  # many rows alike: one product in float64 is cheaper, and leaves few or exact copies
-        rows.copy_(_sqeuclidean_float64(x.double() - mean, y.double() - mean))
+        rows.copy_(_sqeuclidean_float64(x.double(), y.double()))
         pairs = (rows < 2.0**-36 * scale).nonzero()
         if len(pairs) > few:
             return
@@ -54,49 +159,33 @@ def _recompute_close(rows: Tensor, x: Tensor, y: Tensor, mean: Tensor, scale: Te
         rows[r, s] = (x[r] - y[s]).square_().sum(1)
 
 
-def euclidean(x: Tensor, y: Tensor) -> Tensor:
-    """‖x_r - y_s‖₂: (n, d), (m, d) -> (n, m)."""
-    return sqeuclidean(x, y).sqrt_()
+def _median(raw: Callable[[], Iterator[tuple[slice, Tensor, bool]]], dtype: object) -> float:
+    """The lower median of non-negative floats, found by their bits, 16 of them a pass."""
+    import torch
 
-
-def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """1 - cos(x_r, y_s): (n, d), (m, d) -> (n, m); half the squared distance of the unit rows, exact near 0."""
-    return sqeuclidean(unit_rows(x), unit_rows(y)).mul_(0.5)
-
-
-#: The costs a recipe can name.
-COSTS = {"euclidean": euclidean, "sqeuclidean": sqeuclidean, "cosine": cosine}
-#: The scalings a recipe can name.
-COST_SCALES = ("none", "max", "median")
+    kind, width = (torch.int32, 32) if dtype == torch.float32 else (torch.int64, 64)
+    prefix, wanted = 0, None  # the bits known so far, and how many numbers that have them come before the median
+    for shift in range(width - 16, -1, -16):
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for _, rows, _ in raw():
+            bits = rows.flatten().view(kind)  # integers in the order of the floats
+            if shift + 16 < width:
+                bits = bits[(bits >> (shift + 16)) == prefix]
+            counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
+        if wanted is None:
+            wanted = (int(counts.sum()) - 1) // 2
+        up_to = counts.cumsum(0)
+        digit = int((up_to <= wanted).sum())
+        wanted -= int(up_to[digit - 1]) if digit else 0
+        prefix = prefix << 16 | digit
+    return torch.tensor(prefix, dtype=kind).view(dtype).item()
 
 
 def cost_matrix(
     x: Tensor, y: Tensor, *, cost: str = "euclidean", unit: bool = False, cost_scale: str = "none"
 ) -> Tensor:
-    """The cost a recipe asks for: (n, d), (m, d) -> (n, m).
-
-    Args:
-        cost: A key of `COSTS`.
-        unit: Scale rows to norm 1 first.
-        cost_scale: Divide by the matrix's maximum or median; one of `COST_SCALES`.
-
-    Raises:
-        SolverError: an unknown name, or rows of different length.
-    """
-    if cost not in COSTS:
-        raise SolverError("unknown cost", expected=" | ".join(COSTS), got=cost, hint=nearest(cost, COSTS))
-    if cost_scale not in COST_SCALES:
-        raise SolverError(
-            "unknown cost_scale",
-            expected=" | ".join(COST_SCALES),
-            got=cost_scale,
-            hint=nearest(cost_scale, COST_SCALES),
-        )
-    matrix = COSTS[cost](unit_rows(x), unit_rows(y)) if unit else COSTS[cost](x, y)  # (n, m)
-    if cost_scale == "none":
-        return matrix
-    size = (matrix.max() if cost_scale == "max" else matrix.median()).item()
-    return matrix.div_(size) if size > 0 else matrix
+    """The cost a recipe asks for, (n, d), (m, d) -> (n, m); see `PointCost` for the arguments."""
+    return PointCost(x, y, cost=cost, unit=unit, cost_scale=cost_scale).dense()
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -105,13 +194,32 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / norm.where(norm > 0, 1)
 
 
+def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without their common offset, which costs digits; as they are where there is hardly any."""
+    if not len(x) or not len(y):
+        return x, y
+    mean = (x.mean(0) + y.mean(0)) / 2  # (d,)
+    sizes = [p.norm() / math.sqrt(len(p)) for p in (x, y)]  # root mean square norms of rows
+    return (x, y) if mean.norm() < 0.5 * min(sizes) else (x - mean, y - mean)
+
+
 def _sqeuclidean_float64(x: Tensor, y: Tensor) -> Tensor:
     cost = (x @ y.t()).mul_(-2)  # (n, m)
     return cost.add_(x.square().sum(1, keepdim=True)).add_(y.square().sum(1)).clamp_min_(0)
 
 
 def _check(x: Tensor, y: Tensor) -> None:
+    import torch
+
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise SolverError("rows of different length", got=f"{tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype != y.dtype or str(x.dtype) not in _CLOSE:
         raise SolverError("costs are computed in float32 or float64", got=f"{x.dtype} and {y.dtype}")
+    for points in (x, y):
+        if points.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(points))).all()):
+            raise SolverError(
+                "the cost is not finite",
+                expected="finite weights",
+                got="NaN or infinity",
+                hint="look for broken weights",
+            )

@@ -12,7 +12,7 @@ from deus_merge.align.transport_flow import FlowOptions, fuse_layer, push_column
 from deus_merge.architecture import TensorSpec
 from deus_merge.discover import plugins
 from deus_merge.errors import SolverError
-from deus_merge.ot.problem import Coupling, TransportMap
+from deus_merge.ot.coupling import Coupling, TransportMap
 
 D, HEADS, GROUPS, H, F = 24, 4, 2, 6, 32  # hidden size, query and key-value heads, head size, neurons
 SHAPES = {

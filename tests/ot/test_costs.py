@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deus_merge.errors import SolverError
-from deus_merge.ot.costs import COSTS, cost_matrix, unit_rows
+from deus_merge.ot.costs import COSTS, PointCost, cost_matrix, unit_rows
 
 
 def exact(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_costs_are_exact_also_between_near_twins(name, n, m, d, offset, noise, s
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=g) + offset
     y = x[torch.randint(n, (m,), generator=g)] + noise * torch.randn(m, d, generator=g)
-    cost, want = COSTS[name](x, y), exact(name, x, y)
+    cost, want = cost_matrix(x, y, cost=name), exact(name, x, y)
     spread = want.max() + (offset * 2e-7) ** (1 if name == "euclidean" else 2) + 1e-12
     # Unit rows are rounded to float32 before they are compared: cosine is that much off a distance of sqrt(2 want).
     rounding = 4e-7 * (want.max().item() ** 0.5) if name == "cosine" else 0.0
@@ -48,7 +48,7 @@ def test_a_planted_permutation_costs_nothing():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(300, 64, generator=g) * torch.logspace(-3, 3, 300).unsqueeze(1)
     order = torch.randperm(300, generator=g)
-    cost = COSTS["euclidean"](x, x[order])
+    cost = cost_matrix(x, x[order])
     assert (cost[order, torch.arange(300)] == 0).all()
     assert (cost == 0).sum() == 300
 
@@ -57,7 +57,7 @@ def test_equal_rows_and_zero_rows_are_no_trouble():
     x = torch.zeros(50, 7)
     x[:30] = torch.arange(7.0)
     for name in COSTS:
-        cost = COSTS[name](x, x)
+        cost = cost_matrix(x, x, cost=name)
         assert torch.isfinite(cost).all()
         assert cost[:30, :30].abs().max() < 1e-6 and cost[30:, 30:].abs().max() < 1e-6
     assert (cost_matrix(x * 0, x * 0, unit=True, cost_scale="max") == 0).all()
@@ -76,3 +76,37 @@ def test_scales_and_refusals():
         cost_matrix(x, y[:, :3])
     with pytest.raises(SolverError, match="float32 or float64"):
         cost_matrix(x.half(), y.half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cost_scale", ["none", "max", "median"])
+def test_row_blocks_are_the_matrix_whatever_is_kept(dtype, cost_scale, monkeypatch):
+    monkeypatch.setattr("deus_merge.ot.coupling.PRODUCT_ELEMENTS", 3000)  # several blocks without a large matrix
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(97, 5, generator=g, dtype=dtype), torch.randn(110, 5, generator=g, dtype=dtype)
+    want = cost_matrix(x, y, cost_scale=cost_scale)
+    if cost_scale != "none":
+        plain = cost_matrix(x, y)
+        assert torch.equal(want, plain / (plain.max() if cost_scale == "max" else plain.median()))
+    for keep in (None, 0, want.nbytes // 3):
+        lazy = PointCost(x, y, cost_scale=cost_scale)
+        lazy.keep(keep)
+        for _ in range(3):
+            assert torch.equal(torch.cat([rows for _, rows in lazy.blocks()]), want)
+
+
+def test_points_go_when_nobody_needs_them():
+    x, y = torch.randn(6, 3), torch.randn(5, 3)
+    kept, gone = PointCost(x, y), PointCost(x, y, keep_points=False)
+    for cost in (kept, gone):
+        assert len(list(cost.blocks())) == 1
+    assert torch.allclose(torch.cdist(*kept.points), torch.cdist(x, y), atol=1e-5)
+    with pytest.raises(SolverError, match="points of this cost are gone"):
+        gone.points  # noqa: B018
+
+
+def test_costs_that_overflow_say_so():
+    x = torch.full((3, 4), 1e19)
+    with pytest.raises(SolverError, match="overflows float32\n.*\n.*1e\\+19\n.*unit_rows"):
+        cost_matrix(x, -x)
+    assert torch.isfinite(cost_matrix(x.double(), -x.double())).all()

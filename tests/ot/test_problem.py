@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from deus_merge.errors import SolverError
-from deus_merge.ot.problem import Coupling, OTProblem, TransportMap
+from deus_merge.ot.coupling import Coupling, TransportMap
+from deus_merge.ot.problem import OTProblem
 
 
 @pytest.mark.parametrize(

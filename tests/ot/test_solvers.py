@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deus_merge.discover import plugins
 from deus_merge.errors import SolverError
-from deus_merge.ot.costs import euclidean, sqeuclidean
+from deus_merge.ot.costs import cost_matrix
 from deus_merge.ot.problem import OTProblem, SolverOptions
 
 SOLVERS = plugins("deus_merge.ot.solvers", "SOLVER")
@@ -29,7 +29,7 @@ def planted(n: int = 60, noise: float = 0.0):
     g = generator(1)
     x = torch.randn(n, 40, generator=g)
     order = torch.randperm(n, generator=g)
-    cost = euclidean(x, x[order] + noise * torch.randn(n, 40, generator=g))
+    cost = cost_matrix(x, x[order] + noise * torch.randn(n, 40, generator=g))
     plan = torch.zeros(n, n)
     plan[order, torch.arange(n)] = 1 / n
     return OTProblem.uniform(cost), (plan * cost).sum().item(), plan
@@ -42,7 +42,7 @@ def on_a_line(n: int = 40, m: int = 25):
     a, b = torch.rand(n, generator=g) + 0.1, torch.rand(m, generator=g) + 0.1
     a[3] = b[5] = 0  # points without mass
     a, b = a / a.sum(), b / b.sum()
-    cost = sqeuclidean(x, y)
+    cost = cost_matrix(x, y, cost="sqeuclidean")
     cuts = torch.cat([a.cumsum(0), b.cumsum(0)]).clamp_max(1).sort().values
     masses = torch.diff(cuts, prepend=cuts.new_zeros(1))
     middle = cuts - masses / 2
@@ -133,7 +133,7 @@ def test_sinkhorn_is_the_float64_plan_to_rounding(reg, shape):
 
     g = generator(3)
     x, y = torch.randn(shape[0], 8, generator=g), torch.randn(shape[1], 8, generator=g)
-    cost = euclidean(x, y)
+    cost = cost_matrix(x, y)
     cost /= cost.max()
     a, b = torch.rand(shape[0], generator=g) + 0.1, torch.rand(shape[1], generator=g) + 0.1
     a, b = a / a.sum(), b / b.sum()
@@ -165,7 +165,7 @@ def test_sinkhorn_is_finite_up_to_a_cost_of_ten_thousand_reg(log_ratio, n, m, ki
     elif kind == "twins":
         cost = cost[torch.randint(n, (n,), generator=g)][:, torch.randint(m, (m,), generator=g)]
     elif kind == "points":
-        cost = euclidean(torch.randn(n, 2, generator=g), torch.randn(m, 2, generator=g))
+        cost = cost_matrix(torch.randn(n, 2, generator=g), torch.randn(m, 2, generator=g))
     elif kind == "heavy":
         cost = torch.exp(4 * torch.randn(n, m, generator=g))
     problem = OTProblem.uniform(cost)
@@ -189,7 +189,7 @@ def test_sinkhorn_is_finite_wherever_it_has_to_stop(limit, reg):
 
 def test_sinkhorn_says_when_the_limit_was_too_low():
     g = generator(4)
-    cost = euclidean(torch.randn(80, 3, generator=g), torch.randn(80, 3, generator=g))
+    cost = cost_matrix(torch.randn(80, 3, generator=g), torch.randn(80, 3, generator=g))
     solution = SOLVERS["sinkhorn"].solve(OTProblem.uniform(cost), SolverOptions(reg=1e-3, max_iterations=5))
     assert not solution.converged
     assert solution.marginal_error > 1e-4
@@ -203,7 +203,7 @@ def test_reg_auto_meets_its_target(target, n):
     g = generator(5)
     x, y = torch.randn(n, 64, generator=g), torch.randn(n, 64, generator=g)
     for scale in (1e-3, 1.0, 1e3):  # of the cost: reg has its unit
-        problem = OTProblem.uniform(scale * euclidean(x, y))
+        problem = OTProblem.uniform(scale * cost_matrix(x, y))
         solution = SOLVERS["sinkhorn"].solve(problem, SolverOptions(target_support=target))
         assert solution.converged
         assert solution.effective_support == pytest.approx(target, rel=0.13)

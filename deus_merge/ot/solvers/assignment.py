@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from ...errors import SolverError
-from ..problem import Coupling, OTProblem, OTSolution, SolverOptions
+from ..coupling import PermutationCoupling
+from ..problem import OTProblem, OTSolution, SolverOptions
 
 _DEFAULTS = SolverOptions()
 
@@ -16,6 +17,7 @@ class Assignment:
     name = "assignment"
     summary = "exact one-to-one matching for uniform square problems; CPU"
     reference = "Crouse 2016, IEEE TAES 52(4); SciPy"
+    needs_points = False
 
     def solve(self, problem: OTProblem, options: SolverOptions = _DEFAULTS) -> OTSolution:
         """Solve exactly; see `OTSolver.solve` for the arguments.
@@ -34,12 +36,11 @@ class Assignment:
                 hint="use `solver: emd`",
             )
         start = time.perf_counter()
+        problem = problem.stored()
         cost = problem.cost
-        n = cost.shape[0]
-        rows, columns = linear_sum_assignment(cost.cpu().numpy())
-        matrix = torch.zeros_like(cost)  # (n, n)
-        matrix[torch.from_numpy(rows), torch.from_numpy(columns)] = 1 / n
-        return OTSolution.of(problem, Coupling(matrix), options, started=start)
+        _, columns = linear_sum_assignment(cost.cpu().numpy())
+        rows = torch.from_numpy(columns).argsort().to(cost.device)  # (n,)
+        return OTSolution.of(problem, PermutationCoupling(rows, cost), options, started=start)
 
 
 SOLVER = Assignment()

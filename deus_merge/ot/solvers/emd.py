@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 
-from ..problem import Coupling, OTProblem, OTSolution, SolverOptions
+from ..coupling import Coupling
+from ..problem import OTProblem, OTSolution, SolverOptions
 
 _DEFAULTS = SolverOptions()
 
@@ -18,6 +19,7 @@ class Emd:
     name = "emd"
     summary = "exact, network simplex; CPU, n up to a few thousand"
     reference = "Bonneel et al. 2011; POT: Flamary et al. 2021"
+    needs_points = False
 
     def solve(self, problem: OTProblem, options: SolverOptions = _DEFAULTS) -> OTSolution:
         """Solve exactly; see `OTSolver.solve` for the arguments."""
@@ -25,6 +27,7 @@ class Emd:
         import torch
 
         start = time.perf_counter()
+        problem = problem.stored()
         cost = problem.cost
         # The simplex works in float64, and wants sums that agree to its own rounding.
         a, b = (x.double().cpu().numpy() for x in (problem.a, problem.b))

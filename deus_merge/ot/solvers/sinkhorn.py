@@ -10,7 +10,9 @@ plan is ``T = diag(u) K diag(v)``, and every step below is a product with K or K
    gradients, preconditioned by its own diagonal (the use of Newton after Sinkhorn: Tang et al. 2024, arXiv 2401.12253).
    The diagonal is what makes it quick: for plans near a permutation it holds almost all of the Hessian.
 
-Memory: the cost and the kernel, two n x m buffers; the plan is made in the kernel's place.
+Memory: the cost and the kernel, two n x m buffers; the plan is made in the kernel's place. Where `SolverOptions.memory`
+is less, the kernel is never stored and as much of the cost as fits: the rest is made again on every pass, and the plan,
+which is the same bit for bit, stays as its two scalings.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import SolverError
-from ..problem import Coupling, OTProblem, OTSolution, SolverOptions, effective_support, row_blocks
+from ..coupling import Coupling, LazyCoupling, effective_support, row_blocks
+from ..problem import OTProblem, OTSolution, SolverOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -44,6 +47,7 @@ class Sinkhorn:
     name = "sinkhorn"
     summary = "entropic, stabilised, Sinkhorn and Newton steps; any device"
     reference = "Cuturi 2013, arXiv 1306.0895; Tang et al. 2024, arXiv 2401.12253"
+    needs_points = False
 
     def solve(self, problem: OTProblem, options: SolverOptions = _DEFAULTS) -> OTSolution:
         """Solve by annealed Sinkhorn and Newton steps; see `OTSolver.solve` for the arguments.
@@ -56,8 +60,8 @@ class Sinkhorn:
             raise SolverError("reg must be positive", expected='a number above 0, or "auto"', got=repr(reg))
         start = time.perf_counter()
         inner, place = _with_mass(problem)
-        kernel = _Kernel(inner, options.max_iterations)
-        g, level = _spread(inner.cost)  # the dual in the limit of large reg, and where to start
+        kernel = _Kernel(inner, options)
+        g, level = _spread(inner)  # the dual in the limit of large reg, and where to start
         if reg == "auto":
             g, reg = _find_reg(kernel, g, level, options.target_support)
         else:
@@ -65,7 +69,7 @@ class Sinkhorn:
                 g = _solve_level(kernel, g, level, max(_LOOSE, tolerance)).dual(level)
                 level /= 2
         state = _solve_level(kernel, g, float(reg), 0.95 * tolerance)  # the plan's own sums round a little
-        coupling = Coupling(place(kernel.plan(state)))
+        coupling = place(kernel.plan(state, float(reg)))
         return OTSolution.of(problem, coupling, options, started=start, iterations=kernel.passes, reg=float(reg))
 
 
@@ -87,12 +91,17 @@ class _State:
 
 
 class _Kernel:
-    """The kernel, its buffer, and the count of passes over it."""
+    """The kernel, its buffer if there is room for one, and the count of passes over it."""
 
-    def __init__(self, problem: OTProblem, max_passes: int):
-        self.cost, self.a, self.b = problem.cost, problem.a, problem.b  # (n, m), (n,), (m,)
-        self.matrix = problem.cost.new_empty(problem.cost.shape)  # (n, m)
-        self.passes, self.max_passes = 0, max_passes
+    def __init__(self, problem: OTProblem, options: SolverOptions):
+        self.problem, self.a, self.b = problem, problem.a, problem.b  # (n,), (m,)
+        self.shape = problem.cost.shape
+        size = self.shape[0] * self.shape[1] * problem.cost.dtype.itemsize
+        room = math.inf if options.memory is None else options.memory
+        self.matrix = self.a.new_empty(self.shape) if 2 * size <= room else None  # (n, m)
+        problem.keep(None if self.matrix is not None else int(room))
+        self.g, self.reg = self.b, 1.0  # what the kernel is built with
+        self.passes, self.max_passes = 0, options.max_iterations
 
     @property
     def spent(self) -> bool:
@@ -100,47 +109,91 @@ class _Kernel:
 
     def build(self, g: Tensor, reg: float) -> _State:
         """K = softmax_rows((g - C)/reg), and the state with v = 1."""
-        import torch
-
-        for block in row_blocks(*self.cost.shape):
-            self.matrix[block] = torch.softmax((g - self.cost[block]).mul_(1 / reg), dim=1)
-        return self.state(g, torch.zeros_like(g))
+        self.g, self.reg = g, reg
+        if self.matrix is not None:
+            for block, cost in self.problem.blocks():
+                self._softmax(cost, out=self.matrix[block])
+        return self.state(g, g.new_zeros(g.shape))
 
     def state(self, g: Tensor, y: Tensor) -> _State:
         """One pass: u makes the rows exact, and what then lacks in the columns is the error."""
         self.passes += 1
         v = y.exp()
-        s = self.matrix @ v  # (n,)
-        u = self.a / s
-        c = v * (self.matrix.t() @ u)  # (m,)
+        s, u, c = self.a.new_empty(self.a.shape), self.a.new_empty(self.a.shape), v.new_zeros(v.shape)
+        for rows, kernel in self.parts():
+            s[rows] = kernel @ v
+            u[rows] = self.a[rows] / s[rows]
+            c.addmv_(kernel.t(), u[rows])
+        c *= v  # (m,)
         value = self.b.double().dot(y.double()) - self.a.double().dot(s.double().log())
         return _State(g, y, v, u, c, (c - self.b).abs().sum().item(), value.item())
 
     def hessian(self, state: _State, x: Tensor) -> Tensor:
         """(diag(c) - Tᵀ diag(1/a) T) x, (m,) -> (m,): one pass."""
         self.passes += 1
-        w = self.matrix @ (state.v * x)  # (n,)
-        w.mul_(state.u).mul_(state.u / self.a)
-        return state.c * x - state.v * (self.matrix.t() @ w)
+        vx, weight = state.v * x, state.u * state.u / self.a  # (m,), (n,)
+        inner = x.new_zeros(x.shape)  # (m,)
+        for rows, kernel in self.parts():
+            inner.addmv_(kernel.t(), (kernel @ vx).mul_(weight[rows]))
+        return state.c * x - state.v * inner
 
     def hessian_diagonal(self, state: _State) -> Tensor:
         """Its diagonal, c_s - Σ_r T_rs²/a_r, kept away from 0; (m,): one pass."""
         self.passes += 1
         weight = state.u * state.u / self.a  # (n,)
         inner = self.b.new_zeros(self.b.shape)  # (m,)
-        for block in row_blocks(*self.matrix.shape):
-            inner += self.matrix[block].square().t() @ weight[block]
+        for rows, kernel in self.parts():
+            inner.addmv_(kernel.square().t(), weight[rows])
         return (state.c - state.v.square() * inner).maximum(1e-4 * self.b)
 
-    def plan(self, state: _State) -> Tensor:
-        """T with exact columns, made in place of the kernel, which is gone afterwards; (n, m)."""
+    def support(self, state: _State, stride: int) -> float:
+        """Effective support of the plan, by every ``stride``-th column."""
+        return effective_support(k[:, ::stride] * state.u[rows].unsqueeze(1) for rows, k in self.parts())
+
+    def plan(self, state: _State, reg: float) -> Coupling:
+        """T with exact columns; a stored kernel becomes the plan, and is gone."""
         # A column that underflow left without mass, possible only when the passes ran out, stays as it is.
         lost = state.c < 1e-20 * self.b
         v = state.v * (self.b / state.c.where(~lost, self.b))
-        for block in row_blocks(*self.matrix.shape):
-            self.matrix[block] *= state.u[block].unsqueeze(1)
-            self.matrix[block] *= v
-        return self.matrix
+
+        def scale(kernel: Tensor, rows: slice) -> None:
+            for part in row_blocks(*kernel.shape):
+                kernel[part] *= state.u[rows][part].unsqueeze(1)
+                kernel[part] *= v
+
+        if self.matrix is not None:
+            scale(self.matrix, slice(None))
+            return Coupling(self.matrix)
+
+        def make() -> Iterator[tuple[slice, Tensor]]:
+            for block, cost in self.problem.blocks():
+                kernel = self._softmax(cost, out=torch.empty_like(cost))  # (r, m)
+                scale(kernel, block)
+                yield block, kernel
+
+        import torch
+
+        return LazyCoupling(self.shape, make)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The kernel in row blocks that fit the cache."""
+        if self.matrix is not None:
+            for rows in row_blocks(*self.shape):
+                yield rows, self.matrix[rows]
+            return
+        for block, cost in self.problem.blocks():
+            for part in row_blocks(*cost.shape):
+                rows = slice(block.start + part.start, block.start + part.stop)
+                yield rows, self._softmax(cost[part])
+
+    def _softmax(self, cost: Tensor, out: Tensor | None = None) -> Tensor:
+        """softmax_rows((g - C)/reg) of some rows, (r, m)."""
+        import torch
+
+        out = torch.empty_like(cost) if out is None else out
+        for part in row_blocks(*cost.shape):
+            out[part] = torch.softmax((self.g - cost[part]).mul_(1 / self.reg), dim=1)
+        return out
 
 
 def _solve_level(kernel: _Kernel, g: Tensor, reg: float, tolerance: float) -> _State:
@@ -213,13 +266,13 @@ def _find_reg(kernel: _Kernel, g: Tensor, level: float, target: float) -> tuple[
     Loose plans suffice. Where no reg reaches the target (equal rows, target beyond n), the nearest tried one is taken.
     """
 
-    stride = max(1, kernel.cost.shape[1] // 512)  # about 512 columns tell enough while the target is far
+    stride = max(1, kernel.shape[1] // 512)  # about 512 columns tell enough while the target is far
 
     def measure(g: Tensor, reg: float) -> tuple[float, float, Tensor]:
         state = _solve_level(kernel, g, reg, _LOOSE)
-        support = effective_support(kernel.matrix[:, ::stride], state.u)
+        support = kernel.support(state, stride)
         if stride > 1 and support < 2 * target:
-            support = effective_support(kernel.matrix, state.u)
+            support = kernel.support(state, 1)
         return math.log(reg), math.log(max(support, 1.0)), state.dual(reg)
 
     goal = math.log(max(target, 1.0))
@@ -245,32 +298,39 @@ def _find_reg(kernel: _Kernel, g: Tensor, level: float, target: float) -> tuple[
     return best[2], math.exp(best[0])
 
 
-def _spread(cost: Tensor) -> tuple[Tensor, float]:
+def _spread(problem: OTProblem) -> tuple[Tensor, float]:
     """The dual for reg -> infinity (column means), and twice the cost's deviation from row plus column effects.
 
     Above that reg the plan is nearly the product of its marginals, so annealing need not start higher.
     """
-    n, _ = cost.shape
-    columns = cost.t() @ cost.new_full((n,), 1 / n)  # (m,)
+    import torch
+
+    n, m = problem.cost.shape
+    columns, sample = problem.b.new_zeros(m), []
+    stride = -(-n // 256)
+    for block, cost in problem.blocks():
+        columns += cost.t() @ cost.new_full((len(cost),), 1 / n)  # (m,)
+        sample.append(cost[-block.start % stride :: stride])
     columns = columns - columns.mean()
-    sample = cost[:: -(-n // 256)] - columns  # (at most 256, m)
+    sample = torch.cat(sample) - columns  # (at most 256, m)
     sample = sample - sample.mean(1, keepdim=True)
     spread = 2 * sample.square().mean().sqrt().item()
     return columns, max(spread, 1e-6 * sample.abs().max().item(), 1e-6 * columns.abs().max().item()) or 1.0
 
 
-def _with_mass(problem: OTProblem) -> tuple[OTProblem, Callable[[Tensor], Tensor]]:
+def _with_mass(problem: OTProblem) -> tuple[OTProblem, Callable[[Coupling], Coupling]]:
     """The problem on the points that have mass, and the function that puts its plan back among the others."""
     rows, columns = problem.a > 0, problem.b > 0  # (n,), (m,)
     if bool(rows.all()) and bool(columns.all()):
         return problem, lambda plan: plan
+    problem = problem.stored()
     inner = OTProblem(problem.cost[rows][:, columns], problem.a[rows], problem.b[columns])
 
-    def place(plan: Tensor) -> Tensor:
+    def place(plan: Coupling) -> Coupling:
         whole = problem.cost.new_zeros(problem.cost.shape)  # (n, m)
         r, s = rows.nonzero(), columns.nonzero().squeeze(1)
-        whole[r, s] = plan
-        return whole
+        whole[r, s] = plan.matrix
+        return Coupling(whole)
 
     return inner, place
 
