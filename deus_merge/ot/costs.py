@@ -61,8 +61,9 @@ class PointCost:
         self.shape, self.dtype, self.device = (len(x), len(y)), x.dtype, x.device
         if unit or cost == "cosine":
             x, y = unit_rows(x), unit_rows(y)
-        self._points = _centred(x, y)
-        self._norms = tuple(p.norm(dim=1).square_() for p in self._points)  # (n,), (m,)
+        self._points = x, y
+        self._centred = _centred(x, y)
+        self._norms = tuple(p.norm(dim=1).square_() for p in self._centred)  # (n,), (m,)
         if not math.isfinite(4 * max(norms.max().item() for norms in self._norms)):  # of the largest sum below
             raise SolverError(
                 f"the cost overflows {str(x.dtype).removeprefix('torch.')}",
@@ -75,7 +76,7 @@ class PointCost:
 
     @property
     def points(self) -> tuple[Tensor, Tensor]:
-        """The rows as they are compared, (n, d) and (m, d), a large common offset removed."""
+        """The rows as they are compared, (n, d) and (m, d)."""
         if self._points is None:
             raise SolverError("the points of this cost are gone", hint="keep_points=True keeps them")
         return self._points
@@ -119,7 +120,7 @@ class PointCost:
                     used += rows.nbytes
             yield block, rows, new
         if not self._keep_points and used == self.shape[0] * self.shape[1] * self.dtype.itemsize:
-            self._points = None
+            self._points = self._centred = None
 
     def _maximum(self) -> float:
         return max(rows.max().item() for _, rows, _ in self._raw())
@@ -128,7 +129,7 @@ class PointCost:
         """The rows of one block before scaling, (r, m)."""
         import torch
 
-        x, y = self._points[0][block], self._points[1]  # (r, d), (m, d)
+        x, y = self._centred[0][block], self._centred[1]  # (r, d), (m, d)
         x2, y2 = self._norms[0][block], self._norms[1]  # (r,), (m,)
         cost = x @ y.t()  # (r, m)
         close, largest = _CLOSE[str(x.dtype)], y2.max()
@@ -137,7 +138,7 @@ class PointCost:
             scale = x2[part].unsqueeze(1) + y2  # (p, m)
             torch.sub(scale, rows, alpha=2, out=rows).clamp_min_(0)
             if bool((rows.amin(1) < close * (x2[part] + largest)).any()):
-                _recompute_close(rows, x[part], y, scale)
+                _recompute_close(rows, self._points[0][block][part], self._points[1], scale)
             if self.name == "euclidean":
                 rows.sqrt_()
             elif self.name == "cosine":
