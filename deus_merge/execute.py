@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -126,7 +127,7 @@ def execute(
         writer = output.shards(plan.shards)
         with ExitStack() as stack:
             left = [block for block in plan.blocks if str(block.index) not in output.finished]
-            run = _Run(plan, writer, device, [block for block in left if block.computes], stack)
+            run = _Run(plan, writer, device, options.seed, [block for block in left if block.computes], stack)
             for block in plan.blocks:
                 resumed = str(block.index) in output.finished
                 if not resumed:
@@ -152,10 +153,11 @@ class _Run:
         plan: Plan,
         writer: ShardWriter,
         device: torch.device | None,
+        seed: int,
         computing: Sequence[BlockPlan],
         stack: ExitStack,
     ):
-        self.plan, self.writer, self.device = plan, writer, device
+        self.plan, self.writer, self.device, self.seed = plan, writer, device, seed
         self.diagnostics: dict[int, list[dict]] = {}
         self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
         self._behind = stack.enter_context(ThreadPoolExecutor(1, "write-behind"))
@@ -191,7 +193,9 @@ class _Run:
                 if made.diagnostics is not None:
                     told.append({"tensor": made.task.name, **made.diagnostics})
                 if made.tensor is not None:
-                    self._write(planned[made.task.name], made.tensor)
+                    target = planned[made.task.name]
+                    at = None if made.start is None else made.start * ITEMSIZE[target.dtype]
+                    self._write(target, made.tensor, at)
         except DeusMergeError as error:
             error.where = f"{block.title}: {error.where}" if error.where else block.title
             raise
@@ -265,6 +269,12 @@ class _Inputs:
             return self._loaded.pop((role, source))
         model = self._run.plan.models[self._block.sources[source].model]
         return model.checkpoint.read(self._inputs[role][source].name).to(self._run.device)
+
+    def generator(self, task: TensorTask, source: int) -> torch.Generator:
+        import torch
+
+        digest = hashlib.sha256(f"{self._run.seed} {source} {task.name}".encode()).digest()
+        return torch.Generator(self._run.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def _write_files(plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Whether models fit together, told by configs and headers before any tensor is read."""
+"""Whether models fit together and fit their method, told by configs and headers before any tensor is read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import NoReturn
 
 from .config import heads
 from .errors import PlanError
+from .method import REQUIRED, TensorTask
 from .plan import SourceModel
-from .recipe import SliceSource
+from .recipe import ModelRef, OutputSlice, SliceSource, methods
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,57 @@ def check_like_donor(part: Part, donor: SourceModel) -> None:
     if part.source.model == donor.ref or any(part.shapes == _shapes(donor, layer) for layer in donor.view.layers):
         return
     _mismatch(part, f"the layers of {donor.ref}", _difference(part.shapes, _shapes(donor, donor.view.layers[0])))
+
+
+def base_source(piece: OutputSlice, sources: Sequence[SliceSource], ref: ModelRef | None) -> int | None:
+    """Which source is the base model, None without one; and whether the method has what it needs beside it.
+
+    Args:
+        piece: The slice.
+        sources: Of the block, in the recipe's order.
+        ref: The base model that holds for the slice.
+
+    Raises:
+        RecipeError: the method needs a base model, or needs it among the sources, or takes another number of models.
+    """
+    method, name = methods()[piece.merge_method], piece.merge_method
+    base = next((i for i, s in enumerate(sources) if s.model == ref), None)
+    models = " or ".join(dict.fromkeys(str(s.model) for s in sources))
+    if base is None and ref is not None and method.base != "ignored":
+        ref.place.fail(f"{name} starts from the base model, but no source of the slice is it", expected=models)
+    if base is None and method.base == "required":
+        nowhere = "no base_model in the slice or at the top level"
+        piece.place.fail(f"{name} needs a base model", expected=f"base_model: {models}", got=nowhere)
+    low, high = method.others
+    count = len(sources) - (base is not None and method.base != "ignored")
+    if count < low or (high is not None and count > high):
+        wanted = f"exactly {low}" if low == high else f"at least {low}" if count < low else f"at most {high}"
+        beside = " beside the base model" if method.base != "ignored" else ""
+        piece.place.fail(f"{name} takes {wanted} {'model' if low == 1 else 'models'}{beside}, not {count}")
+    return base
+
+
+def check_given(piece: OutputSlice, base: int | None, tasks: Sequence[TensorTask]) -> None:
+    """Parameters without a default must be set for every tensor, and every source, that they act on.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    method = methods()[piece.merge_method]
+    needed = [p for p in method.parameters if p.default is REQUIRED]
+    for task in tasks if needed else ():
+        holders = [(piece.place, task.parameters)]
+        for i, source in enumerate(piece.sources):
+            if i != base or method.base == "ignored":  # a base model has no weight of its own
+                holders.append((source.place, task.source_parameters[i]))
+        for place, values in holders:
+            for p in needed:
+                if values.get(p.name) is REQUIRED:
+                    place.fail(
+                        f"{piece.merge_method} needs {p.name}, which has no default",
+                        expected=f"parameters: {{{p.name}: {p.expected}}}",
+                        got=f"no value for {task.name}",
+                    )
 
 
 def _shapes(model: SourceModel, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

@@ -156,20 +156,25 @@ class Block(Protocol):
     def read(self, role: str, source: int) -> torch.Tensor:
         """The tensor of a role from one source, in its stored dtype, on the device of the merge."""
 
+    def generator(self, task: TensorTask, source: int) -> torch.Generator:
+        """Random numbers of this run for one source of one output: the same ones each time it is asked."""
+
 
 @dataclass(frozen=True)
 class Made:
-    """One finished output tensor.
+    """One finished output tensor, or a run of its elements.
 
     Attributes:
         task: Which output it is.
         tensor: Its values in the arithmetic's dtype; the caller casts once. None when there is only something to tell.
         diagnostics: What the report should say about it.
+        start: Of a run: its first element in the flattened output.
     """
 
     task: TensorTask
     tensor: torch.Tensor | None
     diagnostics: Mapping[str, object] | None = None
+    start: int | None = None
 
 
 class MergeMethod(ABC):
@@ -183,6 +188,7 @@ class MergeMethod(ABC):
         adds_base: Whether ``base_model`` joins the ``models`` of a recipe that do not name it.
         base: What the base model is to it: ``required``; ``optional``, but one of the sources where a recipe names it;
             or ``ignored``: a source like the others.
+        others: How many sources it takes beside the base model (all of them, where that is ignored): least and most.
         inserts: Whether it makes new layers: from pairs of sources, or in the gaps of a single source's range.
     """
 
@@ -192,6 +198,7 @@ class MergeMethod(ABC):
     parameters: tuple[Parameter, ...]
     adds_base = False
     base = "ignored"
+    others: tuple[int, int | None] = (1, None)
     inserts = False
 
     def check(self, tasks: Sequence[TensorTask], sources: int) -> str | None:

@@ -10,8 +10,8 @@ from .checkpoint.layout import TensorEntry, plan_shards
 from .checkpoint.reader import TensorInfo
 from .config import LayerOrigin, deeper_config, layer_lists
 from .errors import PlanError, RecipeError
-from .matching import Part, check_heads, check_like_donor, check_same
-from .method import REQUIRED, TensorTask
+from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
+from .method import TensorTask
 from .model_files import extra_files
 from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
 from .presets import expand
@@ -156,7 +156,7 @@ class _Planner:
         ]
         check_same(parts)
         check_like_donor(parts[0], self.models[self.donor])
-        base = self._base(piece, sources)
+        base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
         donor = self.models[self.donor].view
         made = []
         for slot in range(per_gap):
@@ -195,7 +195,7 @@ class _Planner:
         if not names[0]:
             return
         check_same([Part.of(s, self._model(s), title, own) for s, own in zip(sources, names, strict=True)])
-        base = self._base(piece, sources)
+        base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
         made = [
             self._task(piece, sources, name, 0, name, None, [name] * len(sources), position, bare=not merges)
             for name in names[0]
@@ -246,42 +246,6 @@ class _Planner:
         if action == "cast" and lossy and not any("loses precision" in w for w in self.warnings):
             self.warnings.append(f"{inputs[0].dtype} weights are written as {dtype}: this loses precision")
 
-    def _base(self, piece: OutputSlice, sources: Sequence[SliceSource]) -> int | None:
-        """Which source is the base model of the slice; None when the recipe names none."""
-        ref = piece.base_model or self.recipe.base_model
-        for i, source in enumerate(sources):
-            if source.model == ref:
-                return i
-        use = methods()[piece.merge_method].base
-        names = " or ".join(dict.fromkeys(str(s.model) for s in sources))
-        if ref is not None and use != "ignored":
-            ref.place.fail(
-                f"{piece.merge_method} starts from the base model, but no source of the slice is it", expected=names
-            )
-        if ref is None and use == "required":
-            piece.place.fail(
-                f"{piece.merge_method} needs a base model",
-                expected=f"base_model: {names}",
-                got="no base_model in the slice or at the top level",
-            )
-        return None
-
-    def _check_given(self, piece: OutputSlice, base: int | None, task: TensorTask) -> None:
-        """Parameters without a default must be set for every tensor, and every source, that they act on."""
-        method = methods()[piece.merge_method]
-        holders = [(piece.place, task.parameters)]
-        for i, source in enumerate(piece.sources):
-            if i != base or method.base == "ignored":  # a base model has no weight of its own
-                holders.append((source.place, task.source_parameters[i]))
-        for place, values in holders:
-            for p in method.parameters:
-                if values.get(p.name) is REQUIRED:
-                    place.fail(
-                        f"{piece.merge_method} needs {p.name}, which has no default",
-                        expected=f"parameters: {{{p.name}: {p.expected}}}",
-                        got=f"no value for {task.name}",
-                    )
-
     def _add(self, piece: OutputSlice, title: str, outputs, sources: tuple[BlockSource, ...], base, made, new=False):
         """The block, if its method can make it. Asked before anything else of the method."""
         method = methods()[piece.merge_method]
@@ -296,8 +260,7 @@ class _Planner:
                 expected=f"a described family: {', '.join(families())}" if undescribed else None,
                 got=f"model_type {undescribed[0]}" if undescribed else None,
             )
-        for task, _ in made:
-            self._check_given(piece, base, task)
+        check_given(piece, base, [task for task, _ in made])
         remark = method.remark(made[0][0])
         if remark and remark not in self.warnings:
             self.warnings.append(remark)
