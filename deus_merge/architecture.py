@@ -28,6 +28,7 @@ class TensorSpec:
         out_space: The space its rows write to: residual, query_heads, key_heads, value_heads or neurons.
         follows: For biases and per-head norms: the role whose out space they live in.
         optional: A checkpoint may lack it (biases that a config switches).
+        multiplies: It scales what it follows (a per-head norm's weight) instead of being added (a bias).
     """
 
     role: str
@@ -36,11 +37,36 @@ class TensorSpec:
     out_space: str | None = None
     follows: str | None = None
     optional: bool = False
+    multiplies: bool = False
 
     @property
     def writes_residual(self) -> bool:
         """Whether it adds to the residual stream: zeroing all such tensors of a layer makes it the identity."""
         return self.out_space == RESIDUAL and (self.in_space is not None or self.follows is not None)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a model.
+
+    Attributes:
+        query: H, how many query heads.
+        key_value: G, how many key-value heads; each serves H/G query heads that follow one another.
+        size: h, components of a head.
+        rotary: Which turns of a pair of components j, j + h/2 leave attention scores as they are: see `Architecture`.
+    """
+
+    query: int
+    key_value: int
+    size: int
+    rotary: str = "none"
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with these numbers; None when nothing is."""
+        if self.query % self.key_value:
+            return f"{self.query} query heads do not divide among {self.key_value} key-value heads"
+        return f"heads of size {self.size} have no rotary pairs" if self.size % 2 and self.rotary != "none" else None
 
 
 @dataclass(frozen=True)
@@ -57,6 +83,9 @@ class Architecture:
         tied: Those of them that a checkpoint may lack, unless its config says that embeddings are not tied.
         ignored: Layer tensors of old checkpoints that today's models compute (rotary buffers): not carried over.
         layers_key: The key of config.json that holds the depth.
+        rotary: How the pair of components j and j + h/2 of query and key may be turned together without changing what
+            attention computes: ``phases``: by any angle, it commutes with the rotary embedding; ``signs``: by half a
+            turn only, since per-head norm weights scale the two components differently; ``none``.
     """
 
     family: str
@@ -68,6 +97,7 @@ class Architecture:
     tied: tuple[str, ...] = ("lm_head.weight",)
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     layers_key: str = "num_hidden_layers"
+    rotary: str = "none"
 
     @cached_property
     def roles(self) -> Mapping[str, TensorSpec]:

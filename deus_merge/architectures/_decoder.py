@@ -31,9 +31,8 @@ def decoder_layer(biases: str = "", head_norms: bool = False) -> tuple[TensorSpe
             name = weight.name.replace(".weight", ".bias")
             specs.append(TensorSpec(f"{role}.bias", name, None, weight.out_space, follows=role, optional=True))
         if head_norms and role in ("q", "k"):
-            specs.append(
-                TensorSpec(f"{role}_norm", f"self_attn.{role}_norm.weight", None, weight.out_space, follows=role)
-            )
+            name = f"self_attn.{role}_norm.weight"
+            specs.append(TensorSpec(f"{role}_norm", name, None, weight.out_space, follows=role, multiplies=True))
         return specs
 
     attention = [s for role in ("q", "k", "v", "o") for s in projection(role)]

@@ -3,4 +3,4 @@
 from ..architecture import Architecture
 from ._decoder import decoder_layer
 
-ARCHITECTURE = Architecture("llama", ("llama",), decoder_layer(biases="q k v o gate up down"))
+ARCHITECTURE = Architecture("llama", ("llama",), decoder_layer(biases="q k v o gate up down"), rotary="phases")

@@ -3,4 +3,4 @@
 from ..architecture import Architecture
 from ._decoder import decoder_layer
 
-ARCHITECTURE = Architecture("mistral", ("mistral",), decoder_layer())
+ARCHITECTURE = Architecture("mistral", ("mistral",), decoder_layer(), rotary="phases")

@@ -3,4 +3,4 @@
 from ..architecture import Architecture
 from ._decoder import decoder_layer
 
-ARCHITECTURE = Architecture("qwen2", ("qwen2",), decoder_layer(biases="q k v"))
+ARCHITECTURE = Architecture("qwen2", ("qwen2",), decoder_layer(biases="q k v"), rotary="phases")

@@ -3,4 +3,4 @@
 from ..architecture import Architecture
 from ._decoder import decoder_layer
 
-ARCHITECTURE = Architecture("qwen3", ("qwen3",), decoder_layer(biases="q k v o", head_norms=True))
+ARCHITECTURE = Architecture("qwen3", ("qwen3",), decoder_layer(biases="q k v o", head_norms=True), rotary="signs")

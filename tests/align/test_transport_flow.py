@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 
-from deus_merge.align.transport_flow import FlowOptions, fuse_layer, push_columns, push_rows
+from deus_merge.align import fuse_layer
+from deus_merge.align.options import AlignOptions
+from deus_merge.align.transport_flow import push_columns, push_rows
 from deus_merge.architecture import TensorSpec
 from deus_merge.discover import plugins
 from deus_merge.errors import SolverError
 from deus_merge.ot.coupling import Coupling, TransportMap
+from deus_merge.ot.problem import SolverOptions
 
 D, HEADS, GROUPS, H, F = 24, 4, 2, 6, 32  # hidden size, query and key-value heads, head size, neurons
 SHAPES = {
@@ -37,7 +40,13 @@ def spec(role: str) -> TensorSpec:
 
 
 SPECS = tuple(spec(role) for role in SHAPES)
-PLAIN = FlowOptions(zero=frozenset())
+PLAIN = AlignOptions(zero=frozenset(), solver_options=SolverOptions(reg=0.06))
+
+
+def change(options: AlignOptions, **changes) -> AlignOptions:
+    """`replace`, also of what the solver gets."""
+    inner = {f.name: changes.pop(f.name) for f in fields(SolverOptions) if f.name in changes}
+    return replace(options, solver_options=replace(options.solver_options, **inner), **changes)
 
 
 def layer(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -100,7 +109,7 @@ def as_the_text_says(a, b, plan_scale: str, reg: float) -> dict[str, np.ndarray]
 @pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
 def test_the_algorithm_as_the_text_says(plan_scale, compute_dtype):
     a, b = layer(0), layer(1)
-    options = replace(PLAIN, plan_scale=plan_scale, compute_dtype=compute_dtype, tolerance=1e-6)
+    options = change(PLAIN, plan_scale=plan_scale, compute_dtype=compute_dtype, tolerance=1e-6)
     got, want = fused(a, b, options), as_the_text_says(a, b, plan_scale, 0.06)
     assert set(got) == set(SHAPES)
     for role in want:
@@ -111,7 +120,7 @@ def test_the_algorithm_as_the_text_says(plan_scale, compute_dtype):
 def test_the_script_adds_almost_nothing_to_half_of_b():
     """What the coupling's scale means: rows of A come in divided by n."""
     a, b = layer(0), layer(1)
-    got = fused(a, b, replace(PLAIN, plan_scale="coupling"))
+    got = fused(a, b, change(PLAIN, plan_scale="coupling"))
     for role in ("q", "k", "v", "o"):
         added = (got[role] - 0.5 * b[role]).norm(dim=1).max()
         assert added <= a[role].norm(dim=1).max() / (2 * len(a[role])) * (1 + 1e-4)
@@ -145,7 +154,7 @@ def planted(seed: int):
 @pytest.mark.parametrize("restore_norm", ["none", "row", "tensor"])
 def test_a_planted_permutation_of_a_whole_layer_is_recovered(solver, restore_norm):
     a, b = planted(7)
-    options = replace(PLAIN, solver=solver, reg=0.01, restore_norm=restore_norm, tolerance=1e-6)
+    options = change(PLAIN, solver=solver, reg=0.01, restore_norm=restore_norm, tolerance=1e-6)
     for role, tensor in fused(a, b, options).items():
         want = 0.75 * b["n2"] + 0.25 * a["n2"] if role == "n2" else b[role]
         assert torch.allclose(tensor, want, atol=1e-4), role
@@ -153,7 +162,7 @@ def test_a_planted_permutation_of_a_whole_layer_is_recovered(solver, restore_nor
 
 def test_no_alignment_is_the_average():
     a, b = layer(0, torch.bfloat16), layer(1, torch.bfloat16)
-    for item in fuse_layer(a, b, SPECS, replace(PLAIN, align=False, t=(0.25, 0.5))):
+    for item in fuse_layer(a, b, SPECS, change(PLAIN, alignment="none", t=(0.25, 0.5))):
         assert item.diagnostics is None
         for t, tensor in zip((0.25, 0.5), item.tensors, strict=True):
             want = (1 - t) * a[item.role].float() + t * b[item.role].float()
@@ -164,7 +173,7 @@ def test_no_alignment_is_the_average():
 def test_sources_stay_as_they_are():
     a, b = layer(0), layer(1)
     before = {role: (a[role].clone(), b[role].clone()) for role in a}
-    fused(a, b, replace(PLAIN, restore_norm="row", output_scale=0.5))
+    fused(a, b, change(PLAIN, restore_norm="row", output_scale=0.5))
     assert all(torch.equal(a[r], x) and torch.equal(b[r], y) for r, (x, y) in before.items())
 
 
@@ -179,7 +188,7 @@ class Recorded(dict):
 def test_zeroed_roles_are_read_only_where_their_plan_flows_on():
     a = Recorded(layer(0))
     zero = frozenset({"o", "o.bias", "down", "down.bias"})
-    made = {f.role: f for f in fuse_layer(a, layer(1), SPECS, replace(PLAIN, zero=zero))}
+    made = {f.role: f for f in fuse_layer(a, layer(1), SPECS, change(PLAIN, zero=zero))}
     assert list(made) == list(SHAPES)
     assert {r for r in made if not made[r].tensors} == zero
     assert a.read == [r for r in SHAPES if r not in zero - {"o"}]
@@ -189,13 +198,13 @@ def test_zeroed_roles_are_read_only_where_their_plan_flows_on():
     assert all(torch.equal(made[r].tensors[0], everything[r]) for r in set(SHAPES) - zero)
 
     a = Recorded(layer(0))
-    list(fuse_layer(a, layer(1), SPECS, replace(PLAIN, zero=zero, align=False)))
+    list(fuse_layer(a, layer(1), SPECS, change(PLAIN, zero=zero, alignment="none")))
     assert a.read == [r for r in SHAPES if r not in zero]
 
 
 def test_layers_of_one_gap_share_their_plans():
     a, b = layer(0), layer(1)
-    options = replace(PLAIN, t=(0.0, 0.25, 1.0))
+    options = change(PLAIN, t=(0.0, 0.25, 1.0))
     for item in fuse_layer(a, b, SPECS, options):
         aligned, quarter, upper = item.tensors
         assert torch.allclose(upper, b[item.role], atol=1e-6)
@@ -204,9 +213,9 @@ def test_layers_of_one_gap_share_their_plans():
 
 def test_restored_norms():
     a, b = layer(0), layer(1)
-    options = replace(PLAIN, reg=0.3, t=0.25)
+    options = change(PLAIN, reg=0.3, t=0.25)
     plain = fused(a, b, options)
-    rows, tensor = (fused(a, b, replace(options, restore_norm=how)) for how in ("row", "tensor"))
+    rows, tensor = (fused(a, b, change(options, restore_norm=how)) for how in ("row", "tensor"))
     for role, shape in SHAPES.items():
         if len(shape) == 1:
             assert torch.equal(rows[role], plain[role]) and torch.equal(tensor[role], plain[role])
@@ -222,19 +231,19 @@ def test_restored_norms():
             torch.nn.functional.normalize(rows[role]), torch.nn.functional.normalize(plain[role]), atol=1e-5
         )
     a["q"], b["q"] = torch.zeros_like(a["q"]), torch.zeros_like(b["q"])
-    assert (fused(a, b, replace(options, restore_norm="row"))["q"] == 0).all()
+    assert (fused(a, b, change(options, restore_norm="row"))["q"] == 0).all()
 
 
 def test_output_scale_acts_on_what_writes_to_the_residual_stream():
     a, b = layer(0), layer(1)
-    plain, scaled = fused(a, b, PLAIN), fused(a, b, replace(PLAIN, output_scale=0.1))
+    plain, scaled = fused(a, b, PLAIN), fused(a, b, change(PLAIN, output_scale=0.1))
     for role in SHAPES:
         factor = 0.1 if role in ("o", "o.bias", "down", "down.bias") else 1
         assert torch.allclose(scaled[role], factor * plain[role], atol=1e-7), role
 
 
 def test_diagnostics_say_how_a_plan_came_about():
-    options = replace(PLAIN, reg="auto", unit_rows=True, cost_scale="max")
+    options = change(PLAIN, reg="auto", unit_rows=True, cost_scale="max")
     told = {f.role: f.diagnostics for f in fuse_layer(layer(0), layer(1), SPECS, options)}
     assert {r for r, d in told.items() if d} == set(_SPACES)
     for role in _SPACES:
@@ -256,12 +265,12 @@ def test_the_wrong_kind_of_plan_is_a_type_error():
 def test_refusals():
     a, b = layer(0), layer(1)
     with pytest.raises(SolverError, match="did you mean 'sinkhorn'"):
-        FlowOptions(solver="sinkhron")
+        AlignOptions(solver="sinkhron")
     with pytest.raises(SolverError, match="q: layers do not fit"):
         fused(a, b | {"q": b["q"][:, :-1]}, PLAIN)
     with pytest.raises(SolverError, match="n1: layers do not fit"):
         fused(a, b | {"n1": b["n1"][:-1]}, PLAIN)
     with pytest.raises(SolverError, match="copy_next"):
         fused(a, b | {"gate": torch.zeros(2, F, D)}, PLAIN)
-    with pytest.raises(SolverError, match="v: the cost is not finite"):
+    with pytest.raises(SolverError, match="v: the weights are not finite"):
         fused(a | {"v": a["v"] / 0}, b, PLAIN)

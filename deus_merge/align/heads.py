@@ -1,0 +1,223 @@
+"""The attention half of ``alignment: symmetry``: which head becomes which, and how its two inner spaces are turned.
+
+A query head works with its key-value group. What attention computes does not change under
+
+- a permutation of the G groups, their query heads going along, and of the H/G query heads inside a group;
+- an orthogonal R (h, h) on a group's values: ``v <- R v``, ``o_j <- o_j Rᵀ`` for every query head j of the group;
+- a turn of the pair of components (j, j + h/2) of a group's keys and of all its queries: it commutes with the rotary
+  embedding. Per-head norm weights scale the two components differently; then only half a turn, a sign, is left.
+
+Which head matches which is scored by what none of these turns changes (`ot_fuse`, section 3; git re-basin, arXiv
+2209.04836, for the idea of aligning by the symmetries of the function): for the value path ``⟨o_A v_A, o_B v_B⟩``,
+for the query-key path ``Σ_j Re((q_Aᴴ q_B)_j conj (k_Aᴴ k_B)_j)``, each over the norms of both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..architecture import Heads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionAlignment:
+    """The transform of A's attention.
+
+    Attributes:
+        groups: (G,) int64: A's group that takes the place of B's group g.
+        queries: (H,) int64: A's query head that takes the place of B's query head i.
+        values: (G, h, h) float64: R of the group in place g. This and ``turns`` are None where that step is not taken.
+        turns: (G, h/2) complex128 of absolute value 1: the turn of each rotary pair.
+        scores: (G,) mean of value and query-key cosines of each group with its match.
+        value_cosine, query_key_cosine: Means over the query heads, after matching.
+    """
+
+    groups: Tensor
+    queries: Tensor
+    values: Tensor | None
+    turns: Tensor | None
+    scores: Tensor
+    value_cosine: float
+    query_key_cosine: float
+
+    def move(self, weight: Tensor, in_space: str | None, out_space: str) -> Tensor:
+        """A's weight where B has it.
+
+        Args:
+            weight: q, k or v (n·h, d), a bias of theirs (n·h, 1), or o (d, H·h).
+            in_space, out_space: Its spaces.
+        """
+        if in_space == "value_heads":
+            return self._move_outputs(weight)
+        order = self.queries if out_space == "query_heads" else self.groups  # (n,)
+        heads = weight.view(len(order), -1, weight.shape[1])[order]  # (n, h, d)
+        if out_space == "value_heads":
+            moved = heads if self.values is None else self.values.to(heads) @ heads
+        elif self.turns is None:
+            moved = heads
+        else:
+            moved = turn(heads, self.turns.repeat_interleave(len(order) // len(self.groups), 0))
+        return moved.flatten(0, 1)
+
+    def _move_outputs(self, weight: Tensor) -> Tensor:
+        """o: (d, H·h) -> (d, H·h)."""
+        heads = weight.view(len(weight), len(self.queries), -1)[:, self.queries]  # (d, H, h)
+        if self.values is None:
+            return heads.flatten(1)
+        grouped = heads.unflatten(1, (len(self.groups), -1)).transpose(0, 1)  # (G, d, H/G, h)
+        moved = grouped.flatten(1, 2) @ self.values.to(weight).transpose(1, 2)  # (G, d·H/G, h)
+        return moved.view(grouped.shape).transpose(0, 1).flatten(1)
+
+
+def align_heads(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads, steps: frozenset) -> AttentionAlignment:
+    """The transform that brings A's attention closest to B's.
+
+    Args:
+        a, b: ``q`` (H·h, e), ``k`` and ``v`` (G·h, e) with the input norm's weight folded in and a bias as one more
+            column, and ``o`` (d, H·h); float32 or float64.
+        heads: Their numbers.
+        steps: Of ``heads``, ``values``, ``rotary``: which to take.
+    """
+    import torch
+
+    g, per_group = heads.key_value, heads.query // heads.key_value
+    value, query_key = _value_scores(a, b, heads), _query_key_scores(a, b, heads)  # (H, H) each
+    device = value.device
+    if "heads" in steps:
+        groups, queries = _match(value + query_key, g, per_group)
+    else:
+        groups, queries = torch.arange(g, device=device), torch.arange(heads.query, device=device)
+    own = torch.arange(heads.query, device=device)
+    matched = value[queries, own], query_key[queries, own]  # (H,) each
+    side_a, side_b = _split(a, heads), _split(b, heads)
+    taken = {"q": side_a["q"][queries], "k": side_a["k"][groups], "v": side_a["v"][groups]}
+    taken["o"] = side_a["o"][queries]
+    return AttentionAlignment(
+        groups,
+        queries,
+        _procrustes(taken, side_b, g) if "values" in steps else None,
+        _turns(taken, side_b, heads) if "rotary" in steps and heads.rotary != "none" else None,
+        sum(matched).view(g, per_group).mean(1) / 2,
+        matched[0].mean().item(),
+        matched[1].mean().item(),
+    )
+
+
+def turn(rows: Tensor, turns: Tensor) -> Tensor:
+    """Multiply the pairs of components (j, j + h/2) of every head, as complex numbers, by theirs.
+
+    Args:
+        rows: (G, h, d).
+        turns: (G, h/2) complex, of absolute value 1.
+    """
+    import torch
+
+    first, second = rows.chunk(2, dim=1)  # (G, h/2, d) each
+    cos, sin = (part.to(rows).unsqueeze(2) for part in (turns.real, turns.imag))  # (G, h/2, 1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=1)
+
+
+def _split(side: Mapping[str, Tensor], heads: Heads) -> dict[str, Tensor]:
+    """q (H, h, e), k and v (G, h, e), o (H, d, h), as views."""
+    split = {r: side[r].view(n, heads.size, -1) for r, n in (("q", heads.query), ("k", heads.key_value))}
+    split["v"] = side["v"].view(heads.key_value, heads.size, -1)
+    split["o"] = side["o"].view(-1, heads.query, heads.size).transpose(0, 1)
+    return split
+
+
+def _value_scores(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads) -> Tensor:
+    """Cosine of ``o_i v_i`` of A with ``o_j v_j`` of B as linear maps, for every pair of query heads: (H, H)."""
+    per_group, h = heads.query // heads.key_value, heads.size
+
+    def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
+        outputs = (x["o"].t() @ y["o"]).view(heads.query, h, heads.query, h)
+        values = (x["v"] @ y["v"].t()).view(heads.key_value, h, heads.key_value, h)
+        wide = values.repeat_interleave(per_group, 0).repeat_interleave(per_group, 2)  # (H, h, H, h)
+        return (outputs * wide).sum((1, 3))
+
+    own_a, own_b = _own_value_norms(a, heads), _own_value_norms(b, heads)  # (H,) each
+    return _over_norms(inner(a, b), own_a, own_b)
+
+
+def _own_value_norms(side: Mapping[str, Tensor], heads: Heads) -> Tensor:
+    """‖o_i v_i‖ of each query head, (H,)."""
+    split = _split(side, heads)
+    outputs = split["o"].transpose(1, 2) @ split["o"]  # (H, h, h)
+    values = (split["v"] @ split["v"].transpose(1, 2)).repeat_interleave(heads.query // heads.key_value, 0)  # (H, h, h)
+    return (outputs * values).sum((1, 2)).clamp_min(0).sqrt()
+
+
+def _query_key_scores(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads) -> Tensor:
+    """Cosine of what the queries and keys of two heads compute, whatever their pairs' turns: (H, H)."""
+    import torch
+
+    per_group = heads.query // heads.key_value
+
+    def products(x: Tensor, y: Tensor, n: int) -> Tensor:
+        """xᴴ y of every frequency and every pair of heads: (n·h, e), (n·h, e) -> (h/2, n, n) complex (or real)."""
+        x, y = (z.view(n, heads.size, -1).transpose(0, 1) for z in (x, y))  # (h, n, e)
+        if heads.rotary == "none":
+            return x @ y.transpose(1, 2)
+        (x1, x2), (y1, y2) = x.chunk(2), y.chunk(2)  # (h/2, n, e)
+        real = x1 @ y1.transpose(1, 2) + x2 @ y2.transpose(1, 2)
+        if heads.rotary == "signs":
+            return real
+        return torch.complex(real, x1 @ y2.transpose(1, 2) - x2 @ y1.transpose(1, 2))
+
+    def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
+        queries, keys = products(x["q"], y["q"], heads.query), products(x["k"], y["k"], heads.key_value)
+        keys = keys.repeat_interleave(per_group, 1).repeat_interleave(per_group, 2)  # (h/2, H, H)
+        return (queries * keys.conj()).real.sum(0) if keys.is_complex() else (queries * keys).sum(0)
+
+    own_a, own_b = (inner(x, x).diagonal().clamp_min(0).sqrt() for x in (a, b))  # (H,) each
+    return _over_norms(inner(a, b), own_a, own_b)
+
+
+def _over_norms(inner: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
+    norms = norm_a.unsqueeze(1) * norm_b  # (H, H)
+    return inner / norms.where(norms > 0, 1)
+
+
+def _match(scores: Tensor, g: int, per_group: int) -> tuple[Tensor, Tensor]:
+    """The best heads inside every pair of groups, then the best groups: (H, H) -> (G,), (H,), A's for each of B's."""
+    import torch
+    from scipy.optimize import linear_sum_assignment
+
+    table = scores.double().cpu().view(g, per_group, g, per_group).transpose(1, 2).numpy()  # (G, G, H/G, H/G)
+    inside = {(i, j): linear_sum_assignment(table[i, j].T, maximize=True)[1] for i in range(g) for j in range(g)}
+    own = range(per_group)
+    totals = [[table[i, j][inside[i, j], own].sum() for i in range(g)] for j in range(g)]  # B's group by A's
+    groups = linear_sum_assignment(totals, maximize=True)[1]  # (G,)
+    queries = [i * per_group + k for j, i in enumerate(groups.tolist()) for k in inside[i, j].tolist()]
+    return torch.tensor(groups, device=scores.device), torch.tensor(queries, device=scores.device)
+
+
+def _procrustes(a: Mapping[str, Tensor], b: Mapping[str, Tensor], g: int) -> Tensor:
+    """R of each group: the orthogonal matrix nearest to ``v_B v_Aᵀ + Σ_j o_B,jᵀ o_A,j``, in float64; (G, h, h)."""
+    import torch
+
+    outputs = b["o"].double().transpose(1, 2) @ a["o"].double()  # (H, h, h)
+    moment = b["v"].double() @ a["v"].double().transpose(1, 2) + outputs.view(g, -1, *outputs.shape[1:]).sum(1)
+    left, _, right = torch.linalg.svd(moment)
+    return left @ right
+
+
+def _turns(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads) -> Tensor:
+    """The turn of each pair that brings A's queries and keys closest to B's; (G, h/2) complex128."""
+    import torch
+
+    def moment(x: Tensor, y: Tensor) -> Tensor:
+        """Σ y conj x over the inputs, of each head and pair: (n, h, e), (n, h, e) -> (n, h/2) complex."""
+        (x1, x2), (y1, y2) = x.double().chunk(2, dim=1), y.double().chunk(2, dim=1)  # (n, h/2, e)
+        return torch.complex((x1 * y1 + x2 * y2).sum(2), (x1 * y2 - x2 * y1).sum(2))
+
+    queries = moment(a["q"], b["q"]).view(heads.key_value, -1, heads.size // 2).sum(1)  # (G, h/2)
+    total = queries + moment(a["k"], b["k"])
+    if heads.rotary == "signs":
+        total = torch.complex(total.real, torch.zeros_like(total.real))
+    return torch.where(total == 0, 1, total / total.abs())

@@ -1,0 +1,274 @@
+"""Align A to B only by transforms that leave the function of A as it is.
+
+A matrix of a layer has no order of rows of its own: neuron r of the MLP is ``silu(gate_r·x)·(up_r·x)·down[:, r]``, so
+gate, up and down move together; a query head works with its key-value head (`heads`). The residual stream keeps its
+basis, which neighbouring layers share. Steps, each of which can be left out:
+
+- ``neurons``: one plan between the f neurons, applied to the rows of gate and up and to the columns of down. Neurons
+  are compared by ``[gate_r ⊙ n2, up_r ⊙ n2, down[:, r]]``, each of the three scaled to the same mean norm. The solver
+  ``assignment`` makes it a permutation; others make each neuron a mixture, which is not A's function any more.
+- ``heads``: a permutation of key-value groups, and of the query heads inside a group.
+- ``values``: an orthogonal turn of each group's values. ``rotary``: turns of the rotary pairs of queries and keys.
+
+What a role does is read from its spaces, so no family is named here. Biases and per-head norms are in the space of the
+weight they follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..architecture import RESIDUAL, Heads, TensorSpec
+from ..errors import SolverError
+from ..ot.coupling import PermutationCoupling, TransportMap
+from .fusion import Fused, PlanDiagnostics, check_fit, choose, cosines, mix, plan_between, read
+from .heads import AttentionAlignment, align_heads
+from .options import AlignOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ATTENTION = {"q": (RESIDUAL, "query_heads"), "k": (RESIDUAL, "key_heads"), "v": (RESIDUAL, "value_heads")}
+_ATTENTION["o"] = ("value_heads", RESIDUAL)
+_ROWS = 1024  # neurons compared at once after the plan: bounds a (rows, 3d) buffer
+
+
+@dataclass(frozen=True)
+class HeadDiagnostics:
+    """Which of A's heads came where, and how alike the matched ones are (1 is the same function).
+
+    Attributes:
+        groups: A's key-value group in place of each of B's.
+        queries: A's query head in place of each of B's.
+        value_cosine, query_key_cosine: Mean over query heads, of the value and the query-key path.
+        fused: How many groups are fused.
+    """
+
+    role: str
+    groups: tuple[int, ...]
+    queries: tuple[int, ...]
+    value_cosine: float
+    query_key_cosine: float
+    fused: int
+
+
+def problem(specs: Sequence[TensorSpec], steps: frozenset[str], heads: Heads | None) -> str | None:
+    """Why layers of these roles cannot be aligned by these steps; None when they can."""
+    found = {_spaces(s) for s in specs if s.in_space}
+    lacking = []
+    if "neurons" in steps:
+        lacking += [w for w, there in (
+            ("a weight that makes neurons (gate, up)", (RESIDUAL, "neurons") in found),
+            ("a weight that reads neurons (down)", ("neurons", RESIDUAL) in found),
+        ) if not there]  # fmt: skip
+    if steps - {"neurons"}:
+        lacking += [role for role, spaces in _ATTENTION.items() if spaces not in found]
+        if not lacking and heads is None:
+            return "symmetry needs the numbers of attention heads, and config.json does not tell them"
+        if not lacking and heads.problem:
+            return f"symmetry: {heads.problem}"
+    return f"symmetry needs roles that these layers lack: {', '.join(lacking)}" if lacking else None
+
+
+def fuse(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions
+) -> Iterator[Fused]:
+    """Align layer A to layer B by the symmetries of its function and fuse them; see `align.fuse_layer`.
+
+    Memory: for the attention its weights, for the MLP the neurons of both sides side by side, (f, 3d) each, and what
+    the solver takes.
+
+    Raises:
+        SolverError: the layers lack roles that the steps need, or the heads do not divide.
+    """
+    if wrong := problem(specs, options.symmetry, options.heads):
+        raise SolverError(wrong)
+    layer = _Layer(a, b, specs, options)
+    for spec in specs:
+        yield layer.step(spec)
+
+
+class _Layer:
+    """One pair of layers: what was read, and the two transforms once they are known."""
+
+    def __init__(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options):
+        self.a, self.b = _Stored(a), _Stored(b)
+        self.specs, self.options = {s.role: s for s in specs}, options
+        self.norm_of = _input_norms(specs)
+        self.attention: AttentionAlignment | None = None
+        self.neurons: TransportMap | None = None
+        self.chosen_groups: Tensor | None = None  # (G,) bool
+        self.chosen_neurons: Tensor | None = None  # (f,) bool
+
+    def step(self, spec: TensorSpec) -> Fused:
+        role, options = spec.role, self.options
+        told = None
+        if self.attention is None and options.symmetry - {"neurons"} and _spaces(spec) in _ATTENTION.values():
+            told = self._align_attention(role)
+        elif self.neurons is None and "neurons" in options.symmetry and "neurons" in _spaces(spec) and spec.in_space:
+            told = self._align_neurons(role)
+        if role in options.zero:
+            self._drop(spec)
+            return Fused(role, (), told)
+        wa, wb = read(self.a, role, options), read(self.b, role, options)
+        check_fit(role, wa, wb)
+        self._drop(spec)
+        moved, norm_a, chosen, axis = self._move(spec, wa)
+        del wa
+        scale = options.output_scale if spec.writes_residual else 1.0
+        return Fused(role, mix(moved, wb, options, norm_a=norm_a, chosen=chosen, axis=axis, scale=scale), told)
+
+    def _move(self, spec: TensorSpec, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+        """A's tensor where B has it; A's norms if the move changes them; what of it is fused, along which axis."""
+        spaces, rows = _spaces(spec), weight if weight.ndim == 2 else weight.unsqueeze(1)  # (n, d), a bias (n, 1)
+        if self.neurons is not None and "neurons" in spaces:
+            if spec.in_space == "neurons":
+                return self.neurons.to_columns(weight), self._norms(weight, None), self.chosen_neurons, 1
+            moved = self.neurons.to_rows(rows).view_as(weight)
+            return moved, self._norms(weight, self.neurons), self.chosen_neurons, 0
+        # The residual stream stays as it is; a per-head norm is shared by all heads, and no turn that is allowed
+        # changes it.
+        if self.attention is None or spec.multiplies or set(spaces) <= {None, RESIDUAL, "neurons"}:
+            return weight, None, None, 0
+        moved = self.attention.move(rows, spec.in_space, spec.out_space).view_as(weight)
+        return moved, None, self._chosen_components(moved.shape[axis := int(spec.in_space == "value_heads")]), axis
+
+    def _drop(self, spec: TensorSpec) -> None:
+        """Let go of a matrix that is done with; vectors are small, and weights after them may still need them."""
+        if spec.in_space:
+            self.a.held.pop(spec.role, None)
+            self.b.held.pop(spec.role, None)
+
+    def _norms(self, weight: Tensor, plan: TransportMap | None) -> Tensor | None:
+        """A's norms where a mixing plan would shrink them."""
+        if weight.ndim != 2 or self.options.restore_norm == "none":
+            return None
+        if self.options.restore_norm == "tensor":
+            return weight.norm()
+        rows = weight.norm(dim=1, keepdim=True)  # (n, 1)
+        return rows if plan is None else plan.to_rows(rows)
+
+    def _chosen_components(self, size: int) -> Tensor | None:
+        """The groups to fuse as a mask of the components of their heads, (size,)."""
+        if self.chosen_groups is None:
+            return None
+        return self.chosen_groups.repeat_interleave(size // len(self.chosen_groups))
+
+    # attention ---------------------------------------------------------------------------------------------------
+
+    def _align_attention(self, role: str) -> HeadDiagnostics:
+        roles = {name: self._role(spaces) for name, spaces in _ATTENTION.items()}
+        sides = [
+            {name: self._folded(side, r) if name != "o" else read(side, r, self.options) for name, r in roles.items()}
+            for side in (self.a, self.b)
+        ]
+        for name, r in roles.items():
+            check_fit(r, sides[0][name], sides[1][name])
+        found = align_heads(*sides, self.options.heads, self.options.symmetry)
+        self.attention = found
+        self.chosen_groups = choose(found.scores, "key-value group", role, self.options)
+        return HeadDiagnostics(
+            role,
+            tuple(found.groups.tolist()),
+            tuple(found.queries.tolist()),
+            found.value_cosine,
+            found.query_key_cosine,
+            len(found.groups) if self.chosen_groups is None else int(self.chosen_groups.sum()),
+        )
+
+    def _role(self, spaces: tuple[str, str]) -> str:
+        return next(s.role for s in self.specs.values() if _spaces(s) == spaces)
+
+    def _folded(self, side: _Stored, role: str) -> Tensor:
+        """A weight as it acts on the normed input: input norm folded in, per-head norm too, bias as a last column."""
+        import torch
+
+        weight = read(side, role, self.options)  # (n, d)
+        if norm := self.norm_of.get(role):
+            weight = weight * read(side, norm, self.options)  # (n, d)
+        for spec in self.specs.values():
+            if spec.follows == role:
+                vector = read(side, spec.role, self.options)
+                if spec.multiplies:
+                    weight = weight * vector.repeat(len(weight) // len(vector)).unsqueeze(1)
+                else:
+                    weight = torch.cat((weight, vector.unsqueeze(1)), dim=1)  # (n, d + 1)
+        return weight
+
+    # neurons -----------------------------------------------------------------------------------------------------
+
+    def _align_neurons(self, role: str) -> PlanDiagnostics:
+        x, y = self._neurons(role)  # (f, e) each
+        coupling, diagnostics = plan_between(role, x, y, replace(self.options, unit_rows=False))
+        plan = self.neurons = coupling.transport_map()
+        if isinstance(coupling, PermutationCoupling):
+            import torch
+
+            starts = range(0, len(x), _ROWS)
+            scores = torch.cat([cosines(x[coupling.rows[i : i + _ROWS]], y[i : i + _ROWS]) for i in starts])  # (f,)
+        else:
+            scores = cosines(plan.to_rows(x), y)  # (f,)
+        self.chosen_neurons = choose(scores, "neuron", role, self.options)
+        fused = len(scores) if self.chosen_neurons is None else int(self.chosen_neurons.sum())
+        return replace(diagnostics, cosine=scores.mean().item(), fused=fused)
+
+    def _neurons(self, role: str) -> tuple[Tensor, Tensor]:
+        """A's and B's neurons, one a row: every weight that makes or reads them, scaled to the same mean norm."""
+        import torch
+
+        parts = [s for s in self.specs.values() if s.in_space and "neurons" in _spaces(s)]
+        sides: list[Tensor] = []
+        at = 0
+        for spec in parts:
+            pair = []
+            for side in (self.a, self.b):
+                reads = spec.in_space == "neurons"
+                pair.append(read(side, spec.role, self.options).t() if reads else self._folded(side, spec.role))
+            check_fit(spec.role, *pair)
+            mean = (pair[0].norm(dim=1).mean() + pair[1].norm(dim=1).mean()) / 2
+            if not sides:  # one more column a weight, for biases
+                width = sum(1 + self.a[s.role].shape[0 if s.in_space == "neurons" else 1] for s in parts)
+                sides = [pair[0].new_zeros(len(pair[0]), width) for _ in pair]  # (f, e) each
+            for whole, piece in zip(sides, pair, strict=True):
+                torch.div(piece, mean.where(mean > 0, 1), out=whole[:, at : at + piece.shape[1]])
+            at += pair[0].shape[1]
+        if self.options.unit_rows:
+            for whole in sides:
+                norm = whole.norm(dim=1, keepdim=True)  # (f, 1)
+                whole.div_(norm.where(norm > 0, 1))
+        return sides[0], sides[1]
+
+
+class _Stored(Mapping):
+    """A layer whose tensors are looked up once and held, in their stored dtype, until they are done with."""
+
+    def __init__(self, layer: Mapping[str, Tensor]):
+        self.layer, self.held = layer, {}
+
+    def __getitem__(self, role: str) -> Tensor:
+        if role not in self.held:
+            self.held[role] = self.layer[role]
+        return self.held[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layer)
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+
+def _spaces(spec: TensorSpec) -> tuple[str | None, str | None]:
+    return spec.in_space, spec.out_space
+
+
+def _input_norms(specs: Sequence[TensorSpec]) -> dict[str, str]:
+    """The norm whose output each weight on the residual stream reads: the last one in front of it."""
+    norm, found = None, {}
+    for spec in specs:
+        if spec.in_space is None and spec.out_space == RESIDUAL and spec.follows is None:
+            norm = spec.role
+        elif spec.in_space == RESIDUAL and norm is not None:
+            found[spec.role] = norm
+    return found
