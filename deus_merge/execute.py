@@ -219,7 +219,8 @@ class _Run:
         import torch
 
         tensor = tensor.to(torch_dtype(planned.dtype))
-        if not bool(torch.isfinite(tensor).all()):
+        ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN is both, and this is faster
+        if not bool(torch.isfinite(ends).all()):
             raise CheckpointError(
                 f"{planned.task.name} becomes NaN or infinity",
                 where=planned.inputs[0].file,

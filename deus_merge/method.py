@@ -136,6 +136,7 @@ class TensorTask:
         shape: Of the output; the same for every source.
         parameters: Resolved values of the method's tensor and block parameters.
         source_parameters: Resolved values of its source parameters, one mapping a source.
+        base: Which source is the base model.
     """
 
     role: str
@@ -145,6 +146,7 @@ class TensorTask:
     shape: tuple[int, ...]
     parameters: Mapping[str, object]
     source_parameters: tuple[Mapping[str, object], ...]
+    base: int | None = None
 
 
 class Block(Protocol):

@@ -249,6 +249,7 @@ class _Planner:
     def _add(self, piece: OutputSlice, title: str, outputs, sources: tuple[BlockSource, ...], base, made, new=False):
         """The block, if its method can make it. Asked before anything else of the method."""
         method = methods()[piece.merge_method]
+        made = [(replace(task, base=base), inputs) for task, inputs in made]
         if problem := method.check([task for task, _ in made], len(sources)):
             name = problem.partition(":")[0]  # a parameter, if one is to blame
             _, place = piece.parameters.get(name) or self.recipe.parameters.get(name) or (None, piece.place)
