@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from ..method import Compute, CopyOf, MergeMethod, Parameter, per_tensor
+from functools import partial
+
+from ..method import Compute, CopyOf, Parameter
+from ._pieces import PieceMethod, weighted_sum
 
 
-class Linear(MergeMethod):
+class Linear(PieceMethod):
     name = "linear"
     summary = "weighted mean (or sum) of the sources"
     reference = "Wortsman et al., Model soups, arXiv 2203.05482"
@@ -25,8 +28,8 @@ class Linear(MergeMethod):
         used = [i for i, w in enumerate(weights) if w != 0]
         return CopyOf(used[0]) if len(used) == 1 and weights[used[0]] == 1 else Compute()
 
-    def merge(self, block):
-        return per_tensor(block, self.origin, self._mean)
+    def make(self, pieces):
+        return pieces.made(partial(weighted_sum, pieces, self._weights(pieces.task)))
 
     def _weights(self, task) -> list[float]:
         weights = [p["weight"] for p in task.source_parameters]
@@ -34,13 +37,6 @@ class Linear(MergeMethod):
         if task.parameters["normalize"] and abs(total) >= 1e-8:
             return [w / total for w in weights]
         return weights
-
-    def _mean(self, tensors, task):
-        weights = self._weights(task)
-        result = tensors[0] * weights[0]
-        for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-            result.add_(tensor, alpha=weight)
-        return result
 
 
 METHOD = Linear()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..method import Compute, CopyOf, MergeMethod, Parameter, Zeros, per_tensor
+from ..method import Compute, CopyOf, Parameter, Zeros
+from ._pieces import PieceMethod
 
 
-class Passthrough(MergeMethod):
+class Passthrough(PieceMethod):
     name = "passthrough"
     summary = "one source, copied as it is; `scale` multiplies its tensors"
     reference = "mergekit"
@@ -18,8 +19,9 @@ class Passthrough(MergeMethod):
         scale = task.source_parameters[0]["scale"]
         return CopyOf(0) if scale == 1 else Zeros() if scale == 0 else Compute()
 
-    def merge(self, block):
-        return per_tensor(block, self.origin, lambda tensors, task: tensors[0] * task.source_parameters[0]["scale"])
+    def make(self, pieces):
+        scale = pieces.task.source_parameters[0]["scale"]
+        return pieces.made(lambda run: pieces.own(0, run).mul_(scale))
 
 
 METHOD = Passthrough()

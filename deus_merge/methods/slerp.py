@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from ..method import Compute, MergeMethod, Parameter, per_tensor
+import math
+
+from ..method import Parameter
+from ._pieces import PieceMethod
+from ._spans import combined, gram
 
 _COLINEAR = 0.9995  # above this cosine the arc is a chord
-_EPSILON = 1e-8
-_PIECE = 1 << 20  # elements that are widened to float64 at a time
+_EPSILON = 1e-8  # a norm at most this counts as 1: the directions of (nearly) nothing are at right angles to all
 
 
-class Slerp(MergeMethod):
+class Slerp(PieceMethod):
     name = "slerp"
     summary = "spherical interpolation from the base model (t = 0) to the other source (t = 1)"
     reference = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
@@ -20,40 +23,29 @@ class Slerp(MergeMethod):
     def check(self, tasks, sources):
         return None if sources == 2 else f"slerp takes exactly two models, not {sources}"
 
-    def origin(self, task):
-        return Compute()
-
-    def merge(self, block):
-        start = block.base or 0
-
-        def interpolate(tensors, task):
-            return slerp(task.parameters["t"], tensors[start], tensors[1 - start])
-
-        return per_tensor(block, self.origin, interpolate)
+    def make(self, pieces):
+        start = pieces.base or 0
+        sources = [start, 1 - start]
+        (aa, ab), (_, bb) = gram(pieces, sources).tolist()
+        norms = [n if n > _EPSILON else 1.0 for n in (math.sqrt(aa), math.sqrt(bb))]
+        cosine = ab / (norms[0] * norms[1])
+        return combined(pieces, sources, arc(pieces.task.parameters["t"], cosine))
 
 
-def slerp(t: float, start, end):
-    """The point at ``t`` on the arc between two tensors, taken as vectors whose directions span the arc.
+def arc(t: float, cosine: float) -> tuple[float, float]:
+    """The coefficients of two vectors at ``t`` on the arc that their directions span.
 
     Args:
         t: 0 to 1 (beyond extrapolates).
-        start, end: Tensors of one shape and float dtype; lengths need not agree, they are interpolated along.
+        cosine: Of the angle θ between them.
 
     Returns:
-        ``sin((1-t)θ)/sin θ · start + sin(tθ)/sin θ · end``; the straight line where the directions (nearly) coincide.
+        ``sin((1-t)θ) / sin θ`` and ``sin(tθ) / sin θ``; ``1 - t`` and ``t`` where the directions (nearly) coincide.
     """
-    import torch
-
-    norms = torch.linalg.vector_norm(start, dtype=torch.float64), torch.linalg.vector_norm(end, dtype=torch.float64)
-    if min(norms) <= _EPSILON:
-        return torch.lerp(start, end, t)
-    pieces = zip(start.flatten().split(_PIECE), end.flatten().split(_PIECE), strict=True)
-    dot = sum(torch.dot(a.double(), b.double()) for a, b in pieces) / (norms[0] * norms[1])
-    if dot.abs() > _COLINEAR:
-        return torch.lerp(start, end, t)
-    theta = torch.arccos(dot)
-    weights = torch.sin((1 - t) * theta) / torch.sin(theta), torch.sin(t * theta) / torch.sin(theta)
-    return start * weights[0].item() + end * weights[1].item()
+    if abs(cosine) > _COLINEAR:
+        return 1 - t, t
+    theta = math.acos(cosine)
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
 METHOD = Slerp()
