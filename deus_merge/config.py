@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .architecture import RESIDUAL, ModelView
+from .architecture import RESIDUAL, Heads, ModelView
 from .errors import ArchitectureError, PlanError
 from .units import dtype_name
 
@@ -69,11 +69,26 @@ def heads(config: Mapping, view: ModelView) -> dict[str, object]:
     return {"num_attention_heads": queries, "num_key_value_heads": section.get("num_key_value_heads") or queries}
 
 
+def head_shape(config: Mapping, view: ModelView) -> Heads | None:
+    """The attention heads of a described family; None where the config does not tell."""
+    section = _section(config, view.layers_path)
+    query, size = section.get("num_attention_heads"), _head_size(section)
+    key_value = section.get("num_key_value_heads") or query
+    if view.architecture is None or not all(_whole(n) for n in (query, key_value, size)):
+        return None
+    return Heads(query, key_value, size, view.architecture.rotary)
+
+
+def _head_size(section: Mapping) -> object:
+    hidden, queries = section.get("hidden_size"), section.get("num_attention_heads")
+    return section.get("head_dim") or (_whole(hidden) and _whole(queries) and hidden // queries)
+
+
 def _sizes(section: Mapping) -> tuple[dict[str, object], dict[str, object]]:
     """Rows by out space and columns by in space of a layer's matrices, where the config tells them."""
     hidden, queries = section.get("hidden_size"), section.get("num_attention_heads")
     keys = section.get("num_key_value_heads") or queries
-    head = section.get("head_dim") or (_whole(hidden) and _whole(queries) and hidden // queries)
+    head = _head_size(section)
     query_rows, key_rows = (_whole(n) and _whole(head) and n * head for n in (queries, keys))
     common = {RESIDUAL: hidden, "neurons": section.get("intermediate_size")}
     rows = {**common, "query_heads": query_rows, "key_heads": key_rows, "value_heads": key_rows}

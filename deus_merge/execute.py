@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .alignment import merge_aligned
 from .checkpoint.layout import index_json
 from .checkpoint.reader import INDEX
 from .checkpoint.shards import ShardWriter
@@ -43,7 +44,7 @@ class RunOptions:
 
     Attributes:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        max_memory: Refuse to start when the plan's estimate is above this many bytes.
+        max_memory: Bytes the process may take: plans then work in row blocks; too few are refused.
         resume: Go on with an interrupted run.
         overwrite: Replace an existing output, once the new one is whole.
         verify: Check the result before it gets its name.
@@ -79,11 +80,11 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
                 got=f"source {source}",
             )
     OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite).check_place()
-    if options.max_memory is not None and plan.peak_memory > options.max_memory:
+    if options.max_memory is not None and plan.least_memory > options.max_memory:
         raise PlanError(
             "the plan needs more memory than allowed",
             where="--max-memory",
-            expected=f"at least {format_size(plan.peak_memory)}",
+            expected=f"at least {format_size(plan.least_memory)}",
             got=format_size(options.max_memory),
         )
     needed = plan.bytes_written + _SLACK
@@ -127,7 +128,7 @@ def execute(
         writer = output.shards(plan.shards)
         with ExitStack() as stack:
             left = [block for block in plan.blocks if str(block.index) not in output.finished]
-            run = _Run(plan, writer, device, options.seed, [block for block in left if block.computes], stack)
+            run = _Run(plan, writer, device, options, [block for block in left if block.computes], stack)
             for block in plan.blocks:
                 resumed = str(block.index) in output.finished
                 if not resumed:
@@ -153,11 +154,12 @@ class _Run:
         plan: Plan,
         writer: ShardWriter,
         device: torch.device | None,
-        seed: int,
+        options: RunOptions,
         computing: Sequence[BlockPlan],
         stack: ExitStack,
     ):
-        self.plan, self.writer, self.device, self.seed = plan, writer, device, seed
+        self.plan, self.writer, self.device, self.seed = plan, writer, device, options.seed
+        self.memory = plan.block_memory(options.max_memory)
         self.diagnostics: dict[int, list[dict]] = {}
         self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
         self._behind = stack.enter_context(ThreadPoolExecutor(1, "write-behind"))
@@ -189,7 +191,8 @@ class _Run:
         planned = {t.task.name: t for t in block.tensors}
         told = []
         try:
-            for made in methods()[block.method].merge(inputs):
+            method = methods()[block.method]
+            for made in merge_aligned(method, inputs, block.align) if block.align else method.merge(inputs):
                 if made.diagnostics is not None:
                     told.append({"tensor": made.task.name, **made.diagnostics})
                 if made.tensor is not None:
@@ -197,7 +200,8 @@ class _Run:
                     at = None if made.start is None else made.start * ITEMSIZE[target.dtype]
                     self._write(target, made.tensor, at)
         except DeusMergeError as error:
-            error.where = f"{block.title}: {error.where}" if error.where else block.title
+            place = inputs.names(str(error.where)) or error.where
+            error.where = f"{block.title}: {place}" if place else block.title
             raise
         return told
 
@@ -261,7 +265,7 @@ class _Inputs:
 
     def __init__(self, run: _Run, block: BlockPlan, loaded: dict):
         self.tasks: list[TensorTask] = [t.task for t in block.tensors]
-        self.base = block.base
+        self.base, self.memory = block.base, run.memory
         self._run, self._block, self._loaded = run, block, loaded
         self._inputs = {t.task.role: t.inputs for t in block.tensors}
 
@@ -270,6 +274,11 @@ class _Inputs:
             return self._loaded.pop((role, source))
         model = self._run.plan.models[self._block.sources[source].model]
         return model.checkpoint.read(self._inputs[role][source].name).to(self._run.device)
+
+    def names(self, role: str) -> str | None:
+        """The stored tensors of a role, for messages."""
+        stored = self._inputs.get(role)
+        return None if stored is None else f"{role} ({' and '.join(dict.fromkeys(i.name for i in stored))})"
 
     def generator(self, task: TensorTask, source: int) -> torch.Generator:
         import torch

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .architecture import TensorSpec
+from .architecture import Heads, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +137,7 @@ class TensorTask:
         parameters: Resolved values of the method's tensor and block parameters.
         source_parameters: Resolved values of its source parameters, one mapping a source.
         base: Which source is the base model.
+        heads: The attention heads of the layer it belongs to, where its config tells them.
     """
 
     role: str
@@ -147,6 +148,7 @@ class TensorTask:
     parameters: Mapping[str, object]
     source_parameters: tuple[Mapping[str, object], ...]
     base: int | None = None
+    heads: Heads | None = None
 
 
 class Block(Protocol):
@@ -154,6 +156,7 @@ class Block(Protocol):
 
     tasks: Sequence[TensorTask]
     base: int | None  # which source is the base model
+    memory: int | None  # bytes that may be alive at once while it is made; None for no limit
 
     def read(self, role: str, source: int) -> torch.Tensor:
         """The tensor of a role from one source, in its stored dtype, on the device of the merge."""
@@ -218,6 +221,10 @@ class MergeMethod(ABC):
     @abstractmethod
     def merge(self, block: Block) -> Iterator[Made]:
         """Make every output whose origin is `Compute`."""
+
+    def least_workspace(self, tasks: Sequence[TensorTask]) -> int:
+        """What it can do with when `Block.memory` is short: less where buffers can be made again, piece by piece."""
+        return self.workspace(tasks)
 
     def workspace(self, tasks: Sequence[TensorTask]) -> int:
         """Upper estimate of the bytes alive at once: the largest tensor in float32, once per source and three times

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .alignment import AlignTo, plan_memory
 from .architecture import ModelView, view_model
 from .checkpoint.hub import resolve
 from .checkpoint.layout import ShardLayout
@@ -110,6 +111,7 @@ class BlockPlan:
         base: Which source is the base model.
         tensors: In the order they are written.
         new: Whether its layers are new ones, to be trained.
+        align: How its sources are aligned before the method sees them; None: they are not.
     """
 
     index: int
@@ -120,6 +122,7 @@ class BlockPlan:
     base: int | None
     tensors: tuple[PlannedTensor, ...]
     new: bool = False
+    align: AlignTo | None = None
 
     @property
     def computes(self) -> bool:
@@ -135,12 +138,17 @@ class BlockPlan:
         actions = {t.action for t in self.tensors}
         return "cast" if "cast" in actions else "copy" if actions == {"copy"} else "copy, zeroed"
 
-    def workspace(self) -> int:
-        """Estimated bytes alive at once while this block is made."""
+    def workspace(self, least: bool = False) -> int:
+        """Estimated bytes alive at once while this block is made; ``least``: when plans make their buffers again."""
         merged = [t.task for t in self.tensors if t.action == "merge"]
-        cast = [t.inputs[t.source] for t in self.tensors if t.action == "cast"]
-        widest = max((i.nbytes * 3 for i in cast), default=0)
-        return max(widest, methods()[self.method].workspace(merged) if merged else 0)
+        widest = max((t.inputs[t.source].nbytes * 3 for t in self.tensors if t.action == "cast"), default=0)
+        if not merged:
+            return widest
+        method = methods()[self.method]
+        made = method.least_workspace(merged) if least else method.workspace(merged)
+        if self.align:
+            made += plan_memory(self.align.values, [t.task for t in self.tensors])[least]
+        return max(widest, made)
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,18 @@ class Plan:
         return _TORCH_BYTES + max(b.workspace() for b in self.blocks)
 
     @property
+    def least_memory(self) -> int:
+        """What it can do with: under ``--max-memory`` plans work in row blocks."""
+        if not any(b.computes for b in self.blocks):
+            return _PYTHON_BYTES
+        return _TORCH_BYTES + max(b.workspace(least=True) for b in self.blocks)
+
+    @staticmethod
+    def block_memory(limit: int | None) -> int | None:
+        """What a limit on the process leaves for one block."""
+        return None if limit is None else max(0, limit - _TORCH_BYTES)
+
+    @property
     def seconds(self) -> float:
         """A rough estimate of the time on a CPU."""
         merged = 0.0
@@ -265,6 +285,7 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "peak_memory_bytes": self.peak_memory,
+            "least_memory_bytes": self.least_memory,
             "seconds_estimate": round(self.seconds, 1),
             "warnings": list(self.warnings),
         }
@@ -287,6 +308,7 @@ def _block_identity(block: BlockPlan) -> list:
         block.method,
         [[s.model, s.layer] for s in block.sources],
         block.base,
+        *([[block.align.target, dict(block.align.values)]] if block.align else []),
         [
             [
                 t.task.name,
@@ -306,9 +328,13 @@ def _digest(content: bytes | Path) -> str:
     return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
 
 
-def action_of(task: TensorTask, method: str, inputs: tuple[TensorInfo, ...], dtype: str) -> tuple[str, int | None]:
+def action_of(
+    task: TensorTask, method: str, inputs: tuple[TensorInfo, ...], dtype: str, align: AlignTo | None = None
+) -> tuple[str, int | None]:
     """How an output tensor comes about, and from which source if from one alone."""
     origin = methods()[method].origin(task)
+    if isinstance(origin, CopyOf) and align and align.moves(origin.source):
+        return "merge", None
     if isinstance(origin, Zeros):
         return "zeros", None
     if isinstance(origin, CopyOf):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from .alignment import AlignTo, cannot_align
 from .architecture import ModelView, TensorSpec, families
 from .checkpoint.layout import TensorEntry, plan_shards
 from .checkpoint.reader import TensorInfo
-from .config import LayerOrigin, deeper_config, layer_lists
+from .config import LayerOrigin, deeper_config, head_shape, layer_lists
 from .errors import PlanError, RecipeError
 from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
 from .method import TensorTask
@@ -218,11 +219,14 @@ class _Planner:
             for i, source in enumerate(sources):
                 levels = [source.parameters, piece.parameters, glob]
                 per_source[i][p.name] = resolve_setting(p, levels, names[i], position)
-        return TensorTask(role, slot, name, spec, inputs[0].shape, parameters, tuple(per_source)), inputs
+        model = self._model(sources[0])
+        heads = head_shape(model.checkpoint.config, model.view) if spec else None
+        shape = inputs[0].shape
+        return TensorTask(role, slot, name, spec, shape, parameters, tuple(per_source), heads=heads), inputs
 
-    def _planned(self, task: TensorTask, inputs: tuple[TensorInfo, ...], method: str):
+    def _planned(self, task: TensorTask, inputs: tuple[TensorInfo, ...], method: str, align: AlignTo | None):
         dtype = self._dtype(inputs)
-        action, source = action_of(task, method, inputs, dtype)
+        action, source = action_of(task, method, inputs, dtype, align)
         if action in ("merge", "cast"):
             self._castable(task.name, inputs, dtype, action)
         return PlannedTensor(task, inputs, dtype, action, source)
@@ -250,7 +254,13 @@ class _Planner:
         """The block, if its method can make it. Asked before anything else of the method."""
         method = methods()[piece.merge_method]
         made = [(replace(task, base=base), inputs) for task, inputs in made]
-        if problem := method.check([task for task, _ in made], len(sources)):
+        tasks = [task for task, _ in made]
+        align = None
+        if piece.align and outputs:
+            align = AlignTo(base if base is not None else len(sources) - 1, piece.align.values)
+            if problem := cannot_align(align.values, tasks):
+                raise RecipeError(problem, where=f"{piece.align.place.where}, {title} of the output")
+        if problem := method.check(tasks, len(sources)):
             name = problem.partition(":")[0]  # a parameter, if one is to blame
             _, place = piece.parameters.get(name) or self.recipe.parameters.get(name) or (None, piece.place)
             views = [self.models[s.model].view for s in sources]
@@ -261,12 +271,13 @@ class _Planner:
                 expected=f"a described family: {', '.join(families())}" if undescribed else None,
                 got=f"model_type {undescribed[0]}" if undescribed else None,
             )
-        check_given(piece, base, [task for task, _ in made])
+        check_given(piece, base, tasks)
         remark = method.remark(made[0][0])
         if remark and remark not in self.warnings:
             self.warnings.append(remark)
-        tensors = tuple(self._planned(task, inputs, piece.merge_method) for task, inputs in made)
-        self.blocks.append(BlockPlan(len(self.blocks), title, outputs, piece.merge_method, sources, base, tensors, new))
+        tensors = tuple(self._planned(task, inputs, piece.merge_method, align) for task, inputs in made)
+        index = len(self.blocks)
+        self.blocks.append(BlockPlan(index, title, outputs, piece.merge_method, sources, base, tensors, new, align))
 
     def _report_types(self, title: str, sources: Sequence[BlockSource]) -> None:
         models = [self.models[s.model] for s in sources]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .alignment import ALIGNMENT
 from .discover import plugins
 from .errors import DeusMergeError, RecipeError, nearest
 from .located import MAX_BYTES, Located, parse
@@ -19,10 +20,10 @@ from .settings import Settings, check_setting, read_settings
 from .units import dtype_code
 
 _TOP = (
-    "slices", "models", "upscale", "merge_method", "base_model", "parameters", "dtype", "out_dtype",
+    "slices", "models", "upscale", "merge_method", "base_model", "align", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "chat_template",
 )  # fmt: skip
-_SLICE = ("sources", "merge_method", "base_model", "parameters")
+_SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
 _UPSCALE = ("preset", "insert", "parameters")
 _LATER = {
@@ -30,6 +31,7 @@ _LATER = {
     "tokenizer": "use tokenizer_source: base, or the path of one of the models",
 }
 _NOT_WITH_UPSCALE = {
+    "align": "new layers are aligned by themselves; set parameters: {alignment: ...} inside upscale",
     "merge_method": "choose a preset inside upscale, or write slices",
     "parameters": "they may stand inside upscale",
 }
@@ -63,12 +65,27 @@ class SliceSource:
 
 
 @dataclass(frozen=True)
+class Align:
+    """What ``align:`` says: sources are brought to the base model (or to the last one) before the method runs.
+
+    Attributes:
+        given: The parameters that are set, ``alignment`` first.
+        values: Of all parameters of `alignment.ALIGNMENT`.
+    """
+
+    given: Mapping[str, object]
+    values: Mapping[str, object] = field(compare=False, repr=False)
+    place: Located = field(compare=False, repr=False, default=Located(None))
+
+
+@dataclass(frozen=True)
 class OutputSlice:
     """Consecutive output layers, made from equally long sources by one method."""
 
     sources: tuple[SliceSource, ...]
     merge_method: str
     base_model: ModelRef | None = None
+    align: Align | None = None
     parameters: Settings = field(default_factory=dict)
     place: Located = field(compare=False, repr=False, default=Located(None))
 
@@ -147,6 +164,7 @@ def recipe_from(root: Located) -> Recipe:
         root.fail("a recipe has exactly one of slices, models, upscale", got=", ".join(form) or "none of them")
     method = _method(top["merge_method"]) if "merge_method" in top else None
     base = _model(top["base_model"]) if "base_model" in top else None
+    align = _align(top["align"]) if "align" in top else None
     parameters = read_settings(top.get("parameters"))
     common = {
         "base_model": base,
@@ -164,7 +182,10 @@ def recipe_from(root: Located) -> Recipe:
             if key in top:
                 top[key].fail(f"upscale does not go with {key}", hint=hint)
         return Recipe(upscale=_upscale(top["upscale"]), **common)
-    slices = _slices(top["slices"], method) if form == ["slices"] else (_models(top["models"], method, base),)
+    if form == ["slices"]:
+        slices = _slices(top["slices"], method, align)
+    else:
+        slices = (_with_align(_models(top["models"], method, base), align),)
     _check_names(parameters, [s.merge_method for s in slices])
     for piece in slices:
         _check_names(piece.parameters, [piece.merge_method])
@@ -173,8 +194,14 @@ def recipe_from(root: Located) -> Recipe:
     return Recipe(slices=slices, **common)
 
 
-def _slices(node: Located, method: str | None) -> tuple[OutputSlice, ...]:
-    return tuple(_slice(item, method) for item in node.sequence("a list of slices"))
+def _slices(node: Located, method: str | None, align: Align | None) -> tuple[OutputSlice, ...]:
+    return tuple(_with_align(_slice(item, method), align) for item in node.sequence("a list of slices"))
+
+
+def _with_align(piece: OutputSlice, align: Align | None) -> OutputSlice:
+    """The recipe's ``align`` stands for every slice that could have one of its own."""
+    takes = len(piece.sources) > 1 and not methods()[piece.merge_method].inserts
+    return replace(piece, align=align) if takes and piece.align is None else piece
 
 
 def _slice(node: Located, method: str | None) -> OutputSlice:
@@ -194,7 +221,26 @@ def _slice(node: Located, method: str | None) -> OutputSlice:
                 got=f"{source.num_layers} layers: {list(source.layer_range)}",
             )
     base = _model(keys["base_model"]) if "base_model" in keys else None
-    return OutputSlice(sources, name, base, read_settings(keys.get("parameters")), node)
+    align = _align(keys["align"]) if "align" in keys else None
+    if align and methods()[name].inserts:
+        align.place.fail(f"{name} aligns by itself", hint=f"parameters: {{alignment: {align.given['alignment']}}}")
+    if align and len(sources) == 1:
+        align.place.fail("align needs at least two sources", expected="a source to align, and one to align it to")
+    return OutputSlice(sources, name, base, align, read_settings(keys.get("parameters")), node)
+
+
+def _align(node: Located) -> Align:
+    """``align: symmetry``, or a mapping with ``alignment`` and its parameters."""
+    names = [p.name for p in ALIGNMENT]
+    keys = node.mapping(names, "an align section") if isinstance(node.value, dict) else {"alignment": node}
+    given = {}
+    for parameter in ALIGNMENT:
+        if parameter.name in keys:
+            place = keys[parameter.name]
+            check_setting(parameter, place.plain(), place)
+            given[parameter.name] = place.plain()
+    values = {p.name: p.read(given[p.name]) if p.name in given else p.default for p in ALIGNMENT}
+    return Align({"alignment": values["alignment"]} | given, values, node)
 
 
 def _source(node: Located) -> SliceSource:

@@ -46,6 +46,9 @@ def _slice(piece: OutputSlice) -> dict:
     data: dict[str, object] = {"merge_method": piece.merge_method}
     if piece.base_model:
         data["base_model"] = _model(piece.base_model)
+    if piece.align:
+        given = dict(piece.align.given)
+        data["align"] = given if len(given) > 1 else given["alignment"]
     return data | _parameters(piece.parameters) | {"sources": [_source(s) for s in piece.sources]}
 
 
