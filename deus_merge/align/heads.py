@@ -45,6 +45,22 @@ class AttentionAlignment:
     value_cosine: float
     query_key_cosine: float
 
+    @classmethod
+    def random(cls, heads: Heads, seed: int) -> AttentionAlignment:
+        """A random element of the group of symmetries, which alignment must be able to undo."""
+        import torch
+
+        random = torch.Generator().manual_seed(seed)
+        n, per_group, h = heads.key_value, heads.query // heads.key_value, heads.size
+        groups = torch.randperm(n, generator=random)
+        queries = torch.cat([i * per_group + torch.randperm(per_group, generator=random) for i in groups.tolist()])
+        values = torch.linalg.qr(torch.randn(n, h, h, generator=random, dtype=torch.float64)).Q
+        angles = 2 * torch.pi * torch.rand(n, h // 2, generator=random, dtype=torch.float64)
+        turns = torch.polar(torch.ones_like(angles), angles)
+        if heads.rotary != "phases":
+            turns = turns.real.sign().to(turns) if heads.rotary == "signs" else None
+        return cls(groups, queries, values, turns, torch.ones(n), 1.0, 1.0)
+
     def move(self, weight: Tensor, in_space: str | None, out_space: str) -> Tensor:
         """A's weight where B has it.
 

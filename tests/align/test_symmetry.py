@@ -54,18 +54,8 @@ def aligned(family: str, a: dict, b: dict, options: AlignOptions) -> dict[str, t
 
 def planted(family: str, b: dict, at: Heads, seed: int) -> dict[str, torch.Tensor]:
     """B under a random element of the whole group of symmetries."""
-    g = torch.Generator().manual_seed(seed)
-    per_group = at.query // at.key_value
-    groups = torch.randperm(at.key_value, generator=g)
-    queries = torch.cat([i * per_group + torch.randperm(per_group, generator=g) for i in groups.tolist()])
-    turns = torch.polar(
-        torch.ones(at.key_value, at.size // 2).double(), 7 * torch.rand(at.key_value, at.size // 2).double()
-    )
-    if at.rotary == "signs":
-        turns = turns.real.sign().to(turns)
-    values = torch.linalg.qr(torch.randn(at.key_value, at.size, at.size, generator=g, dtype=torch.float64))[0]
-    attention = AttentionAlignment(groups, queries, values, turns, None, 0.0, 0.0)
-    neurons = torch.randperm(F, generator=g)
+    attention = AttentionAlignment.random(at, seed)
+    neurons = torch.randperm(F, generator=torch.Generator().manual_seed(seed))
     moved = dict(b)
     for spec in specs(family, b):
         x = b[spec.role]
