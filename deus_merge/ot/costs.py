@@ -87,15 +87,21 @@ class PointCost:
         if sum(rows.nbytes for rows in self._kept.values()) > self._keep:
             self._kept.clear()
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to."""
+    @property
+    def scale(self) -> float:
+        """What the cost is divided by. Found once, in a pass over the cost or, for the median, a few."""
         if self._scale is None:
             size = _median(self._raw, self.dtype) if self._cost_scale == "median" else self._maximum()
             self._scale = size if size > 0 else 1.0
             for rows in self._kept.values():
                 rows.div_(self._scale)
+        return self._scale
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to."""
+        scale = self.scale
         for block, rows, new in self._raw():
-            yield block, rows.div_(self._scale) if new and self._scale != 1 else rows
+            yield block, rows.div_(scale) if new and scale != 1 else rows
 
     def dense(self) -> Tensor:
         """The whole cost, (n, m), in one new tensor."""

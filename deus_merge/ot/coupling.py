@@ -1,8 +1,8 @@
 """Transport plans, as matrices, permutations or row blocks made on demand; and the maps they induce.
 
-A `Coupling` has total mass 1, so its rows sum to 1/n; a `TransportMap` has columns that sum to 1, so what it makes are
-weighted means of rows. They differ by a factor n and are different types with different method names: mixing them up
-is an error, not a model that is wrong by a factor of 4096.
+A `Coupling` has total mass 1, so its rows sum to 1/n (where marginals are relaxed: on average); a `TransportMap` has
+columns that sum to 1, so what it makes are weighted means of rows. They differ by a factor n and are different types
+with different method names: mixing them up is an error, not a model that is wrong by a factor of 4096.
 """
 
 from __future__ import annotations
@@ -214,6 +214,15 @@ class TransportMap:
     def is_identity(self) -> bool:
         """Whether this map was made by `identity`."""
         return self._coupling is None
+
+    @property
+    def unmatched(self) -> Tensor | None:
+        """(m,) bool: the columns that no mass goes to, where `to_rows` and `to_columns` give zeros; None if there are
+        none. Only plans with relaxed marginals have some: what they match with is nothing, so keep B's own there."""
+        if self._coupling is None:
+            return None
+        empty = self._mass <= _tiny(self._mass)  # (m,)
+        return empty if bool(empty.any()) else None
 
     @property
     def matrix(self) -> Tensor:

@@ -99,6 +99,11 @@ class SolverOptions:
         target_support: See ``reg``.
         memory: Bytes that n x m buffers may take; None for as many as are useful. Solvers that can, make such
             buffers again in row blocks instead; the plan is the same bit for bit.
+        progot_steps: Stages of ``progot``, at least 1; the points move after every stage but the last.
+        progot_schedule: How far the points of ``progot`` have come before each stage; see `solvers.progot`.
+        marginal_penalty: The weight rho of KL(T1|a) + KL(Tᵀ1|b) of ``unbalanced``, as a multiple of the problem's mean
+            cost Σ a_r b_s |C_rs|: it means the same at any scale of the cost. 1 lets points that cost about the
+            mean lose some of their mass; plans keep their marginals as it grows.
     """
 
     reg: float | Literal["auto"] = "auto"
@@ -106,6 +111,9 @@ class SolverOptions:
     tolerance: float = 1e-4
     target_support: float = 2.0
     memory: int | None = None
+    progot_steps: int = 8
+    progot_schedule: Literal["linear", "exponential", "quadratic"] = "linear"
+    marginal_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,14 @@ class OTSolution:
         coupling: (n, m), always finite.
         iterations: Passes over the kernel (one product with it and one with its transpose); 0 if not counted.
         marginal_error: L1 row error + L1 column error of the coupling.
-        transport_cost: <T, C>.
+        transport_cost: <T, C>, of the problem's own cost.
         seconds: Wall time.
-        converged: Whether ``marginal_error`` is within the tolerance.
+        converged: Whether the solver met the tolerance: for solvers that keep the marginals, whether
+            ``marginal_error`` is within it; for relaxed ones, whether the plan is the fixed point to within it.
         reg: Entropic regularisation in units of the cost; None for exact solvers.
         effective_support: Rows a column's mass comes from, mean of exp(entropy).
+        mass: What the plan moves of a total of 1; less only where the marginals are relaxed. The coupling is divided
+            by it.
     """
 
     coupling: Coupling
@@ -131,6 +142,7 @@ class OTSolution:
     converged: bool
     reg: float | None
     effective_support: float
+    mass: float = 1.0
 
     @classmethod
     def of(
@@ -143,12 +155,14 @@ class OTSolution:
         iterations: int = 0,
         reg: float | None = None,
         finished: bool = True,
+        mass: float | None = None,
     ) -> OTSolution:
         """A coupling with its diagnostics measured.
 
         Args:
             started: ``time.perf_counter()`` at the beginning.
             finished: False when the solver itself says that it gave up.
+            mass: Of a relaxed plan, for which ``finished`` alone says whether it converged.
         """
         error = coupling.marginal_error(problem.a, problem.b)
         return cls(
@@ -158,8 +172,9 @@ class OTSolution:
             transport_cost=coupling.transport_cost(problem.blocks()),
             effective_support=coupling.effective_support(),
             seconds=time.perf_counter() - started,
-            converged=finished and error <= options.tolerance,
+            converged=finished and (mass is not None or error <= options.tolerance),
             reg=reg,
+            mass=1.0 if mass is None else mass,
         )
 
 
@@ -171,12 +186,14 @@ class OTSolver(Protocol):
         summary: One line for ``deus-merge methods``.
         reference: Where it was published.
         needs_points: Whether it moves the points themselves: the cost must be a `PointCost` that keeps them.
+        keeps_marginals: Whether its plans have the marginals a and b, to the tolerance; relaxed ones have not.
     """
 
     name: str
     summary: str
     reference: str
     needs_points: bool
+    keeps_marginals: bool
 
     def solve(self, problem: OTProblem, options: SolverOptions = ...) -> OTSolution:
         """Solve one problem.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deus_merge.discover import plugins
 from deus_merge.errors import SolverError
-from deus_merge.ot.costs import cost_matrix
+from deus_merge.ot.costs import PointCost, cost_matrix
 from deus_merge.ot.problem import OTProblem, SolverOptions
 
 SOLVERS = plugins("deus_merge.ot.solvers", "SOLVER")
@@ -24,15 +24,29 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def planted(n: int = 60, noise: float = 0.0):
+def planted(n: int = 60, noise: float = 0.0, weighted: bool = False, dtype: torch.dtype = torch.float32):
     """Rows, a permutation of them with noise: the optimum is the permutation, at the cost of the noise."""
     g = generator(1)
-    x = torch.randn(n, 40, generator=g)
+    x = torch.randn(n, 40, generator=g, dtype=dtype)
     order = torch.randperm(n, generator=g)
-    cost = cost_matrix(x, x[order] + noise * torch.randn(n, 40, generator=g))
-    plan = torch.zeros(n, n)
-    plan[order, torch.arange(n)] = 1 / n
-    return OTProblem.uniform(cost), (plan * cost).sum().item(), plan
+    cost = PointCost(x, x[order] + noise * torch.randn(n, 40, generator=g, dtype=dtype))
+    a = torch.rand(n, generator=g, dtype=dtype) + 0.1 if weighted else torch.ones(n, dtype=dtype)
+    a /= a.sum()
+    plan = torch.zeros(n, n, dtype=dtype)
+    plan[order, torch.arange(n)] = a[order]
+    return OTProblem(cost, a, a[order]), (plan * cost.dense()).sum().item(), plan
+
+
+def clustered(clusters: int = 5, size: int = 16):
+    """Clusters apart from each other, shifted a little: every point stays in its cluster and goes to its twin."""
+    g = generator(7)
+    centres = 2 * torch.randn(clusters, 10, generator=g)
+    x = (centres.unsqueeze(1) + torch.randn(clusters, size, 10, generator=g)).flatten(0, 1)  # (clusters * size, 10)
+    order = torch.randperm(len(x), generator=g)
+    cost = PointCost(x, x[order] + 0.3, cost="sqeuclidean")  # a shift is optimal for squared distances
+    plan = torch.zeros(len(x), len(x))
+    plan[order, torch.arange(len(x))] = 1 / len(x)
+    return OTProblem.uniform(cost), (plan * cost.dense()).sum().item(), plan
 
 
 def on_a_line(n: int = 40, m: int = 25):
@@ -42,14 +56,14 @@ def on_a_line(n: int = 40, m: int = 25):
     a, b = torch.rand(n, generator=g) + 0.1, torch.rand(m, generator=g) + 0.1
     a[3] = b[5] = 0  # points without mass
     a, b = a / a.sum(), b / b.sum()
-    cost = cost_matrix(x, y, cost="sqeuclidean")
+    cost = PointCost(x, y, cost="sqeuclidean")
     cuts = torch.cat([a.cumsum(0), b.cumsum(0)]).clamp_max(1).sort().values
     masses = torch.diff(cuts, prepend=cuts.new_zeros(1))
     middle = cuts - masses / 2
     r = torch.searchsorted(a.cumsum(0), middle).clamp_max(n - 1)
     s = torch.searchsorted(b.cumsum(0), middle).clamp_max(m - 1)
     plan = torch.zeros(n, m).index_put((r, s), masses, accumulate=True)
-    return OTProblem(cost, a, b), (plan * cost).sum().item(), plan
+    return OTProblem(cost, a, b), (plan * cost.dense()).sum().item(), plan
 
 
 def constant(n: int = 6, m: int = 9):
@@ -57,17 +71,21 @@ def constant(n: int = 6, m: int = 9):
 
 
 def single():
-    return OTProblem.uniform(torch.tensor([[7.0]])), 7.0, torch.ones(1, 1)
+    return OTProblem.uniform(PointCost(torch.zeros(1, 2), torch.full((1, 2), 3.0))), 18**0.5, torch.ones(1, 1)
 
 
 def one_to_many():
-    cost = torch.arange(5.0).view(1, 5)
-    return OTProblem.uniform(cost), 2.0, torch.full((1, 5), 0.2)
+    points = PointCost(torch.zeros(1, 1), torch.arange(5.0).unsqueeze(1))
+    return OTProblem.uniform(points), 2.0, torch.full((1, 5), 0.2)
 
 
 PROBLEMS = {
     "planted": planted,
     "planted with noise": lambda: planted(noise=0.2),
+    "planted with noise, larger": lambda: planted(n=400, noise=0.5),
+    "planted with noise, unequal weights": lambda: planted(noise=0.2, weighted=True),
+    "planted with noise, float64": lambda: planted(noise=0.2, dtype=torch.float64),
+    "clustered": clustered,
     "on a line": on_a_line,
     "constant cost": constant,
     "one point": single,
@@ -75,53 +93,78 @@ PROBLEMS = {
 }
 
 
+def largest_cost(problem: OTProblem) -> float:
+    return max(rows.max().item() for _, rows in problem.blocks())
+
+
+def refused(solver, problem: OTProblem, options: SolverOptions):
+    """The solution; None where the solver refuses, with a hint, what it may refuse."""
+    try:
+        return solver.solve(problem, options)
+    except SolverError as refusal:
+        assert refusal.hint
+        assert solver.needs_points and not isinstance(problem.cost, PointCost) or not problem.is_uniform_square
+        return None
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_known_optimum(name, problem):
-    problem, best, plan = PROBLEMS[problem]()
-    largest = problem.cost.max().item()
-    try:
-        solution = SOLVERS[name].solve(problem, SolverOptions(reg=1e-3 * largest, tolerance=1e-5))
-    except SolverError as refusal:
-        assert refusal.hint and not problem.is_uniform_square
+    solver, (problem, best, plan) = SOLVERS[name], PROBLEMS[problem]()
+    largest = largest_cost(problem)
+    # Relaxed plans meet the optimum where their marginals cost more than any transport.
+    options = SolverOptions(reg=1e-3 * largest, tolerance=1e-5, marginal_penalty=1e4)
+    solution = refused(solver, problem, options)
+    if solution is None:
         return
+    strict = getattr(solver, "keeps_marginals", True)
     assert solution.converged
-    assert solution.marginal_error <= 1e-5
+    assert solution.marginal_error <= (1e-5 if strict else 2e-3)
     assert solution.coupling.marginal_error(problem.a, problem.b) == pytest.approx(solution.marginal_error, abs=1e-6)
     assert solution.coupling.matrix.min() >= 0
+    assert solution.coupling.matrix.dtype == problem.cost.dtype
+    assert solution.mass == 1 if strict else solution.mass <= 1
     assert solution.transport_cost == pytest.approx(best, rel=1e-2, abs=2e-3 * largest)
-    assert solution.transport_cost >= best - 1e-4 * largest
+    assert solution.transport_cost >= best - (1e-4 if strict else 1e-3) * largest
     if plan is not None and problem.is_uniform_square:
-        assert (solution.coupling.matrix - plan).abs().sum() < 1e-3
+        assert (solution.coupling.matrix - plan).abs().sum() < (1e-3 if strict else 3e-3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 @given(
     name=st.sampled_from(sorted(SOLVERS)),
     n=st.integers(1, 40),
     m=st.integers(1, 40),
+    d=st.sampled_from([None, 1, 3, 30]),
+    kind=st.sampled_from(["euclidean", "sqeuclidean", "cosine"]),
+    scale=st.sampled_from(["none", "max", "median"]),
     reg=st.sampled_from(["auto", 0.3, 0.02, 1e-3]),
     power=st.sampled_from([1, 4]),
     seed=st.integers(0, 2**16),
 )
-def test_laws_of_a_coupling(name, n, m, reg, power, seed):
+def test_laws_of_a_coupling(name, n, m, d, kind, scale, reg, power, seed):
     """Mass 1, never negative, marginals as reported, no better than the optimum, the same plan twice."""
     g = generator(seed)
-    cost = torch.rand(n, m, generator=g) ** power
+    if d is None:
+        cost = torch.rand(n, m, generator=g) ** power
+    else:
+        x, y = torch.rand(n, d, generator=g) ** power, torch.rand(m, d, generator=g) ** power
+        cost = PointCost(x, y, cost=kind, cost_scale=scale)
     a, b = torch.rand(n, generator=g) + 0.01, torch.rand(m, generator=g) + 0.01
     problem = OTProblem(cost, a / a.sum(), b / b.sum()) if seed % 2 else OTProblem.uniform(cost)
-    try:
-        one = SOLVERS[name].solve(problem, SolverOptions(reg=reg))
-    except SolverError as refusal:
-        assert refusal.hint and not problem.is_uniform_square
+    one = refused(SOLVERS[name], problem, SolverOptions(reg=reg))
+    if one is None:
         return
     plan = one.coupling.matrix
     assert torch.isfinite(plan).all() and (plan >= 0).all()
     assert plan.sum().item() == pytest.approx(1, abs=1e-5)
-    assert one.converged and one.marginal_error <= 1e-4
     assert 1 - 1e-4 <= one.effective_support <= n + 1e-3
-    exact = SOLVERS["emd"].solve(problem)
-    assert one.transport_cost >= exact.transport_cost - 2e-4
+    if getattr(SOLVERS[name], "keeps_marginals", True):
+        assert one.converged == (one.marginal_error <= 1e-4)
+        # Float32 has no better plan where costs are thousands of reg, as under `reg: auto` they may be.
+        assert one.converged or reg == "auto"
+        exact = SOLVERS["emd"].solve(problem)
+        assert one.transport_cost >= exact.transport_cost - 2e-4 * max(1, largest_cost(problem))
     assert torch.equal(plan, SOLVERS[name].solve(problem, SolverOptions(reg=reg)).coupling.matrix)
 
 

@@ -20,6 +20,7 @@ class Emd:
     summary = "exact, network simplex; CPU, n up to a few thousand"
     reference = "Bonneel et al. 2011; POT: Flamary et al. 2021"
     needs_points = False
+    keeps_marginals = True
 
     def solve(self, problem: OTProblem, options: SolverOptions = _DEFAULTS) -> OTSolution:
         """Solve exactly; see `OTSolver.solve` for the arguments."""

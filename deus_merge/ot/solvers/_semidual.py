@@ -1,0 +1,250 @@
+"""The semi-dual of entropic transport, and its kernel: what the entropic solvers share; `_steps` solves it.
+
+The dual is kept as one vector g (m,). With the kernel ``K = softmax_rows((g - C)/reg)``, which cannot overflow, the
+plan is ``T = diag(u) K diag(v)`` with rows p exactly and columns c; the optimum has c = q. For plans that keep their
+marginals p = a and q = b. Where a marginal penalty rho allows others (Chizat et al. 2018, arXiv 1607.05816), they
+follow from the dual, up to their common total M, which is the optimal shift of the dual (Séjourné et al. 2022, arXiv
+2201.00730) and drops out of all steps:
+
+    log p = log a + reg/(rho + reg) · log Σ_s exp((g_s - C_rs)/reg),   log q = log b - (g - reg log b)/rho
+
+Memory: the cost and the kernel, two n x m buffers; the plan is made in the kernel's place. Where `SolverOptions.memory`
+is less, the kernel is never stored and as much of the cost as fits: the rest is made again on every pass, and the plan,
+which is the same bit for bit, stays as its two scalings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..coupling import Coupling, LazyCoupling, effective_support, product_blocks, row_blocks
+from ..problem import OTProblem, SolverOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+_LOST = 1e-6  # a column of a relaxed plan with a smaller share of its mass has none
+
+
+@dataclass
+class State:
+    """A point of the semi-dual: ``T = diag(u) K diag(v)`` has rows p exactly, columns c, and ``v = exp(y)``."""
+
+    g: Tensor  # (m,) the dual the kernel was built with
+    y: Tensor  # (m,) log v
+    v: Tensor  # (m,)
+    u: Tensor  # (n,)
+    p: Tensor  # (n,) row sums, of total 1
+    q: Tensor  # (m,) what the column sums shall be, of total 1
+    c: Tensor  # (m,) column sums
+    error: float  # L1 distance of c to q
+    value: float  # the semi-dual objective, in units of reg, up to what the kernel was built with
+    log_mass: float  # log of the total mass of the plan, whose sums p and c are divided by
+
+    def dual(self, reg: float) -> Tensor:
+        """g with log v absorbed, (m,)."""
+        return self.g + reg * self.y
+
+
+class Kernel:
+    """The kernel, its buffer if there is room for one, and the count of passes over it.
+
+    Args:
+        problem: All of its points have mass.
+        options: ``max_iterations`` and ``memory`` count.
+        penalty: The weight rho of the marginals' Kullback-Leibler divergence, in units of the cost.
+    """
+
+    def __init__(self, problem: OTProblem, options: SolverOptions, penalty: float = math.inf):
+        self.shape = problem.cost.shape
+        size = self.shape[0] * self.shape[1] * problem.cost.dtype.itemsize
+        self._room = math.inf if options.memory is None else options.memory
+        self.matrix = problem.a.new_empty(self.shape) if 2 * size <= self._room else None  # (n, m)
+        self.penalty = penalty
+        self.passes, self.max_passes = 0, options.max_iterations
+        self.move(problem)
+
+    def move(self, problem: OTProblem) -> None:
+        """Go on with another problem of the same size; the next call is `build`."""
+        self.problem, self.a, self.b = problem, problem.a, problem.b  # (n,), (m,)
+        problem.keep(None if self.matrix is not None else int(self._room))
+        self.g, self.reg = self.b, 1.0  # what the kernel is built with
+
+    @property
+    def spent(self) -> bool:
+        return self.passes >= self.max_passes
+
+    @property
+    def damping(self) -> float:
+        """k = rho/(rho + reg): by what a Sinkhorn step is shorter than that of plans that keep their marginals."""
+        return 1.0 if self.penalty == math.inf else self.penalty / (self.penalty + self.reg)
+
+    def build(self, g: Tensor, reg: float) -> State:
+        """K = softmax_rows((g - C)/reg), and the state with v = 1."""
+        self.g, self.reg = g, reg
+        if self.matrix is not None:
+            for block, cost in self.problem.blocks():
+                self._softmax(cost, out=self.matrix[block])
+        if self.penalty < math.inf:
+            self._build_relaxed()
+        return self.state(g, g.new_zeros(g.shape))
+
+    def state(self, g: Tensor, y: Tensor) -> State:
+        """One pass: u makes the rows p, and what then lacks in the columns is the error."""
+        self.passes += 1
+        v = y.exp()
+        s, p = self.a.new_empty(self.a.shape), self.a  # (n,)
+        if self.penalty < math.inf:
+            p = self.a.new_empty(self.a.shape)
+        u, c = self.a.new_empty(self.a.shape), v.new_zeros(v.shape)
+        for rows, kernel in self.parts():
+            s[rows] = kernel @ v
+            if p is not self.a:
+                p[rows] = self._row_mass(rows, s[rows])
+            u[rows] = p[rows] / s[rows]
+            c.addmv_(kernel.t(), u[rows])
+        c *= v  # (m,)
+        if self.penalty < math.inf:
+            return self._relaxed_state(g, y, v, u, p, c)
+        value = self.b.double().dot(y.double()) - self.a.double().dot(s.double().log())
+        return State(g, y, v, u, p, self.b, c, (c - self.b).abs().sum().item(), value.item(), 0.0)
+
+    def _build_relaxed(self) -> None:
+        """What the marginals of a relaxed plan need: the rows' log sums, and about their total."""
+        import torch
+
+        self._log_sums = self.a.new_empty(self.a.shape)  # (n,) log Σ_s exp((g_s - C_rs)/reg)
+        for block, cost in self.problem.blocks():
+            for part in row_blocks(*cost.shape):
+                rows = slice(block.start + part.start, block.start + part.stop)
+                self._log_sums[rows] = torch.logsumexp((self.g - cost[part]).mul_(1 / self.reg), dim=1)
+        self._rows_at = 0.0
+        self._rows_at = self._row_mass(slice(None), None).double().logsumexp(0).item()
+
+    def _row_mass(self, rows: slice, s: Tensor | None) -> Tensor:
+        """p of some rows up to a factor, which is about 1; without s (r,), its log where v = 1."""
+        logs = self._log_sums[rows] if s is None else self._log_sums[rows] + s.log()  # (r,)
+        logs = self.a[rows].log() + logs * (self.reg / (self.penalty + self.reg)) - self._rows_at
+        return logs if s is None else logs.exp_()
+
+    def _relaxed_state(self, g: Tensor, y: Tensor, v: Tensor, u: Tensor, p: Tensor, c: Tensor) -> State:
+        """The rows scaled to a total of 1, and the columns that go with them."""
+        reg, rho = self.reg, self.penalty
+        total = p.double().sum()
+        for x in (u, p, c):
+            x /= total.to(x.dtype)
+        log_b = self.b.double().log()
+        log_q = log_b - (g.double() + reg * y.double() - reg * log_b) / rho  # (m,)
+        log_columns = log_q.logsumexp(0)
+        q = (log_q - log_columns).exp().to(c.dtype)
+        # The shift x of the dual that makes both totals one: P exp(x / (rho + reg)) = Q exp(-x / rho).
+        log_rows = total.log().item() + self._rows_at
+        log_mass = (rho * log_columns.item() + (rho + reg) * log_rows) / (2 * rho + reg)
+        value = -(2 * rho / reg + 1) * log_mass  # the dual falls as the mass grows
+        return State(g, y, v, u, p, q, c, (c - q).abs().sum().item(), value, log_mass)
+
+    def hessian(self, state: State, x: Tensor) -> Tensor:
+        """(diag(c + reg/rho q) - k Tᵀ diag(1/p) T) x, (m,) -> (m,): one pass."""
+        self.passes += 1
+        vx, weight = state.v * x, self._weight(state)  # (m,), (n,)
+        inner = x.new_zeros(x.shape)  # (m,)
+        for rows, kernel in self.parts():
+            inner.addmv_(kernel.t(), (kernel @ vx).mul_(weight[rows]))
+        return self._hessian_plus(state) * x - state.v * inner
+
+    def hessian_diagonal(self, state: State) -> Tensor:
+        """Its diagonal, kept away from 0; (m,): one pass."""
+        self.passes += 1
+        weight = self._weight(state)  # (n,)
+        inner = self.b.new_zeros(self.b.shape)  # (m,)
+        for rows, kernel in self.parts():
+            inner.addmv_(kernel.square().t(), weight[rows])
+        floor = (1e-4 * state.q).clamp_min_(tiny(state.q))
+        return (self._hessian_plus(state) - state.v.square() * inner).maximum(floor)
+
+    def _weight(self, state: State) -> Tensor:
+        """k u²/p, (n,)."""
+        weight = state.u * state.u / state.p.clamp_min(tiny(state.p))
+        return weight * self.damping
+
+    def _hessian_plus(self, state: State) -> Tensor:
+        """c + reg/rho q, (m,)."""
+        return state.c if self.penalty == math.inf else state.c + (self.reg / self.penalty) * state.q
+
+    def support(self, state: State, stride: int) -> float:
+        """Effective support of the plan, by every ``stride``-th column."""
+        return effective_support(k[:, ::stride] * state.u[rows].unsqueeze(1) for rows, k in self.parts())
+
+    def mean_rows(self, state: State, y: Tensor) -> Tensor:
+        """The entropic map: every row's mean of the y it goes to, (m, d) -> (n, d). One pass."""
+        self.passes += 1
+        weighted, means = state.v.unsqueeze(1) * y, y.new_empty(self.shape[0], y.shape[1])  # (m, d), (n, d)
+        for rows, kernel in self.parts():
+            means[rows] = (kernel @ weighted) / (kernel @ state.v).unsqueeze(1)
+        return means
+
+    def plan(self, state: State) -> Coupling:
+        """T of total mass 1 with exact columns; a stored kernel becomes the plan, and is gone."""
+        if self.penalty == math.inf:
+            # A column that underflow left without mass, possible only when the passes ran out, stays as it is.
+            lost = state.c < 1e-20 * self.b
+            v = state.v * (self.b / state.c.where(~lost, self.b))
+        else:
+            lost = (state.q < _LOST * self.b) | (state.c < _LOST * self.b)
+            v = (state.v * (state.q / state.c.where(~lost, 1))).masked_fill_(lost, 0)
+
+        def scale(kernel: Tensor, rows: slice) -> None:
+            for part in row_blocks(*kernel.shape):
+                kernel[part] *= state.u[rows][part].unsqueeze(1)
+                kernel[part] *= v
+
+        if self.matrix is not None:
+            scale(self.matrix, slice(None))
+            return Coupling(self.matrix)
+
+        problem, g, reg = self.problem, self.g, self.reg
+
+        def make() -> Iterator[tuple[slice, Tensor]]:
+            for block, cost in problem.blocks():
+                kernel = _softmax(cost, g, reg)  # (r, m)
+                scale(kernel, block)
+                yield block, kernel
+
+        return LazyCoupling(self.shape, make)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The kernel in row blocks that fit the cache; the same blocks whether it is stored or made again."""
+        if self.matrix is not None:
+            for block in product_blocks(*self.shape):
+                for part in row_blocks(block.stop - block.start, self.shape[1]):
+                    rows = slice(block.start + part.start, block.start + part.stop)
+                    yield rows, self.matrix[rows]
+            return
+        for block, cost in self.problem.blocks():
+            for part in row_blocks(*cost.shape):
+                rows = slice(block.start + part.start, block.start + part.stop)
+                yield rows, self._softmax(cost[part])
+
+    def _softmax(self, cost: Tensor, out: Tensor | None = None) -> Tensor:
+        return _softmax(cost, self.g, self.reg, out)
+
+
+def _softmax(cost: Tensor, g: Tensor, reg: float, out: Tensor | None = None) -> Tensor:
+    """softmax_rows((g - C)/reg) of some rows, (r, m)."""
+    import torch
+
+    out = torch.empty_like(cost) if out is None else out
+    for part in row_blocks(*cost.shape):
+        out[part] = torch.softmax((g - cost[part]).mul_(1 / reg), dim=1)
+    return out
+
+
+def tiny(x: Tensor) -> float:
+    """The smallest normal number of its dtype."""
+    import torch
+
+    return torch.finfo(x.dtype).tiny
