@@ -15,6 +15,7 @@ from .discover import plugins
 from .method import Block, CopyOf, Made, MergeMethod, Parameter, TensorTask, as_number
 from .ot.costs import COST_SCALES, COSTS
 from .ot.problem import SolverOptions
+from .ot.solvers.progot import SCHEDULES
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +72,13 @@ ALIGNMENT = (
     _block("effective_support", "number", 2.0, "reg auto: rows of A that a row of B is made of", minimum=1),
     _block("max_iterations", "integer", 10_000, "of the solver", minimum=1),
     _block("tolerance", "number", 1e-4, "L1 error of the plan's marginals", minimum=0),
+    _block("progot_steps", "integer", 8, "stages of solver progot", minimum=1),
+    _block("progot_schedule", "choice", "linear", "step sizes of progot", choices=tuple(SCHEDULES)),
+    _block("marginal_penalty", "number", 1.0, "solver unbalanced: weight of the marginals, in units of the mean cost",
+           minimum=0),
     _block("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
 )  # fmt: skip
+_SOLVER = ("max_iterations", "tolerance", "progot_steps", "progot_schedule", "marginal_penalty")
 _DIRECT = ("alignment", "plan_scale", "cost", "unit_rows", "cost_scale", "solver", "compute_dtype")
 
 
@@ -89,10 +95,9 @@ def align_options(
     """
     solver = SolverOptions(
         reg=values["reg"],
-        max_iterations=values["max_iterations"],
-        tolerance=values["tolerance"],
         target_support=values["effective_support"],
         memory=memory,
+        **{key: values[key] for key in _SOLVER},
     )
     return AlignOptions(
         symmetry=frozenset(values["symmetry"]),
