@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-#: Elements of one row block in element-wise passes over an n x m matrix: 2 MiB of float32, which stays in the cache.
-BLOCK_ELEMENTS = 1 << 19
+#: Elements of one row block in element-wise passes over an n x m matrix: 8 MiB of float32.
+BLOCK_ELEMENTS = 1 << 21
 #: Elements of one row block in matrix products: 32 MiB of float32.
 PRODUCT_ELEMENTS = 1 << 23
 

@@ -217,17 +217,12 @@ class Kernel:
         return LazyCoupling(self.shape, make)
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """The kernel in row blocks that fit the cache; the same blocks whether it is stored or made again."""
+        """The kernel in row blocks; the same blocks whether it is stored or made again. Blocks that fit the cache would
+        save a read each, but cost a meeting of all threads each, which is dear on a busy machine."""
         if self.matrix is not None:
-            for block in product_blocks(*self.shape):
-                for part in row_blocks(block.stop - block.start, self.shape[1]):
-                    rows = slice(block.start + part.start, block.start + part.stop)
-                    yield rows, self.matrix[rows]
-            return
-        for block, cost in self.problem.blocks():
-            for part in row_blocks(*cost.shape):
-                rows = slice(block.start + part.start, block.start + part.stop)
-                yield rows, self._softmax(cost[part])
+            yield from ((rows, self.matrix[rows]) for rows in product_blocks(*self.shape))
+        else:
+            yield from ((rows, self._softmax(cost)) for rows, cost in self.problem.blocks())
 
     def _softmax(self, cost: Tensor, out: Tensor | None = None) -> Tensor:
         return _softmax(cost, self.g, self.reg, out)
