@@ -108,7 +108,7 @@ def main() -> None:
 def plans_of(out: Path) -> list[dict]:
     """The diagnostics of every plan of a finished output."""
     record = json.loads((out / "deus_merge.json").read_text())
-    return [d for layer in record["layers"] for d in layer["diagnostics"]]
+    return [d for layer in record["layers"] for d in layer["diagnostics"] if "marginal_error" in d]
 
 
 def plain_way(base: str, out: str) -> None:

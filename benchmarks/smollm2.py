@@ -16,7 +16,6 @@ from common import table as text_table
 from ot_fuse_memory import plans_of
 
 PRESETS = ("opt_deus", "opt_deus_paper")
-ROLES = ("q", "k", "v", "o", "gate", "up")
 
 
 def main() -> None:
@@ -78,13 +77,13 @@ def _details(runs: dict[str, list[Run]], plans: dict[str, list[dict]]) -> dict:
     details: dict = {name: spread(r) for name, r in runs.items() if r}
     rows = []
     for preset in PRESETS:
-        for role in ROLES:
+        for role in dict.fromkeys(p["role"] for p in plans[preset]):
             of_role = [p for p in plans[preset] if p["role"] == role]
             told = {
                 "iterations": median([p["iterations"] for p in of_role]),
                 "most": max(p["iterations"] for p in of_role),
                 "seconds": sum(p["seconds"] for p in of_role),
-                "reg": median([p["reg"] for p in of_role]),
+                "reg": median([p["reg"] or 0 for p in of_role]),
                 "support": median([p["effective_support"] for p in of_role]),
                 "marginal_error": _worst(of_role),
             }

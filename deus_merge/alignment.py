@@ -58,7 +58,7 @@ def _block(name: str, kind: str, default: object, help: str, **more) -> Paramete
 
 ALIGNMENT = (
     _block("alignment", "choice", "symmetry", "how A is brought to B: by symmetries that keep A's function, by the"
-           " paper's plans, or not at all", choices=ALIGNMENTS),
+           " paper's plans, or not at all", choices=tuple(ALIGNMENTS)),
     _block("symmetry", "other", STEPS, "steps of alignment symmetry", parse=parse_steps),
     _block("plan_scale", "choice", "barycentric", "weighted means of rows, or the coupling as it is",
            choices=("barycentric", "coupling")),

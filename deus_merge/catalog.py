@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .align.options import ALIGNMENTS
 from .architecture import families
 from .discover import plugins
 from .presets import PRESETS
@@ -13,6 +14,7 @@ def catalog() -> dict[str, dict[str, dict]]:
     solvers = plugins("deus_merge.ot.solvers", "SOLVER")
     return {
         "methods": {n: _method(m) for n, m in methods().items()},
+        "alignments": {n: {"summary": summary, "reference": ref} for n, (summary, ref) in ALIGNMENTS.items()},
         "solvers": {n: {"summary": s.summary, "reference": s.reference} for n, s in solvers.items()},
         "families": {
             n: {

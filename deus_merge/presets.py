@@ -41,7 +41,12 @@ _FLOW = {"alignment": "transport_flow", "unit_rows": False, "cost_scale": "none"
 _PLAIN = {"alignment": "none", "restore_norm": "none"}
 
 PRESETS: Mapping[str, Preset] = {
-    "opt_deus": Preset("two neighbours aligned by transport and fused: our best settings", _PAPER, True, "top_half"),
+    "opt_deus": Preset(
+        "two neighbours fused after one was aligned by symmetries that keep its function: our best settings",
+        _PAPER,
+        True,
+        "top_half",
+    ),
     "opt_deus_paper": Preset(
         "as the paper's text: barycentric plans, reg 0.06, cost as it is, stable solver",
         _PAPER,

@@ -107,6 +107,7 @@ def test_every_method_takes_aligned_sources(run, tmp_path, method, align):
         other = make_model(tmp_path / "other2", seed=7, layers=2)
     if method == "passthrough":
         return
+    models = (base, other, other) if method in ("model_stock", "nuslerp") else (base, other)  # two beside the base
     parameters = {"slerp": "t: 0.4", "nuslerp": "weight: 0.5", "nearswap": "t: 0.01"}.get(method, "weight: 1.0")
     head = f"base_model: {base}\nmerge_method: {method}\nparameters: {{{parameters}}}\n"
     if "weight" in parameters and not any(p.name == "weight" for p in methods()[method].parameters):
@@ -114,7 +115,7 @@ def test_every_method_takes_aligned_sources(run, tmp_path, method, align):
     text = (
         head
         + f"slices:\n  - align: {align}\n    sources:\n"
-        + "".join(f"      - {{model: {m}, layer_range: [0, 2]}}\n" for m in (base, other))
+        + "".join(f"      - {{model: {m}, layer_range: [0, 2]}}\n" for m in models)
     )
     run("merge", write_recipe(tmp_path / "r.yml", text), tmp_path / "out")
     load(tmp_path / "out")
@@ -212,7 +213,8 @@ BAD = {
     "coupling": (fuse("plan_scale: coupling"), "belongs to alignment: transport_flow"),
     "solver": (fuse("solver: simplex"), "sinkhorn"),
     "undescribed": (
-        "merge_method: linear\nalign: symmetry\nmodels: [{model: strange}, {model: strange2}]\n", "align (line 2)",
+        "merge_method: linear\nalign: symmetry\nmodels: [{model: strange}, {model: strange2}]\n"
+        "parameters: {weight: 1}\n", "align (line 2)",
         "nobody described what",
     ),
     "heads that do not divide": (fuse("", "undivided"), "3 query heads do not divide among 2 key-value heads"),

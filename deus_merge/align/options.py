@@ -11,8 +11,18 @@ from ..discover import plugins
 from ..errors import SolverError, nearest
 from ..ot.problem import SolverOptions
 
-#: The alignments a recipe can name.
-ALIGNMENTS = ("symmetry", "transport_flow", "none")
+#: The alignments a recipe can name: name -> (summary, reference).
+ALIGNMENTS = {
+    "symmetry": (
+        "neurons and heads permuted, value and rotary spaces turned: A comes close to B and computes what A computes",
+        "this project; the idea: Singh and Jaggi, arXiv 1910.05653, and Ainsworth et al., arXiv 2209.04836",
+    ),
+    "transport_flow": (
+        "a transport plan for every matrix by itself, input sides follow the plans of the residual stream",
+        "Cao, Wang, Aletras, arXiv 2508.08011",
+    ),
+    "none": ("as it stands", "baseline"),
+}
 #: The steps of ``symmetry``, in the order they are taken.
 STEPS = ("neurons", "heads", "values", "rotary")
 
@@ -59,7 +69,7 @@ class AlignOptions:
 
     def __post_init__(self) -> None:
         choices = {
-            "alignment": ALIGNMENTS,
+            "alignment": tuple(ALIGNMENTS),
             "plan_scale": ("barycentric", "coupling"),
             "match": ("full", "partial"),
             "restore_norm": ("none", "row", "tensor"),
