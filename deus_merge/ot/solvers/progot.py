@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 _DEFAULTS = SolverOptions()
 _FIRST = 1 / 20  # reg of the first stage, in mean squared distances
-_STAGE_ERROR = 1e-3  # L1 marginal error of the stages before the last
+_STAGE_ERROR = 10.0  # L1 marginal error of the stages before the last, in tolerances
+_SELF_ERROR = 1e-3  # and of self-transport
 _SAMPLE = 1024  # rows of y that choose the reg
 _BLUR = 0.01  # how far from the identity the self-transport of y may be
 _HALVINGS = 20
@@ -90,7 +91,7 @@ class ProgOT:
         for now, then in pairwise([*times, None]):
             reg = last if then is None else first + (last - first) * now / times[-1]
             g = anneal(kernel, g, level, reg, options.tolerance)
-            state = solve_level(kernel, g, reg, 0.95 * options.tolerance if then is None else _STAGE_ERROR)
+            state = solve_level(kernel, g, reg, (0.95 if then is None else _STAGE_ERROR) * options.tolerance)
             if then is not None:
                 alpha = (then - now) / (1 - now)
                 x = x + alpha * (kernel.mean_rows(state, y) - x)  # (n, d)
@@ -126,8 +127,8 @@ def _self_transport_reg(y: Tensor, b: Tensor, kernel: Kernel) -> float:
     reg = _FIRST * mean or 1.0
     g, level = spread(problem)
     for _ in range(_HALVINGS):
-        g = anneal(inner, g, level, reg, _STAGE_ERROR)
-        state = solve_level(inner, g, reg, _STAGE_ERROR)
+        g = anneal(inner, g, level, reg, _SELF_ERROR)
+        state = solve_level(inner, g, reg, _SELF_ERROR)
         off = (inner.mean_rows(state, y) - y).square().sum(1)  # (m,)
         if b.dot(off).item() <= _BLUR**2 * mean / 2 or inner.spent:
             break
