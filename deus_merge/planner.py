@@ -177,10 +177,11 @@ class _Planner:
             self._report_types(title, block_sources)
 
     def _outside(self, title: str, part: str, piece: OutputSlice, position: float) -> None:
-        """Embeddings follow the first slice, final norm and head the last, if these merge several models; otherwise
-        they are the donor's."""
+        """Embeddings follow the first slice, final norm and head the last, if these merge several models, or are the
+        donor's layers; otherwise they are the donor's, copied."""
         refs = list(dict.fromkeys(s.model for s in piece.sources))
-        merges = len(refs) > 1 and not methods()[piece.merge_method].inserts
+        own = len(piece.sources) == 1 and refs == [self.recipe.donor]
+        merges = (own or len(refs) > 1) and not methods()[piece.merge_method].inserts
         donor = SliceSource(self.recipe.donor, place=piece.place)
         if merges:
             sources = tuple(next(s for s in piece.sources if s.model == ref) for ref in refs)

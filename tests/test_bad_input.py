@@ -31,11 +31,11 @@ def source(keys: str, method: str = PASS) -> str:
     return f"{method}slices:\n  - sources:\n      - {{{keys}}}\n"
 
 
-def pair(one: str, other: str, method: str = "slerp") -> str:
+def pair(one: str, other: str, method: str = "karcher") -> str:
     return f"merge_method: {method}\nslices:\n  - sources:\n      - {{{one}}}\n      - {{{other}}}\n"
 
 
-def models(*names: str, method: str = "linear") -> str:
+def models(*names: str, method: str = "karcher") -> str:
     return f"merge_method: {method}\nmodels:\n" + "".join(f"  - model: {name}\n" for name in names)
 
 
@@ -66,7 +66,7 @@ RECIPES = {
     "empty file": ("", "recipe.yml: there is nothing in it"),
     "only a comment": ("# later\n", "there is nothing in it"),
     "a list": ("- base\n- other\n", "recipe.yml (line 1): must be a recipe", "key: value pairs", "['base', 'other']"),
-    "text": ("hello\n", "(line 1): must be a recipe", "with the keys align, base_model", "got:      'hello'"),
+    "text": ("hello\n", "(line 1): must be a recipe", "the keys align, base_model", "got:      'hello'"),
     "not utf-8": (b"merge_method: passthrough # \xe9\n", "recipe.yml: the recipe cannot be read: not UTF-8 text"),
     "nul byte": (b"merge_method: a\0\n", "not valid YAML", "unacceptable character #x0000"),
     "tab": ("slices:\n\t- sources: []\n", "(line 2): not valid YAML", "hint:     indent with spaces, not tabs"),
@@ -100,7 +100,7 @@ RECIPES = {
     "both forms": (f"{PASS}{SLICE}models: [{{model: base}}]\n", "exactly one of slices, models", "slices, models"),
     "slices a mapping": (f"{PASS}slices:\n  sources: []\n", "slices (line 3): must be a list of slices"),
     "slices empty": (f"{PASS}slices:\n", "slices (line 2): must be a list of slices", "got:      nothing"),
-    "slice a name": (f"{PASS}slices: [base]\n", "slices[0] (line 2): must be a slice", "with the keys align, base_model"),
+    "slice a name": (f"{PASS}slices: [base]\n", "slices[0] (line 2): must be a slice", "the keys align, base_model"),
     "no sources": (f"{PASS}slices:\n  - parameters: {{}}\n", "slices[0] (line 3): a slice needs sources", "model: ..."),
     "sources empty": (f"{PASS}slices:\n  - sources: []\n", "slices[0].sources (line 3): must be a list of sources"),
     "source a name": (f"{PASS}slices:\n  - sources: [base]\n", "slices[0].sources[0] (line 3): must be a source"),
@@ -109,7 +109,7 @@ RECIPES = {
     "method": (f"merge_method: passthru\n{SLICE}", "merge_method (line 1): unknown merge method", "'passthrough'?"),
     "method of a slice": ("slices:\n  - merge_method: otfuse\n    sources: [{model: base}]\n",
                           "slices[0].merge_method (line 2): unknown merge method", "did you mean 'ot_fuse'?"),
-    "method a list": (f"merge_method: [linear]\n{SLICE}", "merge_method (line 1)", "linear | ot_fuse", "['linear']"),
+    "method a list": (f"merge_method: [linear]\n{SLICE}", "merge_method (line 1)", "linear | model", "['linear']"),
     "dtype": (f"{PASS}{SLICE}dtype: bflot16\n", "dtype (line 5): unknown dtype", "did you mean 'bfloat16'?"),
     "out_dtype": (f"{PASS}{SLICE}out_dtype: int8\n", "out_dtype (line 5)", "float64 | float32 | float16 | bfloat16"),
     "dtype a number": (f"{PASS}{SLICE}dtype: 16\n", "dtype (line 5): wrong value", "got:      16"),
@@ -135,14 +135,14 @@ RECIPES = {
     "parameter": (source("model: base, parameters: {scal: 1}"), "sources[0].parameters.scal (line 4): passthrough has"
                   " no parameter 'scal' of a source", "did you mean 'scale'?"),
     "another's parameter": (f"{PASS}{SLICE}parameters: {{t: 1}}\n", "parameters.t (line 5): passthrough has no"),
-    "slice's parameter": (pair("model: base, parameters: {t: 1}", "model: other"),
+    "slice's parameter": (pair("model: base, parameters: {t: 1}", "model: other", "slerp"),
                           "slices[0].sources[0].parameters.t (line 4)", "t is a parameter of the whole slice"),
     "parameters a list": (f"{PASS}{SLICE}parameters: [scale]\n", "parameters (line 5): must be a mapping of"),
     "number": (scale("big"), "parameters.scale (line 6): not a value of scale", "a number", "got:      'big'"),
     "true": (scale("true"), "parameters.scale (line 6)", "expected: a number", "got:      true"),
     "infinity": (scale("1e999"), "parameters.scale (line 6): not a value of scale", "'1e999'"),
     "gradient with a word": (scale("[0, half, 1]"), "parameters.scale[1] (line 6): a gradient is a list of numbers"),
-    "gradient of a boolean": (f"{models('base')}parameters: {{normalize: [0, 1]}}\n",
+    "gradient of a boolean": (f"{models('base', method='linear')}parameters: {{normalize: [0, 1]}}\n",
                               "parameters.normalize (line 4): normalize takes no gradient", "true or false"),
     "filter without value": (scale("[{filter: mlp}, {value: 1}]"), "parameters.scale[0] (line 6): a filter entry needs",
                              "value: ...", "{filter: 'mlp'}"),
@@ -219,7 +219,7 @@ RECIPES = {
     "ot_fuse of three": (models("base", "other", "other", method="ot_fuse"), "ot_fuse takes one source", "not 3"),
     "no gap": (source("model: base, layer_range: [1, 2]", "merge_method: ot_fuse\n"),
                "slices[0].sources[0] (line 4): a single layer has no gap for ot_fuse", "at least two layers"),
-    "foreign base": (pair("model: base", "model: other") + "base_model: deep\n",
+    "foreign base": (pair("model: base", "model: other", "slerp") + "base_model: deep\n",
                      "base_model (line 6): slerp starts from the base model, but no source", "base or other", "'deep'"),
     "other shapes": (models("base", "wide"), "models[1] (line 4): models do not match", "as layer 0 of base",
                      "layer 0 of wide has gate [64, 32], not [48, 32]"),

@@ -139,6 +139,7 @@ slices:
   - sources: [{{model: {tmp_path / "a"}, layer_range: [0, 2]}}, {{model: {tmp_path / "b"}, layer_range: [0, 2]}}]
   - merge_method: passthrough
     sources: [{{model: {tmp_path / "b"}, layer_range: [1, 3]}}]
+parameters: {{weight: 1}}
 """,
     )
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")

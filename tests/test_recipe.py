@@ -392,5 +392,6 @@ def test_sources_with_and_without_a_range(base):
     if not deep.exists():
         make_model(deep, layers=6)
     text = f"merge_method: linear\nslices:\n  - sources: [{{model: {base}}}, {{model: {deep}, layer_range: [1, 5]}}]\n"
+    text += "parameters: {weight: 1}\n"
     plan = api.plan(parse_recipe(text))
     assert [[s["layer"] for s in layer["sources"]] for layer in plan.layer_map()] == [[i, i + 1] for i in range(4)]

@@ -120,6 +120,11 @@ def others(task: TensorTask) -> list[int]:
     return [i for i in range(len(task.source_parameters)) if i != task.base]
 
 
+def row_length(shape: tuple[int, ...]) -> int:
+    """How many elements stand under one index of the first axis; a vector is one row."""
+    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+
 def total(values: torch.Tensor) -> torch.Tensor:
     """The sum of a vector (m,), a float64 scalar: by rows, so that it does not depend on the number of threads."""
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..method import Compute, CopyOf, Parameter
+from ..method import REQUIRED, Compute, CopyOf, Parameter
 from ._pieces import PieceMethod, weighted_sum
 
 
@@ -12,8 +12,9 @@ class Linear(PieceMethod):
     name = "linear"
     summary = "weighted mean (or sum) of the sources"
     reference = "Wortsman et al., Model soups, arXiv 2203.05482"
+    adds_base = True
     parameters = (
-        Parameter("weight", "number", 1.0, "weight of a source", scope="source"),
+        Parameter("weight", "number", REQUIRED, "weight of a source", scope="source"),
         Parameter("normalize", "boolean", True, "divide by the sum of the weights"),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..method import Parameter
+from ..method import REQUIRED, Parameter
 from ._pieces import PieceMethod
 from ._spans import combined, gram
 
@@ -18,7 +18,7 @@ class Slerp(PieceMethod):
     reference = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
     adds_base = True
     base = "optional"
-    parameters = (Parameter("t", "number", 0.5, "0 gives the base model, 1 the other source"),)
+    parameters = (Parameter("t", "number", REQUIRED, "0 gives the base model, 1 the other source"),)
 
     def check(self, tasks, sources):
         return None if sources == 2 else f"slerp takes exactly two models, not {sources}"

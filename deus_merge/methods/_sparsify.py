@@ -1,0 +1,144 @@
+"""Which elements of a task vector are kept: by magnitude, by chance, or by both.
+
+A choice is made once for a whole task vector δ. `Begin` starts a pass over it: it gives a function that is called with
+one run of δ after another and answers with the elements to keep, bool, (m,). Every pass keeps the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ._pieces import Pieces, total
+from ._random import Draws
+from ._ranks import cuts, keys
+
+if TYPE_CHECKING:
+    import torch
+
+Begin = Callable[[], "Callable[[torch.Tensor], torch.Tensor]"]
+_TINY = 1e-7  # sums at most this large are not scaled
+
+
+def largest(pieces: Pieces, source: int, density: float) -> Begin | None:
+    """The ``density`` of δ with the largest magnitudes, at least one of them; among equals the first.
+
+    Reference: Yadav et al., TIES-Merging, arXiv 2306.01708, section 3.1.
+
+    Returns:
+        None for all of them.
+    """
+    if density >= 1 or density <= 0:
+        return None if density >= 1 else _nothing
+    count = max(1, int(density * pieces.numel))
+    (cut,) = cuts(lambda: _keys(pieces, source, descending=True), [count])
+
+    def begin():
+        below = cut.begin()
+        return lambda delta: below(keys(delta, descending=True))
+
+    return begin
+
+
+def middling(pieces: Pieces, source: int, density: float, gamma: float) -> Begin | None:
+    """The ``density`` of δ with the largest magnitudes when the ``gamma`` of the very largest are left out.
+
+    Where that leaves too few, fewer outliers are left out.
+
+    Reference: Davari, Belilovsky, Model Breadcrumbs, arXiv 2312.06795, section 3.
+
+    Returns:
+        None for all of them.
+    """
+    if density >= 1 or density <= 0:
+        return None if density >= 1 else _nothing
+    count = int(density * pieces.numel)
+    first = max(0, pieces.numel - count - int(gamma * pieces.numel))
+    small, rest = cuts(lambda: _keys(pieces, source), [first, first + count])
+
+    def begin():
+        too_small, small_enough = small.begin(), rest.begin()
+
+        def kept(delta: torch.Tensor) -> torch.Tensor:
+            run = keys(delta)  # (m,)
+            return small_enough(run) & ~too_small(run)
+
+        return kept
+
+    return begin
+
+
+def by_chance(pieces: Pieces, source: int, density: float) -> Begin | None:
+    """Each element with probability ``density``.
+
+    Reference: Yu et al., DARE, arXiv 2311.03099, section 3.2.
+
+    Returns:
+        None for all of them.
+    """
+    if density >= 1 or density <= 0:
+        return None if density >= 1 else _nothing
+
+    def begin():
+        draws = Draws(pieces.block.generator(pieces.task, source))
+        return lambda delta: draws.coins(density, len(delta))
+
+    return begin
+
+
+def by_ranked_chance(pieces: Pieces, source: int, density: float, epsilon: float) -> Begin | None:
+    """Each element with a probability that rises with the rank of its magnitude in its row.
+
+    From ``density - epsilon`` for a row's smallest to ``density + epsilon`` for its largest, in equal steps. Rows are
+    along the second axis; a vector is one row. Runs must hold whole rows: see `_pieces.row_length`.
+
+    Reference: Deep et al., DELLA-Merging, arXiv 2406.11617, section 3.1.
+
+    Returns:
+        None for all of them.
+    """
+    if density >= 1 or density <= 0:
+        return None if density >= 1 else _nothing
+    shape = pieces.task.shape if len(pieces.task.shape) > 1 else (1, pieces.numel)
+    length, inner = shape[1], math.prod(shape[2:])
+
+    def begin():
+        import torch
+
+        draws = Draws(pieces.block.generator(pieces.task, source))
+
+        def kept(delta: torch.Tensor) -> torch.Tensor:
+            magnitudes = delta.abs().view(-1, length, inner)  # (rows, length, inner)
+            order = magnitudes.argsort(dim=1, stable=True)  # (rows, length, inner)
+            rank = torch.linspace(-epsilon, epsilon, length) if length > 1 else torch.zeros(1)  # (length,)
+            chances = (density + rank).view(-1, 1).to(delta.device)  # (length, 1)
+            drawn = draws.uniform(tuple(order.shape)) < chances  # (rows, length, inner), by rank
+            return torch.empty_like(drawn).scatter_(1, order, drawn).view(-1)  # (m,)
+
+        return kept
+
+    return begin
+
+
+def restoring_factor(pieces: Pieces, source: int, begin: Begin | None) -> float:
+    """What the kept elements of δ must be multiplied with for the sum of magnitudes to be that of all of δ."""
+    if begin is None:
+        return 1.0
+    kept, before, after = begin(), 0.0, 0.0
+    for run in pieces.runs():
+        delta = pieces.delta(source, run)  # (m,)
+        mask = kept(delta)  # (m,)
+        delta.abs_()
+        before += float(total(delta))
+        after += float(total(delta.mul_(mask)))
+    return before / after if min(before, after) >= _TINY else 1.0
+
+
+def _keys(pieces: Pieces, source: int, *, descending: bool = False) -> Iterator[torch.Tensor]:
+    for run in pieces.runs():
+        yield keys(pieces.delta(source, run), descending=descending)
+
+
+def _nothing():
+    return lambda delta: delta != delta

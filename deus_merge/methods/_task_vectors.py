@@ -1,0 +1,122 @@
+"""Task arithmetic and what refines it: sums of sparsified task vectors, with or without a consensus about signs.
+
+With δ_i = x_i - b, s_i the sparsified δ_i and w_i the weights, the result is ``b + λ Σ w_i s_i / D``. With sign
+consensus an element's sum runs over those sources only whose w_i s_i has the sign of all of them added up. D is 1, or
+with ``normalize`` the sum of the weights that took part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ..method import REQUIRED, Compute, CopyOf, Parameter
+from ._pieces import PieceMethod, Pieces, others
+from ._sparsify import Begin, restoring_factor
+
+if TYPE_CHECKING:
+    import torch
+
+Kept = Callable[[int, slice], "torch.Tensor"]  # number of a source, run -> its sparsified task vector there, (m,)
+_BALANCED = 1e-8  # weights whose sum is at most this large are not divided by it
+
+
+class TaskVectorMethod(PieceMethod):
+    """One member of the family. Subclasses say how they sparsify and what their defaults are.
+
+    Attributes:
+        consensus: Whether signs are agreed upon.
+    """
+
+    adds_base = True
+    base = "required"
+    others = (0, None)
+    consensus = False
+
+    def sparsify(self, pieces: Pieces, source: int) -> Begin | None:
+        """Which elements of a source's task vector are kept; None for all."""
+        return None
+
+    def origin(self, task):
+        """Where nothing is added, the base model is copied."""
+        weights = [task.source_parameters[i]["weight"] for i in others(task)]
+        return CopyOf(task.base) if not any(weights) or task.parameters["lambda"] == 0 else Compute()
+
+    def make(self, pieces):
+        task = pieces.task
+        sources = [i for i in others(task) if task.source_parameters[i]["weight"] != 0]
+        weights = [task.source_parameters[i]["weight"] for i in sources]
+        begins = [self.sparsify(pieces, i) for i in sources]
+        scales = list(weights)
+        if task.parameters["rescale"]:
+            scales = [w * restoring_factor(pieces, i, b) for w, i, b in zip(weights, sources, begins, strict=True)]
+        masks = [begin() if begin else None for begin in begins]
+
+        def kept(j: int, run: slice) -> torch.Tensor:
+            delta = pieces.delta(sources[j], run)  # (m,)
+            return delta.mul_(masks[j](delta)) if masks[j] else delta
+
+        normalize, factor = task.parameters["normalize"], task.parameters["lambda"]
+        if self.consensus and len(sources) > 1:
+            return pieces.made(_agreed(pieces, kept, weights, scales, normalize, factor))
+        if normalize and (self.consensus or abs(sum(weights)) >= _BALANCED):
+            factor /= sum(weights)
+        return pieces.made(_added(pieces, kept, [scale * factor for scale in scales]))
+
+
+def family_parameters(*own: Parameter, normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
+    """The parameters of a member of the family.
+
+    Args:
+        own: Those that it alone has.
+        normalize, rescale: Its defaults.
+    """
+    return (
+        Parameter("weight", "number", REQUIRED, "weight of a source", scope="source"),
+        Parameter("density", "number", 1.0, "share of a task vector that is kept", "source", minimum=0, maximum=1),
+        *own,
+        Parameter("normalize", "boolean", normalize, "divide by the sum of the weights that took part"),
+        Parameter("rescale", "boolean", rescale, "bring what is kept of a task vector to the sum of magnitudes of all"),
+        Parameter("lambda", "number", 1.0, "factor on the merged task vector"),
+        Parameter("int8_mask", "boolean", False, "accepted for mergekit's sake: masks take no memory to speak of"),
+    )
+
+
+def _added(pieces: Pieces, kept: Kept, scales: Sequence[float]) -> Callable[[slice], torch.Tensor]:
+    """``b + Σ c_j s_j`` over a run, (m,)."""
+
+    def merge(run: slice) -> torch.Tensor:
+        result = pieces.own(pieces.base, run)  # (m,)
+        for j, scale in enumerate(scales):
+            result.add_(kept(j, run), alpha=scale)
+        return result
+
+    return merge
+
+
+def _agreed(
+    pieces: Pieces, kept: Kept, weights: Sequence[float], scales: Sequence[float], normalize: bool, factor: float
+) -> Callable[[slice], torch.Tensor]:
+    """``b + λ Σ c_j s_j / D`` over a run, (m,), of those c_j s_j with the sign of all added up (positive for 0).
+
+    Reference: Yadav et al., TIES-Merging, arXiv 2306.01708, sections 3.2 and 3.3.
+    """
+
+    def merge(run: slice) -> torch.Tensor:
+        vectors = [kept(j, run).mul_(scale) for j, scale in enumerate(scales)]  # (m,) each
+        sign = vectors[0].clone()
+        for vector in vectors[1:]:
+            sign.add_(vector)
+        sign = (sign >= 0).to(sign.dtype).mul_(2).sub_(1)  # (m,), 1 or -1
+        result = vectors[0].new_zeros(len(sign))  # (m,)
+        divisor = result.clone() if normalize else None  # (m,)
+        for vector, weight in zip(vectors, weights, strict=True):
+            vector.mul_(sign).clamp_(min=0)  # above 0 where the signs agree
+            result.add_(vector)
+            if normalize:
+                divisor.add_(vector > 0, alpha=weight)
+        if normalize:
+            result.div_(divisor.add_(divisor == 0))
+        return result.mul_(sign).mul_(factor).add_(pieces.source(pieces.base, run))
+
+    return merge

@@ -1,0 +1,39 @@
+"""Drop by magnitude and chance, then add."""
+
+from __future__ import annotations
+
+from ..method import Parameter
+from ._pieces import others, row_length
+from ._sparsify import by_ranked_chance
+from ._task_vectors import TaskVectorMethod, family_parameters
+
+_HELP = "how far a row's smallest and largest elements are from density in the probability of being kept"
+EPSILON = Parameter("epsilon", "number", 0.15, _HELP, "source", minimum=0, maximum=0.5)
+
+
+class DellaLinear(TaskVectorMethod):
+    name = "della_linear"
+    summary = "task vectors with random elements dropped, small ones more likely, added"
+    reference = "Deep et al., DELLA-Merging, arXiv 2406.11617"
+    parameters = family_parameters(EPSILON, normalize=False, rescale=True)
+
+    def check(self, tasks, sources):
+        for task in tasks:
+            for i in others(task):
+                density, epsilon = (task.source_parameters[i][name] for name in ("density", "epsilon"))
+                if 0 < density < 1 and epsilon >= min(density, 1 - density):
+                    return (
+                        f"epsilon: {self.name} keeps elements with probabilities of density ± epsilon, here"
+                        f" {density:g} ± {epsilon:g} for {task.name}: they must lie between 0 and 1"
+                    )
+        return None
+
+    def step(self, task):
+        return row_length(task.shape)
+
+    def sparsify(self, pieces, source):
+        parameters = pieces.task.source_parameters[source]
+        return by_ranked_chance(pieces, source, parameters["density"], parameters["epsilon"])
+
+
+METHOD = DellaLinear()

@@ -1,0 +1,30 @@
+"""RAM that makes up for averaging: the more of a source's changes are shared, the more its own ones count."""
+
+from __future__ import annotations
+
+from ..method import Parameter
+from .ram import EPSILON, Ram, changes
+
+
+class RamPlus(Ram):
+    name = "ramplus_tl"
+    summary = "ram, with what one source alone changed scaled up by how much of it is shared, tensor by tensor"
+    parameters = (
+        Parameter("r", "number", 0.1, "how strongly unshared changes are scaled up"),
+        Parameter("alpha", "number", 0.2, "most that the ratio of shared to unshared changes counts", minimum=0),
+        EPSILON,
+    )
+
+    def unique_factors(self, pieces):
+        """``1 + r min(ρ, alpha)``, where ρ is the number of shared changes over that of unshared ones."""
+        p = pieces.task.parameters
+        shared, unique = 0, 0
+        for run in pieces.runs():
+            _, changed, count = changes(pieces, run)  # ..., (s, m), (m,)
+            shared = shared + (changed & (count > 1)).sum(dim=1)  # (s,)
+            unique = unique + (changed & (count == 1)).sum(dim=1)  # (s,)
+        ratios = [a / max(b, p["epsilon"]) if a else 0.0 for a, b in zip(shared.tolist(), unique.tolist(), strict=True)]
+        return [1 + p["r"] * min(ratio, p["alpha"]) for ratio in ratios]
+
+
+METHOD = RamPlus()
