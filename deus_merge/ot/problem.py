@@ -132,6 +132,8 @@ class OTSolution:
         effective_support: Rows a column's mass comes from, mean of exp(entropy).
         mass: What the plan moves of a total of 1; less only where the marginals are relaxed. The coupling is divided
             by it.
+        gap: How far ``transport_cost`` can at most be above the optimum, relative to it: the duality gap, in float64.
+            None if not known.
     """
 
     coupling: Coupling
@@ -143,6 +145,7 @@ class OTSolution:
     reg: float | None
     effective_support: float
     mass: float = 1.0
+    gap: float | None = None
 
     @classmethod
     def of(
@@ -156,6 +159,7 @@ class OTSolution:
         reg: float | None = None,
         finished: bool = True,
         mass: float | None = None,
+        gap: float | None = None,
     ) -> OTSolution:
         """A coupling with its diagnostics measured.
 
@@ -175,6 +179,7 @@ class OTSolution:
             converged=finished and (mass is not None or error <= options.tolerance),
             reg=reg,
             mass=1.0 if mass is None else mass,
+            gap=gap,
         )
 
 
