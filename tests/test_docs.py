@@ -62,6 +62,19 @@ def test_readme_names_every_preset_and_package_part():
     assert [p for p in sorted(parts) if p not in tree] == []
 
 
+def test_page_for_mergekit_users_names_every_method_with_its_parameters():
+    from deus_merge.recipe import methods
+
+    page = (ROOT / "docs/coming-from-mergekit.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", page, re.MULTILINE))
+    assert rows.keys() == methods().keys()
+    task_vectors = page.split("Task vectors are")[1]
+    for name, method in methods().items():
+        row = rows[name] + (rows[alike[1]] if (alike := re.search(r"as `(\w+)`", rows[name])) else "")
+        known = row + task_vectors if "task vectors" in row else row
+        assert name == "ot_fuse" or [p.name for p in method.parameters if f"`{p.name}`" not in known] == []
+
+
 def test_command_line_page_is_up_to_date():
     page = runpy.run_path(str(ROOT / "docs/make_cli.py"))
     assert page["PAGE"].read_text(encoding="utf-8") == page["render"](), "run: python docs/make_cli.py"
