@@ -208,8 +208,8 @@ def test_planted_permutation_is_recovered(run, tmp_path):
         order = torch.randperm(len(b), generator=generator)
         tensors[f"model.layers.0.{role}.weight"] = b[order].clone()
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    run("upscale", base, tmp_path / "out", "--insert", "all", "-p", "alignment=transport_flow", "-p", "reg=0.001", "-p", "restore_norm=none", "-p",
-        "zero_init=[down]")  # fmt: skip
+    run("upscale", base, tmp_path / "out", "--insert", "all", "-p", "alignment=transport_flow", "-p", "reg=0.001", "-p",
+        "restore_norm=none", "-p", "zero_init=[down]")  # fmt: skip
     ours = weights(tmp_path / "out")
     for role in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
         close(ours[f"model.layers.1.{role}.weight"], ours[f"model.layers.2.{role}.weight"].double())
