@@ -1,0 +1,234 @@
+"""The dense side of exact assignment: passes over the cost that find potentials, a few edges, and proofs.
+
+With potentials f (n,) of rows and g (n,) of columns the *reduced cost* of an edge is ``C[i, j] - f_i - g_j``. Potentials
+change the order of no two matchings, and edges of large reduced cost are in no optimal one. Good potentials come from
+a few entropic (Sinkhorn) steps at a falling reg. They need not be exact: what they prune is proved afterwards, because
+a matching is optimal if some potentials price all its edges at 0 and no edge below.
+
+A pass reads the cost once, in row blocks that fit the cache, on its own device. Only the few edges go to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..coupling import row_blocks
+from ._semidual import tiny
+from ._steps import spread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy import ndarray
+    from torch import Tensor
+
+    from ..problem import OTProblem
+
+_NEAREST = 12  # edges of least reduced cost that are kept a row, and a column; a few more by the way they are found
+_CROWD = 8 * _NEAREST  # edges a row above which those at the threshold, ties, are thinned
+_WORST = 8  # edges priced below 0 that are taken a row
+_BUCKET = 64  # columns whose minimum stands for them while few of many are looked for
+_GROUPS = 128  # of rows, likewise
+_FLOOR = -80.0  # exponents below are as good as this one: e^-80 is a normal number, and denormal ones are slow
+_LEVELS = 24  # of reg, at most
+_SHARP = 2.5  # reg is small enough where four in five rows have a softmax over no more columns than this,
+_STEADY = 0.97  # or where the number of columns falls no more: ties
+
+
+class Edges(NamedTuple):
+    """Some entries of the cost, on the host: ``cost[k]`` is the one at ``rows[k], columns[k]``."""
+
+    rows: ndarray  # (q,) int64
+    columns: ndarray  # (q,) int64
+    cost: ndarray  # (q,) float64, exact
+
+
+class Passes:
+    """The passes over the cost of a square problem, which is read through `OTProblem.blocks` alone."""
+
+    def __init__(self, problem: OTProblem):
+        self.problem, self.n, self.count = problem, problem.cost.shape[0], 0
+        self._bucket = max(1, min(_BUCKET, self.n // 32))
+        self._buckets = -(-self.n // self._bucket)
+        self._scratch: Tensor | None = None
+
+    def potentials(self, factor: float, steps: int) -> Tensor:
+        """Column potentials (n,) from Sinkhorn steps: ``steps`` at each reg, which falls by ``factor``."""
+        g, reg = spread(self.problem)  # (n,)
+        self.count += 1
+        before = math.inf
+        for _ in range(_LEVELS):
+            reg *= factor
+            for _ in range(steps):
+                g, width, largest = self._sinkhorn_step(g, reg)
+            steady = _STEADY * before < width < self.n / 8
+            if width <= _SHARP or steady or reg < 8 * _epsilon(g) * largest:
+                break
+            before = width
+        return g
+
+    def _sinkhorn_step(self, g: Tensor, reg: float) -> tuple[Tensor, float, float]:
+        """g after a step; over how many columns four in five rows spread at most; the largest potential of a row."""
+        import torch
+
+        at, ones = g / reg, g.new_ones(self.n)  # (n,)
+        sums, tops, columns = torch.empty_like(g), torch.empty_like(g), torch.zeros_like(g)  # (n,)
+        for rows, cost, x in self._parts():
+            torch.add(at, cost, alpha=-1 / reg, out=x)  # (r, n)
+            tops[rows] = x.amax(1)
+            x.sub_(tops[rows].unsqueeze(1)).clamp_min_(_FLOOR).exp_()
+            sums[rows] = x @ ones
+            columns.addmv_(x.t(), 1 / sums[rows])
+        width = sums.kthvalue(math.ceil(0.8 * self.n)).values.item()
+        largest = tops.abs().max().item() * reg
+        return g - columns.clamp_min_(tiny(g)).log_().clamp_(-20, 20).mul_(reg), width, largest
+
+    def prune(self, g: Tensor) -> tuple[Tensor, Tensor, Edges]:
+        """Potentials that price no edge below 0 and some edge of every row and column at 0; the edges next to 0.
+
+        Three passes: f_i = min_j(C - g), then g_j = min_i(C - f), then the search for the edges.
+
+        Returns:
+            f, g: (n,), float64 on the device of the cost; exact to rounding of the cost's own dtype.
+            edges: About the nearest `_NEAREST` of every row and of every column.
+        """
+        import torch
+
+        f = torch.empty_like(g)  # (n,)
+        for rows, cost, x in self._parts():
+            f[rows] = torch.sub(cost, g, out=x).amin(1)
+        g, reach = self._nearest_rows(f)  # (n,), (n,)
+        found = []
+        limit = g + reach  # (n,): the edges a column keeps have C - f no greater
+        order = torch.arange(self.n, device=g.device)
+        for rows, cost, x in self._parts():
+            torch.sub(cost, g, out=x)
+            nearest = self._bucket_minima().kthvalue(min(_NEAREST, self._buckets)).values[: len(cost)]  # (r,)
+            r, s = self._at_most(nearest, len(cost))
+            torch.sub(cost, limit, out=x)
+            r2, s2 = self._at_most(f[rows], len(cost))
+            key = torch.cat([r * self.n + s, r2 * self.n + s2]).unique()
+            r, s = key // self.n, key % self.n  # (q,)
+            crowd = torch.bincount(r, minlength=len(cost))  # (r,)
+            if bool((crowd > _CROWD).any()):  # ties: every row keeps other ones, those next to the diagonal
+                window = self.n * _CROWD / crowd.clamp_min(1)  # (r,)
+                apart = (s - order[rows][r]) % self.n  # (q,)
+                keep = (cost[r, s] - g[s] < nearest[r]) | (apart < window[r])
+                r, s = r[keep], s[keep]
+            found.append((r + rows.start, s, cost[r, s].double()))
+        return f.double(), g.double(), _edges(found)
+
+    def _nearest_rows(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """g_j = min_i(C - f), and how far above it the nearest rows of the column go; both (n,)."""
+        import torch
+
+        minima = f.new_full((min(_GROUPS, self.n), self.n), math.inf)  # (groups, n)
+        for rows, cost, x in self._parts():
+            torch.sub(cost, f[rows].unsqueeze(1), out=x)
+            # Row i is in group i modulo their number, as far as parts have several rows.
+            for start in range(0, len(cost), len(minima)):
+                at = (rows.start + start) % len(minima)
+                piece = x[start : start + len(minima)]
+                head = piece[: len(minima) - at]
+                torch.minimum(minima[at : at + len(head)], head, out=minima[at : at + len(head)])
+                tail = piece[len(head) :]
+                torch.minimum(minima[: len(tail)], tail, out=minima[: len(tail)])
+        g = minima.amin(0)  # (n,)
+        return g, minima.kthvalue(min(_NEAREST, len(minima)), dim=0).values - g
+
+    def price(self, f: Tensor, g: Tensor) -> tuple[Tensor, Edges]:
+        """Every row's least ``C - g``, and the edges it prices below f.
+
+        What the cost's own dtype cannot tell from 0 is computed again in float64, so both are exact to its rounding.
+
+        Args:
+            f, g: (n,) float64. Some edge of every row is priced at 0.
+
+        Returns:
+            least: (n,) float64.
+            edges: The worst `_WORST` of every row.
+        """
+        import torch
+
+        low = g.to(self.problem.cost.dtype)  # (n,)
+        scale = (f.abs().max() + g.abs().max()).item()
+        # |C| is at most |f| + |g| + what it is off, so that some units of rounding of them bound all errors.
+        slack = 4 * _epsilon(low) * scale
+        least = f.clone()  # (n,)
+        found = []
+        for rows, cost, x in self._parts():
+            torch.sub(cost, low, out=x)
+            r, s = self._at_most((f[rows] + slack).to(x.dtype), len(cost))
+            value = cost[r, s].double() - g[s]  # (q,)
+            mine = f[rows]
+            least[rows] = mine.scatter_reduce(0, r, value, "amin", include_self=False)
+            reduced = value - mine[r]
+            bad = (reduced < -_negligible(scale)).nonzero().squeeze(1)
+            if len(bad):
+                bad = bad[_first_of_rows(r[bad], reduced[bad], _WORST)]
+                found.append((r[bad] + rows.start, s[bad], cost[r[bad], s[bad]].double()))
+        return least, _edges(found)
+
+    def entries(self, rows: Tensor, columns: Tensor) -> Edges:
+        """All edges between some rows and columns, (p,) and (q,) int64, the rows ascending."""
+        found = []
+        for block, cost, _ in self._parts():
+            r = rows[(rows >= block.start) & (rows < block.stop)]
+            if len(r):
+                values = cost[r - block.start][:, columns].double()  # (p, q)
+                found.append((r.repeat_interleave(len(columns)), columns.repeat(len(r)), values.flatten()))
+        return _edges(found)
+
+    def _at_most(self, limits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the first ``count`` rows' entries of the scratch that are at most the row's limit."""
+        x, minima = self._scratch.view(-1, self._bucket, self._buckets), self._bucket_minima()
+        r, k = (minima[:count] <= limits.unsqueeze(1)).nonzero().unbind(1)
+        inside = x[r, :, k] <= limits[r].unsqueeze(1)  # (q, bucket)
+        q, b = inside.nonzero().unbind(1)
+        return r[q], b * self._buckets + k[q]
+
+    def _bucket_minima(self) -> Tensor:
+        """Minima over every ``_buckets``-th entry of the scratch's rows, (r, buckets)."""
+        return self._scratch.view(-1, self._bucket, self._buckets).amin(1)
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """One pass: (rows, their cost (r, n), as much scratch). Past column n the scratch is infinite."""
+        self.count += 1
+        whole = self._bucket * self._buckets
+        for block, cost in self.problem.blocks():
+            for part in row_blocks(*cost.shape):
+                if self._scratch is None or len(self._scratch) < part.stop - part.start:
+                    self._scratch = cost.new_full((part.stop - part.start, whole), math.inf)
+                rows = slice(block.start + part.start, block.start + part.stop)
+                yield rows, cost[part], self._scratch[: part.stop - part.start, : self.n]
+
+
+def _first_of_rows(rows: Tensor, values: Tensor, count: int) -> Tensor:
+    """Where the ``count`` least values of every row are, (at most q,); rows (q,), values (q,)."""
+    import torch
+
+    order = values.argsort(stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    sorted_rows = rows[order]
+    rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(sorted_rows, sorted_rows)
+    return order[rank < count]
+
+
+def _edges(found: list[tuple[Tensor, Tensor, Tensor]]) -> Edges:
+    import numpy as np
+
+    if not found:
+        return Edges(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    return Edges(*(np.concatenate([one.cpu().numpy() for one in some]) for some in zip(*found, strict=True)))
+
+
+def _negligible(scale: float) -> float:
+    """What is 0 in sums of a few float64 numbers as large as ``scale``."""
+    return 4 * 2.0**-52 * scale
+
+
+def _epsilon(x: Tensor) -> float:
+    import torch
+
+    return torch.finfo(x.dtype).eps
