@@ -1,6 +1,6 @@
 """The dense side of exact assignment: passes over the cost that find potentials, a few edges, and proofs.
 
-With potentials f (n,) of rows and g (n,) of columns the *reduced cost* of an edge is ``C[i, j] - f_i - g_j``. Potentials
+With potentials f (n,) of rows and g (n,) of columns the *reduced cost* of an edge is ``C[i, j] - f_i - g_j``. They
 change the order of no two matchings, and edges of large reduced cost are in no optimal one. Good potentials come from
 a few entropic (Sinkhorn) steps at a falling reg. They need not be exact: what they prune is proved afterwards, because
 a matching is optimal if some potentials price all its edges at 0 and no edge below.
