@@ -98,7 +98,8 @@ class PointCost:
         return self._scale
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to."""
+        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to; good until the next one is asked for,
+        since blocks that are not kept are made in one place."""
         scale = self.scale
         for block, rows, new in self._raw():
             yield block, rows.div_(scale) if new and scale != 1 else rows
@@ -115,15 +116,19 @@ class PointCost:
 
     def _raw(self) -> Iterator[tuple[slice, Tensor, bool]]:
         """Row blocks as they are kept, or new and not yet scaled: (rows, (r, m), whether they are new)."""
-        used = sum(rows.nbytes for rows in self._kept.values())
+        used, scratch = sum(rows.nbytes for rows in self._kept.values()), None
         for block in product_blocks(*self.shape):
             rows = self._kept.get(block.start)
             new = rows is None
             if new:
-                rows = self._make(block)  # (r, m)
-                if used + rows.nbytes <= self._keep:
-                    self._kept[block.start] = rows
+                shape = block.stop - block.start, self.shape[1]
+                if used + shape[0] * shape[1] * self.dtype.itemsize <= self._keep:
+                    rows = self._kept[block.start] = self._norms[0].new_empty(shape)  # (r, m)
                     used += rows.nbytes
+                else:
+                    scratch = self._norms[0].new_empty(shape) if scratch is None else scratch[: shape[0]]
+                    rows = scratch
+                self._make(block, rows)
             yield block, rows, new
         if not self._keep_points and used == self.shape[0] * self.shape[1] * self.dtype.itemsize:
             self._points = self._centred = None
@@ -131,13 +136,13 @@ class PointCost:
     def _maximum(self) -> float:
         return max(rows.max().item() for _, rows, _ in self._raw())
 
-    def _make(self, block: slice) -> Tensor:
-        """The rows of one block before scaling, (r, m)."""
+    def _make(self, block: slice, cost: Tensor) -> None:
+        """Write the rows of one block before scaling into ``cost``, (r, m)."""
         import torch
 
         x, y = self._centred[0][block], self._centred[1]  # (r, d), (m, d)
         x2, y2 = self._norms[0][block], self._norms[1]  # (r,), (m,)
-        cost = x @ y.t()  # (r, m)
+        torch.mm(x, y.t(), out=cost)
         close, largest = _CLOSE[str(x.dtype)], y2.max()
         for part in row_blocks(*cost.shape):
             rows = cost[part]  # (p, m)
@@ -149,7 +154,6 @@ class PointCost:
                 rows.sqrt_()
             elif self.name == "cosine":
                 rows.mul_(0.5)
-        return cost
 
 
 def _recompute_close(rows: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> None:

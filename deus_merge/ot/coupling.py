@@ -52,7 +52,7 @@ class Coupling:
         return self._matrix
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """T in row blocks: (rows, (r, m))."""
+        """T in row blocks: (rows, (r, m)); good until the next one is asked for."""
         for block in product_blocks(*self.shape):
             yield block, self._matrix[block]
 
@@ -124,9 +124,11 @@ class LazyCoupling(Coupling):
     @property
     def matrix(self) -> Tensor:
         """T (n, m), formed now."""
-        import torch
-
-        return torch.cat([block for _, block in self.blocks()])
+        matrix = None
+        for rows, block in self.blocks():
+            matrix = block.new_empty(self.shape) if matrix is None else matrix  # (n, m)
+            matrix[rows] = block
+        return matrix
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         return self._make()

@@ -65,7 +65,7 @@ class OTProblem:
         return cls(cost, a, b)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to."""
+        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to; good until the next is asked for."""
         if isinstance(self.cost, PointCost):
             yield from self.cost.blocks()
         else:

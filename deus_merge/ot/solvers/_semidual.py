@@ -88,7 +88,7 @@ class Kernel:
         self.g, self.reg = g, reg
         if self.matrix is not None:
             for block, cost in self.problem.blocks():
-                self._softmax(cost, out=self.matrix[block])
+                _softmax(cost, g, reg, self.matrix[block])
         if self.penalty < math.inf:
             self._build_relaxed()
         return self.state(g, g.new_zeros(g.shape))
@@ -206,36 +206,44 @@ class Kernel:
             scale(self.matrix, slice(None))
             return Coupling(self.matrix)
 
+        import torch
+
         problem, g, reg = self.problem, self.g, self.reg
 
         def make() -> Iterator[tuple[slice, Tensor]]:
+            scratch = None
             for block, cost in problem.blocks():
-                kernel = _softmax(cost, g, reg)  # (r, m)
-                scale(kernel, block)
-                yield block, kernel
+                scratch = torch.empty_like(cost) if scratch is None else scratch[: len(cost)]
+                _softmax(cost, g, reg, scratch)
+                scale(scratch, block)
+                yield block, scratch
 
         return LazyCoupling(self.shape, make)
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The kernel in row blocks; the same blocks whether it is stored or made again. Blocks that fit the cache would
         save a read each, but cost a meeting of all threads each, which is dear on a busy machine."""
+        import torch
+
         if self.matrix is not None:
             yield from ((rows, self.matrix[rows]) for rows in product_blocks(*self.shape))
         else:
-            yield from ((rows, self._softmax(cost)) for rows, cost in self.problem.blocks())
+            scratch = None
+            for rows, cost in self.problem.blocks():
+                scratch = torch.empty_like(cost) if scratch is None else scratch[: len(cost)]
+                _softmax(cost, self.g, self.reg, scratch)
+                yield rows, scratch
 
-    def _softmax(self, cost: Tensor, out: Tensor | None = None) -> Tensor:
-        return _softmax(cost, self.g, self.reg, out)
 
-
-def _softmax(cost: Tensor, g: Tensor, reg: float, out: Tensor | None = None) -> Tensor:
+def _softmax(cost: Tensor, g: Tensor, reg: float, out: Tensor) -> None:
     """softmax_rows((g - C)/reg) of some rows, (r, m)."""
     import torch
 
-    out = torch.empty_like(cost) if out is None else out
+    logits = None
     for part in row_blocks(*cost.shape):
-        out[part] = torch.softmax((g - cost[part]).mul_(1 / reg), dim=1)
-    return out
+        logits = torch.empty_like(cost[part]) if logits is None else logits[: part.stop - part.start]
+        torch.sub(g, cost[part], out=logits).mul_(1 / reg)
+        torch.softmax(logits, 1, out=out[part])
 
 
 def tiny(x: Tensor) -> float:

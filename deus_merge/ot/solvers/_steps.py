@@ -174,7 +174,7 @@ def spread(problem: OTProblem) -> tuple[Tensor, float]:
     stride = -(-n // 256)
     for block, cost in problem.blocks():
         columns += cost.t() @ cost.new_full((len(cost),), 1 / n)  # (m,)
-        sample.append(cost[-block.start % stride :: stride])
+        sample.append(cost[-block.start % stride :: stride].clone())
     columns = columns - columns.mean()
     sample = torch.cat(sample) - columns  # (at most 256, m)
     sample = sample - sample.mean(1, keepdim=True)
