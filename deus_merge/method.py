@@ -57,8 +57,8 @@ class Parameter:
         if self.parse is not None:
             return self.parse(value)
         if self.kind == "boolean":
-            if isinstance(value, bool):
-                return value
+            if value in (0, 1):  # also the numbers: older recipes have them
+                return bool(value)
         elif self.kind == "choice":
             if value in self.choices:
                 return value
@@ -231,28 +231,6 @@ class MergeMethod(ABC):
         for results."""
         sizes = (4 * math.prod(t.shape) * (len(t.source_parameters) + 3) for t in tasks)
         return max(sizes, default=0)
-
-
-def per_tensor(
-    block: Block,
-    origin: Callable[[TensorTask], Origin],
-    merge: Callable[[list[torch.Tensor], TensorTask], torch.Tensor],
-) -> Iterator[Made]:
-    """Lift a function of one tensor per source to a block.
-
-    Args:
-        block: The inputs.
-        origin: The method's `MergeMethod.origin`.
-        merge: ``(tensors in float32 or float64, task) -> tensor``; it must not write to its inputs.
-    """
-    import torch
-
-    for task in block.tasks:
-        if isinstance(origin(task), Compute):
-            sources = range(len(task.source_parameters))
-            stored = [block.read(task.role, i) for i in sources]
-            tensors = [t if t.dtype == torch.float64 else t.to(torch.float32) for t in stored]
-            yield Made(task, merge(tensors, task))
 
 
 def parse_roles(value: object) -> object:

@@ -221,6 +221,22 @@ RECIPES = {
                "slices[0].sources[0] (line 4): a single layer has no gap for ot_fuse", "at least two layers"),
     "foreign base": (pair("model: base", "model: other", "slerp") + "base_model: deep\n",
                      "base_model (line 6): slerp starts from the base model, but no source", "base or other", "'deep'"),
+    "ties without base": (models("base", "other", method="ties") + "parameters: {weight: 1}\n",
+                          "models (line 3): ties needs a base model", "base_model: base or other", "no base_model"),
+    "ties without weight": (models("base", "other", method="ties") + "base_model: base\n",
+                            "models[1] (line 4): ties needs weight, which has no default", "{weight: a number}",
+                            "no value for model.embed_tokens.weight"),
+    "weight of some tensors": (
+        models("base", "other", method="linear") + "parameters: {weight: [{filter: mlp, value: 1}]}\n",
+        "models[0] (line 3): linear needs weight", "no value for model.embed_tokens.weight"),
+    "nuslerp of three": (models("base", "other", "wide", method="nuslerp"), "nuslerp takes exactly 2 models", "not 3"),
+    "density": (models("base", "other", method="ties") + "parameters: {density: 1.5}\n", "parameters.density (line 5)",
+                "a number from 0 to 1", "got:      1.5"),
+    "epsilon": (models("other", method="della") + "base_model: base\nparameters: {density: 0.9, weight: 1}\n",
+                "models (line 3)", "density - epsilon to density + epsilon, here 0.75 to 1.05", "between 0 and 1"),
+    "cancelling weights": (
+        "merge_method: multislerp\nmodels:\n  - {model: base, parameters: {weight: 1}}\n"
+        "  - {model: other, parameters: {weight: -1}}\n", "the weights sum to 0 for model.embed_tokens.weight"),
     "other shapes": (models("base", "wide"), "models[1] (line 4): models do not match", "as layer 0 of base",
                      "layer 0 of wide has gate [64, 32], not [48, 32]"),
     "other tensors": (models("base", "qwen3"), "models[1] (line 4): models do not match", "has also q_norm, k_norm"),

@@ -23,8 +23,9 @@ class DellaLinear(TaskVectorMethod):
                 density, epsilon = (task.source_parameters[i][name] for name in ("density", "epsilon"))
                 if 0 < density < 1 and epsilon >= min(density, 1 - density):
                     return (
-                        f"epsilon: {self.name} keeps elements with probabilities of density ± epsilon, here"
-                        f" {density:g} ± {epsilon:g} for {task.name}: they must lie between 0 and 1"
+                        f"epsilon: {self.name} keeps elements with probabilities from density - epsilon to density +"
+                        f" epsilon, here {density - epsilon:g} to {density + epsilon:g} for {task.name}: they must lie"
+                        " between 0 and 1"
                     )
         return None
 

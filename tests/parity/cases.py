@@ -114,7 +114,7 @@ models:
     "task_arithmetic_alone": plain("task_arithmetic", "a", settings="weight: 1"),
     "task_arithmetic_zero": plain("task_arithmetic", "a", "b", settings="weight: 0"),
     "ties": family("ties", "lambda: [{{filter: up_proj, value: 0.4}}, {{value: 1}}]"),
-    "ties_sum": family("ties", "normalize: false", "int8_mask: true", "density: 0.8"),
+    "ties_sum": family("ties", "normalize: 0", "int8_mask: 1", "density: 0.8"),
     "ties_rescale": family("ties", "rescale: true"),
     "ties_all": plain("ties", "a", "b", "c", settings="weight: 0.5"),
     "ties_none": plain("ties", "a", "b", settings="weight: 0.5, density: 0"),
@@ -186,7 +186,7 @@ REFUSED = {
     "arcee_fusion of three": (plain("arcee_fusion", "a", "b"), "exactly 1 model beside"),
     "model_stock of two": (plain("model_stock", "a"), "at least 2 models beside the base model, not 1"),
     "multislerp of a base": (plain("multislerp", "base", settings="weight: 1"), "at least 1 model beside"),
-    "epsilon too large": (plain("della", "a", settings="weight: 1, density: 0.9"), "probabilities of density"),
+    "epsilon too large": (plain("della", "a", settings="weight: 1, density: 0.9"), "probabilities from density"),
     "base outside of the slice": (
         "merge_method: ties\nbase_model: {base}\nslices:\n  - sources: [{{model: {a}, layer_range: [0, 4]}}]\n"
         "parameters: {{weight: 1}}\n",
