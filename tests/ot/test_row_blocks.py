@@ -94,7 +94,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-solution = solver.solve(OTProblem.uniform(cost), SolverOptions(reg=0.05, memory=memory, progot_steps=2))
+solution = solver.solve(OTProblem.uniform(cost), SolverOptions(reg=0.05, tolerance=0.02, memory=memory, progot_steps=2))
 done.set()
 watcher.join()
 print(json.dumps([peak - start, solution.transport_cost]))
