@@ -33,6 +33,7 @@ _GROUPS = 128  # of rows, likewise
 _FLOOR = -80.0  # exponents below are as good as this one: e^-80 is a normal number, and denormal ones are slow
 _LEVELS = 24  # of reg, at most
 _SHARP = 2.5  # reg is small enough where four in five rows have a softmax over no more columns than this,
+_ALIKE = 3.0  # edges whose reduced costs differ by fewer reg count as tied
 _STEADY = 0.97  # or where the number of columns falls no more: ties
 
 
@@ -53,8 +54,8 @@ class Passes:
         self._buckets = -(-self.n // self._bucket)
         self._scratch: Tensor | None = None
 
-    def potentials(self, factor: float, steps: int) -> Tensor:
-        """Column potentials (n,) from Sinkhorn steps: ``steps`` at each reg, which falls by ``factor``."""
+    def potentials(self, factor: float, steps: int) -> tuple[Tensor, float]:
+        """Column potentials (n,) from Sinkhorn steps, ``steps`` at each reg, falling by ``factor``; the last reg."""
         g, reg = spread(self.problem)  # (n,)
         self.count += 1
         before = math.inf
@@ -66,7 +67,7 @@ class Passes:
             if width <= _SHARP or steady or reg < 8 * _epsilon(g) * largest:
                 break
             before = width
-        return g
+        return g, reg
 
     def _sinkhorn_step(self, g: Tensor, reg: float) -> tuple[Tensor, float, float]:
         """g after a step; over how many columns four in five rows spread at most; the largest potential of a row."""
@@ -84,13 +85,17 @@ class Passes:
         largest = tops.abs().max().item() * reg
         return g - columns.clamp_min_(tiny(g)).log_().clamp_(-20, 20).mul_(reg), width, largest
 
-    def prune(self, g: Tensor) -> tuple[Tensor, Tensor, Edges]:
+    def prune(self, g: Tensor, reg: float) -> tuple[Tensor, Edges]:
         """Potentials that price no edge below 0 and some edge of every row and column at 0; the edges next to 0.
+
+        Args:
+            g: (n,) column potentials.
+            reg: What they were found at: edges that differ by less are equally good, and any may be kept.
 
         Three passes: f_i = min_j(C - g), then g_j = min_i(C - f), then the search for the edges.
 
         Returns:
-            f, g: (n,), float64 on the device of the cost; exact to rounding of the cost's own dtype.
+            g: (n,), of the columns.
             edges: About the nearest `_NEAREST` of every row and of every column.
         """
         import torch
@@ -99,25 +104,24 @@ class Passes:
         for rows, cost, x in self._parts():
             f[rows] = torch.sub(cost, g, out=x).amin(1)
         g, reach = self._nearest_rows(f)  # (n,), (n,)
-        found = []
-        limit = g + reach  # (n,): the edges a column keeps have C - f no greater
-        order = torch.arange(self.n, device=g.device)
+        found, reach = [], reach.clamp_min(_ALIKE * reg)
         for rows, cost, x in self._parts():
-            torch.sub(cost, g, out=x)
-            nearest = self._bucket_minima().kthvalue(min(_NEAREST, self._buckets)).values[: len(cost)]  # (r,)
-            r, s = self._at_most(nearest, len(cost))
-            torch.sub(cost, limit, out=x)
+            torch.sub(cost, g, out=x)  # (r, n)
+            minima = self._bucket_minima()[: len(cost)]  # (r, buckets)
+            nearest = minima.kthvalue(min(_NEAREST, self._buckets)).values  # (r,)
+            limit = nearest.maximum(minima.amin(1) + _ALIKE * reg)  # (r,)
+            r, s = self._at_most(limit, len(cost))
+            torch.sub(cost, g + reach, out=x)
             r2, s2 = self._at_most(f[rows], len(cost))
-            key = torch.cat([r * self.n + s, r2 * self.n + s2]).unique()
-            r, s = key // self.n, key % self.n  # (q,)
+            new = cost[r2, s2] - g[s2] > limit[r2]  # not there yet, by the same arithmetic
+            r, s = torch.cat([r, r2[new]]), torch.cat([s, s2[new]])  # (q,)
             crowd = torch.bincount(r, minlength=len(cost))  # (r,)
             if bool((crowd > _CROWD).any()):  # ties: every row keeps other ones, those next to the diagonal
                 window = self.n * _CROWD / crowd.clamp_min(1)  # (r,)
-                apart = (s - order[rows][r]) % self.n  # (q,)
-                keep = (cost[r, s] - g[s] < nearest[r]) | (apart < window[r])
+                keep = (cost[r, s] - g[s] < nearest[r]) | ((s - r - rows.start) % self.n < window[r])
                 r, s = r[keep], s[keep]
             found.append((r + rows.start, s, cost[r, s].double()))
-        return f.double(), g.double(), _edges(found)
+        return g, _edges(found)
 
     def _nearest_rows(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """g_j = min_i(C - f), and how far above it the nearest rows of the column go; both (n,)."""
@@ -152,9 +156,9 @@ class Passes:
         import torch
 
         low = g.to(self.problem.cost.dtype)  # (n,)
-        scale = (f.abs().max() + g.abs().max()).item()
-        # |C| is at most |f| + |g| + what it is off, so that some units of rounding of them bound all errors.
-        slack = 4 * _epsilon(low) * scale
+        # What is priced about 0 has a cost of about f + g, so that a few units of rounding of these bound its error.
+        nothing = negligible(f, g)
+        slack = 4 * _epsilon(low) * (f.abs().max() + g.abs().max()) + nothing
         least = f.clone()  # (n,)
         found = []
         for rows, cost, x in self._parts():
@@ -164,7 +168,7 @@ class Passes:
             mine = f[rows]
             least[rows] = mine.scatter_reduce(0, r, value, "amin", include_self=False)
             reduced = value - mine[r]
-            bad = (reduced < -_negligible(scale)).nonzero().squeeze(1)
+            bad = (reduced < -nothing).nonzero().squeeze(1)
             if len(bad):
                 bad = bad[_first_of_rows(r[bad], reduced[bad], _WORST)]
                 found.append((r[bad] + rows.start, s[bad], cost[r[bad], s[bad]].double()))
@@ -223,9 +227,9 @@ def _edges(found: list[tuple[Tensor, Tensor, Tensor]]) -> Edges:
     return Edges(*(np.concatenate([one.cpu().numpy() for one in some]) for some in zip(*found, strict=True)))
 
 
-def _negligible(scale: float) -> float:
-    """What is 0 in sums of a few float64 numbers as large as ``scale``."""
-    return 4 * 2.0**-52 * scale
+def negligible(f: ndarray | Tensor, g: ndarray | Tensor) -> float:
+    """What is 0 in float64 arithmetic with these potentials."""
+    return 64 * 2.0**-52 * float(abs(f).max() + abs(g).max())
 
 
 def _epsilon(x: Tensor) -> float:

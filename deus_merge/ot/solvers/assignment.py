@@ -4,8 +4,7 @@ Small problems go to SciPy's dense ``linear_sum_assignment``. For larger ones al
 
 1. a few Sinkhorn steps give potentials, and of every row and column the nearest edges by reduced cost are kept
    (`_pruning`; Schmitzer 2019 prunes entropic transport so);
-2. a sparse exact solver finds the best matching among these edges, and shortest paths its potentials
-   (`_sparse_matching`; Jonker and Volgenant 1987);
+2. a sparse primal-dual solver finds the best matching among these edges, and its potentials (`_sparse_matching`);
 3. a pass over the whole cost prices every edge with them. If none is below 0, the matching is optimal among all:
    linear programming duality. Else the offending edges join, and step 2 comes again (column generation).
 
@@ -40,7 +39,7 @@ class Assignment:
 
     name = "assignment"
     summary = "exact one-to-one matching for uniform square problems, proved optimal; n to 28672, any device"
-    reference = "Crouse 2016, IEEE TAES 52(4); Jonker and Volgenant 1987; pruning: Schmitzer 2019, arXiv 1610.06519"
+    reference = "Crouse 2016, IEEE TAES 52(4); primal-dual, pruned: Kuhn 1955; Schmitzer 2019, arXiv 1610.06519"
     needs_points = False
     keeps_marginals = True
 
@@ -87,8 +86,8 @@ def _sparse(passes: Passes, factor: float, steps: int) -> tuple[Tensor, float] |
     import torch
 
     n, device = passes.n, passes.problem.cost.device
-    f, g, edges = passes.prune(passes.potentials(factor, steps))  # (n,), (n,)
-    f, g = f.cpu().numpy(), g.cpu().numpy()
+    g, edges = passes.prune(*passes.potentials(factor, steps))  # (n,)
+    g = g.double().cpu().numpy()
     graph = SparseMatching(n, edges)
     rows, columns = graph.unmatched()
     if len(rows) ** 2 > 16 * n:
@@ -96,8 +95,7 @@ def _sparse(passes: Passes, factor: float, steps: int) -> tuple[Tensor, float] |
     if len(rows):
         graph.add(passes.entries(*(torch.from_numpy(x).to(device) for x in (rows, columns))))
     for _ in range(_ROUNDS):
-        match = graph.match(f, g)  # (n,)
-        f, g = graph.potentials(match, g)
+        match, f, g = graph.solve(g)  # (n,), (n,), (n,)
         least, missing = passes.price(*(torch.from_numpy(x).to(device) for x in (f, g)))
         if not len(missing.cost):
             paid, bound = float(graph.cost(match).sum()), float(least.sum()) + float(g.sum())

@@ -21,6 +21,7 @@ import math
 import time
 
 from ...errors import SolverError
+from ..coupling import row_blocks
 from ..problem import OTProblem, OTSolution, SolverOptions
 from ._semidual import Kernel
 from ._steps import check_reg, solve, with_mass
@@ -58,7 +59,8 @@ class Unbalanced:
             )
         start = time.perf_counter()
         inner, place = with_mass(problem)
-        kernel = Kernel(inner, options, penalty * _mean_cost(inner))
+        kernel = Kernel(inner, options)  # from here on the cost keeps to the memory
+        kernel.penalty = penalty * _mean_cost(inner)
         state, reg = solve(kernel, options)
         return OTSolution.of(
             problem,
@@ -76,7 +78,10 @@ def _mean_cost(problem: OTProblem) -> float:
     """Σ a_r b_s |C_rs|, or 1 where that is 0."""
     total = 0.0
     for rows, cost in problem.blocks():
-        total += problem.a[rows].double().dot((cost.abs() @ problem.b).double()).item()
+        total += sum(
+            problem.a[rows][p].double().dot((cost[p].abs() @ problem.b).double()).item()
+            for p in row_blocks(*cost.shape)
+        )
     return total or 1.0
 
 
