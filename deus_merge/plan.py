@@ -18,7 +18,7 @@ from .alignment import AlignTo, plan_memory
 from .architecture import ModelView, view_model
 from .checkpoint.hub import resolve
 from .checkpoint.layout import ShardLayout
-from .checkpoint.reader import Checkpoint, TensorInfo
+from .checkpoint.reader import Checkpoint, TensorInfo, TensorSource
 from .config import check_config
 from .errors import DeusMergeError
 from .method import CopyOf, TensorTask, Zeros
@@ -38,12 +38,12 @@ class SourceModel:
 
     Attributes:
         ref: As the recipe names it.
-        checkpoint: Its files.
+        checkpoint: Its tensors.
         view: Its tensors by layer and role.
     """
 
     ref: ModelRef
-    checkpoint: Checkpoint
+    checkpoint: TensorSource
     view: ModelView
 
     @classmethod
@@ -81,7 +81,7 @@ class PlannedTensor:
         task: What the method gets to know about it.
         inputs: One stored tensor per source of its block.
         dtype: safetensors code it is written in.
-        action: ``copy`` (file to file), ``cast``, ``zeros``, or ``merge``.
+        action: ``copy`` (file to file), ``cast`` (one source, in another dtype or derived), ``zeros``, or ``merge``.
         source: For copy and cast: which source.
     """
 
@@ -338,5 +338,6 @@ def action_of(
     if isinstance(origin, Zeros):
         return "zeros", None
     if isinstance(origin, CopyOf):
-        return ("copy" if inputs[origin.source].dtype == dtype else "cast"), origin.source
+        taken = inputs[origin.source]
+        return ("copy" if taken.dtype == dtype and not taken.derived else "cast"), origin.source
     return "merge", None

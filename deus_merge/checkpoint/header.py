@@ -38,6 +38,8 @@ class TensorInfo:
         file: The file it is in.
         offset: Its first byte, counted from the file's start.
         nbytes: Its size in bytes.
+        derived: Its bytes stand in no file but are made when it is read; ``file`` is what it is made from, and
+            ``offset`` means nothing.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+    derived: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CheckpointError, nearest, printable
 from ..units import ITEMSIZE, torch_dtype
@@ -25,6 +25,26 @@ INDEX = "model.safetensors.index.json"
 
 # Private writable mappings count against the commit limit unless told not to: a shard larger than the memory must map.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
+
+
+class TensorSource(Protocol):
+    """What a plan reads: a `Checkpoint`, or one some of whose tensors are derived from others when they are read.
+
+    The attributes are those of `Checkpoint`. `TensorInfo.derived` tells which tensors can be had only by `read` and
+    `slice`; all others may be copied from file to file.
+    """
+
+    folder: Path
+    config: dict
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+    fingerprint: str
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+    def prefetch(self, names: Iterable[str]) -> None: ...
 
 
 class Checkpoint:
