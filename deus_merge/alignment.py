@@ -209,6 +209,9 @@ class AlignedBlock:
                 self.told.append(Made(task, None, {"source": source, **asdict(made.diagnostics)}))
         return self._waiting.pop((source, role))
 
+    def flat(self, role: str, source: int) -> torch.Tensor:
+        return self.read(role, source).reshape(-1)
+
 
 def merge_aligned(method: MergeMethod, block: Block, align: AlignTo) -> Iterator[Made]:
     """`MergeMethod.merge` of a block whose sources are aligned first; copies of what moved are made here."""

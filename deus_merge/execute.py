@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .alignment import merge_aligned
+from .checkpoint.flat import FlatRows
 from .checkpoint.layout import index_json
 from .checkpoint.reader import INDEX
 from .checkpoint.shards import ShardWriter
 from .checkpoint.system import free_space
 from .checkpoint.writer import OutputFolder
 from .errors import CheckpointError, DeusMergeError, PlanError, VerifyError
-from .method import TensorTask
-from .plan import BlockPlan, Plan, PlannedTensor
+from .method import Flat, TensorTask
+from .plan import CAST_BYTES, BlockPlan, Plan, PlannedTensor
 from .recipe import methods
 from .recipe_yaml import dump_recipe
 from .report.card import model_card
@@ -34,7 +35,6 @@ from .verify import Verification, verify
 if TYPE_CHECKING:
     import torch
 
-_CAST_BYTES = 64 << 20  # of a tensor that is only cast, this much is alive at once
 _SLACK = 16 << 20  # bytes of disk for everything beside the weights
 
 
@@ -212,7 +212,7 @@ class _Run:
         if not info.shape:
             self._write(planned, checkpoint.read(info.name))
             return
-        rows = max(1, _CAST_BYTES // max(1, info.nbytes // max(1, info.shape[0])))
+        rows = max(1, CAST_BYTES // max(1, info.nbytes // max(1, info.shape[0])))
         row_bytes = math.prod(info.shape[1:]) * ITEMSIZE[planned.dtype]
         for start in range(0, info.shape[0], rows):
             piece = checkpoint.slice(info.name, start, min(start + rows, info.shape[0]))
@@ -274,6 +274,12 @@ class _Inputs:
             return self._loaded.pop((role, source))
         model = self._run.plan.models[self._block.sources[source].model]
         return model.checkpoint.read(self._inputs[role][source].name).to(self._run.device)
+
+    def flat(self, role: str, source: int) -> Flat:
+        info = self._inputs[role][source]
+        if info.derived and self._run.device.type == "cpu":
+            return FlatRows(self._run.plan.models[self._block.sources[source].model].checkpoint, info)
+        return self.read(role, source).reshape(-1)
 
     def names(self, role: str) -> str | None:
         """The stored tensors of a role, for messages."""

@@ -56,15 +56,19 @@ def check_heads(models: Sequence[SourceModel], donor: SourceModel) -> list[str]:
     return [f"{m.ref} is of model_type {m.view.model_type}; the output is of {donor.ref}'s, {kind}" for m in others]
 
 
-def check_same(parts: Sequence[Part]) -> None:
+def check_same(parts: Sequence[Part], hint: str | None = None) -> None:
     """The sources of a block must have the same tensors, in the same shapes.
+
+    Args:
+        parts: What the block takes from each.
+        hint: What to do where they have not.
 
     Raises:
         PlanError: they have not.
     """
     for part in parts[1:]:
         if difference := _difference(part.shapes, parts[0].shapes):
-            _mismatch(part, parts[0].what, difference)
+            _mismatch(part, parts[0].what, difference, hint)
 
 
 def check_like_donor(part: Part, donor: SourceModel) -> None:
@@ -141,10 +145,11 @@ def _difference(own: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[i
     return "; ".join(f"{verb} {', '.join(what[:5])}" for verb, what in told if what)
 
 
-def _mismatch(part: Part, like: str, difference: str) -> NoReturn:
+def _mismatch(part: Part, like: str, difference: str, hint: str | None = None) -> NoReturn:
     raise PlanError(
         "models do not match",
         where=part.source.place.where,
         expected=f"the same tensors and shapes as {like}",
         got=f"{part.what} {difference}",
+        hint=hint,
     )

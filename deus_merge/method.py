@@ -151,6 +151,15 @@ class TensorTask:
     heads: Heads | None = None
 
 
+class Flat(Protocol):
+    """A vector of stored values: a tensor, or what makes the runs of one as they are cut out."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def __getitem__(self, run: slice) -> torch.Tensor: ...
+
+
 class Block(Protocol):
     """The inputs of one unit of work: a decoder layer (or several made at once), the embeddings, or the head."""
 
@@ -160,6 +169,9 @@ class Block(Protocol):
 
     def read(self, role: str, source: int) -> torch.Tensor:
         """The tensor of a role from one source, in its stored dtype, on the device of the merge."""
+
+    def flat(self, role: str, source: int) -> Flat:
+        """The same as a vector, (n,), for those who cut out one run after the other."""
 
     def generator(self, task: TensorTask, source: int) -> torch.Generator:
         """Random numbers of this run for one source of one output: the same ones each time it is asked."""

@@ -2,83 +2,47 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .checkpoint.hub import resolve
-from .errors import CheckpointError, RecipeError, nearest
 from .recipe import Recipe
+from .vocabulary.build import Vocabulary
+from .vocabulary.chat import find_template, set_template
+from .vocabulary.files import TOKENIZER_FILES, present
+from .vocabulary.special import GENERATION, set_generation
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_DONOR_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+_DONOR_FILES = (GENERATION, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 
 
-def extra_files(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> dict[str, bytes | Path]:
+def extra_files(
+    recipe: Recipe, models: Mapping[str, Path], donor: Path, vocabulary: Vocabulary | None = None
+) -> tuple[dict[str, bytes | Path], list[str]]:
     """What to put beside the weights.
 
     Args:
-        recipe: Its ``tokenizer_source`` and ``chat_template`` are followed.
+        recipe: Its ``chat_template`` is followed.
         models: Folder of each model the recipe names.
         donor: The folder of the model that gives everything else.
+        vocabulary: The output's tokens, where the recipe says something of them.
 
     Returns:
-        File name -> its bytes, or a file to copy.
+        File name -> its bytes, or a file to copy; and what the user should know.
 
     Raises:
-        RecipeError: a tokenizer source that is none of the models, or a chat template that is none.
+        RecipeError: a chat template that is none.
     """
     code = sorted(donor.glob("*.py")) if b'"auto_map"' in (donor / "config.json").read_bytes() else []
     files: dict[str, bytes | Path] = {p.name: p for p in code}
-    files |= _present(donor, _DONOR_FILES)
-    files |= _present(_tokenizer_folder(recipe, models, donor), TOKENIZER_FILES)
-    if recipe.chat_template not in (None, "auto"):
-        _set_chat_template(files, recipe)
-    return dict(sorted(files.items()))
-
-
-def _present(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
-    return {name: folder / name for name in names if (folder / name).is_file()}
-
-
-def _tokenizer_folder(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> Path:
-    source = recipe.tokenizer_source
-    if source in (None, "base"):
-        return donor
-    node = recipe.source.value["tokenizer_source"]
-    if source == "union":
-        node.fail("union is not supported by this version", expected=f"base, or one of the models: {', '.join(models)}")
-    if source not in models:
-        node.fail(
-            "the tokenizer is none of the recipe's models",
-            expected=f"base, or one of: {', '.join(models)}",
-            hint=nearest(source, models),
-        )
-    return resolve(source)
-
-
-def _set_chat_template(files: dict[str, bytes | Path], recipe: Recipe) -> None:
-    """The recipe's template replaces every other the tokenizer may carry."""
-    template = recipe.chat_template
-    if "{{" not in template and "{%" not in template:
-        node = recipe.source.value["chat_template"]
-        raise RecipeError(
-            "not a chat template",
-            where=node.where,
-            expected="auto, or a Jinja template",
-            got=node.shown(),
-            hint="templates are not known by name: write the template itself",
-        )
-    files.pop("chat_template.json", None)
-    files["chat_template.jinja"] = template.encode()
-    config = files.get("tokenizer_config.json")
-    if isinstance(config, Path):
-        try:
-            data = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError("not JSON", where=config, got=error) from None
-        data.pop("chat_template", None)
-        files["tokenizer_config.json"] = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    files |= present(donor, _DONOR_FILES)
+    files |= vocabulary.files if vocabulary else present(donor, TOKENIZER_FILES)
+    warnings: list[str] = []
+    if vocabulary:
+        files, warnings = set_generation(files, vocabulary)
+    if recipe.chat_template is not None:
+        place = recipe.source.value["chat_template"]
+        template = find_template(recipe.chat_template, place, models)
+        if template is None:
+            warnings.append(f"{place.where}: no model has a chat template")
+        else:
+            files = set_template(files, template)
+    return dict(sorted(files.items())), warnings

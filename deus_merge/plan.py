@@ -28,6 +28,7 @@ from .recipe import ModelRef, Recipe, methods
 FORMAT = 1
 _TORCH_BYTES = 330_000_000  # anonymous memory of a process that has imported torch
 _PYTHON_BYTES = 50_000_000
+CAST_BYTES = 64 << 20  # of a tensor that is only cast, this much is alive at once
 _COPY_RATE = 1e9  # bytes/s, a guess for the time estimate
 _MERGE_RATE = 3e8
 
@@ -141,7 +142,8 @@ class BlockPlan:
     def workspace(self, least: bool = False) -> int:
         """Estimated bytes alive at once while this block is made; ``least``: when plans make their buffers again."""
         merged = [t.task for t in self.tensors if t.action == "merge"]
-        widest = max((t.inputs[t.source].nbytes * 3 for t in self.tensors if t.action == "cast"), default=0)
+        casts = (t.inputs[t.source].nbytes for t in self.tensors if t.action == "cast")
+        widest = max((min(size, CAST_BYTES) * 3 for size in casts), default=0)
         if not merged:
             return widest
         method = methods()[self.method]
@@ -163,6 +165,7 @@ class Plan:
         config: The output's config.json.
         files: Other output files: name -> bytes, or a file to copy.
         warnings: What the user should know.
+        vocabulary: What the recipe's tokenizer settings come to, as JSON data; None without them.
     """
 
     recipe: Recipe
@@ -173,6 +176,7 @@ class Plan:
     config: Mapping
     files: Mapping[str, bytes | Path]
     warnings: tuple[str, ...]
+    vocabulary: Mapping | None = None
 
     @property
     def num_layers(self) -> int:
@@ -288,6 +292,7 @@ class Plan:
             "least_memory_bytes": self.least_memory,
             "seconds_estimate": round(self.seconds, 1),
             "warnings": list(self.warnings),
+            **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
         }
 
     def _identity(self) -> dict:
@@ -300,6 +305,7 @@ class Plan:
             "shards": [[s.filename, digest] for s, digest in zip(self.shards, shards, strict=True)],
             "config": self.config,
             "files": files,
+            **({"vocabulary": {**self.vocabulary, "tokenizer": None}} if self.vocabulary else {}),
         }
 
 

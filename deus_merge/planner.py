@@ -19,6 +19,7 @@ from .presets import expand
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
 from .settings import Settings, filters, resolve_setting
 from .units import FLOAT_DTYPES, dtype_name, parse_size, promoted
+from .vocabulary.blocks import plan_vocabulary
 
 DEFAULT_SHARD_SIZE = "5GB"
 _FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
@@ -43,10 +44,12 @@ class _Planner:
 
     def plan(self, max_shard_size: int) -> Plan:
         refs = self.recipe.models()
-        self.models = tuple(SourceModel.open(ref) for ref in refs)
+        self.models = [SourceModel.open(ref) for ref in refs]
         self.index = {ref: i for i, ref in enumerate(refs)}
         self.donor = self.index[self.recipe.donor]
         self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
+        sources = [(m.ref, m.checkpoint, m.view) for m in self.models]
+        self.vocabulary = plan_vocabulary(self.recipe.tokenizer, sources)
         self.blocks: list[BlockPlan] = []
         self.origins: list[LayerOrigin] = []
         if self.recipe.upscale:
@@ -62,14 +65,15 @@ class _Planner:
         donor = self.models[self.donor]
         dtype = self.recipe.out_dtype or self.recipe.dtype
         config = deeper_config(donor.checkpoint.config, donor.view.layers_path, self.origins, dtype)
-        files = extra_files(
-            self.recipe, {str(m.ref): m.checkpoint.folder for m in self.models}, donor.checkpoint.folder
-        )
+        config = self.vocabulary.config(config, donor.view.layers_path)
+        folders = {str(m.ref): m.checkpoint.folder for m in self.models}
+        files, told = extra_files(self.recipe, folders, donor.checkpoint.folder, self.vocabulary.vocabulary)
         entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for b in self.blocks for t in b.tensors]
         shards = plan_shards(entries, max_shard_size)
         return Plan(
-            self.recipe, self.models, self.donor, tuple(self.blocks), shards, config, files, tuple(self.warnings)
-        )
+            self.recipe, tuple(self.models), self.donor, tuple(self.blocks), shards, config, files,
+            (*self.warnings, *self.vocabulary.warnings, *told), self.vocabulary.describe(),
+        )  # fmt: skip
 
     def _view(self, ref: ModelRef) -> ModelView:
         return self.models[self.index[ref]].view
@@ -196,8 +200,12 @@ class _Planner:
         names = [{n: n for n in getattr(self._view(s.model), part)} for s in sources]
         if not names[0]:
             return
-        check_same([Part.of(s, self._model(s), title, own) for s, own in zip(sources, names, strict=True)])
         base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
+        indices = [self.index[s.model] for s in sources]
+        for i, checkpoint in zip(indices, self.vocabulary.bring(indices, names[0], base, title), strict=True):
+            self.models[i] = replace(self.models[i], checkpoint=checkpoint)
+        parts = [Part.of(s, self._model(s), title, own) for s, own in zip(sources, names, strict=True)]
+        check_same(parts, self.vocabulary.hint(indices))
         made = [
             self._task(piece, sources, name, 0, name, None, [name] * len(sources), position, bare=not merges)
             for name in names[0]

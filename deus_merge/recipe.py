@@ -18,17 +18,17 @@ from .located import MAX_BYTES, Located, parse
 from .method import MergeMethod
 from .settings import Settings, check_setting, read_settings
 from .units import dtype_code
+from .vocabulary.settings import TokenizerSettings, read_tokenizer
 
 _TOP = (
     "slices", "models", "upscale", "merge_method", "base_model", "align", "parameters", "dtype", "out_dtype",
-    "tokenizer_source", "chat_template",
+    "tokenizer_source", "tokenizer", "chat_template",
 )  # fmt: skip
 _SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
 _UPSCALE = ("preset", "insert", "parameters")
 _LATER = {
     "modules": "write the decoder's slices at the top level",
-    "tokenizer": "use tokenizer_source: base, or the path of one of the models",
 }
 _NOT_WITH_UPSCALE = {
     "align": "new layers are aligned by themselves; set parameters: {alignment: ...} inside upscale",
@@ -110,7 +110,7 @@ class Recipe:
     parameters: Settings = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str | None = None
+    tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
     source: Located = field(compare=False, repr=False, default=Located(None))
 
@@ -171,8 +171,8 @@ def recipe_from(root: Located) -> Recipe:
         "parameters": parameters,
         "dtype": _dtype(top.get("dtype")),
         "out_dtype": _dtype(top.get("out_dtype")),
-        "tokenizer_source": _model(top["tokenizer_source"]).text if "tokenizer_source" in top else None,
-        "chat_template": top["chat_template"].string("auto, or a Jinja template") if "chat_template" in top else None,
+        "tokenizer": read_tokenizer(top, _model),
+        "chat_template": _chat_template(top.get("chat_template")),
         "source": root,
     }
     if form == ["upscale"]:
@@ -303,6 +303,10 @@ def _layer_range(node: Located) -> tuple[int, int]:
 
 def _method(node: Located) -> str:
     return node.choice(methods(), "merge method")
+
+
+def _chat_template(node: Located | None) -> str | None:
+    return None if node is None else node.string("auto, the name of a template, or a Jinja template")
 
 
 def _dtype(node: Located | None) -> str | None:

@@ -23,8 +23,8 @@ def dump_recipe(recipe: Recipe) -> str:
     for key in ("dtype", "out_dtype"):
         if code := getattr(recipe, key):
             data[key] = dtype_name(code)
-    if source := recipe.tokenizer_source:
-        data["tokenizer_source"] = source if source == "base" else _model(ModelRef(source))
+    if recipe.tokenizer:
+        data |= recipe.tokenizer.plain(_model)
     if recipe.chat_template:
         data["chat_template"] = recipe.chat_template
     data |= _parameters(recipe.parameters)

@@ -14,6 +14,9 @@ from .checkpoint.reader import Checkpoint, TensorInfo
 from .config import layer_lists
 from .errors import DeusMergeError
 from .report.manifest import read_manifest
+from .vocabulary.blocks import vocabulary_tensors
+from .vocabulary.files import has_tokenizer, some
+from .vocabulary.tokenizer import load, tokens_digest
 
 _CHUNK = 1 << 18  # bytes compared at a time
 
@@ -93,6 +96,7 @@ def verify(folder: str | Path, *, quick: bool = False, logits_text: str | None =
         if not quick:
             run("finite values", lambda: _finite(checkpoint))
             run("transformers", lambda: _transformers(checkpoint, view))
+            run("tokenizer", lambda: _tokenizer(checkpoint, view, record.get("vocabulary")))
         if logits_text is not None:
             run("logits", lambda: _logits(folder, record, logits_text))
     return Verification(folder, tuple(checks))
@@ -216,6 +220,19 @@ def _transformers(checkpoint: Checkpoint, view: ModelView) -> tuple[bool | None,
         name = wrong[0]
         return False, f"{len(wrong)} differ, first {name}: {expected.get(name)} expected, {found.get(name)} found"
     return True, f"{type(model).__name__}, {len(expected)} names and shapes"
+
+
+def _tokenizer(checkpoint: Checkpoint, view: ModelView, planned: dict | None) -> tuple[bool | None, str]:
+    """Whether the tokenizer that transformers loads has the planned ids, and a row of the embeddings for each."""
+    tables = vocabulary_tensors(checkpoint, view)
+    if not has_tokenizer(checkpoint.folder) or not tables:
+        return None, "no tokenizer" if tables else "no embeddings"
+    tokens, rows = load(checkpoint.folder).tokens, checkpoint.tensors[tables[0]].shape[0]
+    if planned and tokens_digest(tokens) != planned["digest"]:
+        return False, f"its {len(tokens)} tokens are not the {planned['tokens']} planned, or have other ids"
+    if beyond := [token for token, at in tokens.items() if at >= rows]:
+        return None, f"{some(beyond)} beyond the {rows} rows, as in the source"
+    return True, f"{len(tokens)} tokens, {rows} rows"
 
 
 def _logits(folder: Path, record: dict, text: str) -> tuple[bool | None, str]:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import load, make_model, weights, write_recipe
+from support import load, make_model, save_tokenizer, train_tokenizer, weights, write_recipe
 
 from deus_merge import api
 from deus_merge.errors import RecipeError
@@ -42,7 +42,7 @@ def bare(value: object) -> object:
     if is_dataclass(value):
         return type(value).__name__, {f.name: bare(getattr(value, f.name)) for f in fields(value) if f.compare}
     if isinstance(value, Mapping):  # of settings: (value, place)
-        return {name: bare(setting) for name, (setting, _) in value.items()}
+        return {name: bare(v[0] if isinstance(v, tuple) else v) for name, v in value.items()}
     return tuple(map(bare, value)) if isinstance(value, tuple | list) else value
 
 
@@ -86,22 +86,42 @@ UPSCALES = st.fixed_dictionaries(
         },
     )}
 )  # fmt: skip
+_TOKEN = {"kind": st.just("model_token"), "model": NAMES}
+TOKENS = st.fixed_dictionaries(
+    {
+        "source": NAMES
+        | st.just({"kind": "zero"})
+        | st.fixed_dictionaries(_TOKEN | {"token": NAMES})
+        | st.fixed_dictionaries(_TOKEN | {"token_id": st.integers(0, 9)})
+    },
+    optional={"force": st.booleans()},
+)
+TOKENIZER = st.fixed_dictionaries(
+    {},
+    optional={
+        "source": st.sampled_from(["base", "union"]) | NAMES,
+        "tokens": st.dictionaries(NAMES, TOKENS | st.just({}), max_size=2),
+        "pad_to_multiple_of": st.integers(1, 64),
+    },
+)
 SLICES = st.fixed_dictionaries(
     {"slices": st.lists(slices(), min_size=1, max_size=3)},
     optional={
         "base_model": NAMES,
         "dtype": st.sampled_from(["bfloat16", "float32"]),
         "out_dtype": st.just("float16"),
-        "tokenizer_source": st.just("base") | NAMES,
+        "tokenizer_source": st.sampled_from(["base", "union"]) | NAMES,
         "chat_template": st.sampled_from(["auto", "{% for m in messages %}\n{{ m }}  \n{% endfor %}\n"]),
     },
 )
 
 
 @settings(deadline=None)
-@given(SLICES | UPSCALES)
-def test_recipes_round_trip(data):
+@given(SLICES | UPSCALES, st.none() | TOKENIZER)
+def test_recipes_round_trip(data, tokenizer):
     """What is dumped reads back as the same recipe, whatever its strings and numbers look like to YAML."""
+    if tokenizer is not None:
+        data = {key: value for key, value in data.items() if key != "tokenizer_source"} | {"tokenizer": tokenizer}
     recipe = parse_recipe(yaml.safe_dump(data, allow_unicode=True))
     text = dump_recipe(recipe)
     again = parse_recipe(text)
@@ -109,12 +129,13 @@ def test_recipes_round_trip(data):
     assert dump_recipe(again) == text
 
 
-def test_dumped_recipes_run_from_anywhere(run, base, tmp_path, monkeypatch):
-    """Relative names become absolute, that of the tokenizer's model too; text that looks like a number is one."""
+def test_dumped_recipes_run_from_anywhere(run, tmp_path, monkeypatch):
+    """Relative names become absolute, those of tokenizers' models too; text that looks like a number is one."""
+    base = save_tokenizer(make_model(tmp_path / "models/base"), train_tokenizer())
     recipe = write_recipe(
         tmp_path / "recipe.yml",
-        "base_model: base\ntokenizer_source: base\nupscale:\n  parameters: {reg: 1e-1, max_iterations: 1e3,"
-        " layers_per_gap: '2'}\n",
+        "base_model: ./base\ntokenizer: {source: ./base, tokens: {<s>: {source: ./base, force: true}}}\nupscale:\n"
+        "  parameters: {reg: 1e-1, max_iterations: 1e3, layers_per_gap: '2'}\n",
     )
     monkeypatch.chdir(base.parent)
     resolved = run("plan", recipe, "--expand").out
@@ -122,6 +143,7 @@ def test_dumped_recipes_run_from_anywhere(run, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = run("plan", write_recipe(tmp_path / "resolved.yml", resolved), "--json").json()
     numbers = api.upscale_recipe(base, parameters={"reg": 0.1, "max_iterations": 1000, "layers_per_gap": 2})
+    numbers = replace(numbers, tokenizer=parse_recipe(resolved).tokenizer)
     assert written["plan_hash"] == again["plan_hash"] == api.plan(numbers).hash
     assert written["num_layers"] == 8
 

@@ -36,7 +36,9 @@ NEEDED = (
 UNNEEDED = ("*/*", "consolidated*")
 
 
-def resolve(ref: str, *, cache_dir: Path | str | None = None, offline: bool | None = None) -> Path:
+def resolve(
+    ref: str, *, cache_dir: Path | str | None = None, offline: bool | None = None, weights: bool = True
+) -> Path:
     """The local folder of a model.
 
     Args:
@@ -44,6 +46,7 @@ def resolve(ref: str, *, cache_dir: Path | str | None = None, offline: bool | No
             that very name wins.
         cache_dir: The hub's cache; by default where huggingface_hub keeps it.
         offline: Use only the cache. None leaves it to ``HF_HUB_OFFLINE``.
+        weights: Whether the weights are needed, too.
 
     Returns:
         The folder: for the hub, the snapshot in the cache with what a merge needs.
@@ -67,10 +70,13 @@ def resolve(ref: str, *, cache_dir: Path | str | None = None, offline: bool | No
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
     if at and not _REVISION.fullmatch(revision):
         raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
-    return _download(ref, repository, revision or None, cache_dir, offline)
+    needed = [p for p in NEEDED if weights or "safetensors" not in p]
+    return _download(ref, repository, revision or None, cache_dir, offline, needed)
 
 
-def _download(ref: str, repository: str, revision: str | None, cache_dir, offline: bool | None) -> Path:
+def _download(
+    ref: str, repository: str, revision: str | None, cache_dir, offline: bool | None, needed: list[str]
+) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -88,7 +94,7 @@ def _download(ref: str, repository: str, revision: str | None, cache_dir, offlin
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=cached_only,
-            allow_patterns=list(NEEDED),
+            allow_patterns=needed,
             ignore_patterns=list(UNNEEDED),
         )
     except GatedRepoError as error:

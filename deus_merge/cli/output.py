@@ -91,6 +91,8 @@ def show_plan(plan: Plan) -> None:
         rows.append([block.title, origin, block.method, block.kind, "new" if block.new else ""])
     table("", ["output", "from", "method", "how", ""], rows)
     click.echo()
+    if plan.vocabulary:
+        click.echo("tokenizer {tokenizer}: {tokens} tokens, {rows} rows".format(**plan.vocabulary))
     layers = f"{plan.models[plan.donor].view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
     same = "; computes what the base computes" if plan.function_preserving else ""
     click.echo(f"{layers}{same}")

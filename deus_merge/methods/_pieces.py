@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..method import Block, Compute, Made, MergeMethod, TensorTask
+from ..method import Block, Compute, Flat, Made, MergeMethod, TensorTask
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +25,14 @@ class Pieces:
     Attributes:
         task: The output.
         block: Whose output it is.
-        stored: One tensor per source, (n,), in its stored dtype. Never written to.
+        stored: One vector per source, (n,), in its stored dtype. Never written to.
         dtype: Of the arithmetic: float32, or float64 where a source is stored so.
         step: No run ends within a multiple of this: the length of a row, where rows belong together.
     """
 
     task: TensorTask
     block: Block
-    stored: Sequence[torch.Tensor]
+    stored: Sequence[Flat]
     dtype: torch.dtype
     step: int = 1
 
@@ -98,7 +98,7 @@ class PieceMethod(MergeMethod):
 
         for task in block.tasks:
             if isinstance(self.origin(task), Compute):
-                stored = [block.read(task.role, i).reshape(-1) for i in range(len(task.source_parameters))]  # (n,) each
+                stored = [block.flat(task.role, i) for i in range(len(task.source_parameters))]  # (n,) each
                 double = any(s.dtype == torch.float64 for s in stored)
                 yield from self.make(
                     Pieces(task, block, stored, torch.float64 if double else torch.float32, self.step(task))

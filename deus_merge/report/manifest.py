@@ -31,7 +31,8 @@ def manifest(
 
     Returns:
         ``format``, ``plan_hash``, ``versions``, ``sources``, ``new_layers``, ``new_parameters`` (exact names to train),
-        ``layers`` with origin and diagnostics, and ``tensors``: how each came about.
+        ``layers`` with origin and diagnostics, and ``tensors``: how each came about. ``derived`` of a tensor are the
+        models (indices into ``sources``) whose stored tensor was changed before the method saw it.
     """
     layers = plan.layer_map()
     for block in plan.blocks:
@@ -56,6 +57,7 @@ def manifest(
         "tensors": {t.task.name: _origin(plan, block, t) for block in plan.blocks for t in block.tensors},
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
         "warnings": list(plan.warnings),
+        **({"vocabulary": plan.vocabulary} if plan.vocabulary else {}),
     }
 
 
@@ -88,6 +90,10 @@ def _origin(plan: Plan, block, tensor) -> dict:
     if tensor.action == "copy":
         info = tensor.inputs[tensor.source]
         data |= {"model": block.sources[tensor.source].model, "tensor": info.name}
+    elif tensor.action != "zeros":
+        pairs = zip(tensor.inputs, block.sources, strict=True)
+        derived = [s.model for i, (info, s) in enumerate(pairs) if info.derived and tensor.source in (None, i)]
+        data |= {"derived": derived} if derived else {}
     return data
 
 

@@ -160,7 +160,64 @@ parameters: {{weight: 0.7, density: 0.5}}
     "ramplus_tl_set": plain("ramplus_tl", "a", "b", "c", settings="r: [0.1, 2], alpha: 5, epsilon: 1e-2"),
 }
 
-#: Those of them that mergekit widens by itself when models are stored in bfloat16.
+JOINED = "base_model: {base}\nmodels: [{{model: {base}}}, {{model: {other}}}]\n"
+THREE = "base_model: {base}\nmodels: [{{model: {base}}}, {{model: {other}}}, {{model: {third}}}]\n"
+_LINEAR = "merge_method: linear\nparameters: {{weight: 0.5}}\n"
+_SLERP = "merge_method: slerp\nparameters: {{t: [0.2, 0.7]}}\n"
+_TIES = "merge_method: ties\nparameters: {{weight: 0.6, density: 0.7}}\n"
+
+#: Of `support.make_speakers`: the same vocabulary from both tools, and the same rows for its tokens.
+TOKENIZERS = {
+    "union_linear": f"{_LINEAR}{JOINED}tokenizer_source: union\n",
+    "union_slerp": f"{_SLERP}{JOINED}tokenizer_source: union\n",
+    "union_ties": f"{_TIES}{JOINED}tokenizer_source: union\n",
+    "union_of_three": f"{_LINEAR}{THREE}tokenizer: {{{{}}}}\n",
+    "base_slerp": f"{_SLERP}{JOINED}tokenizer_source: base\n",
+    "base_of_three": f"{_TIES}{THREE}tokenizer_source: base\n",
+    "model": f"{_LINEAR}{JOINED}tokenizer_source: {{other}}\n",
+    "model_ties": f"{_TIES}{JOINED}tokenizer: {{{{source: {{other}}}}}}\n",
+    "model_outside_of_the_recipe": f"{_SLERP}{JOINED}tokenizer_source: {{third}}\n",
+    "padded": f"{_SLERP}{JOINED}tokenizer: {{{{source: union, pad_to_multiple_of: 64}}}}\n",
+    "padded_base": f"{_LINEAR}{THREE}tokenizer: {{{{source: base, pad_to_multiple_of: 7}}}}\n",
+    "tokens": f"""{_LINEAR}{JOINED}tokenizer:
+  source: union
+  tokens:
+    <|start|>: {{{{source: {{base}}, force: true}}}}
+    <|end|>: {{{{source: {{base}}}}}}
+    <pad>: {{{{source: {{{{kind: model_token, model: {{other}}, token: "</s>"}}}}}}}}
+    </s>: {{{{source: {{{{kind: model_token, model: {{base}}, token_id: 7}}}}, force: true}}}}
+    <s>: {{{{source: {{{{kind: zero}}}}}}}}
+    <|new|>: {{{{source: {{{{kind: zero}}}}}}}}
+    <|copied|>: {{{{source: {{{{kind: model_token, model: {{base}}, token: "<s>"}}}}}}}}
+""",
+    "tokens_of_three": f"""{_TIES}{THREE}tokenizer:
+  source: union
+  tokens:
+    <|end|>: {{{{source: {{third}}, force: true}}}}
+    <|tool|>: {{{{source: {{other}}}}}}
+""",
+    "slices": """merge_method: passthrough
+base_model: {base}
+slices:
+  - sources: [{{model: {base}, layer_range: [0, 2]}}]
+  - sources: [{{model: {other}, layer_range: [1, 3]}}]
+  - sources: [{{model: {base}, layer_range: [3, 4]}}]
+tokenizer_source: union
+""",
+    "merged_slices": """merge_method: slerp
+base_model: {base}
+slices:
+  - sources: [{{model: {base}, layer_range: [0, 2]}}, {{model: {other}, layer_range: [0, 2]}}]
+  - sources: [{{model: {base}, layer_range: [1, 3]}}, {{model: {third}, layer_range: [1, 3]}}]
+parameters: {{t: 0.4}}
+tokenizer_source: union
+""",
+}
+
+#: In bfloat16 mergekit's ties differ (see `RANKED`), and its configs of deeper Qwen2 models do not load.
+NOT_QWEN2 = ("union_ties", "base_of_three", "model_ties", "tokens_of_three", "slices")
+
+#: Those of `EQUAL` that mergekit widens by itself when models are stored in bfloat16.
 STORED = ("passthrough_scale", "linear", "slerp")
 
 #: Those that choose elements by their ranks. Bfloat16 models differ by multiples of the same few numbers, so that many
@@ -187,6 +244,10 @@ REFUSED = {
     "model_stock of two": (plain("model_stock", "a"), "at least 2 models beside the base model, not 1"),
     "multislerp of a base": (plain("multislerp", "base", settings="weight: 1"), "at least 1 model beside"),
     "epsilon too large": (plain("della", "a", settings="weight: 1, density: 0.9"), "probabilities from density"),
+    "tokenizer twice": (
+        plain("linear", "a", "b", settings="weight: 1") + "tokenizer_source: base\ntokenizer: {{source: union}}\n",
+        "tokenizer or tokenizer_source, not both",
+    ),
     "base outside of the slice": (
         "merge_method: ties\nbase_model: {base}\nslices:\n  - sources: [{{model: {a}, layer_range: [0, 4]}}]\n"
         "parameters: {{weight: 1}}\n",

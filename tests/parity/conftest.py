@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DRAWN, EQUAL, FAMILIES, REFUSED, SEEDS, STORED, drawn
+from cases import DRAWN, EQUAL, FAMILIES, REFUSED, SEEDS, STORED, TOKENIZERS, drawn
 from safetensors.torch import save_file
-from support import make_model, weights
+from support import make_model, make_speakers, weights
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = Path(os.environ.get("DEUS_MERGE_ORACLE", ROOT / ".venv-oracle/bin/python"))
@@ -49,13 +49,25 @@ def checkpoints(tmp_path_factory) -> dict[str, dict[str, Path]]:
 
 
 @pytest.fixture(scope="session")
-def answers(checkpoints, tmp_path_factory) -> dict[tuple, Answer]:
+def speakers(tmp_path_factory) -> dict[str, dict[str, Path]]:
+    """family -> name -> folder: the models of `TOKENIZERS`."""
+    root = tmp_path_factory.mktemp("speakers")
+    return {
+        family: make_speakers(root / family, family, dtype=getattr(torch, dtype), tied=tied)
+        for family, (dtype, tied, _) in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def answers(checkpoints, speakers, tmp_path_factory) -> dict[tuple, Answer]:
     """(family, case) or (case, seed) -> mergekit's answer."""
     root = tmp_path_factory.mktemp("oracle")
     jobs = {}
     for family, models in checkpoints.items():
         for name, text in EQUAL.items():
             jobs[family, name] = (text.format(**models) + FAMILIES[family][2], 0)
+        for name, text in TOKENIZERS.items():
+            jobs[family, "tokenizer", name] = (text.format(**speakers[family]) + FAMILIES[family][2], 0)
     llama = checkpoints["llama"]
     for name in STORED:
         jobs["stored dtype", name] = (EQUAL[name].format(**checkpoints["qwen2"]) + "dtype: bfloat16\n", 0)

@@ -6,13 +6,14 @@ last place.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from cases import DRAWN, EQUAL, FAMILIES, RANKED, REFUSED, SEEDS, STORED, Drawn, drawn
-from support import weights, write_recipe
+from cases import DRAWN, EQUAL, FAMILIES, NOT_QWEN2, RANKED, REFUSED, SEEDS, STORED, TOKENIZERS, Drawn, drawn
+from support import tokens, weights, write_recipe
 
 TOLERANCE = 1e-6
 
@@ -59,6 +60,28 @@ def ties(models: dict[str, Path]) -> dict[str, int]:
             _, counts = changes[changes > 0].unique(return_counts=True)
             found[name] = found.get(name, 0) + int(counts.max() if len(counts) else 0)
     return found
+
+
+@pytest.mark.parametrize(
+    ("family", "case"), [(f, c) for f in FAMILIES for c in TOKENIZERS if f == "llama" or c not in NOT_QWEN2]
+)
+def test_vocabularies(run, answers, speakers, tmp_path, case, family):
+    """The same tokens with the same rows. mergekit gives pieces that only other models have ids in random order."""
+    answer = answers[family, "tokenizer", case]
+    assert answer.error is None, answer.error
+    run("merge", answer.recipe, tmp_path / "out", "--quiet")
+    our, their = tokens(tmp_path / "out"), tokens(answer.out)
+    assert our.keys() == their.keys() and sorted(our.values()) == sorted(their.values())
+    fixed = our.keys() if "model" in case else tokens(speakers[family]["base"]).keys()
+    if answer.recipe.read_text().count("{model:") == 2:  # mergekit takes three models in random order
+        fixed |= {token for token in our if token.startswith("<")}
+    assert {t: i for t, i in our.items() if t in fixed} == {t: i for t, i in their.items() if t in fixed}
+    sizes = [json.loads((out / "config.json").read_text())["vocab_size"] for out in (tmp_path / "out", answer.out)]
+    assert sizes[0] == sizes[1]
+    order = torch.arange(sizes[0])  # (rows,): their row for each of ours
+    order[list(our.values())] = torch.tensor([their[t] for t in our])
+    theirs = {n: t[order] if len(t) == sizes[0] else t for n, t in weights(answer.out).items()}
+    same(weights(tmp_path / "out"), theirs)
 
 
 @pytest.mark.parametrize("case", STORED)

@@ -1,0 +1,36 @@
+"""Tensors as long vectors whose runs are read, or made, only when they are cut out."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..units import torch_dtype
+from .header import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from .reader import TensorSource
+
+
+class FlatRows:
+    """A derived tensor, (n,): only the rows of the run at hand are in memory.
+
+    Attributes:
+        dtype: That of the tensor; a run may come in a wider one.
+        device: Where runs are: the CPU.
+    """
+
+    def __init__(self, source: TensorSource, info: TensorInfo):
+        import torch
+
+        self.dtype, self.device = torch_dtype(info.dtype), torch.device("cpu")
+        self._source, self._name = source, info.name
+        self._width = math.prod(info.shape[1:])
+
+    def __getitem__(self, run: slice) -> torch.Tensor:
+        """Elements ``run.start`` to ``run.stop``, (m,)."""
+        first, last = run.start // self._width, -(-run.stop // self._width)
+        rows = self._source.slice(self._name, first, last).reshape(-1)
+        return rows[run.start - first * self._width : run.stop - first * self._width]

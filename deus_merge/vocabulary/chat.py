@@ -1,0 +1,92 @@
+"""Chat templates: by name, written out, or the one that most models have.
+
+``chat_templates/NAME.jinja`` are the prompt formats that models' makers published, in Jinja as transformers runs it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import DeusMergeError, nearest
+from ..located import Located
+from .files import Files, as_json, read_json
+
+_FOLDER = Path(__file__).parent / "chat_templates"
+_FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+
+def template_names() -> tuple[str, ...]:
+    """Templates that recipes can name."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
+
+
+def find_template(text: str, place: Located, folders: Mapping[str, Path]) -> str | None:
+    """What ``chat_template`` stands for.
+
+    Args:
+        text: ``auto``, a name, or a template.
+        place: Where the recipe has it.
+        folders: Of every model, by its name.
+
+    Returns:
+        The template; None for ``auto`` when no model has one.
+
+    Raises:
+        RecipeError: neither a name that is known nor a template.
+    """
+    if text == "auto":
+        found = [template for folder in folders.values() if (template := template_of(folder))]
+        return Counter(found).most_common(1)[0][0] if found else None
+    if "{{" in text or "{%" in text:
+        _check(text, place)
+        return text
+    names = template_names()
+    if text not in names:
+        place.fail(
+            "not a chat template",
+            expected=f"auto, {', '.join(names)}, or a Jinja template",
+            hint=nearest(text, ("auto", *names)),
+        )
+    return (_FOLDER / f"{text}.jinja").read_text(encoding="utf-8")
+
+
+def template_of(folder: Path) -> str | None:
+    """A model's (default) chat template, without space around it; None where it has none, or none that can be read."""
+    try:
+        if (folder / _FILE).is_file():
+            found = (folder / _FILE).read_text(encoding="utf-8")
+        elif (folder / _CONFIG).is_file():
+            found = read_json(folder / _CONFIG, _CONFIG).get("chat_template")
+        else:
+            return None
+    except (OSError, ValueError, DeusMergeError):
+        return None
+    if isinstance(found, list):  # several, by name
+        named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    return found.strip() or None if isinstance(found, str) else None
+
+
+def set_template(files: Files, template: str) -> dict[str, bytes | Path]:
+    """An output's files, with this template in the place of every other."""
+    files = {name: file for name, file in files.items() if name != "chat_template.json"}
+    files[_FILE] = template.encode()
+    if _CONFIG in files:
+        data = read_json(files[_CONFIG], _CONFIG)
+        if data.pop("chat_template", None) is not None:
+            files[_CONFIG] = as_json(data, indent=2)
+    return files
+
+
+def _check(template: str, place: Located) -> None:
+    """That Jinja can read it, with what transformers adds to the language."""
+    import jinja2
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except jinja2.TemplateSyntaxError as error:
+        place.fail("not a Jinja template", expected="auto, a name, or a Jinja template", got=error.message)

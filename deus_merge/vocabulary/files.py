@@ -1,0 +1,113 @@
+"""Tokenizers as files, and what can be told of them without transformers: which ids their tokens have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..checkpoint.header import parse_json, read_small
+from ..errors import CheckpointError
+
+#: what makes up a tokenizer, beside what is said about chats
+_VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CHAT_FILES = ("chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (*_VOCABULARY, *_SETTINGS, *CHAT_FILES)
+#: of a tokenizer that was changed: its vocabulary stands in tokenizer.json alone
+KEPT_FILES = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_FILES)
+
+Files = Mapping[str, "bytes | Path"]
+
+
+def present(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Those of these files that a folder has, by name."""
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return bool(present(folder, _VOCABULARY))
+
+
+def content(file: bytes | Path) -> bytes:
+    """The bytes of a file that stands somewhere, or was made."""
+    return file if isinstance(file, bytes) else read_small(file)
+
+
+def read_json(file: bytes | Path, name: str) -> dict:
+    """A JSON file. Raises CheckpointError where it is none."""
+    return parse_json(content(file), file if isinstance(file, Path) else Path(name), name)
+
+
+def as_json(data: Mapping, indent: int | None = None) -> bytes:
+    """The bytes of a JSON file."""
+    return (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode()
+
+
+def model_tokens(model: Mapping) -> dict[str, int]:
+    """Token -> id of the ``model`` of a tokenizer.json; a list (Unigram) counts its pieces."""
+    tokens = model["vocab"]
+    return {piece[0]: i for i, piece in enumerate(tokens)} if isinstance(tokens, list) else tokens
+
+
+def token_ids(folder: Path) -> dict[str, int] | None:
+    """Token -> id as tokenizer.json has them; None without one.
+
+    Raises:
+        CheckpointError: not a tokenizer.json.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    data = read_json(path, "tokenizer")
+    try:
+        found = dict(model_tokens(data["model"])) | {t["content"]: t["id"] for t in data.get("added_tokens") or ()}
+        if all(type(i) is int and i >= 0 for i in found.values()):
+            return found
+    except (KeyError, TypeError, IndexError, ValueError):
+        pass
+    raise CheckpointError("not a tokenizer", where=path, expected="a model with a vocab, and added_tokens")
+
+
+def misfit(model: object, folder: Path, rows: int) -> str | None:
+    """What is wrong with a tokenizer beside embeddings of so many rows, as a warning; None where nothing is."""
+    try:
+        ids = token_ids(folder)
+    except CheckpointError as error:
+        return f"the tokenizer of {model} was not checked: {error.message} ({error.where})"
+    beyond = [token for token, i in (ids or {}).items() if i >= rows]
+    return beyond_rows(model, beyond, rows) if beyond else None
+
+
+def beyond_rows(model: object, tokens: Sequence[str], rows: int) -> str:
+    """The warning about tokens whose id is beyond the embeddings."""
+    return f"the tokenizer of {model} has {some(tokens)} beyond the {rows} rows of its embeddings"
+
+
+def difference(folders: Sequence[Path]) -> tuple[int, list[str]] | None:
+    """Which of these tokenizers means other tokens by its ids than the first one: its index, and its tokens.
+
+    Only what stands in tokenizer.json is looked at; files that are equal byte for byte are not read twice.
+    """
+    found = [folder / "tokenizer.json" for folder in folders]
+    if not found[0].is_file():
+        return None
+    known, first = content(found[0]), None
+    for i, path in enumerate(found):
+        if i == 0 or not path.is_file() or content(path) == known:
+            continue
+        try:
+            first = first or token_ids(folders[0])
+            theirs = token_ids(folders[i])
+        except CheckpointError:
+            continue  # the model's own check says so
+        names = {at: token for token, at in first.items()}
+        if others := [t for t, at in theirs.items() if first.get(t, at) != at or names.get(at, t) != t]:
+            return i, others
+    return None
+
+
+def some(tokens: Sequence[str]) -> str:
+    """``3 tokens ('<a>', '<b>', ...)``"""
+    shown = ", ".join(map(repr, tokens[:3])) + (", ..." if len(tokens) > 3 else "")
+    return f"{len(tokens)} token{'s' if len(tokens) != 1 else ''} ({shown})"
