@@ -28,6 +28,7 @@ from .recipe import ModelRef, Recipe, methods
 FORMAT = 1
 _TORCH_BYTES = 330_000_000  # anonymous memory of a process that has imported torch
 _PYTHON_BYTES = 50_000_000
+_TOKEN_BYTES = 2500  # of one token, while tokenizers are united
 CAST_BYTES = 64 << 20  # of a tensor that is only cast, this much is alive at once
 _COPY_RATE = 1e9  # bytes/s, a guess for the time estimate
 _MERGE_RATE = 3e8
@@ -218,16 +219,18 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Estimated peak of anonymous memory in bytes (mapped files are the kernel's cache and do not count)."""
-        if not any(b.computes for b in self.blocks):
-            return _PYTHON_BYTES
-        return _TORCH_BYTES + max(b.workspace() for b in self.blocks)
+        return self._memory(least=False)
 
     @property
     def least_memory(self) -> int:
         """What it can do with: under ``--max-memory`` plans work in row blocks."""
-        if not any(b.computes for b in self.blocks):
+        return self._memory(least=True)
+
+    def _memory(self, least: bool) -> int:
+        planning = _TOKEN_BYTES * self.vocabulary["tokens"] if self.vocabulary else 0
+        if not planning and not any(b.computes for b in self.blocks):
             return _PYTHON_BYTES
-        return _TORCH_BYTES + max(b.workspace(least=True) for b in self.blocks)
+        return _TORCH_BYTES + max(planning, *(b.workspace(least) for b in self.blocks))
 
     @staticmethod
     def block_memory(limit: int | None) -> int | None:
