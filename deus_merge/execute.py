@@ -70,8 +70,8 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
         raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
     place = out.resolve()
-    for model in plan.models:
-        source = model.checkpoint.folder.resolve()
+    for folder in (f for model in plan.models for f in model.checkpoint.folders):
+        source = folder.resolve()
         if place == source or source in place.parents or place in source.parents:
             raise PlanError(
                 "the output and a source must not contain each other",

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from .alignment import AlignTo, plan_memory
 from .architecture import ModelView, view_model
-from .checkpoint.hub import resolve
+from .checkpoint.hub import resolve, split_adapter
 from .checkpoint.layout import ShardLayout
+from .checkpoint.lora import LoraSource
 from .checkpoint.reader import Checkpoint, TensorInfo, TensorSource
 from .config import check_config
 from .errors import DeusMergeError
@@ -47,17 +48,24 @@ class SourceModel:
     view: ModelView
 
     @classmethod
-    def open(cls, ref: ModelRef) -> SourceModel:
-        """Find a model's folder (on the hub if need be), read its config and headers, and check that they agree.
+    def open(cls, ref: ModelRef, known: dict[str, TensorSource]) -> SourceModel:
+        """Find a model, and its adapter if it has one; read configs and headers, and check that they agree.
+
+        Args:
+            ref: As the recipe names it.
+            known: Sources by their names; a folder (or a hub's) that is opened joins them.
 
         Raises:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
         """
         try:
-            checkpoint = Checkpoint.open(resolve(ref.text))
-            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.folder)
+            name, adapter = split_adapter(ref.text)
+            if name not in known:
+                known[name] = Checkpoint.open(resolve(name))
+            checkpoint = known[name] if adapter is None else LoraSource(known[name], resolve(adapter))
+            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-            check_config(checkpoint.config, view, shapes, checkpoint.folder)
+            check_config(checkpoint.config, view, shapes, checkpoint.where)
         except DeusMergeError as error:
             if ref.place.path:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
@@ -90,6 +98,14 @@ class PlannedTensor:
     dtype: str
     action: str
     source: int | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is one source's tensor as it is, copied or derived."""
+        if self.action != "cast":
+            return self.action == "copy"
+        taken = self.inputs[self.source]
+        return taken.derived and taken.dtype == self.dtype
 
     @property
     def nbytes_read(self) -> int:
@@ -130,13 +146,15 @@ class BlockPlan:
 
     @property
     def kind(self) -> str:
-        """``copy``, ``cast``, ``fused`` or ``merged``, for tables."""
+        """``copy``, ``derived``, ``cast``, ``fused`` or ``merged``, for tables."""
         if any(t.action == "merge" for t in self.tensors):
             return "fused" if self.new else "merged"
         if self.new:
             return "copy, zeroed" if any(t.action == "zeros" for t in self.tensors) else "copy"
         actions = {t.action for t in self.tensors}
-        return "cast" if "cast" in actions else "copy" if actions == {"copy"} else "copy, zeroed"
+        if "cast" in actions:
+            return "derived" if all(t.kept for t in self.tensors) else "cast"
+        return "copy" if actions == {"copy"} else "copy, zeroed"
 
     def workspace(self, least: bool = False) -> int:
         """Estimated bytes alive at once while this block is made; ``least``: when plans make their buffers again."""
@@ -197,7 +215,7 @@ class Plan:
                 writers = {r for r in base.view.residual_writers() if r in {t.task.role for t in block.tensors}}
                 if not writers or any(t.action != "zeros" for t in block.tensors if t.task.role in writers):
                     return False
-            elif any(t.action != "copy" or block.sources[t.source].model != self.donor for t in block.tensors):
+            elif any(not t.kept or block.sources[t.source].model != self.donor for t in block.tensors):
                 return False
             elif block.layers:
                 kept.append(block.sources[0].layer)
@@ -216,19 +234,24 @@ class Plan:
         """Estimated peak of anonymous memory in bytes (mapped files are the kernel's cache and do not count)."""
         if not any(b.computes for b in self.blocks):
             return _PYTHON_BYTES
-        return _TORCH_BYTES + max(b.workspace() for b in self.blocks)
+        return _TORCH_BYTES + max(b.workspace() + self._reading(b) for b in self.blocks)
 
     @property
     def least_memory(self) -> int:
         """What it can do with: under ``--max-memory`` plans work in row blocks."""
         if not any(b.computes for b in self.blocks):
             return _PYTHON_BYTES
-        return _TORCH_BYTES + max(b.workspace(least=True) for b in self.blocks)
+        return _TORCH_BYTES + max(b.workspace(least=True) + self._reading(b) for b in self.blocks)
 
-    @staticmethod
-    def block_memory(limit: int | None) -> int | None:
+    def block_memory(self, limit: int | None) -> int | None:
         """What a limit on the process leaves for one block."""
-        return None if limit is None else max(0, limit - _TORCH_BYTES)
+        reading = max((self._reading(b) for b in self.blocks), default=0)
+        return None if limit is None else max(0, limit - _TORCH_BYTES - reading)
+
+    def _reading(self, block: BlockPlan) -> int:
+        """Estimated bytes that reading one of a block's inputs takes, where that is more than mapping it."""
+        read = ((s, i.name) for t in block.tensors for s, i in zip(block.sources, t.inputs, strict=True) if i.derived)
+        return max((self.models[s.model].checkpoint.workspace(name) for s, name in read), default=0)
 
     @property
     def seconds(self) -> float:

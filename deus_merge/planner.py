@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from .alignment import AlignTo, cannot_align
 from .architecture import ModelView, TensorSpec, families
 from .checkpoint.layout import TensorEntry, plan_shards
-from .checkpoint.reader import TensorInfo
+from .checkpoint.reader import TensorInfo, TensorSource
 from .config import LayerOrigin, deeper_config, head_shape, layer_lists
 from .errors import PlanError, RecipeError
 from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
@@ -43,7 +43,8 @@ class _Planner:
 
     def plan(self, max_shard_size: int) -> Plan:
         refs = self.recipe.models()
-        self.models = tuple(SourceModel.open(ref) for ref in refs)
+        known: dict[str, TensorSource] = {}
+        self.models = tuple(SourceModel.open(ref, known) for ref in refs)
         self.index = {ref: i for i, ref in enumerate(refs)}
         self.donor = self.index[self.recipe.donor]
         self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
@@ -62,9 +63,7 @@ class _Planner:
         donor = self.models[self.donor]
         dtype = self.recipe.out_dtype or self.recipe.dtype
         config = deeper_config(donor.checkpoint.config, donor.view.layers_path, self.origins, dtype)
-        files = extra_files(
-            self.recipe, {str(m.ref): m.checkpoint.folder for m in self.models}, donor.checkpoint.folder
-        )
+        files = extra_files(self.recipe, {str(m.ref): m.checkpoint for m in self.models}, donor.checkpoint)
         entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for b in self.blocks for t in b.tensors]
         shards = plan_shards(entries, max_shard_size)
         return Plan(

@@ -6,7 +6,6 @@ and ``parameters`` of a slice, and ``upscale``, are additions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,12 +34,13 @@ _NOT_WITH_UPSCALE = {
     "merge_method": "choose a preset inside upscale, or write slices",
     "parameters": "they may stand inside upscale",
 }
-_A_MODEL = "a folder or org/name[@revision]"
+_A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as a recipe names it: a local folder, or ``org/name[@revision]`` on the hub."""
+    """A model as a recipe names it: a local folder, or ``org/name[@revision]`` on the hub; with a LoRA adapter,
+    ``model+adapter``."""
 
     text: str
     place: Located = field(compare=False, repr=False, default=Located(None))
@@ -267,24 +267,23 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
 
 
 def _model(node: Located) -> ModelRef:
-    if isinstance(node.value, dict):  # mergekit's long form
-        if "lora" in node.value:
-            _no_lora(node.value["lora"])
-        if "model" in node.value:
-            return _model(node.mapping(("model", "lora"))["model"])
-        parts = node.mapping(("path", "revision"), "a model reference")
-        if "path" not in parts:
-            node.fail("a model reference needs a path", expected="path: a folder or org/name")
-        revision = f"@{parts['revision'].string('a branch, tag or commit')}" if "revision" in parts else ""
-        return ModelRef(parts["path"].string("a folder or org/name") + revision, node)
-    text = node.string(_A_MODEL)
-    if "+" in text and not os.path.exists(text):
-        _no_lora(node)
-    return ModelRef(text, node)
+    return ModelRef(_reference(node), node)
 
 
-def _no_lora(node: Located) -> None:
-    node.fail("LoRA adapters (model+lora) are not supported by this version", hint="merge the adapter first")
+def _reference(node: Located) -> str:
+    """A model reference as text, also mergekit's long forms."""
+    if not isinstance(node.value, dict):
+        return node.string(_A_MODEL)
+    if "model" in node.value:
+        parts = node.mapping(("model", "lora"), "a model reference")
+        adapter = parts.get("lora", Located(None))
+        return _reference(parts["model"]) + (f"+{_reference(adapter)}" if adapter.value is not None else "")
+    parts = node.mapping(("path", "revision"), "a model reference")
+    if "path" not in parts:
+        node.fail("a model reference needs a path", expected="path: a folder or org/name")
+    revision = parts.get("revision", Located(None))
+    at = f"@{revision.string('a branch, tag or commit')}" if revision.value is not None else ""
+    return parts["path"].string("a folder or org/name") + at
 
 
 def _layer_range(node: Located) -> tuple[int, int]:

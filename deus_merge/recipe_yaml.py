@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from .checkpoint.hub import split_adapter
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource
 from .settings import Filtered, Gradient, Setting, Settings
 from .units import dtype_name
@@ -39,7 +40,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _model(ref: ModelRef) -> str:
-    return str(Path(ref.text).absolute()) if Path(ref.text).exists() else ref.text
+    parts = [part for part in split_adapter(ref.text) if part is not None]
+    return "+".join(str(Path(part).absolute()) if Path(part).exists() else part for part in parts)
 
 
 def _slice(piece: OutputSlice) -> dict:
