@@ -11,6 +11,7 @@ from .checkpoint.layout import TensorEntry, plan_shards
 from .checkpoint.reader import TensorInfo, TensorSource
 from .config import LayerOrigin, deeper_config, head_shape, layer_lists
 from .errors import PlanError, RecipeError
+from .intermediate import PlannedResult, document_plans
 from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
 from .method import TensorTask
 from .model_files import extra_files
@@ -34,17 +35,30 @@ def build_plan(recipe: Recipe, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE
     Raises:
         RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
     """
-    return _Planner(recipe).plan(parse_size(max_shard_size))
+    size = parse_size(max_shard_size)
+    known: dict[str, TensorSource] = {}
+    results: list[PlannedResult] = []
+    for document in recipe.documents:
+        results.append(PlannedResult(_Planner(document, known).plan(size)))
+        known[document.name] = results[-1]
+    plan = _Planner(recipe, known).plan(size)
+    told = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
+    return replace(
+        plan,
+        recipe=replace(plan.recipe, documents=tuple(r.plan.recipe for r in results)),
+        warnings=(*told, *plan.warnings),
+        documents=document_plans(plan, results),
+    )
 
 
 @dataclass
 class _Planner:
     recipe: Recipe
+    known: dict[str, TensorSource]
 
     def plan(self, max_shard_size: int) -> Plan:
         refs = self.recipe.models()
-        known: dict[str, TensorSource] = {}
-        self.models = tuple(SourceModel.open(ref, known) for ref in refs)
+        self.models = tuple(SourceModel.open(ref, self.known) for ref in refs)
         self.index = {ref: i for i, ref in enumerate(refs)}
         self.donor = self.index[self.recipe.donor]
         self.warnings: list[str] = check_heads(self.models, self.models[self.donor])

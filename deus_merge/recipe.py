@@ -11,15 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .alignment import ALIGNMENT
+from .checkpoint.hub import split_adapter
 from .discover import plugins
+from .documents import Document, in_order
 from .errors import DeusMergeError, RecipeError, nearest
-from .located import MAX_BYTES, Located, parse
+from .located import MAX_BYTES, Located, parse_documents
 from .method import MergeMethod
 from .settings import Settings, check_setting, read_settings
 from .units import dtype_code
 
 _TOP = (
-    "slices", "models", "upscale", "merge_method", "base_model", "align", "parameters", "dtype", "out_dtype",
+    "name", "slices", "models", "upscale", "merge_method", "base_model", "align", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "chat_template",
 )  # fmt: skip
 _SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
@@ -102,7 +104,12 @@ class Upscale:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. Exactly one of ``slices`` (also made from ``models``) and ``upscale`` is set."""
+    """A whole recipe. Exactly one of ``slices`` (also made from ``models``) and ``upscale`` is set.
+
+    Attributes:
+        name: Of a document whose result others use as a model.
+        documents: Those that a recipe of several documents needs, each behind the ones that it needs itself.
+    """
 
     slices: tuple[OutputSlice, ...] = ()
     upscale: Upscale | None = None
@@ -112,6 +119,8 @@ class Recipe:
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     chat_template: str | None = None
+    name: str | None = None
+    documents: tuple[Recipe, ...] = ()
     source: Located = field(compare=False, repr=False, default=Located(None))
 
     def models(self) -> tuple[ModelRef, ...]:
@@ -150,7 +159,13 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, file: str = "recipe") -> Recipe:
     """The text of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
-    return recipe_from(parse(text, file))
+    recipes = [recipe_from(root) for root in parse_documents(text, file)]
+    if len(recipes) == 1:
+        return replace(recipes[0], name=None)
+    uses = [{split_adapter(ref.text)[0]: ref.place for ref in recipe.models()} for recipe in recipes]
+    order = in_order([Document(r.source, r.name, models) for r, models in zip(recipes, uses, strict=True)])
+    *before, last = (recipes[i] for i in order)
+    return replace(last, documents=tuple(before))
 
 
 def recipe_from(root: Located) -> Recipe:
@@ -173,6 +188,7 @@ def recipe_from(root: Located) -> Recipe:
         "out_dtype": _dtype(top.get("out_dtype")),
         "tokenizer_source": _model(top["tokenizer_source"]).text if "tokenizer_source" in top else None,
         "chat_template": top["chat_template"].string("auto, or a Jinja template") if "chat_template" in top else None,
+        "name": _name(top["name"]) if "name" in top else None,
         "source": root,
     }
     if form == ["upscale"]:
@@ -264,6 +280,13 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
     if base and methods()[method].adds_base and base not in [s.model for s in sources]:
         sources.append(SliceSource(base, place=base.place))
     return OutputSlice(tuple(sources), method, place=node)
+
+
+def _name(node: Located) -> str:
+    text = node.string("a name for other documents to use")
+    if "+" in text or "@" in text:
+        node.fail("not a name a document can have", expected="no + and no @, which mean something in model references")
+    return text
 
 
 def _model(node: Located) -> ModelRef:

@@ -179,6 +179,22 @@ def test_adapters_everywhere(run, bases, tmp_path, monkeypatch):
     assert "\n- a\n" in card and str(tmp_path) not in card
 
 
+def test_an_adapter_over_a_document(run, bases, tmp_path):
+    """As if the document had been written to a folder before."""
+    first, second = bases(), make_model(tmp_path / "second", layers=2, seed=5)
+    folder = adapter(first, tmp_path / "adapter", target_modules=[*LINEAR, "embed_tokens"])
+    linear = f"merge_method: linear\nmodels: [{{model: {first}}}, {{model: {second}}}]\nparameters: {{weight: 1}}\n"
+    whole = write_recipe(
+        tmp_path / "r.yml",
+        f"name: mean\n{linear}---\nmerge_method: passthrough\nmodels: [{{model: mean+{folder}}}]\n",
+    )
+    run("merge", whole, tmp_path / "ours")
+    run("merge", write_recipe(tmp_path / "one.yml", linear), tmp_path / "mean")
+    theirs = weights(passthrough(run, tmp_path / "two", f"{tmp_path}/mean+{folder}"))
+    assert all(tensor.equal(theirs[name]) for name, tensor in weights(tmp_path / "ours").items())
+    assert "- mean\n" not in (tmp_path / "ours/README.md").read_text()
+
+
 def test_rows_are_those_of_the_whole(bases, tmp_path):
     base = Checkpoint.open(bases())
     source = LoraSource(base, adapter(bases(), tmp_path / "adapter", target_modules=LINEAR, use_dora=True))
@@ -186,7 +202,7 @@ def test_rows_are_those_of_the_whole(bases, tmp_path):
         whole, rows = source.read(name), info.shape[0]
         pieces = [source.slice(name, at, min(at + 5, rows)) for at in range(0, rows, 5)]
         assert torch.cat(pieces).equal(whole), name
-        assert source.origin(name) == (None if info.derived else (base, name))
+        assert source.origin(name) == (base, name) and info.derived == (not whole.equal(base.read(name)))
     base.close()
 
 

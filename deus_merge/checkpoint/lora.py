@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import math
@@ -111,14 +112,19 @@ class LoraSource:
                 parts = change.module.parts.values() if change.module else ()
                 self._adapter.prefetch([n for n in (change.whole, *parts) if n])
 
-    def origin(self, name: str) -> tuple[Checkpoint, str] | None:
-        return None if name in self._changes else self.base.origin(name)
+    def origin(self, name: str) -> tuple[TensorSource, str]:
+        return self.base.origin(self._changes[name].base if name in self._changes else name)
 
-    def workspace(self, name: str) -> int:
+    def bound(self, results: Mapping[str, TensorSource]) -> LoraSource:
+        own = copy.copy(self)
+        own.base = self.base.bound(results)
+        return own
+
+    def workspace(self, name: str, least: bool = False) -> int:
         if name not in self._changes:
-            return self.base.workspace(name)
+            return self.base.workspace(name, least)
         # the weight, B A as it is and scaled, and their sum in float32
-        return 16 * math.prod(self.tensors[name].shape) + self.base.workspace(self._changes[name].base)
+        return 16 * math.prod(self.tensors[name].shape) + self.base.workspace(self._changes[name].base, least)
 
     def _start(self, name: str) -> torch.Tensor:
         """What a tensor is before anything is added to it, in memory that may be written to."""

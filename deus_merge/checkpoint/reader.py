@@ -60,11 +60,16 @@ class TensorSource(Protocol):
     def prefetch(self, names: Iterable[str]) -> None:
         """As `Checkpoint.prefetch`."""
 
-    def origin(self, name: str) -> tuple[Checkpoint, str] | None:
-        """The checkpoint, and its tensor, whose bytes this tensor is; None if it is derived."""
+    def origin(self, name: str) -> tuple[TensorSource, str]:
+        """The innermost source, and its tensor, that this tensor comes from: for one that is not derived, the
+        `Checkpoint` whose bytes it is."""
 
-    def workspace(self, name: str) -> int:
-        """Estimated bytes alive while a tensor is read, itself included; 0 for one that is only mapped."""
+    def bound(self, results: Mapping[str, TensorSource]) -> TensorSource:
+        """This source for one run, given the run's results of other documents by name."""
+
+    def workspace(self, name: str, least: bool = False) -> int:
+        """Estimated bytes alive while a tensor is read, itself included; 0 for one that is only mapped. ``least``: when
+        what makes it works in as little memory as can be."""
 
 
 class Checkpoint:
@@ -209,7 +214,10 @@ class Checkpoint:
     def origin(self, name: str) -> tuple[Checkpoint, str]:
         return self, name
 
-    def workspace(self, name: str) -> int:
+    def bound(self, results: Mapping[str, TensorSource]) -> Checkpoint:
+        return self
+
+    def workspace(self, name: str, least: bool = False) -> int:
         return 0
 
     def close(self) -> None:

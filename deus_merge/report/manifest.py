@@ -54,6 +54,7 @@ def manifest(
         "new_layers": list(plan.new_layers),
         "new_parameters": list(plan.new_parameters),
         "layers": layers,
+        **({"documents": plan.describe()["documents"]} if plan.documents else {}),
         "tensors": tensors,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
         "warnings": list(plan.warnings),
