@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .checkpoint.hub import resolve
+from .checkpoint.reader import TensorSource
 from .errors import CheckpointError, RecipeError, nearest
 from .recipe import Recipe
 
@@ -17,13 +17,13 @@ TOKENIZER_FILES = (
 _DONOR_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 
 
-def extra_files(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> dict[str, bytes | Path]:
+def extra_files(recipe: Recipe, models: Mapping[str, TensorSource], donor: TensorSource) -> dict[str, bytes | Path]:
     """What to put beside the weights.
 
     Args:
         recipe: Its ``tokenizer_source`` and ``chat_template`` are followed.
-        models: Folder of each model the recipe names.
-        donor: The folder of the model that gives everything else.
+        models: Each model the recipe names.
+        donor: The model that gives everything else.
 
     Returns:
         File name -> its bytes, or a file to copy.
@@ -31,20 +31,21 @@ def extra_files(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> dict
     Raises:
         RecipeError: a tokenizer source that is none of the models, or a chat template that is none.
     """
-    code = sorted(donor.glob("*.py")) if b'"auto_map"' in (donor / "config.json").read_bytes() else []
-    files: dict[str, bytes | Path] = {p.name: p for p in code}
-    files |= _present(donor, _DONOR_FILES)
-    files |= _present(_tokenizer_folder(recipe, models, donor), TOKENIZER_FILES)
+    code = [name for name in donor.beside if name.endswith(".py")] if '"auto_map"' in json.dumps(donor.config) else []
+    files = _present(donor, (*code, *_DONOR_FILES))
+    files |= _present(_tokenizer(recipe, models, donor), TOKENIZER_FILES)
     if recipe.chat_template not in (None, "auto"):
         _set_chat_template(files, recipe)
     return dict(sorted(files.items()))
 
 
-def _present(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
-    return {name: folder / name for name in names if (folder / name).is_file()}
+def _present(source: TensorSource, names: Sequence[str]) -> dict[str, bytes | Path]:
+    beside = source.beside
+    return {name: beside[name] for name in names if name in beside}
 
 
-def _tokenizer_folder(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> Path:
+def _tokenizer(recipe: Recipe, models: Mapping[str, TensorSource], donor: TensorSource) -> TensorSource:
+    """The model whose tokenizer the output takes."""
     source = recipe.tokenizer_source
     if source in (None, "base"):
         return donor
@@ -57,7 +58,7 @@ def _tokenizer_folder(recipe: Recipe, models: Mapping[str, Path], donor: Path) -
             expected=f"base, or one of: {', '.join(models)}",
             hint=nearest(source, models),
         )
-    return resolve(source)
+    return models[source]
 
 
 def _set_chat_template(files: dict[str, bytes | Path], recipe: Recipe) -> None:
@@ -75,9 +76,9 @@ def _set_chat_template(files: dict[str, bytes | Path], recipe: Recipe) -> None:
     files.pop("chat_template.json", None)
     files["chat_template.jinja"] = template.encode()
     config = files.get("tokenizer_config.json")
-    if isinstance(config, Path):
+    if config is not None:
         try:
-            data = json.loads(config.read_text(encoding="utf-8"))
+            data = json.loads(config if isinstance(config, bytes) else config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError("not JSON", where=config, got=error) from None
         data.pop("chat_template", None)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from .alignment import AlignTo, cannot_align
 from .architecture import ModelView, TensorSpec, families
 from .checkpoint.layout import TensorEntry, plan_shards
-from .checkpoint.reader import TensorInfo
+from .checkpoint.reader import TensorInfo, TensorSource
 from .config import LayerOrigin, deeper_config, head_shape, layer_lists
 from .errors import PlanError, RecipeError
+from .intermediate import PlannedResult, document_plans
 from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
 from .method import TensorTask
 from .model_files import extra_files
@@ -34,16 +35,30 @@ def build_plan(recipe: Recipe, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE
     Raises:
         RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
     """
-    return _Planner(recipe).plan(parse_size(max_shard_size))
+    size = parse_size(max_shard_size)
+    known: dict[str, TensorSource] = {}
+    results: list[PlannedResult] = []
+    for document in recipe.documents:
+        results.append(PlannedResult(_Planner(document, known).plan(size)))
+        known[document.name] = results[-1]
+    plan = _Planner(recipe, known).plan(size)
+    told = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
+    return replace(
+        plan,
+        recipe=replace(plan.recipe, documents=tuple(r.plan.recipe for r in results)),
+        warnings=(*told, *plan.warnings),
+        documents=document_plans(plan, results),
+    )
 
 
 @dataclass
 class _Planner:
     recipe: Recipe
+    known: dict[str, TensorSource]
 
     def plan(self, max_shard_size: int) -> Plan:
         refs = self.recipe.models()
-        self.models = tuple(SourceModel.open(ref) for ref in refs)
+        self.models = tuple(SourceModel.open(ref, self.known) for ref in refs)
         self.index = {ref: i for i, ref in enumerate(refs)}
         self.donor = self.index[self.recipe.donor]
         self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
@@ -62,9 +77,7 @@ class _Planner:
         donor = self.models[self.donor]
         dtype = self.recipe.out_dtype or self.recipe.dtype
         config = deeper_config(donor.checkpoint.config, donor.view.layers_path, self.origins, dtype)
-        files = extra_files(
-            self.recipe, {str(m.ref): m.checkpoint.folder for m in self.models}, donor.checkpoint.folder
-        )
+        files = extra_files(self.recipe, {str(m.ref): m.checkpoint for m in self.models}, donor.checkpoint)
         entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for b in self.blocks for t in b.tensors]
         shards = plan_shards(entries, max_shard_size)
         return Plan(

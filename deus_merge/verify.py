@@ -223,7 +223,10 @@ def _logits(folder: Path, record: dict, text: str) -> tuple[bool | None, str]:
     import torch
     import transformers
 
-    base_folder = Path(record["sources"][record["donor"]]["folder"])
+    base = record["sources"][record["donor"]]
+    if "folder" not in base:
+        return None, f"base {base['model']} is merged when it is read: there is no folder to compare with"
+    base_folder = Path(base["folder"])
     if not base_folder.is_dir():
         return None, f"base {base_folder} is not there any more"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -22,7 +22,7 @@ FAMILIES = ("llama", "llama_bias", "mistral", "qwen2", "qwen3")
 
 def planted(base: Path, folder: Path, seed: int = 0) -> Path:
     """A model whose every layer is the base's under a random symmetry: other weights, the same function."""
-    source = SourceModel.open(ModelRef(str(base)))
+    source = SourceModel.open(ModelRef(str(base)), {})
     heads = head_shape(source.checkpoint.config, source.view)
     tensors = weights(base)
     for index, layer in enumerate(source.view.layers):

@@ -118,7 +118,8 @@ def plan(recipe: Path, max_shard_size: int, expand: bool, as_json: bool):
     """
     result = api.plan(recipe, max_shard_size=max_shard_size)
     if expand and as_json:
-        emit_json(yaml.safe_load(dump_recipe(result.recipe)))
+        documents = list(yaml.safe_load_all(dump_recipe(result.recipe)))
+        emit_json(documents if len(documents) > 1 else documents[0])
     elif expand:
         click.echo(dump_recipe(result.recipe), nl=False)
     elif as_json:

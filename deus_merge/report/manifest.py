@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 
 from .. import __version__
+from ..checkpoint.reader import TensorSource
 from ..errors import CheckpointError
-from ..plan import Plan
+from ..plan import BlockPlan, Plan, PlannedTensor
 
 MANIFEST = "deus_merge.json"
 RECIPE = "deus_merge.yml"
@@ -37,6 +39,8 @@ def manifest(
     for block in plan.blocks:
         for layer in block.layers:
             layers[layer]["diagnostics"] = diagnostics.get(block.index, [])
+    sources = {m.checkpoint: str(m.ref) for m in plan.models}
+    tensors = {t.task.name: _origin(plan, block, t, sources) for block in plan.blocks for t in block.tensors}
     return {
         "format": FORMAT,
         "deus_merge": __version__,
@@ -44,16 +48,14 @@ def manifest(
         "versions": _versions(),
         "options": dict(options),
         "donor": plan.donor,
-        "sources": [
-            {"model": str(m.ref), "folder": str(m.checkpoint.folder), "fingerprint": m.checkpoint.fingerprint}
-            for m in plan.models
-        ],
+        "sources": [{"model": name, **s.told, "fingerprint": s.fingerprint} for s, name in sources.items()],
         "num_layers": plan.num_layers,
         "function_preserving": plan.function_preserving,
         "new_layers": list(plan.new_layers),
         "new_parameters": list(plan.new_parameters),
         "layers": layers,
-        "tensors": {t.task.name: _origin(plan, block, t) for block in plan.blocks for t in block.tensors},
+        **({"documents": plan.describe()["documents"]} if plan.documents else {}),
+        "tensors": tensors,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
         "warnings": list(plan.warnings),
     }
@@ -83,14 +85,17 @@ def read_manifest(folder: Path) -> dict:
     return data
 
 
-def _origin(plan: Plan, block, tensor) -> dict:
-    data = {"action": tensor.action}
-    if tensor.action == "copy":
-        info = tensor.inputs[tensor.source]
-        data |= {"model": block.sources[tensor.source].model, "tensor": info.name}
-    return data
+def _origin(plan: Plan, block: BlockPlan, tensor: PlannedTensor, sources: dict[TensorSource, str]) -> dict:
+    """How a tensor came about; a copy's checkpoint, which may stand behind one of the plan's, joins the sources."""
+    if tensor.action != "copy":
+        return {"action": tensor.action}
+    model = plan.models[block.sources[tensor.source].model]
+    checkpoint, name = model.checkpoint.origin(tensor.inputs[tensor.source].name)
+    sources.setdefault(checkpoint, str(checkpoint.folder))
+    return {"action": "copy", "model": list(sources).index(checkpoint), "tensor": name}
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "safetensors", "transformers", "POT", "scipy", "numpy")
+    names = ["torch", "safetensors", "transformers", "POT", "scipy", "numpy"]
+    names += ["peft"] if importlib.util.find_spec("peft") else []
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
