@@ -27,6 +27,7 @@ from .plan import BlockPlan, Plan, PlannedTensor
 from .recipe import methods
 from .recipe_yaml import dump_recipe
 from .report.card import model_card
+from .report.lineage import ancestors
 from .report.manifest import MANIFEST, RECIPE, manifest
 from .units import ITEMSIZE, dtype_name, format_size, torch_dtype
 from .verify import Verification, verify
@@ -69,17 +70,10 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
         raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
-    place = out.resolve()
+    output = OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite)
     for model in plan.models:
-        source = model.checkpoint.folder.resolve()
-        if place == source or source in place.parents or place in source.parents:
-            raise PlanError(
-                "the output and a source must not contain each other",
-                where=out,
-                expected="a folder beside the models",
-                got=f"source {source}",
-            )
-    OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite).check_place()
+        output.check_apart(model.checkpoint.folder)
+    output.check_place()
     if options.max_memory is not None and plan.least_memory > options.max_memory:
         raise PlanError(
             "the plan needs more memory than allowed",
@@ -135,9 +129,10 @@ def execute(
                     output.record(str(block.index), {"tensors": run.block(block)})
                 on_block(block, resumed)
         diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
-        warnings = plan.warnings + tuple(output.notes) + _convergence(plan, diagnostics)
+        past, unknown_past = ancestors(plan)
+        warnings = plan.warnings + unknown_past + tuple(output.notes) + _convergence(plan, diagnostics)
         told = {key: identity[key] for key in ("device", "threads", "seed")}
-        _write_files(plan, output.folder, diagnostics, told)
+        _write_files(plan, output.folder, diagnostics, told, past)
         verification = replace(verify(output.folder, quick=True), folder=out) if options.verify else None
         if verification and not verification.passed:
             failed = next(c for c in verification.checks if c.passed is False)
@@ -287,7 +282,9 @@ class _Inputs:
         return torch.Generator(self._run.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _write_files(plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object]) -> None:
+def _write_files(
+    plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object], past: Sequence[Mapping]
+) -> None:
     """Everything beside the weights: the manifest last, since it knows the others' digests."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in plan.files.items()}
@@ -295,8 +292,8 @@ def _write_files(plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]]
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
     files[RECIPE] = recipe.encode()
-    record = json.dumps(manifest(plan, files, diagnostics, told), indent=1, ensure_ascii=False) + "\n"
-    files |= {"README.md": model_card(plan, recipe).encode(), MANIFEST: record.encode()}
+    record = json.dumps(manifest(plan, files, diagnostics, told, past), indent=1, ensure_ascii=False) + "\n"
+    files |= {"README.md": model_card(plan, recipe, past).encode(), MANIFEST: record.encode()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
 

@@ -31,13 +31,22 @@ def extra_files(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> dict
     Raises:
         RecipeError: a tokenizer source that is none of the models, or a chat template that is none.
     """
-    code = sorted(donor.glob("*.py")) if b'"auto_map"' in (donor / "config.json").read_bytes() else []
-    files: dict[str, bytes | Path] = {p.name: p for p in code}
-    files |= _present(donor, _DONOR_FILES)
+    files: dict[str, bytes | Path] = dict(_own_files(donor))
     files |= _present(_tokenizer_folder(recipe, models, donor), TOKENIZER_FILES)
     if recipe.chat_template not in (None, "auto"):
         _set_chat_template(files, recipe)
     return dict(sorted(files.items()))
+
+
+def copied_files(folder: Path) -> dict[str, Path]:
+    """Everything beside a model's weights and config that belongs to it: name -> file."""
+    return dict(sorted((_own_files(folder) | _present(folder, TOKENIZER_FILES)).items()))
+
+
+def _own_files(folder: Path) -> dict[str, Path]:
+    """What never comes from another model than the weights: remote code, generation config, licence."""
+    code = sorted(folder.glob("*.py")) if b'"auto_map"' in (folder / "config.json").read_bytes() else []
+    return {p.name: p for p in code} | _present(folder, _DONOR_FILES)
 
 
 def _present(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:

@@ -13,6 +13,7 @@ _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 #: What a merge reads of a repository. Weights in other formats and other folders' weights stay where they are.
 NEEDED = (
     "config.json",
+    "deus_merge.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
