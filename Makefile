@@ -40,7 +40,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable ".[test]"
+	$(PIP) --editable ".[test,train]"
 	touch $@
 
 oracle: $(ORACLE)/.ready  ## the environment of tests/parity
