@@ -132,7 +132,7 @@ def upscale_recipe(
 
 
 def verify(
-    out: str | Path, *, quick: bool = False, logits_text: str | None = None, check: bool = False
+    out: str | Path, *, quick: bool = False, logits_text: str | None = None, strict: bool = False, check: bool = False
 ) -> Verification:
     """Check a finished output; see `deus_merge.verify.verify`.
 
@@ -141,8 +141,8 @@ def verify(
     """
     from .verify import verify as run
 
-    result = run(out, quick=quick, logits_text=logits_text)
+    result = run(out, quick=quick, logits_text=logits_text, strict=strict)
     if check and not result.passed:
-        failed = [c for c in result.checks if c.passed is False]
-        raise VerifyError(f"{failed[0].name}: {failed[0].detail}", where=out)
+        failed = result.failed[0]
+        raise VerifyError(f"{failed.name}: {failed.detail}", where=out)
     return result

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from .plan import BlockPlan, Plan, PlannedTensor
 from .recipe import methods
 from .recipe_yaml import dump_recipe
 from .report.card import model_card
-from .report.manifest import MANIFEST, RECIPE, manifest
+from .report.manifest import MANIFEST, RECIPE, manifest, sealed
 from .units import ITEMSIZE, dtype_name, format_size, torch_dtype
 from .verify import Verification, verify
 
@@ -111,6 +112,7 @@ def execute(
     Raises:
         DeusMergeError: as `preflight`; or a tensor that cannot be merged; VerifyError when the result is wrong.
     """
+    began = time.monotonic()
     preflight(plan, out, options)
     computes = any(b.computes for b in plan.blocks)
     device = _device(options.device) if computes else None
@@ -137,11 +139,17 @@ def execute(
         diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
         warnings = plan.warnings + tuple(output.notes) + _convergence(plan, diagnostics)
         told = {key: identity[key] for key in ("device", "threads", "seed")}
-        _write_files(plan, output.folder, diagnostics, told)
-        verification = replace(verify(output.folder, quick=True), folder=out) if options.verify else None
-        if verification and not verification.passed:
-            failed = next(c for c in verification.checks if c.passed is False)
-            raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
+        told["seconds"] = round(time.monotonic() - began, 3)
+        record = manifest(plan, _write_files(plan, output.folder), diagnostics, told)
+        verification = None
+        if options.verify:
+            sources = [m.checkpoint for m in plan.models]
+            verification = replace(verify(output.folder, quick=True, record=record, sources=sources), folder=out)
+            if not verification.passed:
+                failed = verification.failed[0]
+                raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
+        checksums = verification.checksums if verification else None
+        (output.folder / MANIFEST).write_bytes(sealed(record, checksums))
         output.finish()
     return verification, warnings + tuple(n for n in output.notes if n not in warnings)
 
@@ -287,18 +295,17 @@ class _Inputs:
         return torch.Generator(self._run.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _write_files(plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object]) -> None:
-    """Everything beside the weights: the manifest last, since it knows the others' digests."""
+def _write_files(plan: Plan, folder: Path) -> dict[str, bytes]:
+    """Everything beside the weights and the manifest."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
-    files[RECIPE] = recipe.encode()
-    record = json.dumps(manifest(plan, files, diagnostics, told), indent=1, ensure_ascii=False) + "\n"
-    files |= {"README.md": model_card(plan, recipe).encode(), MANIFEST: record.encode()}
+    files |= {RECIPE: recipe.encode(), "README.md": model_card(plan, recipe).encode()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    return files
 
 
 @contextmanager

@@ -15,11 +15,12 @@ from .output import emit_json, hush_transformers, say, show_verification, table
 @click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--logits", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TEXT",
               help="A text file: also compare logits of base and output on it.")  # fmt: skip
-@click.option("--quick", is_flag=True, help="Leave out finite values and building the model.")
+@click.option("--quick", is_flag=True, help="Leave out finite values, the tokenizer, and building the model.")
+@click.option("--strict", is_flag=True, help="Fail also where a check cannot be made (a source is gone).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.pass_context
-def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, as_json: bool):
-    """Check OUT against its plan, its sources and transformers. Exit code 3 when a check fails.
+def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, strict: bool, as_json: bool):
+    """Check every byte of OUT against its manifest, its sources and transformers. Exit code 3 when a check fails.
 
     \b
     Example:
@@ -27,13 +28,13 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, as_j
     """
     text = logits.read_text(encoding="utf-8", errors="replace")[:20_000] if logits else None
     hush_transformers()
-    result = api.verify(out, quick=quick, logits_text=text)
+    result = api.verify(out, quick=quick, logits_text=text, strict=strict)
     if as_json:
         emit_json(result.describe())
     else:
         show_verification(result)
     if not result.passed:
-        say(f"{out} failed verification")
+        say(f"{out} failed verification: {', '.join(c.name for c in result.failed)}")
         ctx.exit(3)
 
 
