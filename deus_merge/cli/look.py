@@ -1,4 +1,4 @@
-"""``verify``, ``inspect`` and ``methods``: they look and change nothing."""
+"""``verify``, ``report``, ``inspect`` and ``methods``: they look, and change no model."""
 
 from __future__ import annotations
 
@@ -35,6 +35,27 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, stri
         show_verification(result)
     if not result.passed:
         say(f"{out} failed verification: {', '.join(c.name for c in result.failed)}")
+        ctx.exit(3)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="The page to write; by default report.html in OUT.")  # fmt: skip
+@click.option("--verify", "full", is_flag=True, help="Verify in full first; by default as verify --quick does.")
+@click.pass_context
+def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
+    """Write one self-contained HTML page about OUT: layer map, alignment, times, what was verified, recipe.
+
+    \b
+    Example:
+      deus-merge report ./deeper --html deeper.html
+    """
+    hush_transformers()
+    result = api.verify(out, quick=not full)
+    click.echo(api.report(out, html, verification=result))
+    if not result.passed:
+        say(f"{out} failed verification")
         ctx.exit(3)
 
 
