@@ -13,6 +13,7 @@ from .architecture import ModelView, view_model
 from .checkpoint.reader import Checkpoint, TensorInfo
 from .config import layer_lists
 from .errors import DeusMergeError
+from .modules import view_modules
 from .report.manifest import read_manifest
 
 _CHUNK = 1 << 18  # bytes compared at a time
@@ -115,6 +116,11 @@ def _layers(checkpoint: Checkpoint, view: ModelView, record: dict) -> tuple[bool
     lists = layer_lists(checkpoint.config, view.layers_path)
     if isinstance(kinds := section.get("layer_types"), list) and len(kinds) != view.num_layers:
         return False, f"layer_types has {len(kinds)} entries for {view.num_layers} layers"
+    modules = view_modules(checkpoint.config, tuple(checkpoint.tensors), view)
+    for name, depth in record.get("modules", {}).items():
+        got = modules[name].num_layers if name in modules else "no"
+        if got != depth:
+            return False, f"{name} has {got} layers, planned {depth}"
     named = f", lists: {', '.join(lists)}" if lists else ""
     return True, f"{view.num_layers} layers, {len(record['new_layers'])} new{named}"
 
@@ -195,7 +201,7 @@ def _finite(checkpoint: Checkpoint) -> tuple[bool, str]:
 
 def _transformers(checkpoint: Checkpoint, view: ModelView) -> tuple[bool | None, str]:
     """Whether transformers builds this model (on the meta device) with exactly these names and shapes."""
-    if view.architecture is None:
+    if view.architecture is None or view.model_type not in view.architecture.model_types:
         return None, f"family {view.model_type!r} is not described here"
     import torch
     import transformers

@@ -76,18 +76,27 @@ def _layer_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
         only = entry["sources"][0]
         shift = entry["layer"] - only["layer"]
         kind = entry["kind"]
-        return None if entry["new"] or kind not in ("copy", "derived") else (only["model"], shift, kind)
+        module = entry.get("module")
+        return None if entry["new"] or kind not in ("copy", "derived") else (only["model"], shift, kind, module)
 
     for key, group in groupby(plan.layer_map(), source):
         entries = list(group)
         first, last = entries[0], entries[-1]
         if key is not None and len(entries) > 1:
             begin, end = first["sources"][0]["layer"], last["sources"][0]["layer"]
-            yield f"{first['layer']}–{last['layer']}", f"{_name(key[0])} {begin}–{end}", key[2]
+            yield f"{_module(first)}{first['layer']}–{last['layer']}", f"{_name(key[0])} {begin}–{end}", key[2]
             continue
         for entry in entries:
             origin = " + ".join(f"{_name(s['model'])} {s['layer']}" for s in entry["sources"])
-            yield str(entry["layer"]), origin, f"{entry['method']}, new" if entry["new"] else entry["kind"]
+            yield (
+                f"{_module(entry)}{entry['layer']}",
+                origin,
+                f"{entry['method']}, new" if entry["new"] else entry["kind"],
+            )
+
+
+def _module(entry: dict) -> str:
+    return f"{entry['module']} " if "module" in entry else ""
 
 
 def _name(ref: str) -> str:

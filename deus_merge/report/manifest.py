@@ -36,9 +36,9 @@ def manifest(
         ``layers`` with origin and diagnostics, and ``tensors``: how each came about.
     """
     layers = plan.layer_map()
-    for block in plan.blocks:
-        for layer in block.layers:
-            layers[layer]["diagnostics"] = diagnostics.get(block.index, [])
+    blocks = (block for block in plan.blocks for _ in block.layers)
+    for entry, block in zip(layers, blocks, strict=True):
+        entry["diagnostics"] = diagnostics.get(block.index, [])
     sources = {m.checkpoint: str(m.ref) for m in plan.models}
     tensors = {t.task.name: _origin(plan, block, t, sources) for block in plan.blocks for t in block.tensors}
     return {
@@ -52,6 +52,7 @@ def manifest(
         "num_layers": plan.num_layers,
         "function_preserving": plan.function_preserving,
         "new_layers": list(plan.new_layers),
+        **({"modules": depths} if (depths := plan.depths()) else {}),
         "new_parameters": list(plan.new_parameters),
         "layers": layers,
         **({"documents": plan.describe()["documents"]} if plan.documents else {}),
