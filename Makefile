@@ -40,7 +40,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable ".[test,lora]"
+	$(PIP) --editable ".[test,lora,train]"
 	touch $@
 
 oracle: $(ORACLE)/.ready  ## the environment of tests/parity

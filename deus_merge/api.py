@@ -23,9 +23,20 @@ from .located import locate
 from .plan import BlockPlan, Plan
 from .planner import DEFAULT_SHARD_SIZE, build_plan
 from .recipe import Recipe, read_recipe, recipe_from
+from .strip import Stripped
 from .verify import Verification
 
-__all__ = ["MergeResult", "RunOptions", "merge", "plan", "upscale_recipe", "verify"]
+__all__ = [
+    "MergeResult",
+    "RunOptions",
+    "Stripped",
+    "export_training",
+    "merge",
+    "plan",
+    "strip",
+    "upscale_recipe",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -146,3 +157,36 @@ def verify(
         failed = [c for c in result.checks if c.passed is False]
         raise VerifyError(f"{failed[0].name}: {failed[0].detail}", where=out)
     return result
+
+
+def export_training(out: str | Path, trainer: str) -> str:
+    """Settings of another trainer that train an output's new layers and nothing else.
+
+    Args:
+        out: An output folder.
+        trainer: A name in `training.export.TRAINERS`.
+
+    Raises:
+        CheckpointError, TrainingError: as `training.export.export`: above all, the trainer cannot be told so.
+    """
+    from .training.export import export
+
+    return export(out, trainer)
+
+
+def strip(
+    out: str | Path,
+    base: str | Path,
+    *,
+    manifest: str | Path | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+) -> Stripped:
+    """Take the new layers out again; see `deus_merge.strip.strip`.
+
+    Raises:
+        DeusMergeError: as there.
+    """
+    from .strip import strip as run
+
+    return run(out, base, manifest=manifest, max_shard_size=max_shard_size, overwrite=overwrite)

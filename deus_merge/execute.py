@@ -23,6 +23,7 @@ from .making import Maker, Piece, results_of
 from .plan import BlockPlan, Plan
 from .recipe_yaml import dump_recipe
 from .report.card import model_card
+from .report.lineage import ancestors
 from .report.manifest import MANIFEST, RECIPE, manifest
 from .units import ITEMSIZE, format_size
 from .verify import Verification, verify
@@ -64,17 +65,10 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
         raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
-    place = out.resolve()
+    output = OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite)
     for folder in (f for model in plan.models for f in model.checkpoint.folders):
-        source = folder.resolve()
-        if place == source or source in place.parents or place in source.parents:
-            raise PlanError(
-                "the output and a source must not contain each other",
-                where=out,
-                expected="a folder beside the models",
-                got=f"source {source}",
-            )
-    OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite).check_place()
+        output.check_apart(folder)
+    output.check_place()
     if options.max_memory is not None and plan.least_memory > options.max_memory:
         raise PlanError(
             "the plan needs more memory than allowed",
@@ -130,9 +124,10 @@ def execute(
                     output.record(str(block.index), {"tensors": run.block(block)})
                 on_block(block, resumed)
         diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
-        warnings = plan.warnings + tuple(output.notes) + _convergence(plan, diagnostics)
+        past, unknown_past = ancestors(plan)
+        warnings = plan.warnings + unknown_past + tuple(output.notes) + _convergence(plan, diagnostics)
         told = {key: identity[key] for key in ("device", "threads", "seed")}
-        _write_files(plan, output.folder, diagnostics, told)
+        _write_files(plan, output.folder, diagnostics, told, past)
         verification = replace(verify(output.folder, quick=True), folder=out) if options.verify else None
         if verification and not verification.passed:
             failed = next(c for c in verification.checks if c.passed is False)
@@ -203,7 +198,9 @@ class _Run:
         return self._ahead.submit(self.maker.load, block) if block else None
 
 
-def _write_files(plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object]) -> None:
+def _write_files(
+    plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object], past: Sequence[Mapping]
+) -> None:
     """Everything beside the weights: the manifest last, since it knows the others' digests."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in plan.files.items()}
@@ -211,8 +208,8 @@ def _write_files(plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]]
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
     files[RECIPE] = recipe.encode()
-    record = json.dumps(manifest(plan, files, diagnostics, told), indent=1, ensure_ascii=False) + "\n"
-    files |= {"README.md": model_card(plan, recipe).encode(), MANIFEST: record.encode()}
+    record = json.dumps(manifest(plan, files, diagnostics, told, past), indent=1, ensure_ascii=False) + "\n"
+    files |= {"README.md": model_card(plan, recipe, past).encode(), MANIFEST: record.encode()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
 

@@ -34,12 +34,22 @@ def extra_files(recipe: Recipe, models: Mapping[str, TensorSource], donor: Tenso
     Raises:
         RecipeError: a tokenizer source that is none of the models, or a chat template that is none.
     """
-    code = [name for name in donor.beside if name.endswith(".py")] if '"auto_map"' in json.dumps(donor.config) else []
-    files = _present(donor, (*code, *_DONOR_FILES))
+    files = dict(_own_files(donor))
     files |= _present(_tokenizer(recipe, models, donor), TOKENIZER_FILES)
     if recipe.chat_template not in (None, "auto"):
         _set_chat_template(files, recipe)
     return dict(sorted(files.items()))
+
+
+def copied_files(source: TensorSource) -> dict[str, bytes | Path]:
+    """Everything beside a model's weights and config that belongs to it: name -> bytes, or a file to copy."""
+    return dict(sorted((_own_files(source) | _present(source, TOKENIZER_FILES)).items()))
+
+
+def _own_files(source: TensorSource) -> dict[str, bytes | Path]:
+    """What never comes from another model than the weights: remote code, generation config, licence."""
+    code = [n for n in source.beside if n.endswith(".py")] if '"auto_map"' in json.dumps(source.config) else []
+    return _present(source, (*code, *_DONOR_FILES))
 
 
 def _present(source: TensorSource, names: Sequence[str]) -> dict[str, bytes | Path]:

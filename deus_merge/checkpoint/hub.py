@@ -14,6 +14,7 @@ _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 NEEDED = (
     "config.json",
     "adapter_config.json",
+    "deus_merge.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",

@@ -229,6 +229,21 @@ class OutputFolder:
                 hint="move these away, or choose another folder",
             )
 
+    def check_apart(self, source: Path) -> None:
+        """Whether the folder and a source are apart: neither is in the other.
+
+        Raises:
+            PlanError: they are not.
+        """
+        source = source.resolve()
+        if self.out == source or source in self.out.parents or self.out in source.parents:
+            raise PlanError(
+                "the output and a source must not contain each other",
+                where=self.out,
+                expected="a folder beside the models",
+                got=f"source {source}",
+            )
+
     def _open_folder(self) -> None:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise PlanError("the temporary folder's name is taken", where=self.folder, hint="remove it")

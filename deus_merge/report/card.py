@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from ..errors import printable
 from ..plan import Plan
 
 
-def model_card(plan: Plan, recipe_yaml: str) -> str:
+def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) -> str:
     """Markdown with YAML front matter.
 
     Args:
         plan: What was run.
         recipe_yaml: The resolved recipe.
+        ancestors: Earlier growths of the sources (`lineage.ancestors`).
     """
     sources = _sources(plan)
     names = ["+".join(parts) for parts in sources]
@@ -46,10 +47,16 @@ def model_card(plan: Plan, recipe_yaml: str) -> str:
     elif plan.new_layers:
         lines.append(f"It does not compute what {base} computes: expect a worse loss until it is trained.")
     lines += [f"\nNote: {warning}." for warning in plan.warnings]
+    if ancestors:
+        told = "; ".join(f"{_grown(a)} by plan {printable(a['plan_hash'])[:8]}" for a in ancestors)
+        lines += ["", f"Grown before, oldest first (layers as numbered here): {told}."]
     if plan.new_layers:
         new = ", ".join(map(str, plan.new_layers))
         lines += ["", "## Training", "", f"New layers: {new}. `deus_merge.json` lists the exact names of their"]
-        lines.append("tensors under `new_parameters`; to train only what is new, freeze all others.")
+        lines.append(
+            "tensors under `new_parameters`. `deus_merge.training.freeze_base(model, folder)` freezes all others;"
+        )
+        lines.append("`deus-merge export-training` prints settings for trainers.")
     for title, part in [*((f"Layers of {d.name}", d.plan) for d in plan.documents), ("Layers", plan)]:
         lines += ["", f"## {title}", "", "| layer | from | how |", "|---|---|---|"]
         lines += [f"| {layers} | {origin} | {how} |" for layers, origin, how in _layer_rows(part)]
@@ -66,6 +73,11 @@ def _sources(plan: Plan) -> list[tuple[str, ...]]:
             names = (None if model in documents else model, adapter)
             found[tuple(_name(name) for name in names if name)] = None
     return [parts for parts in found if parts]
+
+
+def _grown(ancestor: Mapping) -> str:
+    layers = ", ".join(map(str, ancestor["new_layers"])) or "none left"
+    return f"layers {layers}, then trained," if ancestor["trained"] else f"layers {layers}"
 
 
 def _layer_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:

@@ -7,11 +7,12 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import __version__
 from ..checkpoint.reader import TensorSource
+from ..config import config_patch
 from ..errors import CheckpointError
 from ..plan import BlockPlan, Plan, PlannedTensor
 
@@ -21,7 +22,11 @@ FORMAT = 1
 
 
 def manifest(
-    plan: Plan, files: Mapping[str, bytes], diagnostics: Mapping[int, list[dict]], options: Mapping[str, object]
+    plan: Plan,
+    files: Mapping[str, bytes],
+    diagnostics: Mapping[int, list[dict]],
+    options: Mapping[str, object],
+    ancestors: Sequence[Mapping] = (),
 ) -> dict:
     """The manifest as JSON data.
 
@@ -30,24 +35,29 @@ def manifest(
         files: What stands beside the weights: name -> bytes; their sha256 go in.
         diagnostics: Per block index, what its method said of each tensor.
         options: Of the run: device, threads.
+        ancestors: Earlier growths of the sources (`lineage.ancestors`).
 
     Returns:
         ``format``, ``plan_hash``, ``versions``, ``sources``, ``new_layers``, ``new_parameters`` (exact names to train),
-        ``layers`` with origin and diagnostics, and ``tensors``: how each came about.
+        ``layers`` with origin and diagnostics, ``tensors``: how each came about, ``donor_config``: a JSON merge patch
+        that makes the donor's config.json of the output's, and ``lineage``, when there were growths before this one.
     """
+    donor = plan.models[plan.donor]
     layers = plan.layer_map()
     blocks = (block for block in plan.blocks for _ in block.layers)
     for entry, block in zip(layers, blocks, strict=True):
         entry["diagnostics"] = diagnostics.get(block.index, [])
     sources = {m.checkpoint: str(m.ref) for m in plan.models}
     tensors = {t.task.name: _origin(plan, block, t, sources) for block in plan.blocks for t in block.tensors}
-    return {
+    record = {
         "format": FORMAT,
         "deus_merge": __version__,
         "plan_hash": plan.hash,
         "versions": _versions(),
         "options": dict(options),
         "donor": plan.donor,
+        "donor_config": config_patch(plan.config, donor.checkpoint.config),
+        "layer_prefix": donor.view.layer_prefix,
         "sources": [{"model": name, **s.told, "fingerprint": s.fingerprint} for s, name in sources.items()],
         "num_layers": plan.num_layers,
         "function_preserving": plan.function_preserving,
@@ -60,15 +70,26 @@ def manifest(
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
         "warnings": list(plan.warnings),
     }
+    return record | ({"lineage": [*ancestors, growth(record)]} if ancestors else {})
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a finished output.
+def growth(record: Mapping) -> dict:
+    """A manifest's entry in the lineage of what is made from its output."""
+    entry = {"plan_hash": record["plan_hash"], "sources": record["sources"], "recipe": record["files"].get(RECIPE)}
+    return entry | {"new_layers": record["new_layers"], "trained": bool(record.get("trained"))}
+
+
+def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
+    """The manifest of a finished output (or the one in this file).
+
+    Args:
+        folder: The output, or the manifest itself.
+        needed: Keys that it must have: manifests of earlier versions lack some.
 
     Raises:
         CheckpointError: there is none, or it is not one of this format.
     """
-    path = folder / MANIFEST
+    path = folder if folder.is_file() else folder / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -83,6 +104,10 @@ def read_manifest(folder: Path) -> dict:
         or not all(isinstance(data.get(k), dict) for k in ("tensors", "files"))
     ):
         raise CheckpointError("not a manifest this version reads", where=path, expected=f"format {FORMAT}")
+    if lacking := [key for key in needed if key not in data]:
+        raise CheckpointError(
+            f"the manifest lacks {lacking[0]!r}", where=path, hint="an earlier version wrote it: make the output again"
+        )
     return data
 
 
