@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -238,24 +238,25 @@ class Plan:
 
     @cached_property
     def modules(self) -> dict[str | None, tuple[BlockPlan, ...]]:
-        """Blocks of layers by module."""
+        """Blocks of layers by module; None: of a recipe that does not speak of modules."""
         names = dict.fromkeys(b.module for b in self.blocks if b.layers)
         return {name: tuple(b for b in self.blocks if b.module == name and b.layers) for name in names}
 
     @property
+    def main_blocks(self) -> tuple[BlockPlan, ...]:
+        """Blocks of the main stack's layers; none where the recipe leaves it to the donor."""
+        return self.modules.get(None) or self.modules.get(self.models[self.donor].main, ())
+
+    @property
     def num_layers(self) -> int:
-        """Of the main stack; where the recipe leaves it out, it is the donor's."""
-        main = self._main_blocks
-        return sum(len(b.layers) for b in main) if main else self.models[self.donor].view.num_layers
+        """Of the main stack."""
+        made = sum(len(b.layers) for b in self.main_blocks)
+        return made or self.models[self.donor].view.num_layers
 
     @property
     def new_layers(self) -> tuple[int, ...]:
         """Of the main stack."""
-        return tuple(layer for b in self._main_blocks if b.new for layer in b.layers)
-
-    @property
-    def _main_blocks(self) -> tuple[BlockPlan, ...]:
-        return self.modules.get(self.models[self.donor].main, self.modules.get(None, ()))
+        return tuple(layer for b in self.main_blocks if b.new for layer in b.layers)
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
@@ -340,24 +341,25 @@ class Plan:
         text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def depths(self) -> dict[str, int]:
-        """Layers by module, where the recipe speaks of modules."""
-        return {name: sum(len(b.layers) for b in blocks) for name, blocks in self.modules.items() if name}
-
-    def layer_map(self) -> list[dict]:
-        """One entry per output layer: where it comes from."""
+    def layer_map(self, blocks: Sequence[BlockPlan] | None = None) -> list[dict]:
+        """One entry per output layer: where it comes from. Of the main stack, or of these blocks."""
         return [
             {
                 "layer": layer,
-                **({"module": block.module} if block.module else {}),
                 "new": block.new,
                 "kind": block.kind,
                 "method": block.method,
                 "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources],
             }
-            for block in self.blocks
+            for block in (self.main_blocks if blocks is None else blocks)
             for layer in block.layers
         ]
+
+    def module_maps(self) -> dict[str, dict]:
+        """``num_layers`` and ``layers``, as in the layer map, of every other module that the recipe names."""
+        others = {name: blocks for name, blocks in self.modules.items() if blocks != self.main_blocks}
+        maps = {name: self.layer_map(blocks) for name, blocks in others.items()}
+        return {name: {"num_layers": len(layers), "layers": layers} for name, layers in maps.items()}
 
     def describe(self) -> dict:
         """The plan as JSON data."""
@@ -378,9 +380,9 @@ class Plan:
             "donor": str(self.models[self.donor].ref),
             "num_layers": self.num_layers,
             "new_layers": list(self.new_layers),
-            **({"modules": depths} if (depths := self.depths()) else {}),
             "function_preserving": self.function_preserving,
             "layers": self.layer_map(),
+            **({"modules": maps} if (maps := self.module_maps()) else {}),
             **({"documents": [_describe_document(d) for d in self.documents]} if self.documents else {}),
             "tensors": dict(sorted(actions.items())),
             "shards": [{"file": s.filename, "bytes": s.size, "tensors": len(s.tensors)} for s in self.shards],

@@ -121,10 +121,10 @@ def _layers(checkpoint: Checkpoint, view: ModelView, record: dict) -> tuple[bool
     if isinstance(kinds := section.get("layer_types"), list) and len(kinds) != view.num_layers:
         return False, f"layer_types has {len(kinds)} entries for {view.num_layers} layers"
     modules = view_modules(checkpoint.config, tuple(checkpoint.tensors), view)
-    for name, depth in record.get("modules", {}).items():
+    for name, planned in record.get("modules", {}).items():
         got = modules[name].num_layers if name in modules else "no"
-        if got != depth:
-            return False, f"{name} has {got} layers, planned {depth}"
+        if got != planned["num_layers"]:
+            return False, f"{name} has {got} layers, planned {planned['num_layers']}"
     named = f", lists: {', '.join(lists)}" if lists else ""
     return True, f"{view.num_layers} layers, {len(record['new_layers'])} new{named}"
 

@@ -139,7 +139,7 @@ def test_each_module_has_slices_of_its_own(run, models, tmp_path, family):
         assert all(ours[name].equal(tensor) for name, tensor in rest.items())
         assert all(tensor.equal(base[name]) for name, tensor in ours.items())
     record = json.loads((tmp_path / "both/deus_merge.json").read_text())
-    assert record["modules"] == {first[0]: 4, second[0]: 4}
+    assert record["num_layers"] == 4 and [m["num_layers"] for m in record["modules"].values()] == [4]
     assert run("verify", tmp_path / "both", "--json").json()["passed"]
     again = run("plan", tmp_path / "both/deus_merge.yml", "--json").json()
     assert again["plan_hash"] == record["plan_hash"]
@@ -161,6 +161,21 @@ def test_one_module_is_merged(run, models, tmp_path):
         weight = {"vision_tower": (1, 3) if "mlp" in name else (5, 3), "multi_modal_projector": (5, 5)}
         u, v = weight.get(name.partition(".")[0], (1, 0))
         torch.testing.assert_close(tensor, (u * a[name] + v * b[name]) / (u + v), rtol=1e-6, atol=1e-6)
+
+
+def test_new_layers_come_out_again(run, models, tmp_path):
+    """Those of the text decoder; not where the vision tower has others too."""
+    one, _ = models("llava")
+    text = f"base_model: {one}\nmerge_method: passthrough\nmodules:\n"
+    decoder = f"  text_decoder:\n    slices: [{{merge_method: ot_fuse, sources: [{{model: {one}}}]}}]\n"
+    tower = f"  vision_tower:\n    slices: [{{sources: [{{model: {one}}}]}}, {{sources: [{{model: {one}}}]}}]\n"
+    run("merge", write_recipe(tmp_path / "r.yml", text + decoder), tmp_path / "out")
+    run("strip", tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back/config.json").read_bytes() == (one / "config.json").read_bytes()
+    back = weights(tmp_path / "back")
+    assert back.keys() == weights(one).keys() and all(t.equal(back[n]) for n, t in weights(one).items())
+    run("merge", write_recipe(tmp_path / "r.yml", text + decoder + tower), tmp_path / "both")
+    assert "vision_tower is not that of" in run("strip", tmp_path / "both", tmp_path / "no", expect=2).err
 
 
 @pytest.mark.parametrize("form", ["modules", "upscale"])
@@ -250,4 +265,5 @@ def test_layers_that_are_told_by_number_stay(run, models, tmp_path):
     recipe = write_recipe(tmp_path / "r.yml", f"{text}, layer_range: [0, 5]}}]}}]\n")
     assert "fullatt_block_indexes tells layers by their numbers" in run("plan", recipe, expect=2).err
     write_recipe(recipe, f"{text}, layer_range: [0, 6]}}]}}]\n")
-    assert run("plan", recipe, "--json").json()["modules"] == {"vision_tower": 6}
+    planned = run("plan", recipe, "--json").json()
+    assert planned["modules"]["vision_tower"]["num_layers"] == 6 and planned["num_layers"] == 4

@@ -43,10 +43,12 @@ def manifest(
         that makes the donor's config.json of the output's, and ``lineage``, when there were growths before this one.
     """
     donor = plan.models[plan.donor]
-    layers = plan.layer_map()
-    blocks = (block for block in plan.blocks for _ in block.layers)
-    for entry, block in zip(layers, blocks, strict=True):
-        entry["diagnostics"] = diagnostics.get(block.index, [])
+    layers, modules = plan.layer_map(), plan.module_maps()
+    told = [layers, *(part["layers"] for part in modules.values())]
+    made = [plan.main_blocks, *(plan.modules[name] for name in modules)]
+    for entries, blocks in zip(told, made, strict=True):
+        for entry, block in zip(entries, (b for b in blocks for _ in b.layers), strict=True):
+            entry["diagnostics"] = diagnostics.get(block.index, [])
     sources = {m.checkpoint: str(m.ref) for m in plan.models}
     tensors = {t.task.name: _origin(plan, block, t, sources) for block in plan.blocks for t in block.tensors}
     record = {
@@ -62,9 +64,9 @@ def manifest(
         "num_layers": plan.num_layers,
         "function_preserving": plan.function_preserving,
         "new_layers": list(plan.new_layers),
-        **({"modules": depths} if (depths := plan.depths()) else {}),
         "new_parameters": list(plan.new_parameters),
         "layers": layers,
+        **({"modules": modules} if modules else {}),
         **({"documents": plan.describe()["documents"]} if plan.documents else {}),
         "tensors": tensors,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
