@@ -278,8 +278,8 @@ class Plan:
                 return False
             elif block.layers:
                 kept.setdefault(block.module, []).append(block.sources[0].layer)
-        depths = {name: (base.modules[name] if name else base.view).num_layers for name in kept}
-        return all(layers == list(range(depths[name])) for name, layers in kept.items())
+        depths = {name: (base.modules[name] if name else base.view).num_layers for name in self.modules}
+        return all(kept.get(name) == list(range(depth)) for name, depth in depths.items())
 
     @property
     def bytes_read(self) -> int:

@@ -267,3 +267,10 @@ def test_layers_that_are_told_by_number_stay(run, models, tmp_path):
     write_recipe(recipe, f"{text}, layer_range: [0, 6]}}]}}]\n")
     planned = run("plan", recipe, "--json").json()
     assert planned["modules"]["vision_tower"]["num_layers"] == 6 and planned["num_layers"] == 4
+
+
+def test_new_layers_alone_are_another_function(run, llama, tmp_path):
+    sources = f"sources: [{{model: {llama}, layer_range: [0, 2]}}, {{model: {llama}, layer_range: [1, 3]}}]"
+    recipe = write_recipe(tmp_path / "r.yml", f"base_model: {llama}\nslices: [{{merge_method: ot_fuse, {sources}}}]\n")
+    planned = run("plan", recipe, "--json").json()
+    assert planned["new_layers"] == [0, 1] and not planned["function_preserving"]
