@@ -130,6 +130,11 @@ class ModelView:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def described(self) -> bool:
+        """Whether all of it is a described family's, and not just its main stack."""
+        return self.architecture is not None and self.model_type in self.architecture.model_types
+
     def names(self) -> Iterator[str]:
         """Every tensor of it."""
         yield from self.before

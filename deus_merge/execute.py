@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ from .plan import BlockPlan, Plan
 from .recipe_yaml import dump_recipe
 from .report.card import model_card
 from .report.lineage import ancestors
-from .report.manifest import MANIFEST, RECIPE, manifest
+from .report.manifest import MANIFEST, RECIPE, manifest, plan_sources, sealed
 from .units import ITEMSIZE, format_size
 from .verify import Verification, verify
 
@@ -100,6 +101,7 @@ def execute(
     Raises:
         DeusMergeError: as `preflight`; or a tensor that cannot be merged; VerifyError when the result is wrong.
     """
+    began = time.monotonic()
     preflight(plan, out, options)
     computes = any(b.computes for b in plan.blocks)
     device = _device(options.device) if computes else None
@@ -127,11 +129,17 @@ def execute(
         past, unknown_past = ancestors(plan)
         warnings = plan.warnings + unknown_past + tuple(output.notes) + _convergence(plan, diagnostics)
         told = {key: identity[key] for key in ("device", "threads", "seed")}
-        _write_files(plan, output.folder, diagnostics, told, past)
-        verification = replace(verify(output.folder, quick=True), folder=out) if options.verify else None
-        if verification and not verification.passed:
-            failed = next(c for c in verification.checks if c.passed is False)
-            raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
+        told["seconds"] = round(time.monotonic() - began, 3)
+        record = manifest(plan, _write_files(plan, output.folder, past), diagnostics, told, past)
+        verification = None
+        if options.verify:
+            sources = list(plan_sources(plan))
+            verification = replace(verify(output.folder, quick=True, record=record, sources=sources), folder=out)
+            if not verification.passed:
+                failed = verification.failed[0]
+                raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
+        checksums = verification.checksums if verification else None
+        (output.folder / MANIFEST).write_bytes(sealed(record, checksums))
         output.finish()
     return verification, warnings + tuple(n for n in output.notes if n not in warnings)
 
@@ -198,20 +206,17 @@ class _Run:
         return self._ahead.submit(self.maker.load, block) if block else None
 
 
-def _write_files(
-    plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object], past: Sequence[Mapping]
-) -> None:
-    """Everything beside the weights: the manifest last, since it knows the others' digests."""
+def _write_files(plan: Plan, folder: Path, past: Sequence[Mapping]) -> dict[str, bytes]:
+    """Everything beside the weights and the manifest."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
-    files[RECIPE] = recipe.encode()
-    record = json.dumps(manifest(plan, files, diagnostics, told, past), indent=1, ensure_ascii=False) + "\n"
-    files |= {"README.md": model_card(plan, recipe, past).encode(), MANIFEST: record.encode()}
+    files |= {RECIPE: recipe.encode(), "README.md": model_card(plan, recipe, past).encode()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    return files
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .errors import CheckpointError, PlanError, VerifyError
 from .model_files import copied_files
 from .report.manifest import read_manifest
 from .units import dtype_name, parse_size
-from .verify import first_different
+from .verify.weights import Wanted, examine
 
 _AS_THEY_WERE = ("copy", "cast", "derived")  # kinds of layers that are one of the base's
 _NEEDED = ("donor", "donor_config", "layer_prefix", "layers", "new_layers", "num_layers", "sources")
@@ -190,10 +190,9 @@ def _check_written(written: Checkpoint, sources: Mapping[str, TensorInfo]) -> No
     view = view_model(written.config, tuple(written.tensors), written.folder)
     shapes = {name: tensor.shape for name, tensor in written.tensors.items()}
     check_config(written.config, view, shapes, written.folder)
-    names = list(sources)
-    wrong = first_different([(written.tensors[name], sources[name]) for name in names])
-    if wrong is not None:
-        raise VerifyError(f"{names[wrong]} is not what was read", where=sources[names[wrong]].file)
+    seen = examine((Wanted(written.tensors[name], info) for name, info in sources.items()), finite=False)
+    if wrong := [name for name, tensor in seen.items() if not tensor.same]:
+        raise VerifyError(f"{wrong[0]} is not what was read", where=sources[wrong[0]].file)
 
 
 def _compare(written: Checkpoint, record: Mapping) -> tuple[int | None, tuple[str, ...]]:
@@ -205,10 +204,12 @@ def _compare(written: Checkpoint, record: Mapping) -> tuple[int | None, tuple[st
     base = Checkpoint.open(folder)
     if base.fingerprint != source["fingerprint"]:
         return None, ()
-    pairs = {}
-    for name in sorted(written.tensors.keys() | base.tensors.keys()):
+    names = sorted(written.tensors.keys() | base.tensors.keys())
+    alike = {}
+    for name in names:
         ours, theirs = written.tensors.get(name), base.tensors.get(name)
-        alike = ours and theirs and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-        pairs[name] = (ours, theirs) if alike else None
-    different = [name for name, pair in pairs.items() if pair is None or first_different([pair]) is not None]
-    return len(pairs) - len(different), tuple(different)
+        if ours and theirs and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape):
+            alike[name] = Wanted(ours, theirs)
+    seen = examine(alike.values(), finite=False)
+    different = tuple(name for name in names if name not in seen or not seen[name].same)
+    return len(names) - len(different), different

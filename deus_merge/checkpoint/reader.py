@@ -139,6 +139,11 @@ class Checkpoint:
                 )
         return checkpoint
 
+    @property
+    def headers(self) -> tuple[FileHeader, ...]:
+        """What each file says about itself, in the order of `files`."""
+        return tuple(self._headers.values())
+
     def __getitem__(self, name: str) -> TensorInfo:
         """Where a tensor lies.
 

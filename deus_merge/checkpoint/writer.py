@@ -27,7 +27,7 @@ FLUSH_SECONDS = 10.0
 # What --overwrite may take away: anything else in the folder is somebody's own.
 _MODEL_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt", "README.md", "deus_merge.yml",
-    "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes",
+    "report.html", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DeusMergeError
 from ..intermediate import PlannedResult
 from ..plan import Plan, SourceModel
 from ..recipe_yaml import dump_recipe
@@ -72,7 +72,7 @@ def _growths(model: SourceModel, warnings: list[str]) -> list[dict]:
         if record.get("num_layers") != model.view.num_layers:
             raise CheckpointError(f"it tells of {record.get('num_layers')} layers, not of {model.view.num_layers}")
         return generations(record)
-    except CheckpointError as error:
+    except DeusMergeError as error:
         warnings.append(f"the lineage of {model.ref} is lost, its {MANIFEST} cannot be used: {error.message}")
         return []
 

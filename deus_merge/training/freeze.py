@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
 from ..report.lineage import generations
-from ..report.manifest import MANIFEST, RECIPE, read_manifest
+from ..report.manifest import MANIFEST, RECIPE, read_manifest, sealed
 from .names import parameters_of
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ def carry_manifest(source: Path | str, target: Path | str) -> None:
     source, target = Path(source), Path(target)
     record = read_manifest(source) | {"trained": True}
     target.mkdir(parents=True, exist_ok=True)
-    (target / MANIFEST).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (target / MANIFEST).write_bytes(sealed(record))
     recipe = (source.parent if source.is_file() else source) / RECIPE
     if recipe.is_file() and not (target / RECIPE).exists():
         (target / RECIPE).write_bytes(recipe.read_bytes())
