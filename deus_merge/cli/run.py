@@ -56,6 +56,7 @@ def run_options(command):
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
         *map(_no_op, ("--lazy-unpickle", "--copy-tokenizer", "--trust-remote-code", "--low-cpu-memory",
                       "--safe-serialization", "--read-to-gpu", "--write-model-card", "--clone-tensors")),
+        click.option("--lora-merge-cache", hidden=True, expose_value=False),  # adapters are merged when they are read
     ]  # fmt: skip
     return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
