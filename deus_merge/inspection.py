@@ -13,7 +13,7 @@ from .recipe import ModelRef
 
 def summary(model: str) -> dict:
     """Family, depth, heads and sizes of a model (a folder or a hub id), as JSON data."""
-    source = SourceModel.open(ModelRef(model))
+    source = SourceModel.open(ModelRef(model), {})
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
@@ -63,7 +63,7 @@ def adjacent_similarity(model: str) -> Iterator[dict]:
     from .ot.problem import OTProblem
     from .ot.solvers.assignment import SOLVER
 
-    source = SourceModel.open(ModelRef(model))
+    source = SourceModel.open(ModelRef(model), {})
     checkpoint, view = source.checkpoint, source.view
     if view.architecture is None:
         raise ArchitectureError(

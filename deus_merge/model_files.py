@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from .checkpoint.reader import TensorSource
 from .recipe import Recipe
 from .vocabulary.build import Vocabulary
 from .vocabulary.chat import find_template, set_template
 from .vocabulary.files import TOKENIZER_FILES, present
 from .vocabulary.special import GENERATION, set_generation
 
-_DONOR_FILES = (GENERATION, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+_DONOR_FILES = (
+    GENERATION, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "normalizer.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
+)  # fmt: skip
 
 
 def extra_files(
-    recipe: Recipe, models: Mapping[str, Path], donor: Path, vocabulary: Vocabulary | None = None
+    recipe: Recipe, models: Mapping[str, TensorSource], donor: TensorSource, vocabulary: Vocabulary | None = None
 ) -> tuple[dict[str, bytes | Path], list[str]]:
     """What to put beside the weights.
 
     Args:
         recipe: Its ``chat_template`` is followed.
-        models: Folder of each model the recipe names.
-        donor: The folder of the model that gives everything else.
+        models: Each model the recipe names.
+        donor: The model that gives everything else.
         vocabulary: The output's tokens, where the recipe says something of them.
 
     Returns:
@@ -31,18 +36,27 @@ def extra_files(
     Raises:
         RecipeError: a chat template that is none.
     """
-    code = sorted(donor.glob("*.py")) if b'"auto_map"' in (donor / "config.json").read_bytes() else []
-    files: dict[str, bytes | Path] = {p.name: p for p in code}
-    files |= present(donor, _DONOR_FILES)
-    files |= vocabulary.files if vocabulary else present(donor, TOKENIZER_FILES)
+    files: dict[str, bytes | Path] = _own_files(donor)
+    files |= vocabulary.files if vocabulary else present(donor.beside, TOKENIZER_FILES)
     warnings: list[str] = []
     if vocabulary:
         files, warnings = set_generation(files, vocabulary)
     if recipe.chat_template is not None:
         place = recipe.source.value["chat_template"]
-        template = find_template(recipe.chat_template, place, models)
+        template = find_template(recipe.chat_template, place, [m.beside for m in models.values()])
         if template is None:
             warnings.append(f"{place.where}: no model has a chat template")
         else:
             files = set_template(files, template)
     return dict(sorted(files.items())), warnings
+
+
+def copied_files(source: TensorSource) -> dict[str, bytes | Path]:
+    """Everything beside a model's weights and config that belongs to it: name -> bytes, or a file to copy."""
+    return dict(sorted((_own_files(source) | present(source.beside, TOKENIZER_FILES)).items()))
+
+
+def _own_files(source: TensorSource) -> dict[str, bytes | Path]:
+    """What never comes from another model than the weights: remote code, generation config, licence."""
+    code = [n for n in source.beside if n.endswith(".py")] if '"auto_map"' in json.dumps(source.config) else []
+    return present(source.beside, (*code, *_DONOR_FILES))

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from .alignment import AlignTo, plan_memory
 from .architecture import ModelView, view_model
-from .checkpoint.hub import resolve
+from .checkpoint.hub import resolve, split_adapter
 from .checkpoint.layout import ShardLayout
+from .checkpoint.lora import LoraSource
 from .checkpoint.reader import Checkpoint, TensorInfo, TensorSource
 from .config import check_config
-from .errors import DeusMergeError
+from .errors import DeusMergeError, nearest
 from .method import CopyOf, TensorTask, Zeros
+from .modules import view_modules
 from .recipe import ModelRef, Recipe, methods
+from .units import ITEMSIZE
 
 #: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones
 FORMAT = 1
@@ -48,19 +52,37 @@ class SourceModel:
     checkpoint: TensorSource
     view: ModelView
 
+    @cached_property
+    def modules(self) -> dict[str, ModelView]:
+        """Its modules, by the names that recipes use."""
+        return view_modules(self.checkpoint.config, tuple(self.checkpoint.tensors), self.view)
+
+    @property
+    def main(self) -> str:
+        """The module that `view` shows the layers of."""
+        return next(name for name, view in self.modules.items() if view.layer_prefix == self.view.layer_prefix)
+
     @classmethod
-    def open(cls, ref: ModelRef) -> SourceModel:
-        """Find a model's folder (on the hub if need be), read its config and headers, and check that they agree.
+    def open(cls, ref: ModelRef, known: dict[str, TensorSource]) -> SourceModel:
+        """Find a model, and its adapter if it has one; read configs and headers, and check that they agree.
+
+        Args:
+            ref: As the recipe names it.
+            known: Sources by their names; a folder (or a hub's) that is opened joins them.
 
         Raises:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
         """
         try:
-            checkpoint = Checkpoint.open(resolve(ref.text))
-            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.folder)
+            name, adapter = split_adapter(ref.text)
+            if name not in known:
+                known[name] = Checkpoint.open(resolve(name))
+            checkpoint = known[name] if adapter is None else LoraSource(known[name], resolve(adapter))
+            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-            check_config(checkpoint.config, view, shapes, checkpoint.folder)
+            check_config(checkpoint.config, view, shapes, checkpoint.where)
         except DeusMergeError as error:
+            error.hint = error.hint or nearest(ref.text, known)
             if ref.place.path:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
@@ -94,6 +116,14 @@ class PlannedTensor:
     source: int | None = None
 
     @property
+    def kept(self) -> bool:
+        """Whether it is one source's tensor as it is, copied or derived."""
+        if self.action != "cast":
+            return self.action == "copy"
+        taken = self.inputs[self.source]
+        return taken.derived and taken.dtype == self.dtype
+
+    @property
     def nbytes_read(self) -> int:
         if self.action == "zeros":
             return 0
@@ -114,6 +144,7 @@ class BlockPlan:
         tensors: In the order they are written.
         new: Whether its layers are new ones, to be trained.
         align: How its sources are aligned before the method sees them; None: they are not.
+        module: Which module its layers are of; None where a recipe does not speak of modules.
     """
 
     index: int
@@ -125,6 +156,7 @@ class BlockPlan:
     tensors: tuple[PlannedTensor, ...]
     new: bool = False
     align: AlignTo | None = None
+    module: str | None = None
 
     @property
     def computes(self) -> bool:
@@ -132,13 +164,20 @@ class BlockPlan:
 
     @property
     def kind(self) -> str:
-        """``copy``, ``cast``, ``fused`` or ``merged``, for tables."""
+        """``copy``, ``derived``, ``cast``, ``fused`` or ``merged``, for tables."""
         if any(t.action == "merge" for t in self.tensors):
             return "fused" if self.new else "merged"
         if self.new:
             return "copy, zeroed" if any(t.action == "zeros" for t in self.tensors) else "copy"
         actions = {t.action for t in self.tensors}
-        return "cast" if "cast" in actions else "copy" if actions == {"copy"} else "copy, zeroed"
+        if "cast" in actions:
+            return "derived" if all(t.kept for t in self.tensors) else "cast"
+        return "copy" if actions == {"copy"} else "copy, zeroed"
+
+    @property
+    def nbytes(self) -> int:
+        """Of its outputs."""
+        return sum(math.prod(t.task.shape) * ITEMSIZE[t.dtype] for t in self.tensors)
 
     def workspace(self, least: bool = False) -> int:
         """Estimated bytes alive at once while this block is made; ``least``: when plans make their buffers again."""
@@ -155,6 +194,27 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class DocumentPlan:
+    """A document whose result others take as a model: it is written nowhere.
+
+    Attributes:
+        result: As the others see it.
+        plan: What it would do by itself.
+        kept: How many of its finished blocks stay in memory for others to come.
+        made: Its blocks -> how often a run makes them. Those from which only copies are taken are not made at all.
+    """
+
+    result: TensorSource
+    plan: Plan
+    kept: int
+    made: Mapping[int, int]
+
+    @property
+    def name(self) -> str:
+        return self.plan.recipe.name
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a run will do.
 
@@ -166,6 +226,7 @@ class Plan:
         config: The output's config.json.
         files: Other output files: name -> bytes, or a file to copy.
         warnings: What the user should know.
+        documents: Those whose results it takes, directly or not, each behind the ones that it needs itself.
         vocabulary: What the recipe's tokenizer settings come to, as JSON data; None without them.
     """
 
@@ -177,15 +238,30 @@ class Plan:
     config: Mapping
     files: Mapping[str, bytes | Path]
     warnings: tuple[str, ...]
+    documents: tuple[DocumentPlan, ...] = ()
     vocabulary: Mapping | None = None
+
+    @cached_property
+    def modules(self) -> dict[str | None, tuple[BlockPlan, ...]]:
+        """Blocks of layers by module; None: of a recipe that does not speak of modules."""
+        names = dict.fromkeys(b.module for b in self.blocks if b.layers)
+        return {name: tuple(b for b in self.blocks if b.module == name and b.layers) for name in names}
+
+    @property
+    def main_blocks(self) -> tuple[BlockPlan, ...]:
+        """Blocks of the main stack's layers; none where the recipe leaves it to the donor."""
+        return self.modules.get(None) or self.modules.get(self.models[self.donor].main, ())
 
     @property
     def num_layers(self) -> int:
-        return sum(len(b.layers) for b in self.blocks)
+        """Of the main stack."""
+        made = sum(len(b.layers) for b in self.main_blocks)
+        return made or self.models[self.donor].view.num_layers
 
     @property
     def new_layers(self) -> tuple[int, ...]:
-        return tuple(layer for b in self.blocks if b.new for layer in b.layers)
+        """Of the main stack."""
+        return tuple(layer for b in self.main_blocks if b.new for layer in b.layers)
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
@@ -195,22 +271,27 @@ class Plan:
     @cached_property
     def function_preserving(self) -> bool:
         """Whether the output computes what the base computes: its layers in order, and new ones that add nothing."""
+        if self.vocabulary and not self.vocabulary["kept"]:
+            return False
         base = self.models[self.donor]
-        kept = []
+        kept: dict[str | None, list] = {}
         for block in self.blocks:
             if block.new:
-                writers = {r for r in base.view.residual_writers() if r in {t.task.role for t in block.tensors}}
+                view = base.modules[block.module] if block.module else base.view
+                writers = {r for r in view.residual_writers() if r in {t.task.role for t in block.tensors}}
                 if not writers or any(t.action != "zeros" for t in block.tensors if t.task.role in writers):
                     return False
-            elif any(t.action != "copy" or block.sources[t.source].model != self.donor for t in block.tensors):
+            elif any(not t.kept or block.sources[t.source].model != self.donor for t in block.tensors):
                 return False
             elif block.layers:
-                kept.append(block.sources[0].layer)
-        return kept == list(range(base.view.num_layers))
+                kept.setdefault(block.module, []).append(block.sources[0].layer)
+        depths = {name: (base.modules[name] if name else base.view).num_layers for name in self.modules}
+        return all(kept.get(name) == list(range(depth)) for name, depth in depths.items())
 
     @property
     def bytes_read(self) -> int:
-        return sum(t.nbytes_read for b in self.blocks for t in b.tensors)
+        """Of all inputs, also those that documents have made, and what these read each time they make a block."""
+        return sum(t.nbytes_read for b in self._runs() for t in b.tensors)
 
     @property
     def bytes_written(self) -> int:
@@ -230,18 +311,35 @@ class Plan:
         planning = _TOKEN_BYTES * self.vocabulary["tokens"] if self.vocabulary else 0
         if not planning and not any(b.computes for b in self.blocks):
             return _PYTHON_BYTES
-        return _TORCH_BYTES + max(planning, *(b.workspace(least) for b in self.blocks))
+        return self._resident + max(planning, *(b.workspace(least) + self.reading(b, least) for b in self.blocks))
 
-    @staticmethod
-    def block_memory(limit: int | None) -> int | None:
+    def block_memory(self, limit: int | None) -> int | None:
         """What a limit on the process leaves for one block."""
-        return None if limit is None else max(0, limit - _TORCH_BYTES)
+        reading = max((self.reading(b, True) for b in self.blocks), default=0)
+        return None if limit is None else max(0, limit - self._resident - reading)
+
+    @property
+    def _resident(self) -> int:
+        """What is there all the time: torch, and the blocks of documents that are kept."""
+        return _TORCH_BYTES + sum(d.kept * max(b.nbytes for b in d.plan.blocks) for d in self.documents)
+
+    def reading(self, block: BlockPlan, least: bool = False) -> int:
+        """Estimated bytes that reading one of a block's inputs takes, where that is more than mapping it."""
+        read = ((s, i.name) for t in block.tensors for s, i in zip(block.sources, t.inputs, strict=True) if i.derived)
+        return max((self.models[s.model].checkpoint.workspace(name, least) for s, name in read), default=0)
+
+    def _runs(self) -> Iterator[BlockPlan]:
+        """Every block as often as it is made."""
+        yield from self.blocks
+        for document in self.documents:
+            for index, times in document.made.items():
+                yield from [document.plan.blocks[index]] * times
 
     @property
     def seconds(self) -> float:
         """A rough estimate of the time on a CPU."""
         merged = 0.0
-        for block in self.blocks:
+        for block in self._runs():
             weight = 40.0 if methods()[block.method].inserts else 1.0
             merged += weight * sum(t.nbytes_read for t in block.tensors if t.action in ("merge", "cast"))
         return 1.0 + self.bytes_written / _COPY_RATE + merged / _MERGE_RATE
@@ -252,8 +350,8 @@ class Plan:
         text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def layer_map(self) -> list[dict]:
-        """One entry per output layer: where it comes from."""
+    def layer_map(self, blocks: Sequence[BlockPlan] | None = None) -> list[dict]:
+        """One entry per output layer: where it comes from. Of the main stack, or of these blocks."""
         return [
             {
                 "layer": layer,
@@ -262,9 +360,15 @@ class Plan:
                 "method": block.method,
                 "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources],
             }
-            for block in self.blocks
+            for block in (self.main_blocks if blocks is None else blocks)
             for layer in block.layers
         ]
+
+    def module_maps(self) -> dict[str, dict]:
+        """``num_layers`` and ``layers``, as in the layer map, of every other module that the recipe names."""
+        others = {name: blocks for name, blocks in self.modules.items() if blocks != self.main_blocks}
+        maps = {name: self.layer_map(blocks) for name, blocks in others.items()}
+        return {name: {"num_layers": len(layers), "layers": layers} for name, layers in maps.items()}
 
     def describe(self) -> dict:
         """The plan as JSON data."""
@@ -287,6 +391,8 @@ class Plan:
             "new_layers": list(self.new_layers),
             "function_preserving": self.function_preserving,
             "layers": self.layer_map(),
+            **({"modules": maps} if (maps := self.module_maps()) else {}),
+            **({"documents": [_describe_document(d) for d in self.documents]} if self.documents else {}),
             "tensors": dict(sorted(actions.items())),
             "shards": [{"file": s.filename, "bytes": s.size, "tensors": len(s.tensors)} for s in self.shards],
             "bytes_read": self.bytes_read,
@@ -312,11 +418,26 @@ class Plan:
         }
 
 
+def _describe_document(document: DocumentPlan) -> dict:
+    plan = document.plan
+    return {
+        "name": document.name,
+        "plan_hash": plan.hash,
+        "models": [str(m.ref) for m in plan.models],
+        "num_layers": plan.num_layers,
+        "layers": plan.layer_map(),
+        "blocks": len(plan.blocks),
+        "blocks_made": sum(document.made.values()),
+        "blocks_kept": document.kept,
+    }
+
+
 def _block_identity(block: BlockPlan) -> list:
     return [
         block.method,
         [[s.model, s.layer] for s in block.sources],
         block.base,
+        *([block.module] if block.module else []),
         *([[block.align.target, dict(block.align.values)]] if block.align else []),
         [
             [

@@ -6,41 +6,41 @@ and ``parameters`` of a slice, and ``upscale``, are additions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .alignment import ALIGNMENT
+from .checkpoint.hub import split_adapter
 from .discover import plugins
+from .documents import Document, in_order
 from .errors import DeusMergeError, RecipeError, nearest
-from .located import MAX_BYTES, Located, parse
+from .located import MAX_BYTES, Located, parse_documents
 from .method import MergeMethod
 from .settings import Settings, check_setting, read_settings
 from .units import dtype_code
 from .vocabulary.settings import TokenizerSettings, read_tokenizer
 
 _TOP = (
-    "slices", "models", "upscale", "merge_method", "base_model", "align", "parameters", "dtype", "out_dtype",
-    "tokenizer_source", "tokenizer", "chat_template",
+    "name", "slices", "models", "modules", "upscale", "merge_method", "base_model", "align", "parameters", "dtype",
+    "out_dtype", "tokenizer_source", "tokenizer", "chat_template",
 )  # fmt: skip
 _SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
 _UPSCALE = ("preset", "insert", "parameters")
-_LATER = {
-    "modules": "write the decoder's slices at the top level",
-}
+_MODULE = ("slices", "models", "parameters")
 _NOT_WITH_UPSCALE = {
     "align": "new layers are aligned by themselves; set parameters: {alignment: ...} inside upscale",
     "merge_method": "choose a preset inside upscale, or write slices",
     "parameters": "they may stand inside upscale",
 }
-_A_MODEL = "a folder or org/name[@revision]"
+_A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as a recipe names it: a local folder, or ``org/name[@revision]`` on the hub."""
+    """A model as a recipe names it: a local folder, or ``org/name[@revision]`` on the hub; with a LoRA adapter,
+    ``model+adapter``."""
 
     text: str
     place: Located = field(compare=False, repr=False, default=Located(None))
@@ -80,12 +80,26 @@ class Align:
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """Consecutive output layers, made from equally long sources by one method."""
+    """Consecutive output layers, made from equally long sources by one method.
+
+    Attributes:
+        shared: Parameters of the module that it is in: behind its own, before the recipe's.
+    """
 
     sources: tuple[SliceSource, ...]
     merge_method: str
     base_model: ModelRef | None = None
     align: Align | None = None
+    parameters: Settings = field(default_factory=dict)
+    place: Located = field(compare=False, repr=False, default=Located(None))
+    shared: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One of the stacks of layers that a model has, with what is around it: its slices."""
+
+    slices: tuple[OutputSlice, ...]
     parameters: Settings = field(default_factory=dict)
     place: Located = field(compare=False, repr=False, default=Located(None))
 
@@ -102,9 +116,16 @@ class Upscale:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. Exactly one of ``slices`` (also made from ``models``) and ``upscale`` is set."""
+    """A whole recipe. Exactly one of ``slices`` (also made from ``models``), ``modules`` and ``upscale`` is set.
+
+    Attributes:
+        modules: By name; those that are not named are the donor's.
+        name: Of a document whose result others use as a model.
+        documents: Those that a recipe of several documents needs, each behind the ones that it needs itself.
+    """
 
     slices: tuple[OutputSlice, ...] = ()
+    modules: Mapping[str, Module] = field(default_factory=dict)
     upscale: Upscale | None = None
     base_model: ModelRef | None = None
     parameters: Settings = field(default_factory=dict)
@@ -112,12 +133,18 @@ class Recipe:
     out_dtype: str | None = None
     tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
+    name: str | None = None
+    documents: tuple[Recipe, ...] = ()
     source: Located = field(compare=False, repr=False, default=Located(None))
+
+    def pieces(self) -> tuple[OutputSlice, ...]:
+        """Every slice, also those of modules."""
+        return (*self.slices, *(piece for module in self.modules.values() for piece in module.slices))
 
     def models(self) -> tuple[ModelRef, ...]:
         """Every model named, base first, each once."""
         refs = [self.base_model] if self.base_model else []
-        for piece in self.slices:
+        for piece in self.pieces():
             refs += [s.model for s in piece.sources]
             refs += [piece.base_model] if piece.base_model else []
         return tuple(dict.fromkeys(refs))
@@ -150,18 +177,21 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, file: str = "recipe") -> Recipe:
     """The text of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
-    return recipe_from(parse(text, file))
+    recipes = [recipe_from(root) for root in parse_documents(text, file)]
+    if len(recipes) == 1:
+        return replace(recipes[0], name=None)
+    uses = [{split_adapter(ref.text)[0]: ref.place for ref in recipe.models()} for recipe in recipes]
+    order = in_order([Document(r.source, r.name, models) for r, models in zip(recipes, uses, strict=True)])
+    *before, last = (recipes[i] for i in order)
+    return replace(last, documents=tuple(before))
 
 
 def recipe_from(root: Located) -> Recipe:
     """The values of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
-    for key, hint in _LATER.items():
-        if isinstance(root.value, dict) and key in root.value:
-            root.value[key].fail(f"{key!r} is not supported by this version", hint=hint)
     top = root.mapping(_TOP, "a recipe")
-    form = [k for k in ("slices", "models", "upscale") if k in top]
+    form = [k for k in ("slices", "models", "modules", "upscale") if k in top]
     if len(form) != 1:
-        root.fail("a recipe has exactly one of slices, models, upscale", got=", ".join(form) or "none of them")
+        root.fail("a recipe has exactly one of slices, models, modules, upscale", got=", ".join(form) or "none of them")
     method = _method(top["merge_method"]) if "merge_method" in top else None
     base = _model(top["base_model"]) if "base_model" in top else None
     align = _align(top["align"]) if "align" in top else None
@@ -173,6 +203,7 @@ def recipe_from(root: Located) -> Recipe:
         "out_dtype": _dtype(top.get("out_dtype")),
         "tokenizer": read_tokenizer(top, _model),
         "chat_template": _chat_template(top.get("chat_template")),
+        "name": _name(top["name"]) if "name" in top else None,
         "source": root,
     }
     if form == ["upscale"]:
@@ -182,16 +213,43 @@ def recipe_from(root: Located) -> Recipe:
             if key in top:
                 top[key].fail(f"upscale does not go with {key}", hint=hint)
         return Recipe(upscale=_upscale(top["upscale"]), **common)
-    if form == ["slices"]:
-        slices = _slices(top["slices"], method, align)
+    if form == ["modules"]:
+        recipe = Recipe(modules=_modules(top["modules"], method, base, align), **common)
     else:
-        slices = (_with_align(_models(top["models"], method, base), align),)
-    _check_names(parameters, [s.merge_method for s in slices])
-    for piece in slices:
+        recipe = Recipe(slices=_either(top, method, base, align), **common)
+    _check_names(parameters, [s.merge_method for s in recipe.pieces()])
+    for module in recipe.modules.values():
+        _check_names(module.parameters, [s.merge_method for s in module.slices])
+    for piece in recipe.pieces():
         _check_names(piece.parameters, [piece.merge_method])
         for source in piece.sources:
             _check_names(source.parameters, [piece.merge_method], scope="source")
-    return Recipe(slices=slices, **common)
+    return recipe
+
+
+def _modules(node: Located, method: str | None, base: ModelRef | None, align: Align | None) -> dict[str, Module]:
+    """mergekit's ``modules:``; which names a model has is seen when it is opened."""
+    modules = {}
+    for name, item in node.mapping(what="a mapping of modules").items():
+        keys = item.mapping(_MODULE, "a module")
+        form = [key for key in ("slices", "models") if key in keys]
+        if len(form) != 1:
+            item.fail("a module has exactly one of slices and models", got=", ".join(form) or "neither")
+        shared = read_settings(keys.get("parameters"))
+        pieces = tuple(replace(piece, shared=shared) for piece in _either(keys, method, base, align))
+        modules[name] = Module(pieces, shared, item)
+    if not modules:
+        node.fail("no module", expected="modules: {name: {slices: [...]}}")
+    return modules
+
+
+def _either(
+    keys: Mapping[str, Located], method: str | None, base: ModelRef | None, align: Align | None
+) -> tuple[OutputSlice, ...]:
+    """``slices``, or ``models``, which is one slice."""
+    if "slices" in keys:
+        return _slices(keys["slices"], method, align)
+    return (_with_align(_models(keys["models"], method, base), align),)
 
 
 def _slices(node: Located, method: str | None, align: Align | None) -> tuple[OutputSlice, ...]:
@@ -266,25 +324,31 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
     return OutputSlice(tuple(sources), method, place=node)
 
 
+def _name(node: Located) -> str:
+    text = node.string("a name for other documents to use")
+    if "+" in text or "@" in text:
+        node.fail("not a name a document can have", expected="no + and no @, which mean something in model references")
+    return text
+
+
 def _model(node: Located) -> ModelRef:
-    if isinstance(node.value, dict):  # mergekit's long form
-        if "lora" in node.value:
-            _no_lora(node.value["lora"])
-        if "model" in node.value:
-            return _model(node.mapping(("model", "lora"))["model"])
-        parts = node.mapping(("path", "revision"), "a model reference")
-        if "path" not in parts:
-            node.fail("a model reference needs a path", expected="path: a folder or org/name")
-        revision = f"@{parts['revision'].string('a branch, tag or commit')}" if "revision" in parts else ""
-        return ModelRef(parts["path"].string("a folder or org/name") + revision, node)
-    text = node.string(_A_MODEL)
-    if "+" in text and not os.path.exists(text):
-        _no_lora(node)
-    return ModelRef(text, node)
+    return ModelRef(_reference(node), node)
 
 
-def _no_lora(node: Located) -> None:
-    node.fail("LoRA adapters (model+lora) are not supported by this version", hint="merge the adapter first")
+def _reference(node: Located) -> str:
+    """A model reference as text, also mergekit's long forms."""
+    if not isinstance(node.value, dict):
+        return node.string(_A_MODEL)
+    if "model" in node.value:
+        parts = node.mapping(("model", "lora"), "a model reference")
+        adapter = parts.get("lora", Located(None))
+        return _reference(parts["model"]) + (f"+{_reference(adapter)}" if adapter.value is not None else "")
+    parts = node.mapping(("path", "revision"), "a model reference")
+    if "path" not in parts:
+        node.fail("a model reference needs a path", expected="path: a folder or org/name")
+    revision = parts.get("revision", Located(None))
+    at = f"@{revision.string('a branch, tag or commit')}" if revision.value is not None else ""
+    return parts["path"].string("a folder or org/name") + at
 
 
 def _layer_range(node: Located) -> tuple[int, int]:

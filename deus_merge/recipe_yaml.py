@@ -6,9 +6,12 @@ from pathlib import Path
 
 import yaml
 
+from .checkpoint.hub import split_adapter
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource
 from .settings import Filtered, Gradient, Setting, Settings
 from .units import dtype_name
+
+Names = frozenset  # of documents: they are no folders
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -17,14 +20,25 @@ def dump_recipe(recipe: Recipe) -> str:
     Args:
         recipe: Usually a plan's, so with presets spelled out as slices.
     """
+    names = frozenset(document.name for document in recipe.documents)
+    texts = (
+        yaml.safe_dump(_document(r, names), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        for r in (*recipe.documents, recipe)
+    )
+    return "---\n".join(texts)
+
+
+def _document(recipe: Recipe, names: Names) -> dict:
     data: dict[str, object] = {}
+    if recipe.name:
+        data["name"] = recipe.name
     if recipe.base_model:
-        data["base_model"] = _model(recipe.base_model)
+        data["base_model"] = _model(recipe.base_model, names)
     for key in ("dtype", "out_dtype"):
         if code := getattr(recipe, key):
             data[key] = dtype_name(code)
     if recipe.tokenizer:
-        data |= recipe.tokenizer.plain(_model)
+        data |= recipe.tokenizer.plain(lambda ref: _model(ref, names))
     if recipe.chat_template:
         data["chat_template"] = recipe.chat_template
     data |= _parameters(recipe.parameters)
@@ -33,27 +47,34 @@ def dump_recipe(recipe: Recipe) -> str:
         if recipe.upscale.insert:
             section["insert"] = recipe.upscale.insert.plain()
         data["upscale"] = section
+    elif recipe.modules:
+        data["modules"] = {
+            name: _parameters(module.parameters) | {"slices": [_slice(piece, names) for piece in module.slices]}
+            for name, module in recipe.modules.items()
+        }
     else:
-        data["slices"] = [_slice(piece) for piece in recipe.slices]
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        data["slices"] = [_slice(piece, names) for piece in recipe.slices]
+    return data
 
 
-def _model(ref: ModelRef) -> str:
-    return str(Path(ref.text).absolute()) if Path(ref.text).exists() else ref.text
+def _model(ref: ModelRef, names: Names) -> str:
+    parts = [part for part in split_adapter(ref.text) if part is not None]
+    local = [part for part in parts if part not in names and Path(part).exists()]
+    return "+".join(str(Path(part).absolute()) if part in local else part for part in parts)
 
 
-def _slice(piece: OutputSlice) -> dict:
+def _slice(piece: OutputSlice, names: Names) -> dict:
     data: dict[str, object] = {"merge_method": piece.merge_method}
     if piece.base_model:
-        data["base_model"] = _model(piece.base_model)
+        data["base_model"] = _model(piece.base_model, names)
     if piece.align:
         given = dict(piece.align.given)
         data["align"] = given if len(given) > 1 else given["alignment"]
-    return data | _parameters(piece.parameters) | {"sources": [_source(s) for s in piece.sources]}
+    return data | _parameters(piece.parameters) | {"sources": [_source(s, names) for s in piece.sources]}
 
 
-def _source(source: SliceSource) -> dict:
-    data: dict[str, object] = {"model": _model(source.model)}
+def _source(source: SliceSource, names: Names) -> dict:
+    data: dict[str, object] = {"model": _model(source.model, names)}
     if source.layer_range:
         data["layer_range"] = list(source.layer_range)
     return data | _parameters(source.parameters)

@@ -13,9 +13,13 @@ _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 #: What a merge reads of a repository. Weights in other formats and other folders' weights stay where they are.
 NEEDED = (
     "config.json",
+    "adapter_config.json",
+    "deus_merge.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
+    "normalizer.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -72,6 +76,16 @@ def resolve(
         raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
     needed = [p for p in NEEDED if weights or "safetensors" not in p]
     return _download(ref, repository, revision or None, cache_dir, offline, needed)
+
+
+def split_adapter(ref: str) -> tuple[str, str | None]:
+    """``model+adapter`` -> the two; a folder whose own name has a plus goes before that."""
+    if "+" not in ref or _local(ref) is not None:
+        return ref, None
+    cuts = [i for i, character in enumerate(ref) if character == "+"][-100:]
+    found = [(_local(ref[:i]) is not None) + (_local(ref[i + 1 :]) is not None) for i in cuts]
+    at = cuts[found.index(max(found))]
+    return ref[:at], ref[at + 1 :]
 
 
 def _download(

@@ -56,6 +56,7 @@ def run_options(command):
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
         *map(_no_op, ("--lazy-unpickle", "--copy-tokenizer", "--trust-remote-code", "--low-cpu-memory",
                       "--safe-serialization", "--read-to-gpu", "--write-model-card", "--clone-tensors")),
+        click.option("--lora-merge-cache", hidden=True, expose_value=False),  # adapters are merged when they are read
     ]  # fmt: skip
     return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
@@ -118,7 +119,8 @@ def plan(recipe: Path, max_shard_size: int, expand: bool, as_json: bool):
     """
     result = api.plan(recipe, max_shard_size=max_shard_size)
     if expand and as_json:
-        emit_json(yaml.safe_load(dump_recipe(result.recipe)))
+        documents = list(yaml.safe_load_all(dump_recipe(result.recipe)))
+        emit_json(documents if len(documents) > 1 else documents[0])
     elif expand:
         click.echo(dump_recipe(result.recipe), nl=False)
     elif as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 from ..architecture import ModelView
@@ -13,12 +14,13 @@ from .rows import RowMap, row_maps
 from .settings import TokenizerSettings
 from .special import set_vocabulary
 
+_OTHER = re.compile(r"position|wpe|\.\d+\.")  # position embeddings, other stacks' layers
 _BRINGS = "tokenizer_source: union or base brings vocabularies together"
 
 
 def vocabulary_tensors(checkpoint: TensorSource, view: ModelView) -> tuple[str, ...]:
     """The tensors outside of a model's layers that have a row for each token."""
-    names = [n for n in (*view.before, *view.after) if "position" not in n and "wpe" not in n]
+    names = [n for n in (*view.before, *view.after) if not _OTHER.search(n)]
     rows = {n: shape[0] for n in names if len(shape := checkpoint.tensors[n].shape) == 2}
     section: Mapping = checkpoint.config
     for key in view.layers_path[:-1]:
@@ -45,7 +47,7 @@ def plan_vocabulary(
     members = tuple(Member(model, found, vocabulary_tensors(found, view)) for model, found, view in models)
     if settings is None:
         donor = members[0]
-        told = misfit(donor.model, donor.checkpoint.folder, donor.rows) if donor.tensors else None
+        told = misfit(donor.model, donor.checkpoint.beside, donor.rows) if donor.tensors else None
         return VocabularyPlan(members, None, [told] if told else [])
     for member in members:
         if not member.tensors:
@@ -114,7 +116,7 @@ class VocabularyPlan:
 
     def _compare(self, sources: Sequence[int]) -> None:
         """Warn of embeddings that are merged row by row, though the rows are other tokens'."""
-        found = difference([self._members[i].checkpoint.folder for i in sources])
+        found = difference([self._members[i].checkpoint.beside for i in sources])
         if found is None:
             return
         first, other = (self._members[sources[i]].model for i in (0, found[0]))
@@ -134,7 +136,8 @@ class VocabularyPlan:
         return config
 
     def describe(self) -> dict | None:
-        """As JSON data: the tokenizer, the sizes, and for each tensor where its sources' rows come from."""
+        """As JSON data: the tokenizer, the sizes, whether all rows are the donor's as they are stored (``kept``), and
+        for each tensor where its sources' rows come from."""
         found = self.vocabulary
         if found is None:
             return None
@@ -143,5 +146,6 @@ class VocabularyPlan:
             "tokens": len(found.tokens),
             "rows": found.rows,
             "digest": found.digest,
+            "kept": not any(self._permuted),
             "maps": self._maps,
         }

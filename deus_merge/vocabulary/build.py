@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.hub import resolve
@@ -15,7 +14,7 @@ from ..located import Located
 from . import union
 from .files import KEPT_FILES, TOKENIZER_FILES, Files, as_json, beyond_rows, has_tokenizer, present, read_json
 from .settings import SOURCES, WORDS, TokenizerSettings, TokenSetting
-from .tokenizer import Tokenizer, identity, load, load_files, tokens_digest
+from .tokenizer import Tokenizer, identity, load, tokens_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,15 +136,16 @@ def _load_all(settings: TokenizerSettings, members: Sequence[Member], warnings: 
     found: dict[str, Tokenizer] = {}
     loaded: list[Tokenizer] = []
     for member in members:
-        folder = member.checkpoint.folder
-        if not has_tokenizer(folder):
+        source = member.checkpoint
+        files = present(source.beside, TOKENIZER_FILES)
+        if not has_tokenizer(files):
             _assume(settings, member, members[0], warnings)
             loaded.append(loaded[0])
             continue
-        key = identity(folder, member.checkpoint.config.get("model_type"))
+        key = identity(files, source.config)
         if key not in found:
             with _at(settings.place):
-                found[key] = load(folder)
+                found[key] = load(files, source.config, source.where)
         loaded.append(found[key])
     return loaded
 
@@ -164,16 +164,14 @@ def _output(
     settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer]
 ) -> tuple[Tokenizer, Files]:
     """The output's tokenizer and its files: those of one model as they are where nothing has to change."""
-    folder, tokenizer, rows = _one(settings, members, loaded)
-    files: Files = present(folder, TOKENIZER_FILES)
-    config = members[0].checkpoint.folder / "config.json"
+    files, tokenizer, rows = _one(settings, members, loaded)
 
     def become(data: Mapping) -> None:
         """What transformers makes of a changed tokenizer.json: it adds special tokens that other files name."""
         nonlocal tokenizer, files
         if data is not tokenizer.data:
             files = _changed(files, data)
-            tokenizer = load_files(files, config)
+            tokenizer = load(files, members[0].checkpoint.config, "the output")
 
     with _at(settings.place):
         if rows is not None:
@@ -200,15 +198,17 @@ def _changed(files: Files, data: Mapping) -> Files:
 
 def _one(
     settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer]
-) -> tuple[Path, Tokenizer, int | None]:
-    """The model whose tokenizer the output takes or begins with: folder, tokenizer, and its rows if it is a member."""
+) -> tuple[Files, Tokenizer, int | None]:
+    """The model whose tokenizer the output takes or begins with: files, tokenizer, and its rows if it is a member."""
     for member, tokenizer in zip(members, loaded, strict=True):
         if settings.source in (*WORDS, member.model):
-            return member.checkpoint.folder, tokenizer, member.rows
+            return present(member.checkpoint.beside, TOKENIZER_FILES), tokenizer, member.rows
     names = [*WORDS, *(str(m.model) for m in members)]
     with _at(settings.place, nearest(str(settings.source), names)):
         folder = resolve(str(settings.source), weights=False)
-        return folder, load(folder), None
+        files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+        config = read_json(folder / "config.json", "config") if (folder / "config.json").is_file() else {}
+        return files, load(files, config, folder), None
 
 
 def _choice(token: str, setting: TokenSetting, members: Sequence[Member], kept: Sequence[Mapping[str, int]]) -> Chosen:

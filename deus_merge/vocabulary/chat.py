@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DeusMergeError, nearest
 from ..located import Located
-from .files import Files, as_json, read_json
+from .files import Files, as_json, content, read_json
 
 _FOLDER = Path(__file__).parent / "chat_templates"
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -23,13 +23,13 @@ def template_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
 
 
-def find_template(text: str, place: Located, folders: Mapping[str, Path]) -> str | None:
+def find_template(text: str, place: Located, models: Sequence[Files]) -> str | None:
     """What ``chat_template`` stands for.
 
     Args:
         text: ``auto``, a name, or a template.
         place: Where the recipe has it.
-        folders: Of every model, by its name.
+        models: What stands beside each model's weights.
 
     Returns:
         The template; None for ``auto`` when no model has one.
@@ -38,7 +38,7 @@ def find_template(text: str, place: Located, folders: Mapping[str, Path]) -> str
         RecipeError: neither a name that is known nor a template.
     """
     if text == "auto":
-        found = [template for folder in folders.values() if (template := template_of(folder))]
+        found = [template for files in models if (template := template_of(files))]
         return Counter(found).most_common(1)[0][0] if found else None
     if "{{" in text or "{%" in text:
         _check(text, place)
@@ -53,16 +53,16 @@ def find_template(text: str, place: Located, folders: Mapping[str, Path]) -> str
     return (_FOLDER / f"{text}.jinja").read_text(encoding="utf-8")
 
 
-def template_of(folder: Path) -> str | None:
+def template_of(files: Files) -> str | None:
     """A model's (default) chat template, without space around it; None where it has none, or none that can be read."""
     try:
-        if (folder / _FILE).is_file():
-            found = (folder / _FILE).read_text(encoding="utf-8")
-        elif (folder / _CONFIG).is_file():
-            found = read_json(folder / _CONFIG, _CONFIG).get("chat_template")
+        if _FILE in files:
+            found = content(files[_FILE]).decode()
+        elif _CONFIG in files:
+            found = read_json(files[_CONFIG], _CONFIG).get("chat_template")
         else:
             return None
-    except (OSError, ValueError, DeusMergeError):
+    except (ValueError, DeusMergeError):
         return None
     if isinstance(found, list):  # several, by name
         named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]

@@ -10,7 +10,8 @@ from ..checkpoint.header import parse_json, read_small
 from ..errors import CheckpointError
 
 #: what makes up a tokenizer, beside what is said about chats
-_VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+_JSON = "tokenizer.json"
+_VOCABULARY = (_JSON, "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CHAT_FILES = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES = (*_VOCABULARY, *_SETTINGS, *CHAT_FILES)
@@ -20,13 +21,13 @@ KEPT_FILES = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_FILES)
 Files = Mapping[str, "bytes | Path"]
 
 
-def present(folder: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Those of these files that a folder has, by name."""
-    return {name: folder / name for name in names if (folder / name).is_file()}
+def present(files: Files, names: Sequence[str]) -> dict[str, bytes | Path]:
+    """Those of some files that have one of these names."""
+    return {name: files[name] for name in names if name in files}
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return bool(present(folder, _VOCABULARY))
+def has_tokenizer(files: Files) -> bool:
+    return bool(present(files, _VOCABULARY))
 
 
 def content(file: bytes | Path) -> bytes:
@@ -50,32 +51,30 @@ def model_tokens(model: Mapping) -> dict[str, int]:
     return {piece[0]: i for i, piece in enumerate(tokens)} if isinstance(tokens, list) else tokens
 
 
-def token_ids(folder: Path) -> dict[str, int] | None:
-    """Token -> id as tokenizer.json has them; None without one.
+def token_ids(file: bytes | Path) -> dict[str, int]:
+    """Token -> id as a tokenizer.json has them.
 
     Raises:
         CheckpointError: not a tokenizer.json.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    data = read_json(path, "tokenizer")
+    data = read_json(file, _JSON)
     try:
         found = dict(model_tokens(data["model"])) | {t["content"]: t["id"] for t in data.get("added_tokens") or ()}
         if all(type(i) is int and i >= 0 for i in found.values()):
             return found
     except (KeyError, TypeError, IndexError, ValueError):
         pass
-    raise CheckpointError("not a tokenizer", where=path, expected="a model with a vocab, and added_tokens")
+    raise CheckpointError("not a tokenizer", where=file if isinstance(file, Path) else _JSON, expected="tokens and ids")
 
 
-def misfit(model: object, folder: Path, rows: int) -> str | None:
+def misfit(model: object, files: Files, rows: int) -> str | None:
     """What is wrong with a tokenizer beside embeddings of so many rows, as a warning; None where nothing is."""
+    if _JSON not in files:
+        return None
     try:
-        ids = token_ids(folder)
+        beyond = [token for token, i in token_ids(files[_JSON]).items() if i >= rows]
     except CheckpointError as error:
         return f"the tokenizer of {model} was not checked: {error.message} ({error.where})"
-    beyond = [token for token, i in (ids or {}).items() if i >= rows]
     return beyond_rows(model, beyond, rows) if beyond else None
 
 
@@ -84,21 +83,21 @@ def beyond_rows(model: object, tokens: Sequence[str], rows: int) -> str:
     return f"the tokenizer of {model} has {some(tokens)} beyond the {rows} rows of its embeddings"
 
 
-def difference(folders: Sequence[Path]) -> tuple[int, list[str]] | None:
-    """Which of these tokenizers means other tokens by its ids than the first one: its index, and its tokens.
+def difference(models: Sequence[Files]) -> tuple[int, list[str]] | None:
+    """Which of these models' tokenizers means other tokens by its ids than the first one: its index, and its tokens.
 
     Only what stands in tokenizer.json is looked at; files that are equal byte for byte are not read twice.
     """
-    found = [folder / "tokenizer.json" for folder in folders]
-    if not found[0].is_file():
+    found = [files.get(_JSON) for files in models]
+    if found[0] is None:
         return None
     known, first = content(found[0]), None
-    for i, path in enumerate(found):
-        if i == 0 or not path.is_file() or content(path) == known:
+    for i, file in enumerate(found):
+        if i == 0 or file is None or content(file) == known:
             continue
         try:
-            first = first or token_ids(folders[0])
-            theirs = token_ids(folders[i])
+            first = first or token_ids(found[0])
+            theirs = token_ids(file)
         except CheckpointError:
             continue  # the model's own check says so
         names = {at: token for token, at in first.items()}

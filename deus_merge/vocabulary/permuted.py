@@ -60,7 +60,7 @@ def permute(
         if given is None or given.shape[1:] != own.shape[1:]:
             raise PlanError(
                 f"no rows of {name} can be taken from this model",
-                where=checkpoints[i].folder,
+                where=checkpoints[i].where,
                 expected=f"rows of shape {list(own.shape[1:])}",
                 got="no such tensor" if given is None else f"rows of shape {list(given.shape[1:])}",
             )
@@ -76,7 +76,8 @@ class PermutedCheckpoint:
     """A checkpoint some of whose tensors are read in another order (`checkpoint.reader.TensorSource`)."""
 
     def __init__(self, stored: TensorSource, permuted: Mapping[str, Permuted]):
-        self.folder, self.config, self.files = stored.folder, stored.config, stored.files
+        self.where, self.folders, self.files = stored.where, stored.folders, stored.files
+        self.beside, self.told, self.config = stored.beside, stored.told, stored.config
         self.fingerprint = stored.fingerprint
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: permuted[name].info if name in permuted else info for name, info in stored.tensors.items()}
@@ -121,6 +122,24 @@ class PermutedCheckpoint:
                 for source in self._permuted[name].sources.values():
                     source.prefetch([name])
 
+    def origin(self, name: str) -> tuple[TensorSource, str]:
+        return self._stored.origin(name)
+
+    def givers(self, name: str) -> tuple[TensorSource, ...]:
+        """Every source whose rows are in a tensor."""
+        return tuple(self._permuted[name].sources.values()) if name in self._permuted else (self._stored,)
+
+    def bound(self, results: Mapping[str, TensorSource]) -> PermutedCheckpoint:
+        permuted = {
+            name: replace(tensor, sources={i: s.bound(results) for i, s in tensor.sources.items()})
+            for name, tensor in self._permuted.items()
+        }
+        return PermutedCheckpoint(self._stored.bound(results), permuted)
+
+    def workspace(self, name: str, least: bool = False) -> int:
+        """That of what rows are taken from: rows themselves are read as they are needed."""
+        return sum(source.workspace(name, least) for source in self.givers(name))
+
     def _mean_row(self, name: str) -> torch.Tensor:
         """The mean of all rows that have a token, (d,), float64; made when first asked for."""
         import numpy as np
@@ -135,6 +154,12 @@ class PermutedCheckpoint:
                 total += self.slice(name, int(run[0]), int(run[-1]) + 1).sum(dim=0, dtype=torch.float64)
             self._padding[name] = total / max(1, len(tokens))
         return self._padding[name]
+
+
+def origins(source: TensorSource, name: str) -> list[tuple[TensorSource, str]]:
+    """`TensorSource.origin` of all that a tensor comes from."""
+    givers = source.givers(name) if isinstance(source, PermutedCheckpoint) else (source,)
+    return [giver.origin(name) for giver in givers]
 
 
 def _gather(source: TensorSource, name: str, rows: np.ndarray, out: torch.Tensor, places: np.ndarray) -> None:

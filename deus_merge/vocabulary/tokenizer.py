@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
-from .files import TOKENIZER_FILES, Files, content, present
+from .files import Files, as_json, content
 
 if TYPE_CHECKING:
     import tokenizers
+    import transformers
 
 _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
@@ -40,27 +41,32 @@ class Tokenizer:
         return json.loads(self.backend.to_str())
 
 
-def load(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a folder.
+def load(files: Files, config: Mapping, where: object) -> Tokenizer:
+    """Load the tokenizer that stands beside a model, or will.
+
+    Args:
+        files: Of the tokenizer, by name.
+        config: The model's config.json: it can decide how they are loaded.
+        where: The model, for messages.
 
     Raises:
         CheckpointError: transformers cannot, or has no fast one.
     """
-    import transformers
-
-    known = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        loaded = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # files of others make the library raise whatever it likes
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError("the tokenizer cannot be loaded", where=folder, got=reason) from None
-    finally:
-        transformers.utils.logging.set_verbosity(known)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, file in {**files, "config.json": as_json(config)}.items():
+            if isinstance(file, bytes):
+                (Path(folder) / name).write_bytes(file)
+            else:
+                (Path(folder) / name).symlink_to(file.absolute())
+        try:
+            loaded = _from_pretrained(folder)
+        except Exception as error:  # files of others make the library raise whatever it likes
+            reason = f"{type(error).__name__}: {error}".splitlines()[0].replace(folder, str(where))
+            raise CheckpointError("the tokenizer cannot be loaded", where=where, got=reason) from None
     if not loaded.is_fast:
         raise CheckpointError(
             "the tokenizer is not a fast one",
-            where=folder,
+            where=where,
             expected="a tokenizer.json, or files that transformers makes one of",
             got=type(loaded).__name__,
         )
@@ -69,17 +75,16 @@ def load(folder: Path) -> Tokenizer:
     return Tokenizer(tokens, roles, loaded.backend_tokenizer)
 
 
-def load_files(files: Files, config: Path) -> Tokenizer:
-    """Load a tokenizer whose files are not in a folder yet.
+def _from_pretrained(folder: str) -> transformers.PreTrainedTokenizerBase:
+    """Without a word, without the network, and without running anybody's code."""
+    import transformers
 
-    Args:
-        files: By name.
-        config: The config.json that will stand beside them: it can decide how they are loaded.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        for name, file in {**files, "config.json": config}.items():
-            (Path(folder) / name).write_bytes(content(file))
-        return load(Path(folder))
+    known = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    finally:
+        transformers.utils.logging.set_verbosity(known)
 
 
 def tokens_digest(tokens: Mapping[str, int]) -> str:
@@ -87,9 +92,9 @@ def tokens_digest(tokens: Mapping[str, int]) -> str:
     return hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest()
 
 
-def identity(folder: Path, model_type: object) -> str:
-    """Equal for folders whose tokenizers load alike."""
-    digest = hashlib.sha256(repr(model_type).encode())
-    for name, path in present(folder, TOKENIZER_FILES).items():
-        digest.update(name.encode() + hashlib.sha256(content(path)).digest())
+def identity(files: Files, config: Mapping) -> str:
+    """Equal for files that load alike."""
+    digest = hashlib.sha256(repr((config.get("model_type"), config.get("tokenizer_class"))).encode())
+    for name, file in sorted(files.items()):
+        digest.update(name.encode() + hashlib.sha256(content(file)).digest())
     return digest.hexdigest()

@@ -48,7 +48,7 @@ def merge(run, speakers, tmp_path):
         recipe = write_recipe(tmp_path / f"{name}.yml", text.format(**speakers | more))
         done = run("merge", recipe, tmp_path / name, "--quiet")
         checks = run("verify", tmp_path / name, "--json").json()["checks"]
-        assert {c["check"] for c in checks if c["passed"] is None} <= {"logits"}, checks
+        assert {c["name"] for c in checks if c["passed"] is None} <= {"logits"}, checks
         return tmp_path / name, done.err
 
     return call
@@ -177,8 +177,8 @@ def test_tokens_beyond_the_embeddings(merge, run, speakers, tmp_path):
     told = "has 1 token ('<|tool|>') beyond the 101 rows of its embeddings"
     plain = write_recipe(tmp_path / "plain.yml", PASS.format(base=short))
     assert told in run("merge", plain, tmp_path / "plain").err
-    checks = {c["check"]: c for c in run("verify", tmp_path / "plain", "--json").json()["checks"]}
-    assert checks["tokenizer"]["passed"] is None and "beyond the 101 rows" in checks["tokenizer"]["detail"]
+    checks = run("verify", tmp_path / "plain", "--json", expect=3).json()["checks"]
+    assert [c["name"] for c in checks if c["passed"] is False] == ["tokenizer"]
     out, err = merge(f"{LINEAR}{JOINED}tokenizer_source: union\n", base=short)
     assert f"{told}: it counts as if it lacked them" in err
     at, there = tokens(out)["<|tool|>"], tokens(speakers["other"])["<|tool|>"]
@@ -215,6 +215,26 @@ def test_no_transformers_without_tokenizer_settings(speakers, tmp_path):
     code = f"import sys; from deus_merge import api; api.plan({str(recipe)!r})\n"
     code += "assert not {'transformers', 'tokenizers', 'torch', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_documents_take_and_give_tokens(run, speakers, tmp_path):
+    """A document's result has its tokenizer; rows of tokens may come from one that gives nothing else."""
+    first = f"{LINEAR}{JOINED}tokenizer_source: union\nchat_template: chatml\n".format(**speakers)
+    last = (
+        "merge_method: passthrough\nbase_model: {base}\nslices: [{{sources: [{{model: {base}, layer_range: [0, 2]}}]}},"
+        " {{sources: [{{model: mixed, layer_range: [0, 2]}}]}}]\n"
+        "tokenizer: {{source: mixed, tokens: {{<|tool|>: {{source: mixed}}, <s>: {{source: mixed, force: true}}}}}}\n"
+    ).format(**speakers)
+    run("merge", write_recipe(tmp_path / "one.yml", first), tmp_path / "mixed")
+    run("merge", write_recipe(tmp_path / "two.yml", last.replace("mixed", str(tmp_path / "mixed"))), tmp_path / "two")
+    run("merge", write_recipe(tmp_path / "both.yml", f"name: mixed\n{first}---\n{last}"), tmp_path / "both")
+    theirs, ours = weights(tmp_path / "two"), weights(tmp_path / "both")
+    assert theirs.keys() == ours.keys() and all(torch.equal(ours[n], t) for n, t in theirs.items())
+    assert tokens(tmp_path / "both") == tokens(tmp_path / "mixed") == tokens(tmp_path / "two")
+    at = tokens(tmp_path / "both")["<|tool|>"]
+    assert torch.equal(ours[HEAD][at], weights(tmp_path / "mixed")[HEAD][at]) and ours[HEAD][at].any()
+    assert (tmp_path / "both/chat_template.jinja").exists()
+    assert run("verify", tmp_path / "both").code == 0
 
 
 def test_a_family_that_nobody_described(run, tmp_path):
