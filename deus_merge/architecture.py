@@ -15,6 +15,7 @@ from .discover import plugins
 from .errors import ArchitectureError
 
 RESIDUAL = "residual"
+_INDEX = "0|[1-9][0-9]{0,8}"  # of a layer; with leading zeros two names would stand for one layer
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ class ModelView:
         """The family's description of a role; None for tensors (or families) without one."""
         return self.architecture.roles.get(role) if self.architecture else None
 
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with. The names are the model's own: they may hold braces."""
+        head, _, tail = self.layer_prefix.rpartition("{layer}")
+        return f"{head}{layer}{tail}"
+
     def residual_writers(self) -> tuple[str, ...]:
         """Roles that add to the residual stream."""
         return tuple(s.role for s in self.architecture.layer if s.writes_residual) if self.architecture else ()
@@ -174,7 +180,7 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
             got=repr(depth),
         )
     head, tail = architecture.layer_prefix.split("{layer}")
-    pattern = re.compile(re.escape(head) + r"(\d+)" + re.escape(tail) + r"(.+)", re.DOTALL)
+    pattern = re.compile(re.escape(head) + f"({_INDEX})" + re.escape(tail) + r"(.+)", re.DOTALL)
     by_suffix = {spec.name: spec.role for spec in architecture.layer}
     layers: dict[int, dict[str, str]] = {}
     outside = []
@@ -182,6 +188,8 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
         match = pattern.fullmatch(name)
         if match is None:
             outside.append(name)
+        elif match[2] in architecture.roles and match[2] not in by_suffix:
+            raise ArchitectureError(f"a tensor is named like the role {match[2]!r}", where=where, got=name)
         elif match[2] not in architecture.ignored:
             layers.setdefault(int(match[1]), {})[by_suffix.get(match[2], match[2])] = name
     _check_depth(layers, depth, architecture.layers_key, where)
@@ -215,7 +223,9 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
     )
 
 
-_LAYER = re.compile(r"(?P<prefix>(?:.*\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<suffix>.+)", re.DOTALL)
+_LAYER = re.compile(
+    rf"(?P<prefix>(?:.*\.)?(?:layers|layer|h|blocks|block))\.(?P<index>{_INDEX})\.(?P<suffix>.+)", re.DOTALL
+)
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -16,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .alignment import merge_aligned
+from .checkpoint.header import read_small
 from .checkpoint.layout import index_json
 from .checkpoint.reader import INDEX
 from .checkpoint.shards import ShardWriter
 from .checkpoint.system import free_space
 from .checkpoint.writer import OutputFolder
-from .errors import CheckpointError, DeusMergeError, PlanError, VerifyError
+from .errors import CheckpointError, DeusMergeError, PlanError, VerifyError, json_text
 from .method import TensorTask
 from .plan import BlockPlan, Plan, PlannedTensor
 from .recipe import methods
@@ -50,6 +50,7 @@ class RunOptions:
         verify: Check the result before it gets its name.
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic; None for torch's own choice.
+        model_card: Write a README.md.
     """
 
     device: str = "auto"
@@ -59,6 +60,7 @@ class RunOptions:
     verify: bool = True
     seed: int = 0
     threads: int | None = None
+    model_card: bool = True
 
 
 def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
@@ -137,7 +139,7 @@ def execute(
         diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
         warnings = plan.warnings + tuple(output.notes) + _convergence(plan, diagnostics)
         told = {key: identity[key] for key in ("device", "threads", "seed")}
-        _write_files(plan, output.folder, diagnostics, told)
+        _write_files(plan, output.folder, diagnostics, told, options.model_card)
         verification = replace(verify(output.folder, quick=True), folder=out) if options.verify else None
         if verification and not verification.passed:
             failed = next(c for c in verification.checks if c.passed is False)
@@ -223,8 +225,7 @@ class _Run:
         import torch
 
         tensor = tensor.to(torch_dtype(planned.dtype))
-        ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN is both, and this is faster
-        if not bool(torch.isfinite(ends).all()):
+        if not _finite(tensor):
             raise CheckpointError(
                 f"{planned.task.name} becomes NaN or infinity",
                 where=planned.inputs[0].file,
@@ -287,16 +288,29 @@ class _Inputs:
         return torch.Generator(self._run.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _write_files(plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object]) -> None:
+def _finite(tensor: torch.Tensor) -> bool:
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 has no order
+    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())  # NaN is both ends, and this is faster
+
+
+def _write_files(
+    plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object], card: bool
+) -> None:
     """Everything beside the weights: the manifest last, since it knows the others' digests."""
     recipe = dump_recipe(plan.recipe)
-    files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in plan.files.items()}
+    files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)
-    files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
+    files["config.json"] = (json_text(plan.config, indent=2) + "\n").encode()
     files[RECIPE] = recipe.encode()
-    record = json.dumps(manifest(plan, files, diagnostics, told), indent=1, ensure_ascii=False) + "\n"
-    files |= {"README.md": model_card(plan, recipe).encode(), MANIFEST: record.encode()}
+    record = json_text(manifest(plan, files, diagnostics, told), indent=1) + "\n"
+    if card:
+        files["README.md"] = model_card(plan, recipe).encode()
+    files[MANIFEST] = record.encode()
     for name, content in files.items():
         (folder / name).write_bytes(content)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from .checkpoint.header import parse_json, read_small
 from .checkpoint.hub import resolve
-from .errors import CheckpointError, RecipeError, nearest
+from .errors import CheckpointError, RecipeError, json_text, nearest
 from .recipe import Recipe
 
 TOKENIZER_FILES = (
@@ -30,9 +31,11 @@ def extra_files(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> dict
 
     Raises:
         RecipeError: a tokenizer source that is none of the models, or a chat template that is none.
+        CheckpointError: a link that leads out of a model's folder.
     """
-    code = sorted(donor.glob("*.py")) if b'"auto_map"' in (donor / "config.json").read_bytes() else []
-    files: dict[str, bytes | Path] = {p.name: p for p in code}
+    # A model's code is copied as any other file; nothing here runs it.
+    code = sorted(p.name for p in donor.glob("*.py")) if b'"auto_map"' in read_small(donor / "config.json") else []
+    files: dict[str, bytes | Path] = dict(_present(donor, code, by_name=False))
     files |= _present(donor, _DONOR_FILES)
     files |= _present(_tokenizer_folder(recipe, models, donor), TOKENIZER_FILES)
     if recipe.chat_template not in (None, "auto"):
@@ -40,8 +43,32 @@ def extra_files(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> dict
     return dict(sorted(files.items()))
 
 
-def _present(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
-    return {name: folder / name for name in names if (folder / name).is_file()}
+def _present(folder: Path, names: Iterable[str], by_name: bool = True) -> dict[str, Path]:
+    found = {name: folder / name for name in names if os.path.lexists(folder / name) and not (folder / name).is_dir()}
+    for path in found.values():
+        _check_link(path, folder, by_name)
+    return found
+
+
+def _check_link(path: Path, folder: Path, by_name: bool) -> None:
+    """These files go into the output as they are, so no link may fetch somebody's private files into it.
+
+    A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or (``by_name``, for
+    names that we choose) to a file of the same name. Weights and config.json may be links to anywhere: they are parsed.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
+    if not homes & set(real.parents) and not (by_name and real.name == path.name):
+        raise CheckpointError(
+            "a link leads out of the model's folder",
+            where=path,
+            expected="a file, since it is copied into the output",
+            got=f"a link to {real}",
+            hint="put a copy of the file in its place, if you want it to be part of the output: cp -L",
+        )
 
 
 def _tokenizer_folder(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> Path:
@@ -73,12 +100,12 @@ def _set_chat_template(files: dict[str, bytes | Path], recipe: Recipe) -> None:
             hint="templates are not known by name: write the template itself",
         )
     files.pop("chat_template.json", None)
-    files["chat_template.jinja"] = template.encode()
+    try:
+        files["chat_template.jinja"] = template.encode()
+    except UnicodeEncodeError:
+        recipe.source.value["chat_template"].fail("half a character (a lone surrogate)", expected="text")
     config = files.get("tokenizer_config.json")
     if isinstance(config, Path):
-        try:
-            data = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError("not JSON", where=config, got=error) from None
+        data = parse_json(read_small(config), config, "tokenizer's config")
         data.pop("chat_template", None)
-        files["tokenizer_config.json"] = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+        files["tokenizer_config.json"] = (json_text(data, indent=2) + "\n").encode()

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from .alignment import AlignTo, plan_memory
 from .architecture import ModelView, view_model
-from .checkpoint.hub import resolve
+from .checkpoint.header import read_small
 from .checkpoint.layout import ShardLayout
-from .checkpoint.reader import Checkpoint, TensorInfo, TensorSource
+from .checkpoint.reader import TensorInfo, TensorSource
+from .checkpoint.source import PLAIN, Access, open_source
 from .config import check_config
 from .errors import DeusMergeError
 from .method import CopyOf, TensorTask, Zeros
@@ -47,14 +48,18 @@ class SourceModel:
     view: ModelView
 
     @classmethod
-    def open(cls, ref: ModelRef) -> SourceModel:
+    def open(cls, ref: ModelRef, access: Access = PLAIN) -> SourceModel:
         """Find a model's folder (on the hub if need be), read its config and headers, and check that they agree.
+
+        Args:
+            ref: As the recipe names it.
+            access: What may be read.
 
         Raises:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
         """
         try:
-            checkpoint = Checkpoint.open(resolve(ref.text))
+            checkpoint = open_source(ref.text, access)
             view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.folder)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
             check_config(checkpoint.config, view, shapes, checkpoint.folder)
@@ -63,6 +68,15 @@ class SourceModel:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
         return cls(ref, checkpoint, view)
+
+    def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+        """Role -> shape, for role -> tensor name."""
+        return {role: self.checkpoint.tensors[name].shape for role, name in names.items()}
+
+    @cached_property
+    def layer_kinds(self) -> frozenset:
+        """The shapes that its layers have: what an output layer must look like."""
+        return frozenset(frozenset(self.shapes(layer).items()) for layer in self.view.layers)
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,14 @@ class PlannedTensor:
     dtype: str
     action: str
     source: int | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is one source's tensor as it is, copied or derived."""
+        if self.action != "cast":
+            return self.action == "copy"
+        taken = self.inputs[self.source]
+        return taken.derived and taken.dtype == self.dtype
 
     @property
     def nbytes_read(self) -> int:
@@ -130,13 +152,15 @@ class BlockPlan:
 
     @property
     def kind(self) -> str:
-        """``copy``, ``cast``, ``fused`` or ``merged``, for tables."""
+        """``copy``, ``derived``, ``cast``, ``fused`` or ``merged``, for tables."""
         if any(t.action == "merge" for t in self.tensors):
             return "fused" if self.new else "merged"
         if self.new:
             return "copy, zeroed" if any(t.action == "zeros" for t in self.tensors) else "copy"
         actions = {t.action for t in self.tensors}
-        return "cast" if "cast" in actions else "copy" if actions == {"copy"} else "copy, zeroed"
+        if "cast" in actions:
+            return "derived" if all(t.kept for t in self.tensors) else "cast"
+        return "copy" if actions == {"copy"} else "copy, zeroed"
 
     def workspace(self, least: bool = False) -> int:
         """Estimated bytes alive at once while this block is made; ``least``: when plans make their buffers again."""
@@ -197,7 +221,7 @@ class Plan:
                 writers = {r for r in base.view.residual_writers() if r in {t.task.role for t in block.tensors}}
                 if not writers or any(t.action != "zeros" for t in block.tensors if t.task.role in writers):
                     return False
-            elif any(t.action != "copy" or block.sources[t.source].model != self.donor for t in block.tensors):
+            elif any(not t.kept or block.sources[t.source].model != self.donor for t in block.tensors):
                 return False
             elif block.layers:
                 kept.append(block.sources[0].layer)
@@ -243,7 +267,7 @@ class Plan:
     def hash(self) -> str:
         """sha256 over all that decides the output's bytes; places of files do not."""
         text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def layer_map(self) -> list[dict]:
         """One entry per output layer: where it comes from."""
@@ -325,7 +349,7 @@ def _block_identity(block: BlockPlan) -> list:
 
 
 def _digest(content: bytes | Path) -> str:
-    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+    return hashlib.sha256(content if isinstance(content, bytes) else read_small(content)).hexdigest()
 
 
 def action_of(

@@ -35,7 +35,10 @@ def dump_recipe(recipe: Recipe) -> str:
         data["upscale"] = section
     else:
         data["slices"] = [_slice(piece) for piece in recipe.slices]
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    if not text.replace("\n", "").isprintable():  # what would drive a terminal is written as escapes
+        text = yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
+    return text
 
 
 def _model(ref: ModelRef) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .architecture import ModelView, view_model
+from .checkpoint.header import read_small
+from .checkpoint.pickled import has_safetensors
 from .checkpoint.reader import Checkpoint, TensorInfo
 from .config import layer_lists
 from .errors import DeusMergeError
@@ -124,7 +126,7 @@ def _other_files(folder: Path, record: dict) -> tuple[bool, str]:
     for name, digest in record["files"].items():
         if not (folder / name).is_file():
             return False, f"{name} is missing"
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+        if hashlib.sha256(read_small(folder / name)).hexdigest() != digest:
             return False, f"{name} is not as it was written"
     return True, f"{len(record['files'])} as written"
 
@@ -226,13 +228,17 @@ def _logits(folder: Path, record: dict, text: str) -> tuple[bool | None, str]:
     base_folder = Path(record["sources"][record["donor"]]["folder"])
     if not base_folder.is_dir():
         return None, f"base {base_folder} is not there any more"
+    if not has_safetensors(base_folder):
+        return None, f"base {base_folder} has no safetensors: a pickle is not loaded to look at it"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)["input_ids"]
     if ids.numel() < 2:
         return False, "the text has fewer than two tokens: nothing was compared"
 
     def run(path: Path) -> torch.Tensor:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
         with torch.no_grad():
             return model.eval()(ids).logits[0]  # (tokens, vocabulary)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +30,7 @@ def model_card(plan: Plan, recipe_yaml: str) -> str:
         "library_name": "transformers",
         "tags": ["merge", "deus_merge", *(["depth-up-scaling"] if plan.new_layers else [])],
     }
-    base = names[plan.donor]
+    base = _markdown(names[plan.donor])
     depth = plan.models[plan.donor].view.num_layers
     lines = [
         "---",
@@ -38,19 +40,22 @@ def model_card(plan: Plan, recipe_yaml: str) -> str:
         f"# {base}, {plan.num_layers} layers",
         "",
     ]
-    lines.append(f"Made by deus_merge {__version__} from {', '.join(names)}: {depth} → {plan.num_layers} layers.")
+    lines.append(
+        f"Made by deus_merge {__version__} from {_markdown(', '.join(names))}: {depth} → {plan.num_layers} layers."
+    )
     if plan.function_preserving and plan.new_layers:
         lines.append(f"It computes exactly what {base} computes: the new layers add nothing until they are trained.")
     elif plan.new_layers:
         lines.append(f"It does not compute what {base} computes: expect a worse loss until it is trained.")
-    lines += [f"\nNote: {warning}." for warning in plan.warnings]
+    lines += [f"\nNote: {_markdown(warning)}." for warning in plan.warnings]
     if plan.new_layers:
         new = ", ".join(map(str, plan.new_layers))
         lines += ["", "## Training", "", f"New layers: {new}. `deus_merge.json` lists the exact names of their"]
         lines.append("tensors under `new_parameters`; to train only what is new, freeze all others.")
     lines += ["", "## Layers", "", "| layer | from | how |", "|---|---|---|"]
-    lines += [f"| {layers} | {origin} | {how} |" for layers, origin, how in _layer_rows(plan)]
-    lines += ["", "## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
+    lines += [f"| {layers} | {_markdown(origin)} | {how} |" for layers, origin, how in _layer_rows(plan)]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_yaml)), default=0))
+    lines += ["", "## Recipe", "", f"{fence}yaml", recipe_yaml.strip(), fence, ""]
     return "\n".join(lines)
 
 
@@ -78,4 +83,9 @@ def _layer_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
 def _name(ref: str) -> str:
     """A model's name without the folders of whoever ran the merge."""
     name = Path(ref).name if Path(ref).exists() else ref
-    return printable(name).replace("|", "\\|")
+    return printable(name)
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown and HTML leave as it is: a name may be anybody's."""
+    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", html.escape(printable(text), quote=False))

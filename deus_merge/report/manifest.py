@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 
 from .. import __version__
+from ..checkpoint.header import parse_json, read_small
 from ..errors import CheckpointError
 from ..plan import Plan
 
@@ -66,21 +67,42 @@ def read_manifest(folder: Path) -> dict:
         CheckpointError: there is none, or it is not one of this format.
     """
     path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"no manifest: {error.strerror}", where=path, hint="only folders that deus-merge wrote have one"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError("the manifest is not JSON", where=path, got=error) from None
-    if (
-        not isinstance(data, dict)
-        or data.get("format") != FORMAT
-        or not all(isinstance(data.get(k), dict) for k in ("tensors", "files"))
-    ):
+    if not os.path.lexists(path):
+        hint = "only folders that deus-merge wrote have one"
+        raise CheckpointError("no manifest: No such file or directory", where=path, hint=hint)
+    data = parse_json(read_small(path), path, "manifest")
+    if data.get("format") != FORMAT or not all(isinstance(data.get(key), kind) for key, kind in _KINDS.items()):
         raise CheckpointError("not a manifest this version reads", where=path, expected=f"format {FORMAT}")
+    if problem := _problem(data["tensors"], data["files"], data["sources"], data["donor"]):
+        raise CheckpointError(f"the manifest is malformed: {problem}", where=path)
     return data
+
+
+_KINDS = {
+    "tensors": dict, "files": dict, "sources": list, "donor": int, "num_layers": int, "new_layers": list,
+    "function_preserving": bool,
+}  # fmt: skip
+
+
+def _problem(tensors: dict, files: dict, sources: list, donor: int) -> str | None:
+    """What is wrong with a manifest that somebody else may have written; None when nothing is."""
+    keys = ("model", "fingerprint")
+    told = all(isinstance(s, dict) and all(isinstance(s.get(key), str) for key in keys) for s in sources)
+    if not told or not 0 <= donor < len(sources):
+        return "sources"
+    for name, origin in tensors.items():
+        if not isinstance(origin, dict) or not isinstance(origin.get("action"), str):
+            return f"tensor {name!r}"
+        model = origin.get("model")
+        if origin["action"] == "copy" and not (
+            isinstance(origin.get("tensor"), str)
+            and isinstance(model, int)
+            and 0 <= model < len(sources)
+            and isinstance(sources[model].get("folder"), str)
+        ):
+            return f"tensor {name!r} is a copy of nothing"
+    strange = [name for name, digest in files.items() if Path(name).name != name or not isinstance(digest, str)]
+    return f"file {strange[0]!r}" if strange else None
 
 
 def _origin(plan: Plan, block, tensor) -> dict:
