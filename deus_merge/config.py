@@ -159,6 +159,19 @@ def deeper_config(
     return result
 
 
+def config_patch(config: Mapping, target: Mapping) -> dict:
+    """What turns ``config`` into ``target``, as a JSON merge patch (RFC 7386): None stands for a key to remove."""
+    patch: dict[str, object] = {key: None for key in config if key not in target}
+    for key, value in target.items():
+        ours = config.get(key)
+        if isinstance(ours, Mapping) and isinstance(value, Mapping):
+            if inner := config_patch(ours, value):
+                patch[key] = inner
+        elif key not in config or ours != value:
+            patch[key] = copy.deepcopy(value)
+    return patch
+
+
 def layer_lists(config: Mapping, layers_path: Sequence[str]) -> dict[str, list]:
     """Every list with one entry a layer, spelled out where the config only implies it (Qwen2's sliding window)."""
     section = _section(config, layers_path)

@@ -8,6 +8,7 @@
     ├── CheckpointError       a safetensors file, an index, a folder
     ├── PlanError             the recipe is readable but cannot be carried out (space, memory, output folder)
     ├── SolverError           an optimal transport problem that has no meaningful solution
+    ├── TrainingError         a model in training that is not as its manifest says, or settings a trainer lacks
     └── VerifyError           exit code 3: a finished checkpoint is not what its plan says
 
 Anything else that escapes is a bug (exit code 1).
@@ -75,6 +76,10 @@ class PlanError(DeusMergeError):
 
 class SolverError(DeusMergeError):
     """An optimal transport problem without a meaningful solution."""
+
+
+class TrainingError(DeusMergeError):
+    """A model in training is not what its manifest says, or a trainer cannot train just the new layers."""
 
 
 class VerifyError(DeusMergeError):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -14,27 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .alignment import merge_aligned
 from .checkpoint.header import read_small
 from .checkpoint.layout import index_json
 from .checkpoint.reader import INDEX
 from .checkpoint.shards import ShardWriter
 from .checkpoint.system import free_space
 from .checkpoint.writer import OutputFolder
-from .errors import CheckpointError, DeusMergeError, PlanError, VerifyError, json_text
-from .method import TensorTask
-from .plan import BlockPlan, Plan, PlannedTensor
-from .recipe import methods
+from .errors import DeusMergeError, PlanError, VerifyError, json_text
+from .making import Maker, Piece, results_of
+from .plan import BlockPlan, Plan
 from .recipe_yaml import dump_recipe
 from .report.card import model_card
-from .report.manifest import MANIFEST, RECIPE, manifest
-from .units import ITEMSIZE, dtype_name, format_size, torch_dtype
+from .report.lineage import ancestors
+from .report.manifest import MANIFEST, RECIPE, manifest, plan_sources, sealed
+from .units import ITEMSIZE, format_size
 from .verify import Verification, verify
 
 if TYPE_CHECKING:
     import torch
 
-_CAST_BYTES = 64 << 20  # of a tensor that is only cast, this much is alive at once
 _SLACK = 16 << 20  # bytes of disk for everything beside the weights
 
 
@@ -71,17 +68,10 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
         raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
-    place = out.resolve()
-    for model in plan.models:
-        source = model.checkpoint.folder.resolve()
-        if place == source or source in place.parents or place in source.parents:
-            raise PlanError(
-                "the output and a source must not contain each other",
-                where=out,
-                expected="a folder beside the models",
-                got=f"source {source}",
-            )
-    OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite).check_place()
+    output = OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite)
+    for folder in (f for model in plan.models for f in model.checkpoint.folders):
+        output.check_apart(folder)
+    output.check_place()
     if options.max_memory is not None and plan.least_memory > options.max_memory:
         raise PlanError(
             "the plan needs more memory than allowed",
@@ -113,6 +103,7 @@ def execute(
     Raises:
         DeusMergeError: as `preflight`; or a tensor that cannot be merged; VerifyError when the result is wrong.
     """
+    began = time.monotonic()
     preflight(plan, out, options)
     computes = any(b.computes for b in plan.blocks)
     device = _device(options.device) if computes else None
@@ -137,13 +128,20 @@ def execute(
                     output.record(str(block.index), {"tensors": run.block(block)})
                 on_block(block, resumed)
         diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
-        warnings = plan.warnings + tuple(output.notes) + _convergence(plan, diagnostics)
+        past, unknown_past = ancestors(plan)
+        warnings = plan.warnings + unknown_past + tuple(output.notes) + _convergence(plan, diagnostics)
         told = {key: identity[key] for key in ("device", "threads", "seed")}
-        _write_files(plan, output.folder, diagnostics, told, options.model_card)
-        verification = replace(verify(output.folder, quick=True), folder=out) if options.verify else None
-        if verification and not verification.passed:
-            failed = next(c for c in verification.checks if c.passed is False)
-            raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
+        told["seconds"] = round(time.monotonic() - began, 3)
+        record = manifest(plan, _write_files(plan, output.folder, past, options.model_card), diagnostics, told, past)
+        verification = None
+        if options.verify:
+            sources = list(plan_sources(plan))
+            verification = replace(verify(output.folder, quick=True, record=record, sources=sources), folder=out)
+            if not verification.passed:
+                failed = verification.failed[0]
+                raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
+        checksums = verification.checksums if verification else None
+        (output.folder / MANIFEST).write_bytes(sealed(record, checksums))
         output.finish()
     return verification, warnings + tuple(n for n in output.notes if n not in warnings)
 
@@ -160,8 +158,9 @@ class _Run:
         computing: Sequence[BlockPlan],
         stack: ExitStack,
     ):
-        self.plan, self.writer, self.device, self.seed = plan, writer, device, options.seed
-        self.memory = plan.block_memory(options.max_memory)
+        self.writer = writer
+        self.results = results_of(plan, device, options.seed, limited=options.max_memory is not None)
+        self.maker = Maker(plan, device, options.seed, plan.block_memory(options.max_memory), self.results)
         self.diagnostics: dict[int, list[dict]] = {}
         self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
         self._behind = stack.enter_context(ThreadPoolExecutor(1, "write-behind"))
@@ -170,7 +169,7 @@ class _Run:
         self._next = self._read_ahead()
 
     def block(self, block: BlockPlan) -> list[dict]:
-        """Make one block; returns what its method told."""
+        """Make one block; returns what its method told, and those of documents' blocks that were made for it."""
         copies = [(t.task.name, t.inputs[t.source]) for t in block.tensors if t.action == "copy"]
         if copies:
             self.writer.copy_many(copies)
@@ -180,61 +179,23 @@ class _Run:
         told: list[dict] = []
         if block.computes:
             loaded, self._next = self._next.result(), self._read_ahead()
-            for t in block.tensors:
-                if t.action == "cast":
-                    self._cast(block, t)
-            if any(t.action == "merge" for t in block.tensors):
-                told = self._merge(block, _Inputs(self, block, loaded))
+            for piece in self.maker.make(block, told, loaded):
+                self._write(piece)
             self._wait()
+        for result in self.results.values():
+            told += result.take_told()
         self.diagnostics[block.index] = told
         return told
 
-    def _merge(self, block: BlockPlan, inputs: _Inputs) -> list[dict]:
-        planned = {t.task.name: t for t in block.tensors}
-        told = []
-        try:
-            method = methods()[block.method]
-            for made in merge_aligned(method, inputs, block.align) if block.align else method.merge(inputs):
-                if made.diagnostics is not None:
-                    told.append({"tensor": made.task.name, **made.diagnostics})
-                if made.tensor is not None:
-                    target = planned[made.task.name]
-                    at = None if made.start is None else made.start * ITEMSIZE[target.dtype]
-                    self._write(target, made.tensor, at)
-        except DeusMergeError as error:
-            place = inputs.names(str(error.where)) or error.where
-            error.where = f"{block.title}: {place}" if place else block.title
-            raise
-        return told
-
-    def _cast(self, block: BlockPlan, planned: PlannedTensor) -> None:
-        """Another dtype and nothing else: a slice of rows at a time."""
-        info = planned.inputs[planned.source]
-        checkpoint = self.plan.models[block.sources[planned.source].model].checkpoint
-        if not info.shape:
-            self._write(planned, checkpoint.read(info.name))
-            return
-        rows = max(1, _CAST_BYTES // max(1, info.nbytes // max(1, info.shape[0])))
-        row_bytes = math.prod(info.shape[1:]) * ITEMSIZE[planned.dtype]
-        for start in range(0, info.shape[0], rows):
-            piece = checkpoint.slice(info.name, start, min(start + rows, info.shape[0]))
-            self._write(planned, piece, start * row_bytes)
-
-    def _write(self, planned: PlannedTensor, tensor: torch.Tensor, at: int | None = None) -> None:
-        """Cast once and hand to the writing thread; at most one tensor waits, so that memory stays bound."""
+    def _write(self, piece: Piece) -> None:
+        """Hand to the writing thread; at most one tensor waits, so that memory stays bound."""
         import torch
 
-        tensor = tensor.to(torch_dtype(planned.dtype))
-        if not _finite(tensor):
-            raise CheckpointError(
-                f"{planned.task.name} becomes NaN or infinity",
-                where=planned.inputs[0].file,
-                expected=f"finite values that fit {dtype_name(planned.dtype)}",
-                hint="look for NaN in the sources, or choose a wider dtype",
-            )
-        flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+        at = None if piece.start is None else piece.start * ITEMSIZE[piece.planned.dtype]
+        flat = piece.tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
         self._wait()
-        self._writing = self._behind.submit(self.writer.write, planned.task.name, memoryview(flat.numpy()), at=at)
+        name = piece.planned.task.name
+        self._writing = self._behind.submit(self.writer.write, name, memoryview(flat.numpy()), at=at)
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -244,75 +205,22 @@ class _Run:
     def _read_ahead(self) -> Future | None:
         """Begin with the next block that computes something."""
         block = next(self._coming, None)
-        return self._ahead.submit(self._load, block) if block else None
-
-    def _load(self, block: BlockPlan) -> dict[tuple[str, int], torch.Tensor]:
-        """Start reading what the block will merge: into the kernel's cache, or onto the device."""
-        loaded = {}
-        for t in block.tensors:
-            if t.action != "merge" or t.task.slot:
-                continue
-            for i, info in enumerate(t.inputs):
-                checkpoint = self.plan.models[block.sources[i].model].checkpoint
-                if self.device is None or self.device.type == "cpu":
-                    checkpoint.prefetch([info.name])
-                else:
-                    loaded[t.task.role, i] = checkpoint.read(info.name).to(self.device)
-        return loaded
+        return self._ahead.submit(self.maker.load, block) if block else None
 
 
-class _Inputs:
-    """A block as its method sees it (`method.Block`)."""
-
-    def __init__(self, run: _Run, block: BlockPlan, loaded: dict):
-        self.tasks: list[TensorTask] = [t.task for t in block.tensors]
-        self.base, self.memory = block.base, run.memory
-        self._run, self._block, self._loaded = run, block, loaded
-        self._inputs = {t.task.role: t.inputs for t in block.tensors}
-
-    def read(self, role: str, source: int) -> torch.Tensor:
-        if (role, source) in self._loaded:
-            return self._loaded.pop((role, source))
-        model = self._run.plan.models[self._block.sources[source].model]
-        return model.checkpoint.read(self._inputs[role][source].name).to(self._run.device)
-
-    def names(self, role: str) -> str | None:
-        """The stored tensors of a role, for messages."""
-        stored = self._inputs.get(role)
-        return None if stored is None else f"{role} ({' and '.join(dict.fromkeys(i.name for i in stored))})"
-
-    def generator(self, task: TensorTask, source: int) -> torch.Generator:
-        import torch
-
-        digest = hashlib.sha256(f"{self._run.seed} {source} {task.name}".encode()).digest()
-        return torch.Generator(self._run.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    import torch
-
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 has no order
-    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())  # NaN is both ends, and this is faster
-
-
-def _write_files(
-    plan: Plan, folder: Path, diagnostics: Mapping[int, list[dict]], told: Mapping[str, object], card: bool
-) -> None:
-    """Everything beside the weights: the manifest last, since it knows the others' digests."""
+def _write_files(plan: Plan, folder: Path, past: Sequence[Mapping], card: bool) -> dict[str, bytes]:
+    """Everything beside the weights and the manifest."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json_text(plan.config, indent=2) + "\n").encode()
     files[RECIPE] = recipe.encode()
-    record = json_text(manifest(plan, files, diagnostics, told), indent=1) + "\n"
     if card:
-        files["README.md"] = model_card(plan, recipe).encode()
-    files[MANIFEST] = record.encode()
+        files["README.md"] = model_card(plan, recipe, past).encode()
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    return files
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from .recipe import ModelRef
 
 def summary(model: str, access: Access = PLAIN) -> dict:
     """Family, depth, heads and sizes of a model (a folder or a hub id), as JSON data."""
-    source = SourceModel.open(ModelRef(model), access)
+    source = SourceModel.open(ModelRef(model), {}, access)
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
@@ -64,7 +64,7 @@ def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
     from .ot.problem import OTProblem
     from .ot.solvers.assignment import SOLVER
 
-    source = SourceModel.open(ModelRef(model), access)
+    source = SourceModel.open(ModelRef(model), {}, access)
     checkpoint, view = source.checkpoint, source.view
     if view.architecture is None:
         raise ArchitectureError(

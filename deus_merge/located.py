@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import yaml
@@ -127,35 +128,50 @@ def _under(path: str, key: object) -> str:
 
 
 def parse(text: str, file: str = "recipe") -> Located:
-    """YAML text -> `Located` tree.
+    """YAML text of one document -> `Located` tree.
 
     Raises:
-        RecipeError: not YAML, more than one document, a duplicate key, a key that is no string, too large, too deep,
-            or anchors that expand beyond bounds.
+        RecipeError: as `parse_documents`; also a second document.
+    """
+    root, *more = parse_documents(text, file)
+    if more:
+        where = f"{file} (line {more[0].line})"
+        raise RecipeError("a second document", where=where, expected="one YAML document", got=more[0].shown())
+    return root
+
+
+def parse_documents(text: str, file: str = "recipe") -> tuple[Located, ...]:
+    """YAML text -> one `Located` tree for each document in it that is not empty; at least one.
+
+    Raises:
+        RecipeError: not YAML, nothing in it, a duplicate key, a key that is no string, too large, too deep, or anchors
+            that expand beyond bounds.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError("the recipe is too large", where=file, expected=f"at most {MAX_BYTES} bytes")
     try:
-        loader = _Loader(text, file)
-        try:
-            root = loader.get_single_node()
-        finally:
-            loader.dispose()
+        nodes = [node for node in yaml.compose_all(text, partial(_Loader, file=file)) if not _empty(node)]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file} (line {mark.line + 1})" if mark else file
         detail = (getattr(error, "problem", None) or str(error)).splitlines()[0]
         hint = "indent with spaces, not tabs" if r"'\t'" in detail else None
-        raise RecipeError("not valid YAML", where=where, expected="one YAML document", got=detail, hint=hint) from None
+        raise RecipeError("not valid YAML", where=where, expected="YAML documents", got=detail, hint=hint) from None
     except RecursionError:
         raise RecipeError("the recipe is nested too deeply", where=file, expected=f"depth {MAX_DEPTH}") from None
-    if root is None:
+    if not nodes:
         raise RecipeError("there is nothing in it", where=file, hint="deus-merge --help and recipes/ have examples")
-    return _Reader(file).read(root, "", 0)
+    reader = _Reader(file)
+    return tuple(reader.read(node, "", 0) for node in nodes)
 
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = (f"{_TAG}seq", f"{_TAG}map")
+
+
+def _empty(node: yaml.Node) -> bool:
+    """What stands between two separators, or behind the last, when nothing does."""
+    return isinstance(node, yaml.ScalarNode) and node.value == "" and node.style is None
 
 
 def _tag(node: yaml.Node) -> str:

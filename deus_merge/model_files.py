@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .checkpoint.header import parse_json, read_small
-from .checkpoint.hub import resolve
+from .checkpoint.reader import TensorSource
 from .errors import CheckpointError, RecipeError, json_text, nearest
 from .recipe import Recipe
 
@@ -18,13 +19,13 @@ TOKENIZER_FILES = (
 _DONOR_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 
 
-def extra_files(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> dict[str, bytes | Path]:
+def extra_files(recipe: Recipe, models: Mapping[str, TensorSource], donor: TensorSource) -> dict[str, bytes | Path]:
     """What to put beside the weights.
 
     Args:
         recipe: Its ``tokenizer_source`` and ``chat_template`` are followed.
-        models: Folder of each model the recipe names.
-        donor: The folder of the model that gives everything else.
+        models: Each model the recipe names.
+        donor: The model that gives everything else.
 
     Returns:
         File name -> its bytes, or a file to copy.
@@ -33,35 +34,46 @@ def extra_files(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> dict
         RecipeError: a tokenizer source that is none of the models, or a chat template that is none.
         CheckpointError: a link that leads out of a model's folder.
     """
-    # A model's code is copied as any other file; nothing here runs it.
-    code = sorted(p.name for p in donor.glob("*.py")) if b'"auto_map"' in read_small(donor / "config.json") else []
-    files: dict[str, bytes | Path] = dict(_present(donor, code, by_name=False))
-    files |= _present(donor, _DONOR_FILES)
-    files |= _present(_tokenizer_folder(recipe, models, donor), TOKENIZER_FILES)
+    files = dict(_own_files(donor))
+    files |= _present(_tokenizer(recipe, models, donor), TOKENIZER_FILES)
     if recipe.chat_template not in (None, "auto"):
         _set_chat_template(files, recipe)
     return dict(sorted(files.items()))
 
 
-def _present(folder: Path, names: Iterable[str], by_name: bool = True) -> dict[str, Path]:
-    found = {name: folder / name for name in names if os.path.lexists(folder / name) and not (folder / name).is_dir()}
+def copied_files(source: TensorSource) -> dict[str, bytes | Path]:
+    """Everything beside a model's weights and config that belongs to it: name -> bytes, or a file to copy."""
+    return dict(sorted((_own_files(source) | _present(source, TOKENIZER_FILES)).items()))
+
+
+def _own_files(source: TensorSource) -> dict[str, bytes | Path]:
+    """What comes from no other model than the weights do: its code (copied, never run), generation config, licence."""
+    code = [n for n in source.beside if n.endswith(".py")] if '"auto_map"' in json.dumps(source.config) else []
+    return _present(source, (*code, *_DONOR_FILES))
+
+
+def _present(source: TensorSource, names: Sequence[str]) -> dict[str, bytes | Path]:
+    beside = source.beside
+    found = {name: beside[name] for name in names if name in beside}
     for path in found.values():
-        _check_link(path, folder, by_name)
+        if isinstance(path, Path):
+            _check_link(path)
     return found
 
 
-def _check_link(path: Path, folder: Path, by_name: bool) -> None:
+def _check_link(path: Path) -> None:
     """These files go into the output as they are, so no link may fetch somebody's private files into it.
 
-    A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or (``by_name``, for
-    names that we choose) to a file of the same name. Weights and config.json may be links to anywhere: they are parsed.
+    A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or to a file of the
+    same name (but for code, whose names are the model's own). Weights and config.json may be links to anywhere: they
+    are parsed.
 
     Raises:
         CheckpointError: it leads elsewhere.
     """
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
     homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    if not homes & set(real.parents) and not (by_name and real.name == path.name):
+    if not homes & set(real.parents) and (real.name != path.name or path.suffix == ".py"):
         raise CheckpointError(
             "a link leads out of the model's folder",
             where=path,
@@ -71,7 +83,8 @@ def _check_link(path: Path, folder: Path, by_name: bool) -> None:
         )
 
 
-def _tokenizer_folder(recipe: Recipe, models: Mapping[str, Path], donor: Path) -> Path:
+def _tokenizer(recipe: Recipe, models: Mapping[str, TensorSource], donor: TensorSource) -> TensorSource:
+    """The model whose tokenizer the output takes."""
     source = recipe.tokenizer_source
     if source in (None, "base"):
         return donor
@@ -84,7 +97,7 @@ def _tokenizer_folder(recipe: Recipe, models: Mapping[str, Path], donor: Path) -
             expected=f"base, or one of: {', '.join(models)}",
             hint=nearest(source, models),
         )
-    return resolve(source)
+    return models[source]
 
 
 def _set_chat_template(files: dict[str, bytes | Path], recipe: Recipe) -> None:
@@ -105,7 +118,10 @@ def _set_chat_template(files: dict[str, bytes | Path], recipe: Recipe) -> None:
     except UnicodeEncodeError:
         recipe.source.value["chat_template"].fail("half a character (a lone surrogate)", expected="text")
     config = files.get("tokenizer_config.json")
-    if isinstance(config, Path):
-        data = parse_json(read_small(config), config, "tokenizer's config")
+    if config is not None:
+        raw, where = (
+            (config, Path("tokenizer_config.json")) if isinstance(config, bytes) else (read_small(config), config)
+        )
+        data = parse_json(raw, where, "tokenizer's config")
         data.pop("chat_template", None)
         files["tokenizer_config.json"] = (json_text(data, indent=2) + "\n").encode()

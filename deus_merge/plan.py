@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,16 @@ from pathlib import Path
 from .alignment import AlignTo, plan_memory
 from .architecture import ModelView, view_model
 from .checkpoint.header import read_small
+from .checkpoint.hub import resolve, split_adapter
 from .checkpoint.layout import ShardLayout
+from .checkpoint.lora import LoraSource
 from .checkpoint.reader import TensorInfo, TensorSource
 from .checkpoint.source import PLAIN, Access, open_source
 from .config import check_config
-from .errors import DeusMergeError
+from .errors import DeusMergeError, nearest
 from .method import CopyOf, TensorTask, Zeros
 from .recipe import ModelRef, Recipe, methods
+from .units import ITEMSIZE
 
 #: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones
 FORMAT = 1
@@ -48,22 +52,29 @@ class SourceModel:
     view: ModelView
 
     @classmethod
-    def open(cls, ref: ModelRef, access: Access = PLAIN) -> SourceModel:
-        """Find a model's folder (on the hub if need be), read its config and headers, and check that they agree.
+    def open(cls, ref: ModelRef, known: dict[str, TensorSource], access: Access = PLAIN) -> SourceModel:
+        """Find a model, and its adapter if it has one; read configs and headers, and check that they agree.
 
         Args:
             ref: As the recipe names it.
+            known: Sources by their names; a folder (or a hub's) that is opened joins them.
             access: What may be read.
 
         Raises:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
         """
         try:
-            checkpoint = open_source(ref.text, access)
-            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.folder)
+            name, adapter = split_adapter(ref.text)
+            if name not in known:
+                known[name] = open_source(name, access)
+            checkpoint = known[name]
+            if adapter is not None:
+                checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=access.cache_dir))
+            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-            check_config(checkpoint.config, view, shapes, checkpoint.folder)
+            check_config(checkpoint.config, view, shapes, checkpoint.where)
         except DeusMergeError as error:
+            error.hint = error.hint or nearest(ref.text, known)
             if ref.place.path:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
@@ -162,6 +173,11 @@ class BlockPlan:
             return "derived" if all(t.kept for t in self.tensors) else "cast"
         return "copy" if actions == {"copy"} else "copy, zeroed"
 
+    @property
+    def nbytes(self) -> int:
+        """Of its outputs."""
+        return sum(math.prod(t.task.shape) * ITEMSIZE[t.dtype] for t in self.tensors)
+
     def workspace(self, least: bool = False) -> int:
         """Estimated bytes alive at once while this block is made; ``least``: when plans make their buffers again."""
         merged = [t.task for t in self.tensors if t.action == "merge"]
@@ -176,6 +192,27 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class DocumentPlan:
+    """A document whose result others take as a model: it is written nowhere.
+
+    Attributes:
+        result: As the others see it.
+        plan: What it would do by itself.
+        kept: How many of its finished blocks stay in memory for others to come.
+        made: Its blocks -> how often a run makes them. Those from which only copies are taken are not made at all.
+    """
+
+    result: TensorSource
+    plan: Plan
+    kept: int
+    made: Mapping[int, int]
+
+    @property
+    def name(self) -> str:
+        return self.plan.recipe.name
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a run will do.
 
@@ -187,6 +224,7 @@ class Plan:
         config: The output's config.json.
         files: Other output files: name -> bytes, or a file to copy.
         warnings: What the user should know.
+        documents: Those whose results it takes, directly or not, each behind the ones that it needs itself.
     """
 
     recipe: Recipe
@@ -197,6 +235,7 @@ class Plan:
     config: Mapping
     files: Mapping[str, bytes | Path]
     warnings: tuple[str, ...]
+    documents: tuple[DocumentPlan, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -229,7 +268,8 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(t.nbytes_read for b in self.blocks for t in b.tensors)
+        """Of all inputs, also those that documents have made, and what these read each time they make a block."""
+        return sum(t.nbytes_read for b in self._runs() for t in b.tensors)
 
     @property
     def bytes_written(self) -> int:
@@ -240,25 +280,42 @@ class Plan:
         """Estimated peak of anonymous memory in bytes (mapped files are the kernel's cache and do not count)."""
         if not any(b.computes for b in self.blocks):
             return _PYTHON_BYTES
-        return _TORCH_BYTES + max(b.workspace() for b in self.blocks)
+        return self._resident + max(b.workspace() + self.reading(b) for b in self.blocks)
 
     @property
     def least_memory(self) -> int:
         """What it can do with: under ``--max-memory`` plans work in row blocks."""
         if not any(b.computes for b in self.blocks):
             return _PYTHON_BYTES
-        return _TORCH_BYTES + max(b.workspace(least=True) for b in self.blocks)
+        return self._resident + max(b.workspace(least=True) + self.reading(b, True) for b in self.blocks)
 
-    @staticmethod
-    def block_memory(limit: int | None) -> int | None:
+    def block_memory(self, limit: int | None) -> int | None:
         """What a limit on the process leaves for one block."""
-        return None if limit is None else max(0, limit - _TORCH_BYTES)
+        reading = max((self.reading(b, True) for b in self.blocks), default=0)
+        return None if limit is None else max(0, limit - self._resident - reading)
+
+    @property
+    def _resident(self) -> int:
+        """What is there all the time: torch, and the blocks of documents that are kept."""
+        return _TORCH_BYTES + sum(d.kept * max(b.nbytes for b in d.plan.blocks) for d in self.documents)
+
+    def reading(self, block: BlockPlan, least: bool = False) -> int:
+        """Estimated bytes that reading one of a block's inputs takes, where that is more than mapping it."""
+        read = ((s, i.name) for t in block.tensors for s, i in zip(block.sources, t.inputs, strict=True) if i.derived)
+        return max((self.models[s.model].checkpoint.workspace(name, least) for s, name in read), default=0)
+
+    def _runs(self) -> Iterator[BlockPlan]:
+        """Every block as often as it is made."""
+        yield from self.blocks
+        for document in self.documents:
+            for index, times in document.made.items():
+                yield from [document.plan.blocks[index]] * times
 
     @property
     def seconds(self) -> float:
         """A rough estimate of the time on a CPU."""
         merged = 0.0
-        for block in self.blocks:
+        for block in self._runs():
             weight = 40.0 if methods()[block.method].inserts else 1.0
             merged += weight * sum(t.nbytes_read for t in block.tensors if t.action in ("merge", "cast"))
         return 1.0 + self.bytes_written / _COPY_RATE + merged / _MERGE_RATE
@@ -267,7 +324,7 @@ class Plan:
     def hash(self) -> str:
         """sha256 over all that decides the output's bytes; places of files do not."""
         text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def layer_map(self) -> list[dict]:
         """One entry per output layer: where it comes from."""
@@ -304,6 +361,7 @@ class Plan:
             "new_layers": list(self.new_layers),
             "function_preserving": self.function_preserving,
             "layers": self.layer_map(),
+            **({"documents": [_describe_document(d) for d in self.documents]} if self.documents else {}),
             "tensors": dict(sorted(actions.items())),
             "shards": [{"file": s.filename, "bytes": s.size, "tensors": len(s.tensors)} for s in self.shards],
             "bytes_read": self.bytes_read,
@@ -325,6 +383,20 @@ class Plan:
             "config": self.config,
             "files": files,
         }
+
+
+def _describe_document(document: DocumentPlan) -> dict:
+    plan = document.plan
+    return {
+        "name": document.name,
+        "plan_hash": plan.hash,
+        "models": [str(m.ref) for m in plan.models],
+        "num_layers": plan.num_layers,
+        "layers": plan.layer_map(),
+        "blocks": len(plan.blocks),
+        "blocks_made": sum(document.made.values()),
+        "blocks_kept": document.kept,
+    }
 
 
 def _block_identity(block: BlockPlan) -> list:

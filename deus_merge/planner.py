@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .alignment import AlignTo, cannot_align
-from .architecture import ModelView, TensorSpec, families
+from .architecture import ModelView, TensorSpec, families, prefix_of
 from .checkpoint.layout import TensorEntry, plan_shards
-from .checkpoint.reader import TensorInfo
+from .checkpoint.reader import TensorInfo, TensorSource
 from .checkpoint.source import PLAIN, Access
 from .config import LayerOrigin, deeper_config, head_shape, layer_lists
 from .errors import PlanError, RecipeError
+from .intermediate import PlannedResult, document_plans
 from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
 from .method import TensorTask
 from .model_files import TOKENIZER_FILES, extra_files
@@ -43,18 +44,32 @@ def build_plan(
     Raises:
         RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
     """
-    return _Planner(recipe, access, copy_tokenizer).plan(parse_size(max_shard_size))
+    size = parse_size(max_shard_size)
+    known: dict[str, TensorSource] = {}
+    results: list[PlannedResult] = []
+    for document in recipe.documents:
+        results.append(PlannedResult(_Planner(document, known, access).plan(size)))
+        known[document.name] = results[-1]
+    plan = _Planner(recipe, known, access, copy_tokenizer).plan(size)
+    told = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
+    return replace(
+        plan,
+        recipe=replace(plan.recipe, documents=tuple(r.plan.recipe for r in results)),
+        warnings=(*told, *plan.warnings),
+        documents=document_plans(plan, results),
+    )
 
 
 @dataclass
 class _Planner:
     recipe: Recipe
+    known: dict[str, TensorSource]
     access: Access
-    copy_tokenizer: bool
+    copy_tokenizer: bool = True
 
     def plan(self, max_shard_size: int) -> Plan:
         refs = self.recipe.models()
-        self.models = tuple(SourceModel.open(ref, self.access) for ref in refs)
+        self.models = tuple(SourceModel.open(ref, self.known, self.access) for ref in refs)
         self.index = {ref: i for i, ref in enumerate(refs)}
         self.donor = self.index[self.recipe.donor]
         self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
@@ -76,9 +91,7 @@ class _Planner:
         donor = self.models[self.donor]
         dtype = self.recipe.out_dtype or self.recipe.dtype
         config = deeper_config(donor.checkpoint.config, donor.view.layers_path, self.origins, dtype)
-        files = extra_files(
-            self.recipe, {str(m.ref): m.checkpoint.folder for m in self.models}, donor.checkpoint.folder
-        )
+        files = extra_files(self.recipe, {str(m.ref): m.checkpoint for m in self.models}, donor.checkpoint)
         if not self.copy_tokenizer and self.recipe.tokenizer_source is None:
             files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
         entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for b in self.blocks for t in b.tensors]
@@ -179,7 +192,7 @@ class _Planner:
         donor = self.models[self.donor].view
         made = []
         for slot in range(per_gap):
-            prefix = donor.prefix(first_output + slot)
+            prefix = prefix_of(first_output + slot, donor.layer_prefix)
             for role in roles[0]:
                 spec = views[0].spec(role)
                 names = [r[role] for r in roles]

@@ -6,21 +6,22 @@ and ``parameters`` of a slice, and ``upscale``, are additions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .alignment import ALIGNMENT
+from .checkpoint.hub import split_adapter
 from .discover import plugins
+from .documents import Document, in_order
 from .errors import DeusMergeError, RecipeError, nearest
-from .located import MAX_BYTES, Located, parse
+from .located import MAX_BYTES, Located, parse_documents
 from .method import MergeMethod
 from .settings import Settings, check_setting, read_settings
 from .units import dtype_code
 
 _TOP = (
-    "slices", "models", "upscale", "merge_method", "base_model", "align", "parameters", "dtype", "out_dtype",
+    "name", "slices", "models", "upscale", "merge_method", "base_model", "align", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "chat_template",
 )  # fmt: skip
 _SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
@@ -35,12 +36,13 @@ _NOT_WITH_UPSCALE = {
     "merge_method": "choose a preset inside upscale, or write slices",
     "parameters": "they may stand inside upscale",
 }
-_A_MODEL = "a folder or org/name[@revision]"
+_A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as a recipe names it: a local folder, or ``org/name[@revision]`` on the hub."""
+    """A model as a recipe names it: a local folder, or ``org/name[@revision]`` on the hub; with a LoRA adapter,
+    ``model+adapter``."""
 
     text: str
     place: Located = field(compare=False, repr=False, default=Located(None))
@@ -102,7 +104,12 @@ class Upscale:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. Exactly one of ``slices`` (also made from ``models``) and ``upscale`` is set."""
+    """A whole recipe. Exactly one of ``slices`` (also made from ``models``) and ``upscale`` is set.
+
+    Attributes:
+        name: Of a document whose result others use as a model.
+        documents: Those that a recipe of several documents needs, each behind the ones that it needs itself.
+    """
 
     slices: tuple[OutputSlice, ...] = ()
     upscale: Upscale | None = None
@@ -112,6 +119,8 @@ class Recipe:
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     chat_template: str | None = None
+    name: str | None = None
+    documents: tuple[Recipe, ...] = ()
     source: Located = field(compare=False, repr=False, default=Located(None))
 
     def models(self) -> tuple[ModelRef, ...]:
@@ -150,7 +159,13 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, file: str = "recipe") -> Recipe:
     """The text of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
-    return recipe_from(parse(text, file))
+    recipes = [recipe_from(root) for root in parse_documents(text, file)]
+    if len(recipes) == 1:
+        return replace(recipes[0], name=None)
+    uses = [{split_adapter(ref.text)[0]: ref.place for ref in recipe.models()} for recipe in recipes]
+    order = in_order([Document(r.source, r.name, models) for r, models in zip(recipes, uses, strict=True)])
+    *before, last = (recipes[i] for i in order)
+    return replace(last, documents=tuple(before))
 
 
 def recipe_from(root: Located) -> Recipe:
@@ -173,6 +188,7 @@ def recipe_from(root: Located) -> Recipe:
         "out_dtype": _dtype(top.get("out_dtype")),
         "tokenizer_source": _model(top["tokenizer_source"]).text if "tokenizer_source" in top else None,
         "chat_template": top["chat_template"].string("auto, or a Jinja template") if "chat_template" in top else None,
+        "name": _name(top["name"]) if "name" in top else None,
         "source": root,
     }
     if form == ["upscale"]:
@@ -266,25 +282,31 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
     return OutputSlice(tuple(sources), method, place=node)
 
 
+def _name(node: Located) -> str:
+    text = node.string("a name for other documents to use")
+    if "+" in text or "@" in text:
+        node.fail("not a name a document can have", expected="no + and no @, which mean something in model references")
+    return text
+
+
 def _model(node: Located) -> ModelRef:
-    if isinstance(node.value, dict):  # mergekit's long form
-        if "lora" in node.value:
-            _no_lora(node.value["lora"])
-        if "model" in node.value:
-            return _model(node.mapping(("model", "lora"))["model"])
-        parts = node.mapping(("path", "revision"), "a model reference")
-        if "path" not in parts:
-            node.fail("a model reference needs a path", expected="path: a folder or org/name")
-        revision = f"@{parts['revision'].string('a branch, tag or commit')}" if "revision" in parts else ""
-        return ModelRef(parts["path"].string("a folder or org/name") + revision, node)
-    text = node.string(_A_MODEL)
-    if "+" in text and not os.path.exists(text):
-        _no_lora(node)
-    return ModelRef(text, node)
+    return ModelRef(_reference(node), node)
 
 
-def _no_lora(node: Located) -> None:
-    node.fail("LoRA adapters (model+lora) are not supported by this version", hint="merge the adapter first")
+def _reference(node: Located) -> str:
+    """A model reference as text, also mergekit's long forms."""
+    if not isinstance(node.value, dict):
+        return node.string(_A_MODEL)
+    if "model" in node.value:
+        parts = node.mapping(("model", "lora"), "a model reference")
+        adapter = parts.get("lora", Located(None))
+        return _reference(parts["model"]) + (f"+{_reference(adapter)}" if adapter.value is not None else "")
+    parts = node.mapping(("path", "revision"), "a model reference")
+    if "path" not in parts:
+        node.fail("a model reference needs a path", expected="path: a folder or org/name")
+    revision = parts.get("revision", Located(None))
+    at = f"@{revision.string('a branch, tag or commit')}" if revision.value is not None else ""
+    return parts["path"].string("a folder or org/name") + at
 
 
 def _layer_range(node: Located) -> tuple[int, int]:

@@ -22,7 +22,7 @@ FAMILIES = ("llama", "llama_bias", "mistral", "qwen2", "qwen3")
 
 def planted(base: Path, folder: Path, seed: int = 0) -> Path:
     """A model whose every layer is the base's under a random symmetry: other weights, the same function."""
-    source = SourceModel.open(ModelRef(str(base)))
+    source = SourceModel.open(ModelRef(str(base)), {})
     heads = head_shape(source.checkpoint.config, source.view)
     tensors = weights(base)
     for index, layer in enumerate(source.view.layers):
@@ -153,11 +153,11 @@ def test_soft_plans_of_neurons_tend_to_the_hard_one(run, tmp_path):
     far = []
     run("upscale", base, tmp_path / "hard", "--insert", "all")
     hard = weights(tmp_path / "hard")["model.layers.1.mlp.gate_proj.weight"]
-    for reg in (0.3, 0.03, 1e-4):
+    for reg in (0.3, 0.01, 1e-5):
         run("upscale", base, tmp_path / "soft", "--insert", "all", "-p", "solver=sinkhorn", "-p", f"reg={reg}",
             "--overwrite")  # fmt: skip
         far.append((weights(tmp_path / "soft")["model.layers.1.mlp.gate_proj.weight"] - hard).norm().item())
-    assert far[0] > far[1] > far[2] and far[2] < 0.02 * hard.norm()
+    assert far[0] > far[1] > far[2] and far[2] < 1e-3 * hard.norm()
 
 
 @pytest.mark.parametrize("preset", ["opt_deus", "opt_deus_paper"])

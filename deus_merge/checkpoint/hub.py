@@ -13,6 +13,8 @@ _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 #: What a merge reads of a repository. Weights in other formats and other folders' weights stay where they are.
 NEEDED = (
     "config.json",
+    "adapter_config.json",
+    "deus_merge.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -76,6 +78,16 @@ def resolve(
     if pickle and not any(folder.glob("*.safetensors")):
         folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED + PICKLED)
     return folder
+
+
+def split_adapter(ref: str) -> tuple[str, str | None]:
+    """``model+adapter`` -> the two; a folder whose own name has a plus goes before that."""
+    if "+" not in ref or _local(ref) is not None:
+        return ref, None
+    cuts = [i for i, character in enumerate(ref) if character == "+"][-100:]
+    found = [(_local(ref[:i]) is not None) + (_local(ref[i + 1 :]) is not None) for i in cuts]
+    at = cuts[found.index(max(found))]
+    return ref[:at], ref[at + 1 :]
 
 
 def _download(

@@ -30,21 +30,46 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 class TensorSource(Protocol):
     """What a plan reads: a `Checkpoint`, or one some of whose tensors are derived from others when they are read.
 
-    The attributes are those of `Checkpoint`. `TensorInfo.derived` tells which tensors can be had only by `read` and
-    `slice`; all others may be copied from file to file.
+    `TensorInfo.derived` tells which tensors can be had only by `read` and `slice`; all others may be copied from file
+    to file.
+
+    Attributes:
+        where: What messages call it.
+        folders: Every folder it reads.
+        files: Every file it reads, so that a resumed run can tell whether they are still the same.
+        beside: What stands beside the weights (tokenizer, licence ...): file name -> its bytes, or a file to copy.
+        told: What a manifest says of it.
+        config, tensors, fingerprint: As of `Checkpoint`.
     """
 
-    folder: Path
+    where: object
+    folders: tuple[Path, ...]
+    files: tuple[Path, ...]
+    beside: Mapping[str, bytes | Path]
+    told: Mapping[str, object]
     config: dict
     tensors: Mapping[str, TensorInfo]
-    files: tuple[Path, ...]
     fingerprint: str
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str) -> torch.Tensor:
+        """As `Checkpoint.read`; a derived tensor may have more digits than its `TensorInfo.dtype`."""
 
-    def slice(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """As `Checkpoint.slice`: the same values as those rows of `read`."""
 
-    def prefetch(self, names: Iterable[str]) -> None: ...
+    def prefetch(self, names: Iterable[str]) -> None:
+        """As `Checkpoint.prefetch`."""
+
+    def origin(self, name: str) -> tuple[TensorSource, str]:
+        """The innermost source, and its tensor, that this tensor comes from: for one that is not derived, the
+        `Checkpoint` whose bytes it is."""
+
+    def bound(self, results: Mapping[str, TensorSource]) -> TensorSource:
+        """This source for one run, given the run's results of other documents by name."""
+
+    def workspace(self, name: str, least: bool = False) -> int:
+        """Estimated bytes alive while a tensor is read, itself included; 0 for one that is only mapped. ``least``: when
+        what makes it works in as little memory as can be."""
 
 
 class Checkpoint:
@@ -94,6 +119,9 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError("no such folder" if not folder.exists() else "not a folder", where=folder)
+        if os.path.lexists(folder / "adapter_config.json") and not os.path.lexists(folder / "config.json"):
+            hint = f"name the model that it adapts before it: MODEL+{folder}"
+            raise CheckpointError("an adapter and no model", where=folder, hint=hint)
         raw_config = read_small(folder / "config.json")
         config = parse_json(raw_config, folder / "config.json", "config")
         promised = weight_map(folder, INDEX, SINGLE, (".safetensors",))
@@ -110,6 +138,11 @@ class Checkpoint:
                     got="no such tensor" if tensor is None else f"it is in {tensor.file.name}",
                 )
         return checkpoint
+
+    @property
+    def headers(self) -> tuple[FileHeader, ...]:
+        """What each file says about itself, in the order of `files`."""
+        return tuple(self._headers.values())
 
     def __getitem__(self, name: str) -> TensorInfo:
         """Where a tensor lies.
@@ -170,6 +203,31 @@ class Checkpoint:
         if hasattr(os, "posix_fadvise"):
             for file, begin, end in joined:
                 os.posix_fadvise(self._descriptor(file), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def where(self) -> Path:
+        return self.folder
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (self.folder,)
+
+    @property
+    def beside(self) -> Mapping[str, Path]:
+        return {path.name: path for path in sorted(self.folder.iterdir()) if not path.is_dir()}
+
+    @property
+    def told(self) -> Mapping[str, object]:
+        return {"folder": str(self.folder)}
+
+    def origin(self, name: str) -> tuple[Checkpoint, str]:
+        return self, name
+
+    def bound(self, results: Mapping[str, TensorSource]) -> Checkpoint:
+        return self
+
+    def workspace(self, name: str, least: bool = False) -> int:
+        return 0
 
     def close(self) -> None:
         """Let go of the files. Tensors that were read stay as they are."""

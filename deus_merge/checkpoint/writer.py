@@ -27,7 +27,7 @@ FLUSH_SECONDS = 10.0
 # What --overwrite may take away: anything else in the folder is somebody's own.
 _MODEL_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt", "README.md", "deus_merge.yml",
-    "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes",
+    "report.html", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes",
 )  # fmt: skip
 
 
@@ -227,6 +227,21 @@ class OutputFolder:
                 expected="only what a merge writes",
                 got=", ".join(strange[:5]) + (" ..." if len(strange) > 5 else ""),
                 hint="move these away, or choose another folder",
+            )
+
+    def check_apart(self, source: Path) -> None:
+        """Whether the folder and a source are apart: neither is in the other.
+
+        Raises:
+            PlanError: they are not.
+        """
+        source = source.resolve()
+        if self.out == source or source in self.out.parents or self.out in source.parents:
+            raise PlanError(
+                "the output and a source must not contain each other",
+                where=self.out,
+                expected="a folder beside the models",
+                got=f"source {source}",
             )
 
     def _open_folder(self) -> None:

@@ -18,7 +18,8 @@ _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)
 @click.option("--preset", default="opt_deus", show_default=True)
 @click.option("--insert", default="top_half", show_default=True)
 def demo(out: Path, tiny: bool, preset: str, insert: str):
-    """Up-scale a small real model into the folder OUT, verify it, and let base and result write the same sentence.
+    """Up-scale a small real model into the folder OUT, verify it, let base and result write the same sentence,
+    and write the report.
 
     \b
     Example:
@@ -35,7 +36,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
         say(f"{target} is there already and is kept; remove it to make it anew")
     else:
         with progress(plan, quiet=False) as on_block:
-            api.merge(plan, target, api.RunOptions(verify=False), on_block=on_block)
+            api.merge(plan, target, on_block=on_block)
     checked = api.verify(target, logits_text=_text())
     show_verification(checked)
     for name, folder in (("base", base), ("up-scaled", target)):
@@ -43,6 +44,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     depth = plan.models[plan.donor].view.num_layers
     click.echo(f"\n{depth} -> {plan.num_layers} layers")
     click.echo(f"base model       {base}\nup-scaled model  {target}\nrecipe           {target / 'deus_merge.yml'}")
+    click.echo(f"report           {api.report(target, verification=checked)}")
     click.echo(f"to train: the {len(plan.new_parameters)} tensors under new_parameters in {target / 'deus_merge.json'}")
     if not checked.passed:
         say("the result failed verification")

@@ -1,4 +1,4 @@
-"""``verify``, ``inspect`` and ``methods``: they look and change nothing."""
+"""``verify``, ``report``, ``inspect`` and ``methods``: they look, and change no model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import click
 from .. import api
 from ..units import format_size
 from .faults import tell_bus_errors
-from .output import emit_json, hush_transformers, say, show_verification, table
+from .output import echo, emit_json, hush_transformers, say, show_verification, table
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--logits", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TEXT",
               help="A text file: also compare logits of base and output on it.")  # fmt: skip
-@click.option("--quick", is_flag=True, help="Leave out finite values and building the model.")
+@click.option("--quick", is_flag=True, help="Leave out finite values, the tokenizer, and building the model.")
+@click.option("--strict", is_flag=True, help="Fail also where a check cannot be made (a source is gone).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.pass_context
-def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, as_json: bool):
-    """Check OUT against its plan, its sources and transformers. Exit code 3 when a check fails.
+def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, strict: bool, as_json: bool):
+    """Check every byte of OUT against its manifest, its sources and transformers. Exit code 3 when a check fails.
 
     \b
     Example:
@@ -32,11 +33,32 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, as_j
             text = file.read(20_000)
     hush_transformers()
     tell_bus_errors()
-    result = api.verify(out, quick=quick, logits_text=text)
+    result = api.verify(out, quick=quick, logits_text=text, strict=strict)
     if as_json:
         emit_json(result.describe())
     else:
         show_verification(result)
+    if not result.passed:
+        say(f"{out} failed verification: {', '.join(c.name for c in result.failed)}")
+        ctx.exit(3)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="The page to write; by default report.html in OUT.")  # fmt: skip
+@click.option("--verify", "full", is_flag=True, help="Verify in full first; by default as verify --quick does.")
+@click.pass_context
+def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
+    """Write one self-contained HTML page about OUT: layer map, alignment, times, what was verified, recipe.
+
+    \b
+    Example:
+      deus-merge report ./deeper --html deeper.html
+    """
+    hush_transformers()
+    result = api.verify(out, quick=not full)
+    echo(str(api.report(out, html, verification=result)))
     if not result.passed:
         say(f"{out} failed verification")
         ctx.exit(3)

@@ -16,8 +16,11 @@ _COMMANDS = {  # name -> module with a click command of that name; imported when
     "plan": "run",
     "upscale": "run",
     "verify": "look",
+    "report": "look",
     "inspect": "look",
     "methods": "look",
+    "export-training": "train",
+    "strip": "train",
     "demo": "demo",
 }
 _HELP = {
@@ -25,7 +28,10 @@ _HELP = {
     "plan": "Show what a recipe would do.",
     "upscale": "Make a model deeper, without a recipe file.",
     "verify": "Check a finished output.",
+    "report": "Write an HTML page about a finished output.",
     "inspect": "Show a model's family, layers and sizes.",
+    "export-training": "Print a trainer's settings: only new layers train.",
+    "strip": "Take the new layers out again.",
     "methods": "List methods, solvers, families and presets.",
     "demo": "Up-scale a small real model, start to end.",
 }
@@ -38,7 +44,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx, name):
         if name not in _COMMANDS:
             return None
-        return getattr(importlib.import_module(f"{__package__}.{_COMMANDS[name]}"), name)
+        return getattr(importlib.import_module(f"{__package__}.{_COMMANDS[name]}"), name.replace("-", "_"))
 
     def resolve_command(self, ctx, args):
         try:

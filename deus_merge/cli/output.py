@@ -81,7 +81,27 @@ def progress(plan: Plan, quiet: bool) -> Iterator:
 
 
 def show_plan(plan: Plan) -> None:
-    """The layer map and the sums."""
+    """The layer map and the sums, first of the documents that it needs."""
+    for document in plan.documents:
+        count = sum(document.made.values())
+        how = f"{count} blocks are made when they are asked for, {document.kept} kept" if count else "only copied from"
+        echo(f"document {document.name}, not written: {how}")
+        _layer_table(document.plan)
+        click.echo()
+    _layer_table(plan)
+    click.echo()
+    layers = f"{plan.models[plan.donor].view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
+    same = "; computes what the base computes" if plan.function_preserving else ""
+    click.echo(f"{layers}{same}")
+    click.echo(
+        f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {len(plan.shards)} files; "
+        f"about {format_size(plan.peak_memory)} of memory, {plan.seconds:.0f} s"
+    )
+    click.echo(f"plan {plan.hash}")
+
+
+def _layer_table(plan: Plan) -> None:
+    """What a plan's blocks are made from; models go by letters."""
     names = {i: f"{m.ref}" for i, m in enumerate(plan.models)}
     short = {i: chr(ord("A") + i) if i < 26 else f"M{i}" for i in names}
     for i, name in names.items():
@@ -95,15 +115,6 @@ def show_plan(plan: Plan) -> None:
         origin = " + ".join(short[s.model] + (f" {s.layer}" if s.layer is not None else "") for s in block.sources)
         rows.append([block.title, origin, block.method, block.kind, "new" if block.new else ""])
     table("", ["output", "from", "method", "how", ""], rows)
-    click.echo()
-    layers = f"{plan.models[plan.donor].view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
-    same = "; computes what the base computes" if plan.function_preserving else ""
-    click.echo(f"{layers}{same}")
-    click.echo(
-        f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {len(plan.shards)} files; "
-        f"about {format_size(plan.peak_memory)} of memory, {plan.seconds:.0f} s"
-    )
-    click.echo(f"plan {plan.hash}")
 
 
 def show_verification(result: Verification) -> None:

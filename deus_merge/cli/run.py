@@ -130,7 +130,8 @@ def plan(recipe: Path, expand: bool, as_json: bool, **options):
     """
     result = _plan(recipe, **options)
     if expand and as_json:
-        emit_json(yaml.safe_load(dump_recipe(result.recipe)))
+        documents = list(yaml.safe_load_all(dump_recipe(result.recipe)))
+        emit_json(documents if len(documents) > 1 else documents[0])
     elif expand:
         click.echo(dump_recipe(result.recipe), nl=False)
     elif as_json:

@@ -1,96 +1,172 @@
-"""``deus_merge.json``: what was made from what, and how well it went."""
+"""``deus_merge.json``: what was made from what, how well it went, and checksums of every byte that was written.
+
+Its last line is the sha256 of all bytes before that line, so a manifest that was damaged is no manifest.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
+import importlib.util
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import __version__
 from ..checkpoint.header import parse_json, read_small
-from ..errors import CheckpointError
-from ..plan import Plan
+from ..checkpoint.reader import TensorSource
+from ..config import config_patch, layer_lists
+from ..errors import CheckpointError, VerifyError, json_text
+from ..plan import BlockPlan, Plan, PlannedTensor
 
 MANIFEST = "deus_merge.json"
 RECIPE = "deus_merge.yml"
-FORMAT = 1
+#: 2 added ``weights``, ``dtype``, ``layer_lists``, checksums, dtype and shape of tensors, and the seal; 1 is still read
+FORMAT = 2
+_PARTS = {"sources": list, "layers": list, "new_layers": list, "tensors": dict, "files": dict, "donor": int}
+_SEAL = ' "sha256": "%s"\n}\n'
 
 
 def manifest(
-    plan: Plan, files: Mapping[str, bytes], diagnostics: Mapping[int, list[dict]], options: Mapping[str, object]
+    plan: Plan,
+    files: Mapping[str, bytes],
+    diagnostics: Mapping[int, list[dict]],
+    options: Mapping[str, object],
+    ancestors: Sequence[Mapping] = (),
 ) -> dict:
-    """The manifest as JSON data.
+    """The manifest as JSON data, without checksums of the tensors: `sealed` adds them.
 
     Args:
         plan: What was run.
         files: What stands beside the weights: name -> bytes; their sha256 go in.
         diagnostics: Per block index, what its method said of each tensor.
-        options: Of the run: device, threads.
+        options: Of the run: device, threads, seconds.
+        ancestors: Earlier growths of the sources (`lineage.ancestors`).
 
     Returns:
-        ``format``, ``plan_hash``, ``versions``, ``sources``, ``new_layers``, ``new_parameters`` (exact names to train),
-        ``layers`` with origin and diagnostics, and ``tensors``: how each came about.
+        ``format``, ``plan_hash``, ``versions``, ``sources`` (the plan's models, then the checkpoints behind them that
+        copies come from), ``new_layers``, ``new_parameters`` (exact names to train), ``layers`` with origin and
+        diagnostics, ``tensors``: how each came about, ``files``: sha256 of each, ``weights``: size and sha256 of the
+        header of each safetensors file, ``donor_config``: a JSON merge patch that makes the donor's config.json of the
+        output's, and ``lineage``, when there were growths before this one.
     """
+    donor = plan.models[plan.donor]
     layers = plan.layer_map()
     for block in plan.blocks:
         for layer in block.layers:
             layers[layer]["diagnostics"] = diagnostics.get(block.index, [])
-    return {
+    sources = plan_sources(plan)
+    depths = {m.checkpoint: {"layers": m.view.num_layers} for m in plan.models}
+    order = list(sources)
+    tensors = {t.task.name: _origin(plan, block, t, order) for block in plan.blocks for t in block.tensors}
+    record = {
         "format": FORMAT,
         "deus_merge": __version__,
         "plan_hash": plan.hash,
         "versions": _versions(),
         "options": dict(options),
         "donor": plan.donor,
+        "donor_config": config_patch(plan.config, donor.checkpoint.config),
+        "layer_prefix": donor.view.layer_prefix,
         "sources": [
-            {"model": str(m.ref), "folder": str(m.checkpoint.folder), "fingerprint": m.checkpoint.fingerprint}
-            for m in plan.models
+            {"model": name, **s.told, "fingerprint": s.fingerprint, **depths.get(s, {})} for s, name in sources.items()
         ],
         "num_layers": plan.num_layers,
+        "dtype": plan.config.get("dtype") or plan.config.get("torch_dtype"),
+        "layer_lists": sorted(layer_lists(plan.config, donor.view.layers_path)),
         "function_preserving": plan.function_preserving,
         "new_layers": list(plan.new_layers),
         "new_parameters": list(plan.new_parameters),
         "layers": layers,
-        "tensors": {t.task.name: _origin(plan, block, t) for block in plan.blocks for t in block.tensors},
+        **({"documents": plan.describe()["documents"]} if plan.documents else {}),
+        "tensors": tensors,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
+        "weights": {
+            s.filename: {"bytes": s.size, "header_sha256": hashlib.sha256(s.header).hexdigest()} for s in plan.shards
+        },
         "warnings": list(plan.warnings),
     }
+    return record | ({"lineage": [*ancestors, growth(record)]} if ancestors else {})
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a finished output.
+def plan_sources(plan: Plan) -> dict[TensorSource, str]:
+    """The plan's models, in their order, and the checkpoints behind them that copies come from: source -> name."""
+    sources = {m.checkpoint: str(m.ref) for m in plan.models}
+    for block in plan.blocks:
+        for tensor in block.tensors:
+            if tensor.action == "copy":
+                model = plan.models[block.sources[tensor.source].model]
+                checkpoint, _ = model.checkpoint.origin(tensor.inputs[tensor.source].name)
+                sources.setdefault(checkpoint, str(checkpoint.folder))
+    return sources
+
+
+def growth(record: Mapping) -> dict:
+    """A manifest's entry in the lineage of what is made from its output."""
+    entry = {"plan_hash": record["plan_hash"], "sources": record["sources"], "recipe": record["files"].get(RECIPE)}
+    return entry | {"new_layers": record["new_layers"], "trained": bool(record.get("trained"))}
+
+
+def sealed(record: Mapping, checksums: Mapping[str, str] | None = None) -> bytes:
+    """The manifest's file.
+
+    Args:
+        record: As `manifest` makes it.
+        checksums: XXH3-128 of each tensor; None where nobody took them.
+    """
+    if checksums is not None:
+        tensors = {name: {**origin, "xxh3_128": checksums[name]} for name, origin in record["tensors"].items()}
+        record = {**record, "tensors": tensors}
+    text = json_text({k: v for k, v in record.items() if k != "sha256"}, indent=1)
+    body = text.removesuffix("\n}").encode() + b",\n"
+    return body + (_SEAL % hashlib.sha256(body).hexdigest()).encode()
+
+
+def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
+    """The manifest of a finished output (or the one in this file).
+
+    Args:
+        folder: The output, or the manifest itself.
+        needed: Keys that it must have: manifests of earlier versions lack some.
 
     Raises:
-        CheckpointError: there is none, or it is not one of this format.
+        CheckpointError: there is none.
+        VerifyError: it is damaged, or not one this version reads.
     """
-    path = folder / MANIFEST
-    if not os.path.lexists(path):
-        hint = "only folders that deus-merge wrote have one"
-        raise CheckpointError("no manifest: No such file or directory", where=path, hint=hint)
-    data = parse_json(read_small(path), path, "manifest")
-    if data.get("format") != FORMAT or not all(isinstance(data.get(key), kind) for key, kind in _KINDS.items()):
-        raise CheckpointError("not a manifest this version reads", where=path, expected=f"format {FORMAT}")
-    if problem := _problem(data["tensors"], data["files"], data["sources"], data["donor"]):
-        raise CheckpointError(f"the manifest is malformed: {problem}", where=path)
-    return data
+    path = folder if folder.is_file() else folder / MANIFEST
+    if not path.exists():
+        raise CheckpointError("no manifest", where=path, hint="only folders that deus-merge wrote have one")
+    try:
+        raw = read_small(path)
+        data = parse_json(raw, path, "manifest")
+    except CheckpointError as error:
+        raise VerifyError(error.message, where=path, got=error.got) from None
+    if data.get("format") not in (1, FORMAT):
+        got = data.get("format")
+        raise VerifyError("not a manifest this version reads", where=path, expected=f"format {FORMAT}", got=got)
+    if lacking := [key for key, kind in _PARTS.items() if not isinstance(data.get(key), kind)]:
+        raise VerifyError("the manifest is not whole", where=path, expected=", ".join(_PARTS), got=f"no {lacking[0]}")
+    if data["format"] == FORMAT:
+        seal = len(_SEAL % "") + 64
+        if raw[-seal:] != (_SEAL % hashlib.sha256(raw[:-seal]).hexdigest()).encode():
+            raise VerifyError("the manifest is not as it was written", where=path)
+    if problem := _problem(data):
+        raise VerifyError(f"the manifest is malformed: {problem}", where=path)
+    if lacking := [key for key in needed if key not in data]:
+        raise CheckpointError(
+            f"the manifest lacks {lacking[0]!r}", where=path, hint="an earlier version wrote it: make the output again"
+        )
+    return {"layer_lists": [], "weights": {}, **data}
 
 
-_KINDS = {
-    "tensors": dict, "files": dict, "sources": list, "donor": int, "num_layers": int, "new_layers": list,
-    "function_preserving": bool,
-}  # fmt: skip
-
-
-def _problem(tensors: dict, files: dict, sources: list, donor: int) -> str | None:
+def _problem(data: Mapping) -> str | None:
     """What is wrong with a manifest that somebody else may have written; None when nothing is."""
+    sources, donor = data["sources"], data["donor"]
     keys = ("model", "fingerprint")
     told = all(isinstance(s, dict) and all(isinstance(s.get(key), str) for key in keys) for s in sources)
     if not told or not 0 <= donor < len(sources):
         return "sources"
-    for name, origin in tensors.items():
+    for name, origin in data["tensors"].items():
         if not isinstance(origin, dict) or not isinstance(origin.get("action"), str):
             return f"tensor {name!r}"
         model = origin.get("model")
@@ -101,18 +177,21 @@ def _problem(tensors: dict, files: dict, sources: list, donor: int) -> str | Non
             and isinstance(sources[model].get("folder"), str)
         ):
             return f"tensor {name!r} is a copy of nothing"
-    strange = [name for name, digest in files.items() if Path(name).name != name or not isinstance(digest, str)]
+    strange = [n for n, digest in data["files"].items() if Path(n).name != n or not isinstance(digest, str)]
     return f"file {strange[0]!r}" if strange else None
 
 
-def _origin(plan: Plan, block, tensor) -> dict:
-    data = {"action": tensor.action}
+def _origin(plan: Plan, block: BlockPlan, tensor: PlannedTensor, sources: Sequence[TensorSource]) -> dict:
+    """How a tensor came about."""
+    data = {"action": tensor.action, "dtype": tensor.dtype, "shape": list(tensor.task.shape)}
     if tensor.action == "copy":
-        info = tensor.inputs[tensor.source]
-        data |= {"model": block.sources[tensor.source].model, "tensor": info.name}
+        model = plan.models[block.sources[tensor.source].model]
+        checkpoint, name = model.checkpoint.origin(tensor.inputs[tensor.source].name)
+        data |= {"model": sources.index(checkpoint), "tensor": name}
     return data
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "safetensors", "transformers", "POT", "scipy", "numpy")
+    names = ["torch", "safetensors", "transformers", "POT", "scipy", "numpy"]
+    names += ["peft"] if importlib.util.find_spec("peft") else []
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

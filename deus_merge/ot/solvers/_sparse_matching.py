@@ -52,7 +52,7 @@ class SparseMatching:
         match = self._largest(np.ones(len(self._keys), bool))  # (n,)
         return np.flatnonzero(match < 0), np.setdiff1d(np.arange(self.n), match)
 
-    def solve(self, g: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+    def solve(self, g: ndarray) -> tuple[ndarray, ndarray, ndarray] | None:
         """The perfect matching of least cost, which must exist.
 
         Args:
@@ -61,15 +61,20 @@ class SparseMatching:
         Returns:
             match: (n,) int64, the column of every row.
             f, g: (n,) potentials that price the edges of the matching at 0 and none below, to rounding.
+            None where rounding keeps a phase from matching more than the one before, which exact numbers would.
         """
         import numpy as np
 
         f = np.minimum.reduceat(self._cost - g[self._columns], self._starts)  # (n,)
+        matched = -1
         while True:
             reduced = self._cost - f[self._rows] - g[self._columns]  # (q,)
             match = self._largest(reduced <= negligible(f, g) / 2)  # (n,)
             if match.min() >= 0:
                 return match, f, g
+            before, matched = matched, np.count_nonzero(match >= 0)
+            if matched <= before:
+                return None
             rows, columns = self._distances(match, np.maximum(reduced, 0))
             farthest = columns[np.bincount(match[match >= 0], minlength=self.n) == 0].max()
             f = f + np.maximum(farthest - rows, 0)

@@ -95,7 +95,9 @@ def _sparse(passes: Passes, factor: float, steps: int) -> tuple[Tensor, float] |
     if len(rows):
         graph.add(passes.entries(*(torch.from_numpy(x).to(device) for x in (rows, columns))))
     for _ in range(_ROUNDS):
-        match, f, g = graph.solve(g)  # (n,), (n,), (n,)
+        if (solved := graph.solve(g)) is None:
+            return None
+        match, f, g = solved  # (n,) each
         least, missing = passes.price(*(torch.from_numpy(x).to(device) for x in (f, g)))
         if not len(missing.cost):
             paid, bound = float(graph.cost(match).sum()), float(least.sum()) + float(g.sum())

@@ -1,0 +1,230 @@
+"""A LoRA adapter's files, and which of a model's tensors they change. Reads names and shapes, no tensor."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import CheckpointError
+from .header import TensorInfo, parse_json, read_header, read_small
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?")
+_WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
+_EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings)\.weight")
+_HEAD = "lm_head.weight"
+#: options with which an adapter does more, or other things, than to add to weights
+_OTHER_KINDS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+#: ways to begin that also changed the model, by chance or by data that only its training had
+_OTHER_STARTS = ("pissa_niter", "corda", "loftq", "lora_ga")
+
+
+@dataclass
+class Adapted:
+    """A module with low-rank weights.
+
+    Attributes:
+        name: The module, in the adapter's words: peft's patterns are about these.
+        parts: peft's name of a tensor (``lora_A.weight``) -> its name in the adapter's file.
+        weight: The model's tensor that is changed.
+        kind: ``linear``; ``transposed``, for a weight stored (in, out); ``embedding``.
+    """
+
+    name: str
+    parts: dict[str, str] = field(default_factory=dict)
+    weight: str = ""
+    kind: str = "linear"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one tensor.
+
+    Attributes:
+        base: The model's tensor it starts from: itself, or the embeddings for a head that was tied to them.
+        whole: The adapter's tensor it starts from instead.
+        module: What is then added to it.
+    """
+
+    base: str
+    whole: str | None = None
+    module: Adapted | None = None
+
+
+class Adapter:
+    """An adapter's folder.
+
+    Attributes:
+        folder: The folder.
+        options: adapter_config.json.
+        config_bytes: Its bytes.
+        header, shapes: Of its weights.
+
+    Raises:
+        CheckpointError: files are missing or malformed, or it is an adapter of a kind that is not merged here.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not os.path.lexists(folder / CONFIG):
+            raise CheckpointError(f"no adapter: it has no {CONFIG}", where=folder, expected="a folder that peft saved")
+        self.config_bytes = read_small(folder / CONFIG)
+        self.options = parse_json(self.config_bytes, folder / CONFIG, "config")
+        self._check_options()
+        if not os.path.lexists(folder / WEIGHTS):
+            others = [n for n in ("adapter_model.bin", "adapter_model.pt") if os.path.lexists(folder / n)]
+            raise CheckpointError(
+                f"the adapter has no {WEIGHTS}",
+                where=folder,
+                got=", ".join(others) or "no weights",
+                hint="only safetensors is read; load the adapter with peft and write it with .save_pretrained(folder)",
+            )
+        self.header = read_header(folder / WEIGHTS)
+        self.shapes = {tensor.name: tensor.shape for tensor in self.header.tensors}
+
+    def changes(self, tensors: Mapping[str, TensorInfo], where: object) -> dict[str, Change]:
+        """What it does to a model.
+
+        Args:
+            tensors: The model's.
+            where: The model, for messages.
+
+        Returns:
+            Tensor -> what happens to it. `_HEAD` may be a new tensor, see `Change.base`.
+
+        Raises:
+            CheckpointError: it changes tensors that the model has not, or has in other shapes.
+        """
+        modules: dict[str, Adapted] = {}
+        wholes: dict[str, str] = {}  # the model's tensor -> the adapter's
+        missing: list[str] = []
+        for stored, shape in self.shapes.items():
+            name = stored.removeprefix("base_model.model.")
+            name = name.replace(".default.", ".").removesuffix(".default")
+            if part := _PART.fullmatch(name):
+                modules.setdefault(part[1], Adapted(part[1])).parts[part[2]] = stored
+            elif "lora_" in name or "token_adapter" in name:
+                self._refuse("a tensor of unknown use", expected="those of LoRA and DoRA", got=stored)
+            elif target := _find(_WRAPPER.sub("", name), tensors):
+                self._check_shape(stored, shape, _tensor(target, tensors))
+                wholes[target] = stored
+            else:
+                missing.append(name)
+        changes = {name: Change(_base(name, tensors), whole) for name, whole in wholes.items()}
+        for module in modules.values():
+            target = _find(f"{module.name}.weight", tensors)
+            if target is None:
+                missing.append(module.name)
+                continue
+            module.weight = target
+            self._shape_of(module, _tensor(target, tensors))
+            changes[target] = Change(_base(target, tensors), wholes.get(target), module)
+            if "lora_B.bias" in module.parts:
+                bias = target.removesuffix("weight") + "bias"
+                if bias not in tensors:
+                    missing.append(bias)
+                changes[bias] = Change(bias, wholes.get(bias), module)
+        if missing:
+            self._refuse(
+                "the adapter changes tensors that the model has not",
+                expected=f"tensors of {where}",
+                got=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
+                hint="is it an adapter of another model?",
+            )
+        if not changes:
+            self._refuse("the adapter changes nothing", expected="lora_A and lora_B of some modules")
+        embeddings = changes.get(_embeddings(tensors))
+        alone = embeddings and embeddings.whole and not embeddings.module
+        if alone and _HEAD not in tensors and not self.options.get("ensure_weight_tying"):
+            changes.setdefault(_HEAD, Change(embeddings.base))  # the head that training used was the old one
+        return changes
+
+    def _check_options(self) -> None:
+        where, kind = self.folder / CONFIG, self.options.get("peft_type")
+        if kind != "LORA":
+            raise CheckpointError("an adapter of another kind", where=where, expected="peft_type: LORA", got=kind)
+        for option in _OTHER_KINDS:
+            if self.options.get(option):
+                self._unsupported(option)
+        start = self.options.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_OTHER_STARTS):
+            self._unsupported("init_lora_weights")
+
+    def _unsupported(self, option: str) -> NoReturn:
+        raise CheckpointError(
+            f"adapters with {option} are not supported",
+            where=self.folder / CONFIG,
+            expected=f"no {option}",
+            got=f"{option}: {self.options[option]}",
+            hint="merge the adapter with peft into a model of its own"
+            if option != "init_lora_weights"
+            else "save the adapter again with path_initial_model_for_weight_conversion",
+        )
+
+    def _shape_of(self, module: Adapted, info: TensorInfo) -> None:
+        """Check a module's low-rank weights, and tell from them how its weight is stored."""
+        shapes = {part: self.shapes[name] for part, name in module.parts.items()}
+        embedding = "lora_embedding_A" in shapes or "lora_embedding_B" in shapes
+        halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        if self.options.get("use_dora"):
+            halves += ("lora_magnitude_vector",)
+        for part in halves:
+            if part not in shapes:
+                self._refuse(f"{module.name} lacks its {part}", expected=", ".join(halves), got=", ".join(shapes))
+        (rank, columns), (rows, same) = (
+            s if len(s := shapes[half]) == 2 else self._refuse(f"{module.name}: {half} is no matrix", got=list(s))
+            for half in halves[:2]
+        )
+        if rank != same:
+            self._refuse(f"{module.name}: its two halves are of different ranks", got=f"{rank} and {same}")
+        if embedding:
+            rows, columns = columns, rows
+        turned = not embedding and info.shape == (columns, rows)
+        if not turned:
+            self._check_shape(f"B times A of {module.name}", (rows, columns), info)
+        if embedding or (turned and (rows != columns or self.options.get("fan_in_fan_out"))):
+            module.kind = "embedding" if embedding else "transposed"
+
+    def _check_shape(self, what: str, shape: tuple[int, ...], info: TensorInfo) -> None:
+        if shape != info.shape:
+            self._refuse(
+                "the adapter is for a model of other shapes",
+                expected=f"{list(info.shape)} for {info.name}",
+                got=f"{list(shape)}, {what}",
+                hint="if its training added tokens, resize the model's embeddings first",
+            )
+
+    def _refuse(self, message: str, **told: object) -> NoReturn:
+        raise CheckpointError(message, where=self.folder / WEIGHTS, **told)
+
+
+def _find(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """A model's tensor by its name in an adapter, which may have been trained with the whole model's class, or with
+    that of its body; also a head that is tied to the embeddings."""
+    if name == _HEAD and _HEAD not in tensors and _embeddings(tensors):
+        return _HEAD
+    inner = name.partition(".")[2]
+    return next((n for n in (name, inner, f"model.{name}", f"transformer.{name}") if n in tensors), None)
+
+
+def _base(name: str, tensors: Mapping[str, TensorInfo]) -> str:
+    return name if name in tensors else _embeddings(tensors)
+
+
+def _tensor(name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+    return tensors[_base(name, tensors)]
+
+
+def _embeddings(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The token embeddings, where names leave no doubt."""
+    found = [name for name in tensors if _EMBEDDINGS.fullmatch(name)]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,192 @@
+"""A model with a LoRA adapter: each adapted tensor is merged, by peft, when it is read; the model is never loaded."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError
+from .adapter import CONFIG, Adapted, Adapter
+from .header import TensorInfo
+from .reader import Checkpoint, TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+#: what peft's arithmetic depends on; ranks stand in the shapes
+_OPTIONS = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "init_lora_weights")
+
+
+class LoraSource:
+    """A model with an adapter merged into it (`TensorSource`).
+
+    Merged tensors are read in float32 (float64 where the model is stored so), not yet rounded to the model's dtype.
+    A head that was tied to the embeddings and is not any more, since the adapter changes only one of the two, becomes a
+    tensor of its own.
+
+    Args:
+        base: The model.
+        folder: The adapter's folder.
+
+    Raises:
+        CheckpointError: peft is not installed; or as `Adapter`.
+
+    Reference: Hu et al., arXiv 2106.09685; the arithmetic is peft's.
+    """
+
+    def __init__(self, base: TensorSource, folder: Path):
+        adapter = Adapter(folder)
+        self.base, self.folder = base, folder
+        self._changes = adapter.changes(base.tensors, base.where)
+        if importlib.util.find_spec("peft") is None:
+            hint = 'pip install "deus-merge[lora]"'
+            raise CheckpointError("adapters are merged by peft, which is not installed", where=folder, hint=hint)
+        digest = hashlib.sha256(b"deus-merge lora 1\n" + base.fingerprint.encode())
+        digest.update(hashlib.sha256(adapter.config_bytes).digest())
+        digest.update(adapter.header.size.to_bytes(8, "little") + adapter.header.digest)
+        self.fingerprint = digest.hexdigest()
+        self._adapter = Checkpoint(folder, adapter.options, [adapter.header], self.fingerprint)
+        derived = {
+            name: replace(base.tensors[change.base], name=name, derived=True) for name, change in self._changes.items()
+        }
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType({**base.tensors, **derived})
+        unties = len(self.tensors) > len(base.tensors)
+        self.config = {**base.config, "tie_word_embeddings": False} if unties else base.config
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    @property
+    def where(self) -> str:
+        return f"{self.base.where}+{self.folder}"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (*self.base.folders, self.folder)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*self.base.files, *self._adapter.files, self.folder / CONFIG)
+
+    @property
+    def beside(self) -> Mapping[str, bytes | Path]:
+        return self.base.beside
+
+    @property
+    def told(self) -> Mapping[str, object]:
+        return {"base": dict(self.base.told), "adapter": str(self.folder)}
+
+    def read(self, name: str) -> torch.Tensor:
+        change = self._changes.get(name)
+        if change is None:
+            return self.base.read(name)
+        if change.module is None:
+            return self._start(name)
+        layer = self._merged(change.module, bias=name != change.module.weight)
+        return layer.weight if name == change.module.weight else layer.bias
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of `read`: the tensor is merged once, and kept until its last row is asked for."""
+        if name not in self._changes:
+            return self.base.slice(name, start, stop)
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = (name, self.read(name))
+        rows = self._last[1][start:stop]
+        if stop >= self.tensors[name].shape[0]:
+            self._last = None
+        return rows
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        for name in names:
+            change = self._changes.get(name)
+            if change is None or change.whole is None:
+                self.base.prefetch([change.base if change else name])
+            if change is not None:
+                parts = change.module.parts.values() if change.module else ()
+                self._adapter.prefetch([n for n in (change.whole, *parts) if n])
+
+    def origin(self, name: str) -> tuple[TensorSource, str]:
+        return self.base.origin(self._changes[name].base if name in self._changes else name)
+
+    def bound(self, results: Mapping[str, TensorSource]) -> LoraSource:
+        own = copy.copy(self)
+        own.base = self.base.bound(results)
+        return own
+
+    def workspace(self, name: str, least: bool = False) -> int:
+        if name not in self._changes:
+            return self.base.workspace(name, least)
+        # the weight, B A as it is and scaled, and their sum in float32
+        return 16 * math.prod(self.tensors[name].shape) + self.base.workspace(self._changes[name].base, least)
+
+    def _start(self, name: str) -> torch.Tensor:
+        """What a tensor is before anything is added to it, in memory that may be written to."""
+        import torch
+
+        change = self._changes.get(name)
+        if change is None:
+            stored = self.base.read(name)
+        else:
+            stored = self._adapter.read(change.whole) if change.whole else self.base.read(change.base)
+        return stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
+
+    def _merged(self, module: Adapted, bias: bool) -> torch.nn.Module:
+        """peft's layer over this module alone, merged; ``bias``: with its bias, or without."""
+        import torch
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+        weight = self._start(module.weight)
+        layer = _layer(module.kind, weight, self._start(module.weight[: -len("weight")] + "bias") if bias else None)
+        parts = {
+            f"{module.name}.{part}": self._adapter.read(stored)
+            for part, stored in module.parts.items()
+            if bias or part != "lora_B.bias"
+        }
+        rank = next(len(tensor) for name, tensor in parts.items() if name.endswith(("_A", "_A.weight")))
+        root = torch.nn.Module()  # nothing but this layer, under its name, which peft's patterns are about
+        *path, last = module.name.split(".")
+        holder = root
+        for name in path:
+            holder.add_module(name, torch.nn.Module())
+            holder = holder.get_submodule(name)
+        holder.add_module(last, layer)
+        options = {key: self._adapter.config[key] for key in _OPTIONS if key in self._adapter.config}
+        if options.get("init_lora_weights") not in ("pissa", "olora"):  # these take their start out of the weight
+            options["init_lora_weights"] = False
+        config = LoraConfig(r=rank, target_modules=[module.name], lora_bias=bias, **options)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # about what is not in our one layer
+            inject_adapter_in_model(config, root)
+            missed = set_peft_model_state_dict(root, parts)
+            adapted = root.get_submodule(module.name)
+            if missed.unexpected_keys or any("lora_" in key for key in missed.missing_keys):
+                raise CheckpointError(
+                    f"peft cannot load what is there for {module.name}", where=self.folder, got=missed
+                )
+            adapted.merge()
+        return adapted.get_base_layer()
+
+
+def _layer(kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Module:
+    """The module that a weight belongs to."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):  # its own weight is not wanted
+        if kind == "embedding":
+            layer = torch.nn.Embedding(*weight.shape)
+        elif kind == "transposed":
+            layer = Conv1D(*reversed(weight.shape))
+        else:
+            layer = torch.nn.Linear(*reversed(weight.shape))
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if kind != "embedding":
+        layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+    return layer

@@ -1,0 +1,69 @@
+"""Growth upon growth: what the manifests of a plan's sources tell of the layers that come from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import CheckpointError, VerifyError
+from ..plan import Plan
+from .manifest import MANIFEST, growth, read_manifest
+
+
+def generations(record: Mapping) -> list[dict]:
+    """A manifest's growths, the oldest first, its own last: at least one.
+
+    Raises:
+        CheckpointError: the manifest is not complete.
+    """
+    try:
+        return [
+            {
+                "plan_hash": str(entry["plan_hash"]),
+                "sources": entry["sources"],
+                "recipe": entry["recipe"],
+                "new_layers": [int(layer) for layer in entry["new_layers"]],
+                "trained": bool(entry["trained"]),
+            }
+            for entry in [*record.get("lineage", [])[:-1], growth(record)]
+        ]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError("the manifest is not complete", where=MANIFEST) from None
+
+
+def ancestors(plan: Plan) -> tuple[list[dict], tuple[str, ...]]:
+    """The growths of a plan's sources, their layers numbered as in the output.
+
+    Returns:
+        ``plan_hash``, ``sources``, ``recipe`` (digest of deus_merge.yml), ``new_layers`` and ``trained`` of each, the
+        oldest first, without the plan itself; and a warning for each source whose manifest cannot be used.
+    """
+    found: dict[str, dict] = {}
+    warnings = []
+    for index, model in enumerate(plan.models):
+        file = model.checkpoint.beside.get(MANIFEST)
+        if not isinstance(file, Path):
+            continue
+        try:
+            record = read_manifest(file)
+            if record.get("num_layers") != model.view.num_layers:
+                raise CheckpointError(f"it tells of {record.get('num_layers')} layers, not of {model.view.num_layers}")
+            entries = generations(record)
+        except (CheckpointError, VerifyError) as error:
+            warnings.append(f"the lineage of {model.ref} is lost, its {MANIFEST} cannot be used: {error.message}")
+            continue
+        for entry in entries:
+            known = found.setdefault(entry["plan_hash"], entry | {"new_layers": []})
+            known["new_layers"] = sorted({*known["new_layers"], *_moved(plan, index, entry["new_layers"])})
+            known["trained"] |= entry["trained"]
+    return list(found.values()), tuple(warnings)
+
+
+def _moved(plan: Plan, model: int, layers: list[int]) -> list[int]:
+    """Where layers of a source stand in the output, as themselves or merged with others: not what is new there."""
+    return [
+        layer
+        for block in plan.blocks
+        if not block.new and any(s.model == model and s.layer in layers for s in block.sources)
+        for layer in block.layers
+    ]

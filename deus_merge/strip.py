@@ -1,0 +1,211 @@
+"""Takes new layers out again: the base back, byte for byte; after training, the base's layers as they now are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .architecture import ModelView, prefix_of, view_model
+from .checkpoint import Checkpoint, OutputFolder, TensorEntry, TensorInfo, index_json, plan_shards
+from .checkpoint.header import read_small
+from .checkpoint.reader import INDEX
+from .config import LayerOrigin, check_config, deeper_config
+from .errors import CheckpointError, PlanError, VerifyError, json_text
+from .model_files import copied_files
+from .report.manifest import read_manifest
+from .units import dtype_name, parse_size
+from .verify.weights import Wanted, examine
+
+_NEEDED = ("donor", "donor_config", "layer_prefix", "layers", "new_layers", "num_layers", "sources")
+
+
+@dataclass(frozen=True)
+class Stripped:
+    """A base that was taken out of its output.
+
+    Attributes:
+        folder: Where it is.
+        num_layers: Its depth.
+        removed: The output's layers that are not in it.
+        tensors: How many it has.
+        equal: How many are the base's, byte for byte; None when the base is not there to compare with.
+        different: The others' names: trained since, cast when the output was made, or not in the base.
+        same_files: Whether its config.json and its safetensors headers are the base's, too.
+    """
+
+    folder: Path
+    num_layers: int
+    removed: tuple[int, ...]
+    tensors: int
+    equal: int | None
+    different: tuple[str, ...]
+    same_files: bool
+
+    def describe(self) -> dict:
+        """As JSON data."""
+        return {
+            "folder": str(self.folder),
+            "num_layers": self.num_layers,
+            "removed_layers": list(self.removed),
+            "tensors": self.tensors,
+            "equal_to_base": self.equal,
+            "different": list(self.different),
+            "same_files": self.same_files,
+        }
+
+
+def strip(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    manifest: Path | str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Stripped:
+    """Write an output without the layers that its last growth put in. Tensors go from file to file.
+
+    Args:
+        folder: The output, or a folder that a trainer saved it to.
+        out: Where to write the base; it appears when it is whole and checked.
+        manifest: The output's manifest (or its folder), when ``folder`` has none.
+        max_shard_size: Upper bound of an output file.
+        overwrite: Replace an existing ``out``.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is not this checkpoint's.
+        PlanError: the base's layers are not all in it in their order, or ``out`` is in the way.
+        VerifyError: what was written is not what was read.
+    """
+    folder = Path(folder)
+    record = read_manifest(folder if manifest is None else Path(manifest), _NEEDED)
+    checkpoint = Checkpoint.open(folder)
+    view = view_model(checkpoint.config, tuple(checkpoint.tensors), folder)
+    _check_manifest(record, view, folder)
+    kept = _kept_layers(record, view)
+    sources = _renamed(checkpoint, view, kept)
+    config = _base_config(checkpoint, view, kept, record, sources)
+    # sorted by name, as safetensors and transformers write a file
+    entries = [TensorEntry(name, sources[name].dtype, sources[name].shape) for name in sorted(sources)]
+    shards = plan_shards(entries, parse_size(max_shard_size))
+    files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in copied_files(checkpoint).items()}
+    files["config.json"] = (json_text(config, indent=2) + "\n").encode()
+    if len(shards) > 1:
+        files[INDEX] = index_json(shards)
+
+    identity = hashlib.sha256(f"strip {record['plan_hash']}".encode()).hexdigest()
+    output = OutputFolder(out, plan_hash=identity, overwrite=overwrite)
+    output.check_apart(folder)
+    with output:
+        output.shards(shards).copy_many(sources.items())
+        for name, content in files.items():
+            (output.folder / name).write_bytes(content)
+        written = Checkpoint.open(output.folder)
+        _check_written(written, sources)
+        equal, different = _compare(written, record)
+        base = record["sources"][record["donor"]]
+        output.finish()
+    removed = tuple(record["new_layers"])
+    same_files = written.fingerprint == base["fingerprint"]
+    return Stripped(Path(out), len(kept), removed, len(sources), equal, different, same_files)
+
+
+def _check_manifest(record: Mapping, view: ModelView, folder: Path) -> None:
+    """Whether the manifest tells of this checkpoint."""
+    head = record["layer_prefix"].split("{layer}")[0]
+    found = {name for layer in view.layers for name in layer.values()}
+    planned = {name for name in record["tensors"] if name.startswith(head)}
+    if view.num_layers != record["num_layers"] or found != planned:
+        odd = sorted(found ^ planned)
+        raise CheckpointError(
+            "the manifest is not this checkpoint's",
+            where=folder,
+            expected=f"{record['num_layers']} layers with {len(planned)} tensors",
+            got=f"{view.num_layers} layers with {len(found)} tensors" + (f", odd: {odd[0]}" if odd else ""),
+            hint="name the right one with --manifest",
+        )
+
+
+def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
+    """The output's layers that are the base's, all of them and in order."""
+    if not record["new_layers"]:
+        raise PlanError("there is no new layer to take out", hint="the model was merged, not made deeper")
+    base = record["sources"][record["donor"]]["model"]
+    patch: object = record["donor_config"]
+    for key in view.layers_path:
+        patch = patch.get(key) if isinstance(patch, Mapping) else None
+    depth = patch if isinstance(patch, int) else record["num_layers"]
+    kept = [entry for entry in record["layers"] if not entry["new"]]
+    origins = [(e["sources"][0]["model"], e["sources"][0]["layer"]) for e in kept]
+    merged = [e for e in kept if len(e["sources"]) > 1 or e["kind"] not in ("copy", "cast")]
+    if merged or origins != [(base, layer) for layer in range(depth)]:
+        said = f"layer {merged[0]['layer']} is {merged[0]['kind']}" if merged else f"layers {[o[1] for o in origins]}"
+        raise PlanError(
+            f"the layers of {base} are not all there as they were",
+            expected=f"its layers 0 to {depth - 1}, copied, in order, with new ones between them",
+            got=said,
+            hint="only what was made deeper can be stripped, not what was merged or cut",
+        )
+    return [entry["layer"] for entry in kept]
+
+
+def _renamed(checkpoint: Checkpoint, view: ModelView, kept: list[int]) -> dict[str, TensorInfo]:
+    """Name in the base -> the output's stored tensor."""
+    sources = {name: checkpoint.tensors[name] for name in (*view.before, *view.after)}
+    for layer, old in enumerate(kept):
+        before, after = (prefix_of(i, view.layer_prefix) for i in (old, layer))
+        sources |= {after + name.removeprefix(before): checkpoint.tensors[name] for name in view.layers[old].values()}
+    return sources
+
+
+def _base_config(
+    checkpoint: Checkpoint, view: ModelView, kept: list[int], record: Mapping, sources: Mapping[str, TensorInfo]
+) -> dict:
+    """The checkpoint's config.json with the base's depth and lists, without what the growth added to it."""
+    origins = [LayerOrigin(checkpoint.config, layer, str(checkpoint.folder)) for layer in kept]
+    config = deeper_config(checkpoint.config, view.layers_path, origins, None)
+    _drop_added(config, record["donor_config"])
+    stored = {dtype_name(info.dtype) for info in sources.values()}
+    for key in ("dtype", "torch_dtype"):
+        before = record["donor_config"].get(key)
+        if key in config and before is not None and {before} == stored:  # not when the tensors were cast
+            config[key] = before
+    return config
+
+
+def _drop_added(config: dict, patch: Mapping) -> None:
+    for key, value in patch.items():
+        if value is None:
+            config.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(config.get(key), dict):
+            _drop_added(config[key], value)
+
+
+def _check_written(written: Checkpoint, sources: Mapping[str, TensorInfo]) -> None:
+    view = view_model(written.config, tuple(written.tensors), written.folder)
+    shapes = {name: tensor.shape for name, tensor in written.tensors.items()}
+    check_config(written.config, view, shapes, written.folder)
+    seen = examine((Wanted(written.tensors[name], info) for name, info in sources.items()), finite=False)
+    if wrong := [name for name, tensor in seen.items() if not tensor.same]:
+        raise VerifyError(f"{wrong[0]} is not what was read", where=sources[wrong[0]].file)
+
+
+def _compare(written: Checkpoint, record: Mapping) -> tuple[int | None, tuple[str, ...]]:
+    """Against the base itself, where it still is as it was."""
+    source = record["sources"][record["donor"]]
+    folder = Path(source.get("folder", ""))
+    if "folder" not in source or not folder.is_dir():
+        return None, ()
+    base = Checkpoint.open(folder)
+    if base.fingerprint != source["fingerprint"]:
+        return None, ()
+    names = sorted(written.tensors.keys() | base.tensors.keys())
+    alike = {}
+    for name in names:
+        ours, theirs = written.tensors.get(name), base.tensors.get(name)
+        if ours and theirs and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape):
+            alike[name] = Wanted(ours, theirs)
+    seen = examine(alike.values(), finite=False)
+    different = tuple(name for name in names if name not in seen or not seen[name].same)
+    return len(names) - len(different), different

@@ -1,0 +1,66 @@
+"""The callback for transformers' `Trainer`, and trl's, which are made of it. The one module that needs transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback
+
+from .freeze import carry_manifest
+from .watching import Watch
+
+
+class NewLayersCallback(TrainerCallback):
+    """Checks that frozen weights stay frozen: at the beginning, at every save, at the end, and every so many steps.
+
+    It logs norms of the new layers and of their gradients (after clipping) with the Trainer's losses, and puts the
+    manifest into every ``checkpoint-N`` folder. Add it with `watch`: given as ``callbacks=[...]`` it comes behind
+    TensorBoard's and its like, and what it logs reaches only the console and ``trainer.state.log_history``.
+
+    Args:
+        path: The output folder, or its manifest.
+        check_every: Also check after every so many steps; 0: no.
+        per_layer: Log each new layer, too.
+        generation: As given to `freeze_base`.
+
+    Raises (while training):
+        CheckpointError, TrainingError: as `Watch`.
+    """
+
+    def __init__(self, path: Path | str, *, check_every: int = 0, per_layer: bool = False, generation: int = -1):
+        self.path, self.check_every, self.per_layer, self.generation = Path(path), check_every, per_layer, generation
+        self._gradients: dict = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._watch = Watch(model, self.path, self.generation)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._gradients = self._watch.gradient_norms(self.per_layer)  # read only when logged: no wait for the device
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.check_every and state.global_step % self.check_every == 0:
+            self._watch.check()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            values = self._watch.norms(self.per_layer) | self._gradients
+            told = {name: float(f"{value.item():.6g}") for name, value in values.items()}
+            logs.update(told)
+            state.log_history[-1].update(told)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._watch.check()
+        if state.is_world_process_zero:
+            carry_manifest(self.path, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._watch.check()
+
+
+def watch(
+    trainer: Trainer, path: Path | str, *, check_every: int = 0, per_layer: bool = False, generation: int = -1
+) -> NewLayersCallback:
+    """Add a `NewLayersCallback` to a trainer, in front of all others, so that each of them sees what it logs."""
+    callback = NewLayersCallback(path, check_every=check_every, per_layer=per_layer, generation=generation)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return callback

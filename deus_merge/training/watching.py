@@ -1,0 +1,131 @@
+"""Whether frozen weights stay frozen, and how new layers grow: for a training loop of any kind."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..architecture import prefix_of
+from ..errors import TrainingError
+from .freeze import new_layers, new_names, read_training
+from .names import parameters_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module, Parameter
+
+_CHUNK = 16 << 20  # bytes of a tensor that are hashed at a time
+
+
+class Watch:
+    """Remembers every frozen weight by its sha256; streams, so that it takes no memory.
+
+    Args:
+        model: As `freeze_base` left it, with or without adapters on top, wrapped or not.
+        path: The output folder, or its manifest.
+        generation: As given to `freeze_base`.
+
+    Raises:
+        CheckpointError, TrainingError: as `freeze_base`; or a weight of the base would train.
+    """
+
+    def __init__(self, model: Module, path: Path | str, generation: int = -1):
+        record = read_training(path)
+        base = parameters_of(model, record).base
+        new = base.keys() & new_names(record, generation)
+        for name, parameter in base.items():
+            if parameter.requires_grad and name not in new:
+                raise TrainingError(
+                    "a weight of the base would train", where=name, hint="call freeze_base on the model"
+                )
+            if hasattr(parameter, "ds_tensor"):
+                raise TrainingError(
+                    "weights that DeepSpeed's ZeRO-3 has split up cannot be watched",
+                    where=name,
+                    hint="train without it, and let `deus-merge verify` compare the trained folder with the base",
+                )
+        self._frozen = {name: parameter for name, parameter in base.items() if not parameter.requires_grad}
+        self._sums = _checksums(self._frozen)
+        self._layers: dict[int, dict[str, Parameter]] = {}
+        for layer in new_layers(record, generation):
+            prefix = prefix_of(layer, record["layer_prefix"])
+            self._layers[layer] = {name: p for name, p in base.items() if name.startswith(prefix)}
+        self._zeroed = [name for name in new if record["tensors"][name]["action"] == "zeros"]
+
+    def check(self) -> int:
+        """Compare every frozen weight with what it was at the start.
+
+        Returns:
+            How many there are.
+
+        Raises:
+            TrainingError: one has changed.
+        """
+        for name, digest in _checksums(self._frozen).items():
+            if digest != self._sums[name]:
+                raise TrainingError(
+                    "a frozen weight has changed",
+                    where=name,
+                    expected="the value it had when the training began",
+                    hint="look for what writes to it: an optimizer made before freeze_base, or a merged adapter",
+                )
+        return len(self._sums)
+
+    def norms(self, per_layer: bool = False) -> dict[str, torch.Tensor]:
+        """Norms of the new weights, and of those that began as zero: how far the new layers have come.
+
+        Returns:
+            ``new_layers/norm``, ``new_layers/zeroed_norm``; with ``per_layer`` also ``new_layers/17/norm`` ...
+        """
+        found = self._by_layer("norm", lambda parameter: parameter, per_layer)
+        weights = {name: p for layer in self._layers.values() for name, p in layer.items()}
+        return found | {"new_layers/zeroed_norm": _norm(weights[name] for name in self._zeroed)}
+
+    def gradient_norms(self, per_layer: bool = False) -> dict[str, torch.Tensor]:
+        """Norms of the new weights' gradients; without an entry for what has none (DeepSpeed keeps them elsewhere).
+
+        Returns:
+            ``new_layers/grad_norm``; with ``per_layer`` also ``new_layers/17/grad_norm`` ...
+        """
+        return self._by_layer("grad_norm", lambda parameter: parameter.grad, per_layer)
+
+    def _by_layer(self, what: str, value, per_layer: bool) -> dict[str, torch.Tensor]:
+        found = {}
+        values = {
+            layer: [v for p in part.values() if (v := value(p)) is not None] for layer, part in self._layers.items()
+        }
+        if any(values.values()):
+            found[f"new_layers/{what}"] = _norm(v for part in values.values() for v in part)
+        if per_layer:
+            found |= {f"new_layers/{layer}/{what}": _norm(part) for layer, part in values.items() if part}
+        return found
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The norm of all of them together, in float32; () of one process, of the whole tensors where they are sharded."""
+    import torch
+
+    squares = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) ** 2 for t in tensors]
+    squares = [s.full_tensor() if hasattr(s, "full_tensor") else s for s in squares]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
+        return dict(zip(tensors, pool.map(_checksum, tensors.values()), strict=True))
+
+
+def _checksum(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    digest = hashlib.sha256()
+    tensor = tensor.detach()
+    shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # what of it is on this process
+    flat = shard.reshape(-1).view(torch.uint8)  # (nbytes,)
+    for piece in flat.split(_CHUNK):
+        digest.update(memoryview(piece.cpu().numpy()))
+    return digest.digest()

@@ -1,0 +1,66 @@
+"""What transformers makes of an output: its tokenizer beside the embeddings, and the model without its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..architecture import ModelView
+from ..checkpoint.reader import Checkpoint
+from ..model_files import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    import transformers
+
+_EMBEDDINGS = re.compile(r"embed_tokens|embed_in|tok_embeddings|word_embeddings|wte")
+
+
+def tokenizer(checkpoint: Checkpoint, view: ModelView, record: Mapping) -> tuple[bool | None, str]:
+    """Whether every token has a row in the embeddings."""
+    if not any(name in record["files"] for name in TOKENIZER_FILES):
+        return True, "the output has none"
+    import transformers
+
+    vocabulary = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False).get_vocab()
+    name = next((n for n in view.before if _EMBEDDINGS.search(n)), None)
+    if name is None:
+        return None, "no tensor is named like embeddings"
+    rows, (last, token) = checkpoint.tensors[name].shape[0], max((i, token) for token, i in vocabulary.items())
+    if last >= rows:
+        return False, f"token {token!r} has number {last}, {name} has {rows} rows"
+    return True, f"{len(vocabulary)} tokens for {rows} rows of {name}"
+
+
+def transformers_model(
+    checkpoint: Checkpoint, view: ModelView, checksums: Mapping[str, str]
+) -> tuple[bool | None, str]:
+    """Whether transformers builds this model with exactly these names and shapes, and ties what is tied."""
+    model = build(checkpoint)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if getattr(model.config, "tie_word_embeddings", False):
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        names = {id(m): f"{name}.weight" for name, m in model.named_modules()}
+        head, embeddings = names.get(id(head)), names.get(id(embeddings))
+        if head in found and checksums[head] != checksums.get(embeddings):
+            return False, f"config.json ties the embeddings, but {head} is not {embeddings}"
+        expected.pop(head, None)
+        found.pop(head, None)
+    wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    if not wrong:
+        return True, f"{type(model).__name__}, {len(expected)} names and shapes"
+    if view.architecture is None:
+        return None, f"family {view.model_type!r} is not described, and transformers may name its tensors otherwise"
+    name = wrong[0]
+    return False, f"{len(wrong)} differ, first {name}: {expected.get(name)} expected, {found.get(name)} found"
+
+
+def build(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """The model on the meta device: modules, names and shapes, no weights. For float32."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

@@ -1,0 +1,106 @@
+"""``report``: one page that stands alone, for outputs of several presets, and that no model or recipe writes into."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from support import make_model, write_recipe
+
+_VOID = {"meta", "br", "link", "img"}
+
+
+class Page(HTMLParser):
+    """The page's tags and texts; fails where tags do not close in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in _VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def check_stands_alone(text: str) -> Page:
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert not {"src", "href", "srcset", "action"} & names and not any(n.startswith("on") for n in names)
+    assert "@import" not in text and "url(" not in text
+    return page
+
+
+@pytest.mark.parametrize("preset", ["opt_deus", "opt_deus_paper", "llama_pro", "solar", "average"])
+def test_a_page_for_every_kind_of_output(run, tiny, tmp_path, preset):
+    out = tmp_path / "out"
+    run("upscale", tiny, out, "--preset", preset)
+    assert run("report", out).out.strip() == str(out / "report.html")
+    text = (out / "report.html").read_text()
+    page = check_stands_alone(text)
+    record = json.loads((out / "deus_merge.json").read_text())
+    layers = f"6 → {record['num_layers']} layers"
+    assert layers in text and page.tags.count("svg") >= 1 and record["sources"][0]["fingerprint"] in text
+    told = "".join(page.texts)
+    for layer in record["layers"]:
+        assert f"layer {layer['layer']}: {layer['kind']} of tiny {layer['sources'][0]['layer']}" in told
+    for shown in (f"{d[key]:.3g}" for layer in record["layers"] for d in layer["diagnostics"]
+                  for key in ("cosine", "transport_cost") if d.get(key)):  # fmt: skip
+        assert f">{shown}<" in text
+    assert "copied tensors" in told and "computes " + ("what" if record["function_preserving"] else "something") in told
+    run("verify", out, "--quick")
+    run("upscale", tiny, out, "--preset", "stack", "--overwrite")  # the page does not stand in the way
+    assert not (out / "report.html").exists()
+
+
+def test_verify_in_full_and_a_page_elsewhere(run, tiny, tmp_path):
+    run("upscale", tiny, tmp_path / "out")
+    run("report", tmp_path / "out", "--verify", "--html", tmp_path / "page.html")
+    assert "LlamaForCausalLM" in (tmp_path / "page.html").read_text()
+    assert not (tmp_path / "out/report.html").exists()
+    (tmp_path / "out/config.json").write_text("{}")
+    run("report", tmp_path / "out", "--html", tmp_path / "page.html", expect=3)
+    assert "2 checks failed" in (tmp_path / "page.html").read_text()
+    assert "cannot be written" in run("report", tmp_path / "out", "--html", tmp_path / "no/page.html", expect=2).err
+
+
+def test_names_and_recipes_stay_text(run, tmp_path):
+    name = """<img src=x onerror=alert(1)>'"&{{ 7 * 7 }}"""
+    base = make_model(tmp_path / name)
+    recipe = write_recipe(
+        tmp_path / "recipe.yml",
+        f"merge_method: passthrough\nmodels: [{{model: {json.dumps(str(base))}}}]\n"
+        "chat_template: '{{ 1 }}</pre></title></style><script>alert(1)</script>'\n",
+    )
+    run("merge", recipe, tmp_path / "out")
+    run("report", tmp_path / "out")
+    text = (tmp_path / "out/report.html").read_text()
+    page = check_stands_alone(text)
+    assert name in "".join(page.texts) and "</script>" not in text and "&lt;script&gt;" in text
+    assert not re.search(r"<img|7 \* 7 = 49|49}", text)
+
+
+def test_a_damaged_manifest_makes_no_page(run, tiny, tmp_path):
+    out = Path(shutil.copytree(tiny, tmp_path / "out"))
+    assert "only folders that deus-merge wrote" in run("report", out, expect=2).err
+    (out / "deus_merge.json").write_text("{")
+    assert "not strict JSON" in run("report", out, expect=3).err and not (out / "report.html").exists()
