@@ -140,7 +140,7 @@ class ModelView:
 
 
 def prefix_of(layer: int, layer_prefix: str) -> str:
-    """What the names of a layer's tensors begin with; `ModelView.layer_prefix` is the model's own and may hold braces."""
+    """What the names of a layer's tensors begin with. A `ModelView.layer_prefix` may hold more braces than its own."""
     head, _, tail = layer_prefix.rpartition("{layer}")
     return f"{head}{layer}{tail}"
 

@@ -324,7 +324,7 @@ class Plan:
     def hash(self) -> str:
         """sha256 over all that decides the output's bytes; places of files do not."""
         text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def layer_map(self) -> list[dict]:
         """One entry per output layer: where it comes from."""

@@ -17,6 +17,8 @@ from fuzz.workshop import CONFIG, TOKENIZER_CONFIG, Special, Workshop, header_of
 from safetensors.torch import load_file, save_file
 from support import make_model, weights
 
+from deus_merge.report.manifest import sealed
+
 GIGABYTES = 100_000_000_000
 SECONDS = 10  # each takes far less than one
 
@@ -205,7 +207,10 @@ def test_heads_beyond_float32_are_told(fit, tmp_path):
         (lambda m: m["sources"].clear(), "malformed: sources"),
         (lambda m: m["sources"][0].pop("fingerprint"), "malformed: sources"),
         (lambda m: m.update(donor=7), "malformed: sources"),
-        (lambda m: m.update(donor="0"), "not a manifest this version reads"),
+        (lambda m: m.update(donor="0"), "the manifest is not whole"),
+        (lambda m: m.update(layer_prefix=3), "malformed: layer_prefix"),
+        (lambda m: m.update(num_layers="3"), "malformed: num_layers"),
+        (lambda m: m.update(new_layers=["0"]), "malformed: new_layers"),
         (lambda m: m["tensors"].update(x=[]), "malformed: tensor 'x'"),
         (lambda m: m["tensors"].update(x={"action": "copy", "model": 3, "tensor": "x"}), "'x' is a copy of nothing"),
     ],
@@ -214,8 +219,9 @@ def test_a_manifest_that_lies_is_refused(fit, workshop, monkeypatch, change, fra
     monkeypatch.chdir(workshop.root)
     record = json.loads(workshop.finished["done/deus_merge.json"])
     change(record)
-    with workshop.changed({"done/deus_merge.json": json.dumps(record).encode()}):
-        assert fragment in fit("verify", "done", expect=2).err
+    with workshop.changed({"done/deus_merge.json": sealed(record)}):
+        assert fragment in fit("verify", "done", expect=3).out
+        assert fragment in fit("report", "done", expect=3).err
 
 
 @pytest.mark.parametrize("special", [Special("fifo"), Special("sparse", size=GIGABYTES), Special("link", "/dev/zero")])
@@ -223,7 +229,7 @@ def test_a_manifest_that_is_no_file_is_refused(fit, workshop, monkeypatch, speci
     monkeypatch.chdir(workshop.root)
     assert workshop.finished
     with workshop.changed({"done/deus_merge.json": special}):
-        fit("verify", "done", expect=2)
+        fit("verify", "done", expect=3)
 
 
 def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(fit, workshop, tmp_path):

@@ -24,6 +24,10 @@ RECIPE = "deus_merge.yml"
 #: 2 added ``weights``, ``dtype``, ``layer_lists``, checksums, dtype and shape of tensors, and the seal; 1 is still read
 FORMAT = 2
 _PARTS = {"sources": list, "layers": list, "new_layers": list, "tensors": dict, "files": dict, "donor": int}
+_OPTIONAL = {
+    "num_layers": int, "layer_prefix": str, "layer_lists": list, "new_parameters": list, "donor_config": dict,
+    "weights": dict, "lineage": list, "options": dict, "function_preserving": bool,
+}  # fmt: skip
 _SEAL = ' "sha256": "%s"\n}\n'
 
 
@@ -161,6 +165,11 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
 
 def _problem(data: Mapping) -> str | None:
     """What is wrong with a manifest that somebody else may have written; None when nothing is."""
+    wrong = [key for key, kind in _OPTIONAL.items() if not isinstance(data.get(key, kind()), kind)]
+    if wrong:
+        return wrong[0]
+    if not all(type(layer) is int for layer in data["new_layers"]):
+        return "new_layers"
     sources, donor = data["sources"], data["donor"]
     keys = ("model", "fingerprint")
     told = all(isinstance(s, dict) and all(isinstance(s.get(key), str) for key in keys) for s in sources)
