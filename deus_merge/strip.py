@@ -163,7 +163,7 @@ def _base_config(
     checkpoint: Checkpoint, view: ModelView, kept: list[int], record: Mapping, sources: Mapping[str, TensorInfo]
 ) -> dict:
     """The checkpoint's config.json with the base's depth and lists, without what the growth added to it."""
-    origins = [LayerOrigin(checkpoint.config, layer, str(checkpoint.folder)) for layer in kept]
+    origins = [LayerOrigin(checkpoint.config, layer, str(checkpoint.folder), view.layers_path) for layer in kept]
     config = deeper_config(checkpoint.config, view.layers_path, origins, None)
     _drop_added(config, record["donor_config"])
     stored = {dtype_name(info.dtype) for info in sources.values()}

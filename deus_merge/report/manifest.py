@@ -18,16 +18,12 @@ from ..checkpoint.reader import TensorSource
 from ..config import config_patch, layer_lists
 from ..errors import CheckpointError, VerifyError, json_text
 from ..plan import BlockPlan, Plan, PlannedTensor
+from .shape import problem
 
 MANIFEST = "deus_merge.json"
 RECIPE = "deus_merge.yml"
 #: 2 added ``weights``, ``dtype``, ``layer_lists``, checksums, dtype and shape of tensors, and the seal; 1 is still read
 FORMAT = 2
-_PARTS = {"sources": list, "layers": list, "new_layers": list, "tensors": dict, "files": dict, "donor": int}
-_OPTIONAL = {
-    "num_layers": int, "layer_prefix": str, "layer_lists": list, "new_parameters": list, "donor_config": dict,
-    "weights": dict, "lineage": list, "options": dict, "function_preserving": bool,
-}  # fmt: skip
 _SEAL = ' "sha256": "%s"\n}\n'
 
 
@@ -148,46 +144,17 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
     if data.get("format") not in (1, FORMAT):
         got = data.get("format")
         raise VerifyError("not a manifest this version reads", where=path, expected=f"format {FORMAT}", got=got)
-    if lacking := [key for key, kind in _PARTS.items() if not isinstance(data.get(key), kind)]:
-        raise VerifyError("the manifest is not whole", where=path, expected=", ".join(_PARTS), got=f"no {lacking[0]}")
     if data["format"] == FORMAT:
         seal = len(_SEAL % "") + 64
         if raw[-seal:] != (_SEAL % hashlib.sha256(raw[:-seal]).hexdigest()).encode():
             raise VerifyError("the manifest is not as it was written", where=path)
-    if problem := _problem(data):
-        raise VerifyError(f"the manifest is malformed: {problem}", where=path)
+    if wrong := problem(data):
+        raise VerifyError(f"the manifest is malformed: {wrong}", where=path)
     if lacking := [key for key in needed if key not in data]:
         raise CheckpointError(
             f"the manifest lacks {lacking[0]!r}", where=path, hint="an earlier version wrote it: make the output again"
         )
     return {"layer_lists": [], "weights": {}, **data}
-
-
-def _problem(data: Mapping) -> str | None:
-    """What is wrong with a manifest that somebody else may have written; None when nothing is."""
-    wrong = [key for key, kind in _OPTIONAL.items() if not isinstance(data.get(key, kind()), kind)]
-    if wrong:
-        return wrong[0]
-    if not all(type(layer) is int for layer in data["new_layers"]):
-        return "new_layers"
-    sources, donor = data["sources"], data["donor"]
-    keys = ("model", "fingerprint")
-    told = all(isinstance(s, dict) and all(isinstance(s.get(key), str) for key in keys) for s in sources)
-    if not told or not 0 <= donor < len(sources):
-        return "sources"
-    for name, origin in data["tensors"].items():
-        if not isinstance(origin, dict) or not isinstance(origin.get("action"), str):
-            return f"tensor {name!r}"
-        model = origin.get("model")
-        if origin["action"] == "copy" and not (
-            isinstance(origin.get("tensor"), str)
-            and isinstance(model, int)
-            and 0 <= model < len(sources)
-            and isinstance(sources[model].get("folder"), str)
-        ):
-            return f"tensor {name!r} is a copy of nothing"
-    strange = [n for n, digest in data["files"].items() if Path(n).name != n or not isinstance(digest, str)]
-    return f"file {strange[0]!r}" if strange else None
 
 
 def _origin(plan: Plan, block: BlockPlan, tensor: PlannedTensor, sources: Sequence[TensorSource]) -> dict:
