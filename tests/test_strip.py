@@ -197,7 +197,7 @@ def test_what_strip_does_not_take(run, tmp_path):
     damaged = Path(shutil.copytree(out, tmp_path / "damaged"))
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     assert "layer 3 lacks its 'up' tensor" in run("strip", damaged, tmp_path / "back", expect=2).err
-    old = json.loads((out / "deus_merge.json").read_text())
+    old = json.loads((out / "deus_merge.json").read_text()) | {"format": 1}
     del old["donor_config"]
     (damaged / "deus_merge.json").write_text(json.dumps(old))
     assert "lacks 'donor_config'" in run("strip", damaged, tmp_path / "back", expect=2).err

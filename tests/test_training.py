@@ -205,7 +205,7 @@ def test_what_cannot_be_asked_of_a_manifest(deeper, tmp_path):
         training.optimizer_groups(load(deeper).requires_grad_(False), deeper, lr=1.0)
     with pytest.raises(TrainingError, match="a weight of the base would train"):
         training.Watch(load(deeper), deeper)
-    old = json.loads((deeper / "deus_merge.json").read_text())
+    old = json.loads((deeper / "deus_merge.json").read_text()) | {"format": 1}
     del old["layer_prefix"]
     (tmp_path / "old.json").write_text(json.dumps(old))
     with pytest.raises(CheckpointError, match="lacks 'layer_prefix'") as caught:
@@ -274,7 +274,7 @@ def test_callback_logs_checks_and_carries_the_manifest(deeper, tmp_path, run):
     saved = tmp_path / "checkpoint-4"
     assert training.new_parameters(saved) == training.new_parameters(deeper)
     checked = run("verify", saved, "--json").json()
-    assert checked["passed"] and {c["check"]: c["passed"] for c in checked["checks"]}["copied tensors"] is True
+    assert checked["passed"] and {c["name"]: c["passed"] for c in checked["checks"]}["copied tensors"] is True
     run("strip", saved, tmp_path / "base")
     assert not changed(weights(deeper.parent / "base"), weights(tmp_path / "base"))
 
@@ -438,7 +438,7 @@ def test_an_unreadable_past_is_told_and_does_no_harm(run, deeper, tmp_path):
     source.mkdir()
     for file in deeper.iterdir():
         os.link(file, source / file.name)
-    record = json.loads((deeper / "deus_merge.json").read_text())
+    record = json.loads((deeper / "deus_merge.json").read_text()) | {"format": 1}
     for name, content in {
         "another depth": record | {"num_layers": 5},
         "another format": record | {"format": 99},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import CheckpointError, VerifyError
+from ..errors import CheckpointError, DeusMergeError
 from ..plan import Plan
 from .manifest import MANIFEST, growth, read_manifest
 
@@ -49,7 +49,7 @@ def ancestors(plan: Plan) -> tuple[list[dict], tuple[str, ...]]:
             if record.get("num_layers") != model.view.num_layers:
                 raise CheckpointError(f"it tells of {record.get('num_layers')} layers, not of {model.view.num_layers}")
             entries = generations(record)
-        except (CheckpointError, VerifyError) as error:
+        except DeusMergeError as error:
             warnings.append(f"the lineage of {model.ref} is lost, its {MANIFEST} cannot be used: {error.message}")
             continue
         for entry in entries:

@@ -106,13 +106,9 @@ class Output:
         wrong += [f"{name} in {found[name].file.name} was not planned" for name in found if name not in planned]
         for name, info in found.items():
             origin = planned.get(name, {})
-            is_now = f"{info.dtype} {list(info.shape)}"
-            if (
-                "dtype" in origin
-                and not self.trained
-                and is_now != (should_be := f"{origin['dtype']} {origin['shape']}")
-            ):
-                wrong.append(f"{name} in {info.file.name} is {is_now}, planned {should_be}")
+            is_now, planned_as = f"{info.dtype} {list(info.shape)}", f"{origin.get('dtype')} {origin.get('shape')}"
+            if "dtype" in origin and is_now != planned_as and not self.trained:
+                wrong.append(f"{name} in {info.file.name} is {is_now}, planned {planned_as}")
         return (False, _some(wrong)) if wrong else (True, f"{len(found)} as planned: names, dtypes, shapes")
 
     def config(self) -> Found:

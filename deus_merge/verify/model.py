@@ -22,7 +22,10 @@ def tokenizer(checkpoint: Checkpoint, view: ModelView, record: Mapping) -> tuple
         return True, "the output has none"
     import transformers
 
-    vocabulary = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False).get_vocab()
+    try:
+        vocabulary = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False).get_vocab()
+    except (ImportError, ValueError) as error:  # it may need a package that is not installed
+        return None, f"transformers cannot load it here: {str(error).splitlines()[0]}"
     name = next((n for n in view.before if _EMBEDDINGS.search(n)), None)
     if name is None:
         return None, "no tensor is named like embeddings"
