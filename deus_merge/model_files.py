@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .checkpoint.header import parse_json, read_small
 from .checkpoint.reader import TensorSource
-from .errors import CheckpointError, RecipeError, nearest
+from .errors import CheckpointError, RecipeError, json_text, nearest
 from .recipe import Recipe
 
 TOKENIZER_FILES = (
@@ -33,6 +35,7 @@ def extra_files(recipe: Recipe, models: Mapping[str, TensorSource], donor: Tenso
 
     Raises:
         RecipeError: a tokenizer source that is none of the models, or a chat template that is none.
+        CheckpointError: a link that leads out of a model's folder.
     """
     files = dict(_own_files(donor))
     files |= _present(_tokenizer(recipe, models, donor), TOKENIZER_FILES)
@@ -47,14 +50,40 @@ def copied_files(source: TensorSource) -> dict[str, bytes | Path]:
 
 
 def _own_files(source: TensorSource) -> dict[str, bytes | Path]:
-    """What never comes from another model than the weights: remote code, generation config, licence."""
+    """What comes from no other model than the weights do: its code (copied, never run), generation config, licence."""
     code = [n for n in source.beside if n.endswith(".py")] if '"auto_map"' in json.dumps(source.config) else []
     return _present(source, (*code, *_DONOR_FILES))
 
 
 def _present(source: TensorSource, names: Sequence[str]) -> dict[str, bytes | Path]:
     beside = source.beside
-    return {name: beside[name] for name in names if name in beside}
+    found = {name: beside[name] for name in names if name in beside}
+    for path in found.values():
+        if isinstance(path, Path):
+            _check_link(path)
+    return found
+
+
+def _check_link(path: Path) -> None:
+    """These files go into the output as they are, so no link may fetch somebody's private files into it.
+
+    A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or to a file of the
+    same name (but for code, whose names are the model's own). Weights and config.json may be links to anywhere: they
+    are parsed.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
+    if not homes & set(real.parents) and (real.name != path.name or path.suffix == ".py"):
+        raise CheckpointError(
+            "a link leads out of the model's folder",
+            where=path,
+            expected="a file, since it is copied into the output",
+            got=f"a link to {real}",
+            hint="put a copy of the file in its place, if you want it to be part of the output: cp -L",
+        )
 
 
 def _tokenizer(recipe: Recipe, models: Mapping[str, TensorSource], donor: TensorSource) -> TensorSource:
@@ -87,12 +116,15 @@ def _set_chat_template(files: dict[str, bytes | Path], recipe: Recipe) -> None:
             hint="templates are not known by name: write the template itself",
         )
     files.pop("chat_template.json", None)
-    files["chat_template.jinja"] = template.encode()
+    try:
+        files["chat_template.jinja"] = template.encode()
+    except UnicodeEncodeError:
+        recipe.source.value["chat_template"].fail("half a character (a lone surrogate)", expected="text")
     config = files.get("tokenizer_config.json")
     if config is not None:
-        try:
-            data = json.loads(config if isinstance(config, bytes) else config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError("not JSON", where=config, got=error) from None
+        raw, where = (
+            (config, Path("tokenizer_config.json")) if isinstance(config, bytes) else (read_small(config), config)
+        )
+        data = parse_json(raw, where, "tokenizer's config")
         data.pop("chat_template", None)
-        files["tokenizer_config.json"] = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+        files["tokenizer_config.json"] = (json_text(data, indent=2) + "\n").encode()

@@ -38,9 +38,13 @@ NEEDED = (
 )
 #: The hub's ``*`` also matches ``/``. ``consolidated`` is a second copy of the weights in their maker's own format.
 UNNEEDED = ("*/*", "consolidated*")
+#: and this, for a repository without safetensors, where pickles are allowed
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def resolve(ref: str, *, cache_dir: Path | str | None = None, offline: bool | None = None) -> Path:
+def resolve(
+    ref: str, *, cache_dir: Path | str | None = None, offline: bool | None = None, pickle: bool = False
+) -> Path:
     """The local folder of a model.
 
     Args:
@@ -48,6 +52,7 @@ def resolve(ref: str, *, cache_dir: Path | str | None = None, offline: bool | No
             that very name wins.
         cache_dir: The hub's cache; by default where huggingface_hub keeps it.
         offline: Use only the cache. None leaves it to ``HF_HUB_OFFLINE``.
+        pickle: Also fetch pickled weights, of a repository that has no others.
 
     Returns:
         The folder: for the hub, the snapshot in the cache with what a merge needs.
@@ -71,7 +76,10 @@ def resolve(ref: str, *, cache_dir: Path | str | None = None, offline: bool | No
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
     if at and not _REVISION.fullmatch(revision):
         raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
-    return _download(ref, repository, revision or None, cache_dir, offline)
+    folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED)
+    if pickle and not any(folder.glob("*.safetensors")):
+        folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED + PICKLED)
+    return folder
 
 
 def split_adapter(ref: str) -> tuple[str, str | None]:
@@ -84,7 +92,9 @@ def split_adapter(ref: str) -> tuple[str, str | None]:
     return ref[:at], ref[at + 1 :]
 
 
-def _download(ref: str, repository: str, revision: str | None, cache_dir, offline: bool | None) -> Path:
+def _download(
+    ref: str, repository: str, revision: str | None, cache_dir, offline: bool | None, patterns: tuple[str, ...]
+) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -102,7 +112,7 @@ def _download(ref: str, repository: str, revision: str | None, cache_dir, offlin
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=cached_only,
-            allow_patterns=list(NEEDED),
+            allow_patterns=list(patterns),
             ignore_patterns=list(UNNEEDED),
         )
     except GatedRepoError as error:
