@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checkpoint.header import read_small
+from .checkpoint.source import PLAIN, Access
 from .errors import DeusMergeError, VerifyError
 from .execute import RunOptions, execute
 from .located import locate
@@ -28,6 +30,7 @@ from .strip import Stripped
 from .verify import Verification
 
 __all__ = [
+    "Access",
     "MergeResult",
     "RunOptions",
     "Stripped",
@@ -74,15 +77,27 @@ class MergeResult:
         }
 
 
-def plan(recipe: Recipe | str | Path, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE) -> Plan:
+def plan(
+    recipe: Recipe | str | Path,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    access: Access = PLAIN,
+    copy_tokenizer: bool = True,
+) -> Plan:
     """The plan of a recipe (or of the file it stands in). Reads configs and headers, no tensor.
+
+    Args:
+        recipe: A recipe or its file.
+        max_shard_size: Upper bound of an output file.
+        access: Whether pickled weights may be read, and where downloads are kept.
+        copy_tokenizer: Put the tokenizer into the output.
 
     Raises:
         DeusMergeError: whatever is wrong with the recipe or its models.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
-    return build_plan(recipe, max_shard_size=max_shard_size)
+    return build_plan(recipe, max_shard_size=max_shard_size, access=access, copy_tokenizer=copy_tokenizer)
 
 
 def merge(
@@ -91,6 +106,8 @@ def merge(
     options: RunOptions | None = None,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    access: Access = PLAIN,
+    copy_tokenizer: bool = True,
     on_block: Callable[[BlockPlan, bool], None] | None = None,
 ) -> MergeResult:
     """Run a recipe and write the checkpoint.
@@ -99,14 +116,15 @@ def merge(
         recipe: A recipe, its file, or a plan made before.
         out: The output folder.
         options: Device, resume, overwrite, verification.
-        max_shard_size: Upper bound of an output file.
+        max_shard_size, access, copy_tokenizer: As of `plan`; a plan made before has its own.
         on_block: Called after each block with the block and whether it was there from an earlier run.
 
     Raises:
         DeusMergeError: before anything is written, or VerifyError, with the output left unrenamed.
     """
     started = time.monotonic()
-    whole = recipe if isinstance(recipe, Plan) else plan(recipe, max_shard_size=max_shard_size)
+    how = {"max_shard_size": max_shard_size, "access": access, "copy_tokenizer": copy_tokenizer}
+    whole = recipe if isinstance(recipe, Plan) else plan(recipe, **how)
     verification, warnings = execute(
         whole, Path(out), options or RunOptions(), on_block or (lambda block, resumed: None)
     )
@@ -180,7 +198,7 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     out = Path(out)
     page = Path(html) if html is not None else out / REPORT
     record = read_manifest(out)
-    recipe = (out / RECIPE).read_text(encoding="utf-8", errors="replace") if (out / RECIPE).is_file() else ""
+    recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
     text = render_page(record, recipe, (verification or verify(out, quick=True)).describe())
     try:
         page.write_text(text, encoding="utf-8")

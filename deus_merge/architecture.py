@@ -13,7 +13,7 @@ from functools import cached_property
 
 from .discover import plugins
 from .errors import ArchitectureError
-from .stacks import DEPTH_KEYS, at, depth_path, find_stacks, reads_senses
+from .stacks import DEPTH_KEYS, INDEX, at, depth_path, find_stacks, reads_senses
 
 RESIDUAL = "residual"
 
@@ -150,6 +150,12 @@ class ModelView:
         return tuple(s.role for s in self.architecture.layer if s.writes_residual) if self.architecture else ()
 
 
+def prefix_of(layer: int, layer_prefix: str) -> str:
+    """What the names of a layer's tensors begin with. A `ModelView.layer_prefix` may hold more braces than its own."""
+    head, _, tail = layer_prefix.rpartition("{layer}")
+    return f"{head}{layer}{tail}"
+
+
 def families() -> Mapping[str, Architecture]:
     """Every described family, by file name."""
     return plugins("deus_merge.architectures", "ARCHITECTURE")
@@ -186,7 +192,7 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
             got=repr(depth),
         )
     head, tail = architecture.layer_prefix.split("{layer}")
-    pattern = re.compile(re.escape(head) + r"(\d+)" + re.escape(tail) + r"(.+)", re.DOTALL)
+    pattern = re.compile(re.escape(head) + f"({INDEX})" + re.escape(tail) + r"(.+)", re.DOTALL)
     by_suffix = {spec.name: spec.role for spec in architecture.layer}
     layers: dict[int, dict[str, str]] = {}
     outside = []
@@ -194,6 +200,8 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
         match = pattern.fullmatch(name)
         if match is None:
             outside.append(name)
+        elif match[2] in architecture.roles and match[2] not in by_suffix:
+            raise ArchitectureError(f"a tensor is named like the role {match[2]!r}", where=where, got=name)
         elif match[2] not in architecture.ignored:
             layers.setdefault(int(match[1]), {})[by_suffix.get(match[2], match[2])] = name
     _check_depth(layers, depth, architecture.layers_key, where)

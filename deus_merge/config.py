@@ -24,11 +24,13 @@ class LayerOrigin:
         config: The config.json of the model that layer belongs to.
         layer: Its index there.
         model: The model's name, for messages.
+        layers_path: Keys that lead to that model's depth.
     """
 
     config: Mapping
     layer: int
     model: str
+    layers_path: Sequence[str]
 
 
 def check_config(config: Mapping, view: ModelView, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
@@ -159,7 +161,7 @@ def deeper_config(config: Mapping, layers_path: Sequence[str], origins: Sequence
     for key in (k for k in _NUMBERS if section.get(k) and not in_place):
         raise PlanError(f"config.json's {key} tells layers by their numbers", where=where, got=section[key])
     for key in layer_lists(config, layers_path):
-        section[key] = [_entry(key, origin, layers_path) for origin in origins]
+        section[key] = [_entry(key, origin) for origin in origins]
     section[layers_path[-1]] = len(origins)
     return result
 
@@ -187,7 +189,7 @@ def layer_lists(config: Mapping, layers_path: Sequence[str]) -> dict[str, list]:
         if isinstance(value, list) and len(value) == depth and not _about_something_else(key)
     }
     first_sliding = section.get("max_window_layers")
-    if section.get("use_sliding_window") and first_sliding is not None and "layer_types" not in lists:
+    if section.get("use_sliding_window") and isinstance(first_sliding, int) and "layer_types" not in lists:
         kinds = ("full_attention", "sliding_attention")
         lists["layer_types"] = [kinds[i >= first_sliding] for i in range(depth)]
     return lists
@@ -197,8 +199,8 @@ def _about_something_else(key: str) -> bool:
     return key in (*_NOT_PER_LAYER, *_NUMBERS) or key.endswith(("token_id", "token_ids", "tokens"))
 
 
-def _entry(key: str, origin: LayerOrigin, layers_path: Sequence[str]) -> object:
-    lists = layer_lists(origin.config, layers_path)
+def _entry(key: str, origin: LayerOrigin) -> object:
+    lists = layer_lists(origin.config, origin.layers_path)
     if key not in lists:
         raise PlanError(
             f"the model's config.json has no per-layer list {key!r}, which the donor has",

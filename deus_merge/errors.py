@@ -17,7 +17,10 @@ Anything else that escapes is a bug (exit code 1).
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
+
+_LONGEST = 1000  # characters of one part of a message
 
 
 class DeusMergeError(Exception):
@@ -50,15 +53,9 @@ class DeusMergeError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        head = f"{printable(self.where)}: {self.message}" if self.where is not None else self.message
-        lines = [head]
-        if self.expected is not None:
-            lines.append(f"  expected: {printable(self.expected)}")
-        if self.got is not None:
-            lines.append(f"  got:      {printable(self.got)}")
-        if self.hint is not None:
-            lines.append(f"  hint:     {self.hint}")
-        return "\n".join(lines)
+        lines = [_brief(self.message) if self.where is None else f"{_brief(self.where)}: {_brief(self.message)}"]
+        told = (("expected: ", self.expected), ("got:      ", self.got), ("hint:     ", self.hint))
+        return "\n".join(lines + [f"  {label}{_brief(value)}" for label, value in told if value is not None])
 
 
 class RecipeError(DeusMergeError):
@@ -93,7 +90,24 @@ class VerifyError(DeusMergeError):
 
 def printable(value: object) -> str:
     """``str(value)`` with control characters escaped, so that a hostile name cannot drive a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def json_text(data: object, indent: int) -> str:
+    """JSON with every letter as it is, and with escapes for what is not printable."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def _brief(value: object) -> str:
+    """`printable`, and cut where a name of thousands of characters would hide the message."""
+    text = printable(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

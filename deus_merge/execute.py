@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .checkpoint.header import read_small
 from .checkpoint.layout import index_json
 from .checkpoint.reader import INDEX
 from .checkpoint.shards import ShardWriter
 from .checkpoint.system import free_space
 from .checkpoint.writer import OutputFolder
-from .errors import DeusMergeError, PlanError, VerifyError
+from .errors import DeusMergeError, PlanError, VerifyError, json_text
 from .making import Maker, Piece, results_of
 from .plan import BlockPlan, Plan
 from .recipe_yaml import dump_recipe
@@ -47,6 +47,7 @@ class RunOptions:
         verify: Check the result before it gets its name.
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic; None for torch's own choice.
+        model_card: Write a README.md.
     """
 
     device: str = "auto"
@@ -56,6 +57,7 @@ class RunOptions:
     verify: bool = True
     seed: int = 0
     threads: int | None = None
+    model_card: bool = True
 
 
 def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
@@ -130,7 +132,7 @@ def execute(
         warnings = plan.warnings + unknown_past + tuple(output.notes) + _convergence(plan, diagnostics)
         told = {key: identity[key] for key in ("device", "threads", "seed")}
         told["seconds"] = round(time.monotonic() - began, 3)
-        record = manifest(plan, _write_files(plan, output.folder, past), diagnostics, told, past)
+        record = manifest(plan, _write_files(plan, output.folder, past, options.model_card), diagnostics, told, past)
         verification = None
         if options.verify:
             sources = list(plan_sources(plan))
@@ -206,14 +208,16 @@ class _Run:
         return self._ahead.submit(self.maker.load, block) if block else None
 
 
-def _write_files(plan: Plan, folder: Path, past: Sequence[Mapping]) -> dict[str, bytes]:
+def _write_files(plan: Plan, folder: Path, past: Sequence[Mapping], card: bool) -> dict[str, bytes]:
     """Everything beside the weights and the manifest."""
     recipe = dump_recipe(plan.recipe)
-    files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in plan.files.items()}
+    files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)
-    files["config.json"] = (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode()
-    files |= {RECIPE: recipe.encode(), "README.md": model_card(plan, recipe, past).encode()}
+    files["config.json"] = (json_text(plan.config, indent=2) + "\n").encode()
+    files[RECIPE] = recipe.encode()
+    if card:
+        files["README.md"] = model_card(plan, recipe, past).encode()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return files

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from .checkpoint.source import PLAIN, Access
 from .errors import ArchitectureError, DeusMergeError
 from .plan import SourceModel
 from .recipe import ModelRef
 
 
-def summary(model: str) -> dict:
+def summary(model: str, access: Access = PLAIN) -> dict:
     """Family, depth, heads and sizes of a model (a folder or a hub id), as JSON data."""
-    source = SourceModel.open(ModelRef(model), {})
+    source = SourceModel.open(ModelRef(model), {}, access)
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
@@ -47,7 +48,7 @@ def summary(model: str) -> dict:
     return {k: v for k, v in facts.items() if v is not None} | {"roles": roles}
 
 
-def adjacent_similarity(model: str) -> Iterator[dict]:
+def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
     """For each pair of neighbouring layers and each projection: how alike, and how much alignment adds.
 
     Yields:
@@ -63,7 +64,7 @@ def adjacent_similarity(model: str) -> Iterator[dict]:
     from .ot.problem import OTProblem
     from .ot.solvers.assignment import SOLVER
 
-    source = SourceModel.open(ModelRef(model), {})
+    source = SourceModel.open(ModelRef(model), {}, access)
     checkpoint, view = source.checkpoint, source.view
     if view.architecture is None:
         raise ArchitectureError(

@@ -126,11 +126,8 @@ class Maker:
 
 def _finished(planned: PlannedTensor, tensor: torch.Tensor, start: int | None) -> Piece:
     """Cast once, and look for what no weight may be."""
-    import torch
-
     tensor = tensor.to(torch_dtype(planned.dtype))
-    ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN is both, and this is faster
-    if not bool(torch.isfinite(ends).all()):
+    if not _finite(tensor):
         raise CheckpointError(
             f"{planned.task.name} becomes NaN or infinity",
             where=planned.inputs[0].file,
@@ -138,6 +135,15 @@ def _finished(planned: PlannedTensor, tensor: torch.Tensor, start: int | None) -
             hint="look for NaN in the sources, or choose a wider dtype",
         )
     return Piece(planned, tensor, start)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 has no order
+    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())  # NaN is both ends, and this is faster
 
 
 class _Inputs:

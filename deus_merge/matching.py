@@ -30,7 +30,7 @@ class Part:
 
     @classmethod
     def of(cls, source: SliceSource, model: SourceModel, what: str, names: Mapping[str, str]) -> Part:
-        return cls(source, f"{what} of {source.model}", _shapes(model, names))
+        return cls(source, f"{what} of {source.model}", model.shapes(names))
 
 
 def check_heads(models: Sequence[SourceModel], donor: SourceModel) -> list[str]:
@@ -83,9 +83,10 @@ def check_like_donor(part: Part, donor: SourceModel, view: ModelView) -> None:
     Raises:
         PlanError: it looks like none.
     """
-    if part.source.model == donor.ref or any(part.shapes == _shapes(donor, layer) for layer in view.layers):
+    kinds = donor.layer_kinds(view)
+    if part.source.model == donor.ref or frozenset(part.shapes.items()) in kinds:
         return
-    _mismatch(part, f"the layers of {donor.ref}", _difference(part.shapes, _shapes(donor, view.layers[0])))
+    _mismatch(part, f"the layers of {donor.ref}", _difference(part.shapes, donor.shapes(view.layers[0])))
 
 
 def base_source(piece: OutputSlice, sources: Sequence[SliceSource], ref: ModelRef | None) -> int | None:
@@ -137,10 +138,6 @@ def check_given(piece: OutputSlice, base: int | None, tasks: Sequence[TensorTask
                         expected=f"parameters: {{{p.name}: {p.expected}}}",
                         got=f"no value for {task.name}",
                     )
-
-
-def _shapes(model: SourceModel, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    return {role: model.checkpoint.tensors[name].shape for role, name in names.items()}
 
 
 def _difference(own: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

@@ -35,6 +35,7 @@ def extra_files(
 
     Raises:
         RecipeError: a chat template that is none.
+        CheckpointError: a link that leads out of a model's folder.
     """
     files: dict[str, bytes | Path] = _own_files(donor)
     files |= vocabulary.files if vocabulary else present(donor.beside, TOKENIZER_FILES)
@@ -43,7 +44,8 @@ def extra_files(
         files, warnings = set_generation(files, vocabulary)
     if recipe.chat_template is not None:
         place = recipe.source.value["chat_template"]
-        template = find_template(recipe.chat_template, place, [m.beside for m in models.values()])
+        known = [present(m.beside, TOKENIZER_FILES) for m in models.values()]
+        template = find_template(recipe.chat_template, place, known)
         if template is None:
             warnings.append(f"{place.where}: no model has a chat template")
         else:
@@ -57,6 +59,6 @@ def copied_files(source: TensorSource) -> dict[str, bytes | Path]:
 
 
 def _own_files(source: TensorSource) -> dict[str, bytes | Path]:
-    """What never comes from another model than the weights: remote code, generation config, licence."""
+    """What comes from no other model than the weights do: its code (copied, never run), generation config, licence."""
     code = [n for n in source.beside if n.endswith(".py")] if '"auto_map"' in json.dumps(source.config) else []
     return present(source.beside, (*code, *_DONOR_FILES))

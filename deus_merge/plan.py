@@ -17,10 +17,12 @@ from pathlib import Path
 
 from .alignment import AlignTo, plan_memory
 from .architecture import ModelView, view_model
+from .checkpoint.header import read_small
 from .checkpoint.hub import resolve, split_adapter
 from .checkpoint.layout import ShardLayout
 from .checkpoint.lora import LoraSource
-from .checkpoint.reader import Checkpoint, TensorInfo, TensorSource
+from .checkpoint.reader import TensorInfo, TensorSource
+from .checkpoint.source import PLAIN, Access, open_source
 from .config import check_config
 from .errors import DeusMergeError, nearest
 from .method import CopyOf, TensorTask, Zeros
@@ -63,12 +65,13 @@ class SourceModel:
         return next(name for name, view in self.modules.items() if view.layer_prefix == self.view.layer_prefix)
 
     @classmethod
-    def open(cls, ref: ModelRef, known: dict[str, TensorSource]) -> SourceModel:
+    def open(cls, ref: ModelRef, known: dict[str, TensorSource], access: Access = PLAIN) -> SourceModel:
         """Find a model, and its adapter if it has one; read configs and headers, and check that they agree.
 
         Args:
             ref: As the recipe names it.
             known: Sources by their names; a folder (or a hub's) that is opened joins them.
+            access: What may be read.
 
         Raises:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
@@ -76,8 +79,10 @@ class SourceModel:
         try:
             name, adapter = split_adapter(ref.text)
             if name not in known:
-                known[name] = Checkpoint.open(resolve(name))
-            checkpoint = known[name] if adapter is None else LoraSource(known[name], resolve(adapter))
+                known[name] = open_source(name, access)
+            checkpoint = known[name]
+            if adapter is not None:
+                checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=access.cache_dir))
             view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
             check_config(checkpoint.config, view, shapes, checkpoint.where)
@@ -87,6 +92,21 @@ class SourceModel:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
         return cls(ref, checkpoint, view)
+
+    def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+        """Role -> shape, for role -> tensor name."""
+        return {role: self.checkpoint.tensors[name].shape for role, name in names.items()}
+
+    @cached_property
+    def _layer_kinds(self) -> dict[str, frozenset]:
+        return {}
+
+    def layer_kinds(self, view: ModelView) -> frozenset:
+        """The shapes that layers of one of its stacks have: what an output layer must look like."""
+        key = view.layer_prefix
+        if key not in self._layer_kinds:
+            self._layer_kinds[key] = frozenset(frozenset(self.shapes(layer).items()) for layer in view.layers)
+        return self._layer_kinds[key]
 
 
 @dataclass(frozen=True)
@@ -348,7 +368,7 @@ class Plan:
     def hash(self) -> str:
         """sha256 over all that decides the output's bytes; places of files do not."""
         text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def layer_map(self, blocks: Sequence[BlockPlan] | None = None) -> list[dict]:
         """One entry per output layer: where it comes from. Of the main stack, or of these blocks."""
@@ -455,7 +475,7 @@ def _block_identity(block: BlockPlan) -> list:
 
 
 def _digest(content: bytes | Path) -> str:
-    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+    return hashlib.sha256(content if isinstance(content, bytes) else read_small(content)).hexdigest()
 
 
 def action_of(

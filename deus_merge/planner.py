@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .alignment import AlignTo, cannot_align
-from .architecture import ModelView, TensorSpec, families
+from .architecture import ModelView, TensorSpec, families, prefix_of
 from .checkpoint.layout import TensorEntry, plan_shards
 from .checkpoint.reader import TensorInfo, TensorSource
+from .checkpoint.source import PLAIN, Access
 from .config import LayerOrigin, deeper_config, head_shape, layer_lists, typed_config
 from .errors import PlanError, RecipeError, nearest
 from .intermediate import PlannedResult, document_plans
@@ -17,23 +18,32 @@ from .method import TensorTask
 from .model_files import extra_files
 from .modules import DEFAULT
 from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
-from .presets import expand
+from .presets import MAX_LAYERS, expand
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
 from .settings import Settings, filters, resolve_setting
 from .stacks import reads_senses
 from .units import FLOAT_DTYPES, dtype_name, parse_size, promoted
 from .vocabulary.blocks import plan_vocabulary
+from .vocabulary.files import TOKENIZER_FILES
 
 DEFAULT_SHARD_SIZE = "5GB"
 _FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
 
 
-def build_plan(recipe: Recipe, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE) -> Plan:
+def build_plan(
+    recipe: Recipe,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    access: Access = PLAIN,
+    copy_tokenizer: bool = True,
+) -> Plan:
     """Plan a recipe.
 
     Args:
         recipe: As read.
         max_shard_size: Upper bound of an output file in bytes, or like ``"5GB"``.
+        access: What may be read of the models.
+        copy_tokenizer: Take a tokenizer along; one that the recipe asks for comes anyway.
 
     Raises:
         RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
@@ -42,9 +52,9 @@ def build_plan(recipe: Recipe, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE
     known: dict[str, TensorSource] = {}
     results: list[PlannedResult] = []
     for document in recipe.documents:
-        results.append(PlannedResult(_Planner(document, known).plan(size)))
+        results.append(PlannedResult(_Planner(document, known, access).plan(size)))
         known[document.name] = results[-1]
-    plan = _Planner(recipe, known).plan(size)
+    plan = _Planner(recipe, known, access, copy_tokenizer).plan(size)
     told = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
     return replace(
         plan,
@@ -58,15 +68,17 @@ def build_plan(recipe: Recipe, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE
 class _Planner:
     recipe: Recipe
     known: dict[str, TensorSource]
+    access: Access
+    copy_tokenizer: bool = True
 
     def plan(self, max_shard_size: int) -> Plan:
         refs = self.recipe.models()
-        self.models = [SourceModel.open(ref, self.known) for ref in refs]
+        self.models = [SourceModel.open(ref, self.known, self.access) for ref in refs]
         self.index = {ref: i for i, ref in enumerate(refs)}
         self.donor = self.index[self.recipe.donor]
         self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
         sources = [(m.ref, m.checkpoint, m.view) for m in self.models]
-        self.vocabulary = plan_vocabulary(self.recipe.tokenizer, sources)
+        self.vocabulary = plan_vocabulary(self.recipe.tokenizer, sources, self.access.cache_dir)
         self.blocks: list[BlockPlan] = []
         self.module: str | None = None
         if self.recipe.upscale:
@@ -79,6 +91,9 @@ class _Planner:
             self.module = name
             view = self._view(donor.ref)
             self.origins: list[LayerOrigin] = []
+            layers = sum(len(self._range(piece.sources[0])) for piece in slices)
+            if layers > MAX_LAYERS:  # those between layers are counted when they are made
+                self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
             self._outside("embeddings" if view.layers else "", "before", slices[0], 0.0)
             for piece in slices:
                 self._slice(piece)
@@ -93,6 +108,8 @@ class _Planner:
         config = self.vocabulary.config(config, donor.view.layers_path)
         sources = {str(m.ref): m.checkpoint for m in self.models}
         files, told = extra_files(self.recipe, sources, donor.checkpoint, self.vocabulary.vocabulary)
+        if not self.copy_tokenizer and self.recipe.tokenizer is None:
+            files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
         entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for b in self.blocks for t in b.tensors]
         shards = plan_shards(entries, max_shard_size)
         return Plan(
@@ -209,6 +226,8 @@ class _Planner:
         roles = [v.layers[layer] for v, layer in zip(views, layers, strict=True)]
         first_output = len(self.origins)
         last = first_output + per_gap - 1
+        if last >= MAX_LAYERS:
+            piece.place.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got="more")
         title = self._title(f"layers {first_output}-{last}" if per_gap > 1 else f"layer {last}")
         parts = [
             Part.of(s, self._model(s), f"layer {layer}", names)
@@ -220,7 +239,7 @@ class _Planner:
         base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
         made = []
         for slot in range(per_gap):
-            prefix = donor.layer_prefix.format(layer=first_output + slot)
+            prefix = prefix_of(first_output + slot, donor.layer_prefix)
             for role in roles[0]:
                 spec = views[0].spec(role)
                 names = [r[role] for r in roles]
@@ -231,7 +250,10 @@ class _Planner:
         self._add(replace(piece, sources=tuple(sources)), title, outputs, block_sources, base, made, new)
         which = -1 if new else base or 0
         model = self.models[block_sources[which].model]
-        self.origins += [LayerOrigin(model.checkpoint.config, block_sources[which].layer, str(model.ref))] * per_gap
+        origin = LayerOrigin(
+            model.checkpoint.config, block_sources[which].layer, str(model.ref), model.view.layers_path
+        )
+        self.origins += [origin] * per_gap
         if new:
             self._report_types(title, block_sources)
 
@@ -320,7 +342,7 @@ class _Planner:
 
     def _castable(self, name: str, inputs: Sequence[TensorInfo], dtype: str, action: str) -> None:
         for info in inputs:
-            if info.dtype not in _FLOATS:
+            if info.dtype not in _FLOATS and not (action == "cast" and info.dtype == dtype):
                 raise PlanError(
                     f"{name} holds {dtype_name(info.dtype)}, which cannot be merged",
                     where=info.file,

@@ -99,6 +99,7 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 _FORMS = "top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
+MAX_LAYERS = 5000  # of an output
 _WHERE = ("top", "middle", "bottom", "even", "sandwich")
 
 
@@ -231,7 +232,10 @@ def _extra(upscale: Upscale, default: int, allowed: tuple[str, ...]) -> tuple[in
     if not isinstance(upscale.insert.value, dict) or "count" not in upscale.insert.value:
         upscale.insert.fail(f"{upscale.preset} takes only a count", expected="{count: number of layers to add}")
     keys = upscale.insert.mapping(allowed)
-    return keys["count"].integer(1), keys["count"]
+    added = keys["count"].integer(1)
+    if added > MAX_LAYERS:
+        keys["count"].fail("the output has too many layers", expected=f"at most {MAX_LAYERS}")
+    return added, keys["count"]
 
 
 def _solar(upscale: Upscale, n: int) -> list[tuple[int, int]]:

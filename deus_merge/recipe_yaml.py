@@ -21,11 +21,14 @@ def dump_recipe(recipe: Recipe) -> str:
         recipe: Usually a plan's, so with presets spelled out as slices.
     """
     names = frozenset(document.name for document in recipe.documents)
-    texts = (
-        yaml.safe_dump(_document(r, names), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
-        for r in (*recipe.documents, recipe)
-    )
-    return "---\n".join(texts)
+    return "---\n".join(_dump(_document(r, names)) for r in (*recipe.documents, recipe))
+
+
+def _dump(data: dict) -> str:
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    if not text.replace("\n", "").isprintable():  # what would drive a terminal is written as escapes
+        text = yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
+    return text
 
 
 def _document(recipe: Recipe, names: Names) -> dict:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-_LAYER = re.compile(r"(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<suffix>.+)", re.DOTALL)
+INDEX = "0|[1-9][0-9]{0,8}"  # of a layer; with leading zeros two names would stand for one layer
+_LAYER = re.compile(
+    rf"(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>{INDEX})\.(?P<suffix>.+)", re.DOTALL
+)
 #: keys of config.json that hold a depth
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 #: words in a stack's prefix -> section of the config, and the keys of a depth there

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .architecture import ModelView, view_model
+from .architecture import ModelView, prefix_of, view_model
 from .checkpoint import Checkpoint, OutputFolder, TensorEntry, TensorInfo, index_json, plan_shards
+from .checkpoint.header import read_small
 from .checkpoint.reader import INDEX
 from .config import LayerOrigin, check_config, deeper_config
-from .errors import CheckpointError, PlanError, VerifyError
+from .errors import CheckpointError, PlanError, VerifyError, json_text
 from .model_files import copied_files
 from .report.manifest import read_manifest
 from .units import dtype_name, parse_size
@@ -90,8 +90,8 @@ def strip(
     # sorted by name, as safetensors and transformers write a file
     entries = [TensorEntry(name, sources[name].dtype, sources[name].shape) for name in sorted(sources)]
     shards = plan_shards(entries, parse_size(max_shard_size))
-    files = {name: c if isinstance(c, bytes) else c.read_bytes() for name, c in copied_files(checkpoint).items()}
-    files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in copied_files(checkpoint).items()}
+    files["config.json"] = (json_text(config, indent=2) + "\n").encode()
     if len(shards) > 1:
         files[INDEX] = index_json(shards)
 
@@ -158,7 +158,7 @@ def _renamed(checkpoint: Checkpoint, view: ModelView, kept: list[int]) -> dict[s
     """Name in the base -> the output's stored tensor."""
     sources = {name: checkpoint.tensors[name] for name in (*view.before, *view.after)}
     for layer, old in enumerate(kept):
-        before, after = (view.layer_prefix.format(layer=i) for i in (old, layer))
+        before, after = (prefix_of(i, view.layer_prefix) for i in (old, layer))
         sources |= {after + name.removeprefix(before): checkpoint.tensors[name] for name in view.layers[old].values()}
     return sources
 
@@ -167,7 +167,7 @@ def _base_config(
     checkpoint: Checkpoint, view: ModelView, kept: list[int], record: Mapping, sources: Mapping[str, TensorInfo]
 ) -> dict:
     """The checkpoint's config.json with the base's depth and lists, without what the growth added to it."""
-    origins = [LayerOrigin(checkpoint.config, layer, str(checkpoint.folder)) for layer in kept]
+    origins = [LayerOrigin(checkpoint.config, layer, str(checkpoint.folder), view.layers_path) for layer in kept]
     config = deeper_config(checkpoint.config, view.layers_path, origins, None)
     _drop_added(config, record["donor_config"])
     stored = {dtype_name(info.dtype) for info in sources.values()}

@@ -83,6 +83,11 @@ def torch_dtype(code: str) -> torch.dtype:
     return getattr(torch, _TORCH[code])
 
 
+def stored_dtypes() -> dict[torch.dtype, str]:
+    """Every torch dtype that a safetensors file can hold -> its code."""
+    return {torch_dtype(code): code for code in _TORCH}
+
+
 def promoted(codes: Sequence[str]) -> str:
     """The narrowest dtype that holds values of all of these float dtypes: ``F16`` and ``BF16`` need ``F32``."""
     widest = max(codes, key=ITEMSIZE.__getitem__)

@@ -257,7 +257,7 @@ RECIPES = {
 
 # A model folder, and the fragments; all begin with `base_model (line 1): <folder>`.
 MODELS = {
-    "pickled": ("no safetensors file", "got:      pytorch_model.bin", "hint:     only safetensors is read"),
+    "pickled": ("no safetensors file", "got:      pytorch_model.bin", "a pickle is a program: --allow-pickle"),
     "hollow": ("config.json: the file is missing",),
     "list_config": ("config.json: the config is not a JSON object",),
     "cut_config": ("config.json: the config is not strict JSON",),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..architecture import Heads
+from ..errors import SolverError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,11 +99,20 @@ def align_heads(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads, 
             column, and ``o`` (d, H·h); float32 or float64.
         heads: Their numbers.
         steps: Of ``heads``, ``values``, ``rotary``: which to take.
+
+    Raises:
+        SolverError: NaN or infinity among the weights, or their products overflow.
     """
     import torch
 
     g, per_group = heads.key_value, heads.query // heads.key_value
     value, query_key = _value_scores(a, b, heads), _query_key_scores(a, b, heads)  # (H, H) each
+    if not bool(torch.isfinite(value + query_key).all()):
+        raise SolverError(
+            "the attention heads cannot be compared",
+            expected="finite weights, whose products are finite",
+            hint="look for NaN in the sources, or compute in float64 (compute_dtype)",
+        )
     device = value.device
     if "heads" in steps:
         groups, queries = _match(value + query_key, g, per_group)

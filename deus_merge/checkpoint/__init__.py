@@ -7,10 +7,12 @@ from .hub import resolve
 from .layout import ShardLayout, TensorEntry, index_json, plan_shards
 from .reader import Checkpoint
 from .shards import ShardWriter
+from .source import Access, open_source
 from .system import free_space
 from .writer import OutputFolder
 
 __all__ = [
+    "Access",
     "Checkpoint",
     "OutputFolder",
     "ShardLayout",
@@ -19,6 +21,7 @@ __all__ = [
     "TensorInfo",
     "free_space",
     "index_json",
+    "open_source",
     "plan_shards",
     "resolve",
 ]

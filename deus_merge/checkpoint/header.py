@@ -24,6 +24,8 @@ MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 MAX_JSON = 100_000_000  # bytes of config.json or an index
 MAX_NUMEL = 2**63 - 1  # elements; what a signed 64-bit size can hold
 MAX_DIMS = 64
+MAX_DEPTH = 64  # lists and objects inside each other
+MAX_DIGITS = 100  # of a whole number: a tokenizer's "no limit" has 31
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -111,9 +113,18 @@ def read_header(path: Path) -> FileHeader:
     )
 
 
-def _tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
+def check_name(name: str, path: Path) -> None:
+    """Whether a file's tensor may be called so.
+
+    Raises:
+        CheckpointError: it is empty, or has control characters.
+    """
     if not name or _CONTROL.search(name):
         _refuse(path, "a tensor's name is empty or has control characters", got=repr(name[:200]))
+
+
+def _tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
+    check_name(name, path)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _refuse(
             path,
@@ -168,7 +179,7 @@ def _check_cover(tensors: list[TensorInfo], path: Path, data_start: int, size: i
 
 
 def parse_json(raw: bytes, where: Path, what: str) -> dict:
-    """A JSON object, with no duplicate keys and no numbers that JSON does not have.
+    """A JSON object: no key twice, no number that JSON does not have, none and no depth beyond all reason.
 
     Raises:
         CheckpointError: anything else, with ``where``.
@@ -188,23 +199,45 @@ def parse_json(raw: bytes, where: Path, what: str) -> dict:
             raise ValueError(f"{text} is no JSON number")
         return value
 
+    def whole(text: str) -> int:
+        if len(text) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(text)} digits")
+        return int(text)
+
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+        value = json.loads(
+            raw.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite, parse_int=whole
+        )
+        deep = _deeper_than(value, MAX_DEPTH)
     except RecursionError:
-        _refuse(where, f"the {what} is nested too deeply")
+        deep = True
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
         _refuse(where, f"the {what} is not strict JSON", expected="one UTF-8 JSON object", got=str(error))
+    if deep:
+        _refuse(where, f"the {what} is nested too deeply", expected=f"at most {MAX_DEPTH} levels")
     if not isinstance(value, dict):
         _refuse(where, f"the {what} is not a JSON object", got=type(value).__name__)
     return value
 
 
+def _deeper_than(value: object, levels: int) -> bool:
+    """Whether more than ``levels`` lists and objects stand inside each other."""
+    row = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        inner = (v for item in row for v in (item.values() if isinstance(item, dict) else item))
+        row = [v for v in inner if isinstance(v, dict | list)]
+        if not row:
+            return False
+    return True
+
+
 def read_small(path: Path) -> bytes:
     """The bytes of a regular file that has no business being large (config.json, an index)."""
     with os.fdopen(open_regular(path), "rb") as stream:
-        raw = stream.read(MAX_JSON + 1)
-    if len(raw) > MAX_JSON:
-        _refuse(path, "the file is too large", expected=f"at most {MAX_JSON} bytes")
+        size = os.fstat(stream.fileno()).st_size
+        raw = stream.read(MAX_JSON + 1) if size <= MAX_JSON else b""
+    if max(size, len(raw)) > MAX_JSON:
+        _refuse(path, "the file is too large", expected=f"at most {MAX_JSON} bytes", got=f"{size} bytes")
     return raw
 
 

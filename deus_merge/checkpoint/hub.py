@@ -38,10 +38,17 @@ NEEDED = (
 )
 #: The hub's ``*`` also matches ``/``. ``consolidated`` is a second copy of the weights in their maker's own format.
 UNNEEDED = ("*/*", "consolidated*")
+#: and this, for a repository without safetensors, where pickles are allowed
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def resolve(
-    ref: str, *, cache_dir: Path | str | None = None, offline: bool | None = None, weights: bool = True
+    ref: str,
+    *,
+    cache_dir: Path | str | None = None,
+    offline: bool | None = None,
+    pickle: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The local folder of a model.
 
@@ -50,7 +57,8 @@ def resolve(
             that very name wins.
         cache_dir: The hub's cache; by default where huggingface_hub keeps it.
         offline: Use only the cache. None leaves it to ``HF_HUB_OFFLINE``.
-        weights: Whether the weights are needed, too.
+        pickle: Also fetch pickled weights, of a repository that has no others.
+        weights: Whether weights are needed at all.
 
     Returns:
         The folder: for the hub, the snapshot in the cache with what a merge needs.
@@ -74,8 +82,13 @@ def resolve(
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
     if at and not _REVISION.fullmatch(revision):
         raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
-    needed = [p for p in NEEDED if weights or "safetensors" not in p]
-    return _download(ref, repository, revision or None, cache_dir, offline, needed)
+    if not weights:
+        patterns = tuple(p for p in NEEDED if "safetensors" not in p)
+        return _download(ref, repository, revision or None, cache_dir, offline, patterns)
+    folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED)
+    if pickle and not any(folder.glob("*.safetensors")):
+        folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED + PICKLED)
+    return folder
 
 
 def split_adapter(ref: str) -> tuple[str, str | None]:
@@ -89,7 +102,7 @@ def split_adapter(ref: str) -> tuple[str, str | None]:
 
 
 def _download(
-    ref: str, repository: str, revision: str | None, cache_dir, offline: bool | None, needed: list[str]
+    ref: str, repository: str, revision: str | None, cache_dir, offline: bool | None, patterns: tuple[str, ...]
 ) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -108,7 +121,7 @@ def _download(
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=cached_only,
-            allow_patterns=needed,
+            allow_patterns=list(patterns),
             ignore_patterns=list(UNNEEDED),
         )
     except GatedRepoError as error:

@@ -124,11 +124,11 @@ class Checkpoint:
             raise CheckpointError("an adapter and no model", where=folder, hint=hint)
         raw_config = read_small(folder / "config.json")
         config = parse_json(raw_config, folder / "config.json", "config")
-        weight_map = _weight_map(folder)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(folder)]
+        promised = weight_map(folder, INDEX, SINGLE, (".safetensors",))
+        names = sorted(set(promised.values())) if promised is not None else [_single_file(folder)]
         headers = [read_header(folder / name) for name in names]
         checkpoint = cls(folder, config, headers, _fingerprint(raw_config, names, headers))
-        for name, file in (weight_map or {}).items():
+        for name, file in (promised or {}).items():
             tensor = checkpoint.tensors.get(name)
             if tensor is None or tensor.file != folder / file:
                 raise CheckpointError(
@@ -176,13 +176,17 @@ class Checkpoint:
         Raises:
             CheckpointError: as `read`; also rows outside the tensor.
         """
+        info = self._rows(name, start, stop)
+        row = info.nbytes // info.shape[0] if info.shape[0] else 0
+        return self._view(info, (stop - start, *info.shape[1:]), info.offset + start * row, (stop - start) * row)
+
+    def _rows(self, name: str, start: int, stop: int) -> TensorInfo:
         info = self[name]
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise CheckpointError(
                 f"tensor {name!r} has no such rows", where=info.file, expected=f"within {info.shape}", got=(start, stop)
             )
-        row = info.nbytes // info.shape[0] if info.shape[0] else 0
-        return self._view(info, (stop - start, *info.shape[1:]), info.offset + start * row, (stop - start) * row)
+        return info
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Ask the kernel to read these tensors into its cache; returns before it has.
@@ -210,7 +214,7 @@ class Checkpoint:
 
     @property
     def beside(self) -> Mapping[str, Path]:
-        return {path.name: path for path in sorted(self.folder.iterdir()) if path.is_file()}
+        return {path.name: path for path in sorted(self.folder.iterdir()) if not path.is_dir()}
 
     @property
     def told(self) -> Mapping[str, object]:
@@ -277,36 +281,47 @@ def _close_all(fds: dict[Path, int]) -> None:
         os.close(fds.popitem()[1])
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """The index's map from tensor to file name; None without an index."""
-    path = folder / INDEX
+def weight_map(folder: Path, index: str, single: str, suffixes: tuple[str, ...]) -> dict[str, str] | None:
+    """An index's map from tensor to file name; None without an index.
+
+    Args:
+        folder: The model.
+        index: The index's name.
+        single: The file that stands in a folder without an index.
+        suffixes: Of the files an index may name.
+
+    Raises:
+        CheckpointError: malformed, names files outside of the folder, or stands beside another checkpoint.
+    """
+    path = folder / index
     if not os.path.lexists(path):
         return None
-    weight_map = parse_json(read_small(path), path, "index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    files = parse_json(read_small(path), path, "index").get("weight_map")
+    if not isinstance(files, dict) or not files:
         raise CheckpointError("the index has no weight_map", where=path, expected="tensor names -> file names")
-    for file in dict.fromkeys(v if isinstance(v, str) else repr(v) for v in weight_map.values()):
-        _check_file_name(file, path)
-    if not all(isinstance(v, str) for v in weight_map.values()):
+    for file in dict.fromkeys(v if isinstance(v, str) else repr(v) for v in files.values()):
+        _check_file_name(file, path, suffixes)
+    if not all(isinstance(v, str) for v in files.values()):
         raise CheckpointError("weight_map is malformed", where=path, expected="tensor names -> file names")
-    if os.path.lexists(folder / SINGLE) and SINGLE not in weight_map.values():
+    if os.path.lexists(folder / single) and single not in files.values():
         raise CheckpointError(
             "two checkpoints in one folder",
             where=folder,
-            expected=f"{SINGLE} or {INDEX}",
+            expected=f"{single} or {index}",
             got="both, and the index does not name the file",
             hint="remove the one that is left over",
         )
-    return weight_map
+    return files
 
 
-def _check_file_name(name: str, where: Path) -> None:
+def _check_file_name(name: str, where: Path, suffixes: tuple[str, ...]) -> None:
     parts = PurePosixPath(name).parts
     leaves = name.startswith("/") or ".." in parts or "\\" in name or re.match(r"[A-Za-z]:", name)
     if leaves or not parts or not name.isprintable():
         raise CheckpointError("an entry leaves the folder", where=where, expected="a file name", got=repr(name[:200]))
-    if not name.endswith(".safetensors"):
-        raise CheckpointError("an entry is no safetensors file", where=where, expected="*.safetensors", got=name[:200])
+    if not name.endswith(suffixes):
+        kinds = " or ".join(f"*{suffix}" for suffix in suffixes)
+        raise CheckpointError("an entry is no file of weights", where=where, expected=kinds, got=name[:200])
 
 
 def _single_file(folder: Path) -> str:
@@ -330,8 +345,9 @@ def _single_file(folder: Path) -> str:
         where=folder,
         expected=f"{SINGLE} or {INDEX}",
         got=", ".join(others[:5]) or "neither",
-        hint="only safetensors is read; load the model with transformers' AutoModelForCausalLM.from_pretrained(folder) "
-        "and write it with .save_pretrained(new_folder)"
+        hint="a pickle is a program: --allow-pickle reads its tensors and runs nothing else"
+        if any(n.endswith((".bin", ".pt", ".pth")) for n in others)
+        else "only safetensors is read; load the model with transformers and write it with .save_pretrained(new_folder)"
         if others
         else None,
     )

@@ -8,7 +8,8 @@ import click
 
 from .. import api
 from ..units import format_size
-from .output import emit_json, hush_transformers, say, show_verification, table
+from .faults import tell_bus_errors
+from .output import echo, emit_json, hush_transformers, say, show_verification, table
 
 
 @click.command()
@@ -26,8 +27,12 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, stri
     Example:
       deus-merge verify ./deeper --logits text.txt
     """
-    text = logits.read_text(encoding="utf-8", errors="replace")[:20_000] if logits else None
+    text = None
+    if logits:
+        with logits.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(20_000)
     hush_transformers()
+    tell_bus_errors()
     result = api.verify(out, quick=quick, logits_text=text, strict=strict)
     if as_json:
         emit_json(result.describe())
@@ -53,7 +58,7 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
     """
     hush_transformers()
     result = api.verify(out, quick=not full)
-    click.echo(api.report(out, html, verification=result))
+    echo(str(api.report(out, html, verification=result)))
     if not result.passed:
         say(f"{out} failed verification")
         ctx.exit(3)
@@ -65,8 +70,9 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the similarity into a file (png, svg, pdf)."
 )
+@click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
-def inspect(model: str, similarity: bool, plot: Path | None, as_json: bool):
+def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool, as_json: bool):
     """Show MODEL's family, layers, heads and sizes.
 
     \b
@@ -75,10 +81,11 @@ def inspect(model: str, similarity: bool, plot: Path | None, as_json: bool):
     """
     from ..inspection import adjacent_similarity, plot_similarity, summary
 
-    facts = summary(model)
+    tell_bus_errors()
+    facts = summary(model, api.Access(allow_pickle))
     if similarity or plot:
         rows = []
-        for row in adjacent_similarity(model):
+        for row in adjacent_similarity(model, api.Access(allow_pickle)):
             rows.append(row)
             say(f"layers {row['layers'][0]} and {row['layers'][1]} done")
         facts["similarity"] = rows

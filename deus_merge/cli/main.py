@@ -9,7 +9,7 @@ import sys
 import click
 
 from .. import __version__
-from ..errors import DeusMergeError
+from ..errors import DeusMergeError, printable
 
 _COMMANDS = {  # name -> module with a click command of that name; imported when used, so that --help is quick
     "merge": "run",
@@ -85,6 +85,7 @@ def _run(arguments: list[str] | None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
+        error.message = printable(error.message)
         error.show()
         return 2
     except DeusMergeError as error:
@@ -99,6 +100,6 @@ def _run(arguments: list[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # the machine: a full disk, a lost mount
-        place = f"{error.filename}: " if error.filename else ""
+        place = f"{printable(error.filename)}: " if error.filename else ""
         click.echo(f"error: {place}{error.strerror or error}", err=True)
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -11,20 +10,26 @@ from contextlib import contextmanager
 
 import click
 
+from ..errors import json_text, printable
 from ..plan import BlockPlan, Plan
 from ..units import format_size
 from ..verify import Verification
 
 
+def echo(text: str, err: bool = False) -> None:
+    """Lines of text. A name in them may be anybody's: what would drive a terminal is escaped."""
+    click.echo("\n".join(printable(line) for line in text.split("\n")), err=err)
+
+
 def emit_json(data: object) -> None:
     """One JSON document on stdout."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    click.echo(json_text(data, indent=2))
 
 
 def say(text: str, quiet: bool = False) -> None:
     """One line for people, on stderr."""
     if not quiet:
-        click.echo(text, err=True)
+        echo(text, err=True)
 
 
 def hush_transformers() -> None:
@@ -35,20 +40,20 @@ def hush_transformers() -> None:
 
 def warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
     """A table on stdout; columns in ``right`` are numbers."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
         grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(escape(str(cell)) for cell in row))
+        grid.add_row(*(Text("\n".join(map(printable, str(cell).split("\n")))) for cell in row))
     terminal = sys.stdout.isatty()
     Console(highlight=False, width=None if terminal else 160, soft_wrap=False).print(grid)
 
@@ -80,7 +85,7 @@ def show_plan(plan: Plan) -> None:
     for document in plan.documents:
         count = sum(document.made.values())
         how = f"{count} blocks are made when they are asked for, {document.kept} kept" if count else "only copied from"
-        click.echo(f"document {document.name}, not written: {how}")
+        echo(f"document {document.name}, not written: {how}")
         _layer_table(document.plan)
         click.echo()
     _layer_table(plan)
@@ -105,7 +110,7 @@ def _layer_table(plan: Plan) -> None:
         view = plan.models[i].view
         family = view.architecture.family if view.architecture else f"{view.model_type} (by tensor names)"
         role = ", base" if i == plan.donor else ""
-        click.echo(f"{short[i]} = {name}  [{family}, {view.num_layers} layers{role}]")
+        echo(f"{short[i]} = {name}  [{family}, {view.num_layers} layers{role}]")
     click.echo()
     rows = []
     for block in plan.blocks:

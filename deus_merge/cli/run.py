@@ -11,9 +11,12 @@ import yaml
 from .. import api
 from ..errors import DeusMergeError
 from ..located import parse
+from ..plan import Plan
 from ..recipe import Recipe, read_recipe
 from ..recipe_yaml import dump_recipe
 from ..units import parse_size
+from . import mergekit
+from .faults import tell_bus_errors
 from .output import emit_json, progress, say, show_plan, warn
 
 
@@ -29,21 +32,28 @@ class Size(click.ParamType):
             self.fail(f"{value!r} is not a size: expected {error.expected}", param, ctx)
 
 
-def _no_op(name: str):
-    """A spelling of mergekit's that asks for what is always done here."""
-    return click.option(name, is_flag=True, hidden=True, expose_value=False)
+def _all(options):
+    """Several options as one decorator."""
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+plan_options = _all([
+    click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
+    click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True,
+                 help="Put the tokenizer into the output."),
+    click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run."),
+    click.option("--cache-dir", "--transformers-cache", type=click.Path(path_type=Path, file_okay=False),
+                 help="Where models of the hub are kept."),
+])  # fmt: skip
 
 
 def run_options(command):
     """The options of every command that writes a checkpoint."""
     options = [
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        click.option("--cuda", is_flag=True, hidden=True, help="Same as --device cuda."),
+        click.option("--device", show_default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option("--cuda/--no-cuda", default=None, hidden=True),
         click.option("--max-memory", type=Size(), help="Refuse to start if more memory would be needed, e.g. 8GiB."),
-        click.option(
-            "--max-shard-size", "--out-shard-size", type=Size(), default="5GB", show_default=True,
-            help="Largest output file.",
-        ),
+        plan_options,
         click.option("--dry-run", is_flag=True, help="Do all checks and stop before writing."),
         click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped."),
         click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is whole."),
@@ -51,14 +61,15 @@ def run_options(command):
                      help="Check the result before it gets its name."),
         click.option("--seed", "--random-seed", type=int, default=0, show_default=True,
                      help="For methods that draw random numbers."),
-        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for arithmetic."),
-        click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors and warnings."),
+        click.option("--threads", "--num-threads", "-j", type=click.IntRange(1, 1024),
+                     help="CPU threads for arithmetic."),
+        click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
+                     help="Put a README.md into the output."),
+        click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Say nothing but errors and warnings."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-        *map(_no_op, ("--lazy-unpickle", "--copy-tokenizer", "--trust-remote-code", "--low-cpu-memory",
-                      "--safe-serialization", "--read-to-gpu", "--write-model-card", "--clone-tensors")),
-        click.option("--lora-merge-cache", hidden=True, expose_value=False),  # adapters are merged when they are read
+        *mergekit.options(),
     ]  # fmt: skip
-    return functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+    return _all(options)(command)
 
 
 @click.command()
@@ -107,17 +118,17 @@ def upscale(
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
+@plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets spelled out as slices.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
-def plan(recipe: Path, max_shard_size: int, expand: bool, as_json: bool):
+def plan(recipe: Path, expand: bool, as_json: bool, **options):
     """Show what RECIPE would do: layer map, bytes, memory, time, warnings. Reads no tensor.
 
     \b
     Example:
       deus-merge plan recipes/opt_deus.yml --expand
     """
-    result = api.plan(recipe, max_shard_size=max_shard_size)
+    result = _plan(recipe, **options)
     if expand and as_json:
         documents = list(yaml.safe_load_all(dump_recipe(result.recipe)))
         emit_json(documents if len(documents) > 1 else documents[0])
@@ -130,11 +141,25 @@ def plan(recipe: Path, max_shard_size: int, expand: bool, as_json: bool):
     warn(result.warnings)
 
 
-def _run(recipe: Recipe, out: Path, *, cuda, max_shard_size, dry_run, quiet, as_json, verify_output, **options):
-    if cuda:
-        options["device"] = "cuda"
-    run = api.RunOptions(verify=verify_output, **options)
-    whole = api.plan(recipe, max_shard_size=max_shard_size)
+def _plan(recipe: Recipe | Path, *, allow_pickle: bool, cache_dir: Path | None, **options) -> Plan:
+    return api.plan(recipe, access=api.Access(allow_pickle, cache_dir), **options)
+
+
+def _run(
+    recipe: Recipe, out: Path, *, device, cuda, gpu_rich, max_shard_size, out_shard_size, copy_tokenizer, allow_pickle,
+    cache_dir, dry_run, quiet, as_json, verify_output, **options,
+):  # fmt: skip
+    if device is None:  # as in mergekit, where --device goes before --cuda
+        device = "cuda" if cuda or gpu_rich else "auto" if cuda is None else "cpu"
+    tell_bus_errors()
+    run = api.RunOptions(verify=verify_output, device=device, **options)
+    whole = _plan(
+        recipe,
+        max_shard_size=out_shard_size or max_shard_size,
+        copy_tokenizer=copy_tokenizer,
+        allow_pickle=allow_pickle,
+        cache_dir=cache_dir,
+    )
     if dry_run:
         from ..execute import preflight
 

@@ -8,7 +8,7 @@ import click
 
 from .. import api
 from ..training.export import TRAINERS
-from .output import emit_json, say
+from .output import echo, emit_json, say
 from .run import Size
 
 
@@ -26,7 +26,7 @@ def export_training(out: Path, trainer: str):
     Example:
       deus-merge export-training ./deeper --for axolotl >> axolotl.yml
     """
-    click.echo(api.export_training(out, trainer), nl=False)
+    echo(api.export_training(out, trainer).removesuffix("\n"))
 
 
 @click.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +33,7 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) 
         "library_name": "transformers",
         "tags": ["merge", "deus_merge", *(["depth-up-scaling"] if plan.new_layers else [])],
     }
-    base = _name(str(plan.models[plan.donor].ref))
+    base = _markdown(_name(str(plan.models[plan.donor].ref)))
     depth = plan.models[plan.donor].view.num_layers
     lines = [
         "---",
@@ -41,14 +43,16 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) 
         f"# {base}, {plan.num_layers} layers",
         "",
     ]
-    lines.append(f"Made by deus_merge {__version__} from {', '.join(names)}: {depth} → {plan.num_layers} layers.")
+    lines.append(
+        f"Made by deus_merge {__version__} from {_markdown(', '.join(names))}: {depth} → {plan.num_layers} layers."
+    )
     if plan.function_preserving and plan.new_layers:
         lines.append(f"It computes exactly what {base} computes: the new layers add nothing until they are trained.")
     elif plan.new_layers:
         lines.append(f"It does not compute what {base} computes: expect a worse loss until it is trained.")
-    lines += [f"\nNote: {warning}." for warning in plan.warnings]
+    lines += [f"\nNote: {_markdown(warning)}." for warning in plan.warnings]
     if ancestors:
-        told = "; ".join(f"{_grown(a)} by plan {printable(a['plan_hash'])[:8]}" for a in ancestors)
+        told = "; ".join(f"{_grown(a)} by plan {_markdown(a['plan_hash'][:8])}" for a in ancestors)
         lines += ["", f"Grown before, oldest first (layers as numbered here): {told}."]
     if plan.new_layers:
         new = ", ".join(map(str, plan.new_layers))
@@ -60,9 +64,10 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) 
     maps = [(f"Layers of {d.name}", d.plan.layer_map()) for d in plan.documents] + [("Layers", plan.layer_map())]
     maps += [(f"Layers of {name}", part["layers"]) for name, part in plan.module_maps().items()]
     for title, entries in ((t, e) for t, e in maps if e):
-        lines += ["", f"## {title}", "", "| layer | from | how |", "|---|---|---|"]
-        lines += [f"| {layers} | {origin} | {how} |" for layers, origin, how in _layer_rows(entries)]
-    lines += ["", "## Recipe", "", "```yaml", recipe_yaml.strip(), "```", ""]
+        lines += ["", f"## {_markdown(title)}", "", "| layer | from | how |", "|---|---|---|"]
+        lines += [f"| {layers} | {_markdown(origin)} | {how} |" for layers, origin, how in _layer_rows(entries)]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_yaml)), default=0))
+    lines += ["", "## Recipe", "", f"{fence}yaml", recipe_yaml.strip(), fence, ""]
     return "\n".join(lines)
 
 
@@ -108,4 +113,9 @@ def _name(ref: str) -> str:
     """A model's name without the folders of whoever ran the merge."""
     parts = [part for part in split_adapter(ref) if part is not None]
     name = "+".join(Path(part).name if Path(part).exists() else part for part in parts)
-    return printable(name).replace("|", "\\|")
+    return printable(name)
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown and HTML leave as it is: a name may be anybody's."""
+    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", html.escape(printable(text), quote=False))

@@ -8,23 +8,22 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..checkpoint.header import read_small
+from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.reader import TensorSource
 from ..config import config_patch, layer_lists
-from ..errors import CheckpointError, VerifyError
+from ..errors import CheckpointError, VerifyError, json_text
 from ..plan import BlockPlan, Plan, PlannedTensor
+from .shape import problem
 
 MANIFEST = "deus_merge.json"
 RECIPE = "deus_merge.yml"
 #: 2 added ``weights``, ``dtype``, ``layer_lists``, checksums, dtype and shape of tensors, and the seal; 1 is still read
 FORMAT = 2
-_PARTS = {"sources": list, "layers": list, "new_layers": list, "tensors": dict, "files": dict, "donor": int}
 _SEAL = ' "sha256": "%s"\n}\n'
 
 
@@ -123,7 +122,7 @@ def sealed(record: Mapping, checksums: Mapping[str, str] | None = None) -> bytes
     if checksums is not None:
         tensors = {name: {**origin, "xxh3_128": checksums[name]} for name, origin in record["tensors"].items()}
         record = {**record, "tensors": tensors}
-    text = json.dumps({k: v for k, v in record.items() if k != "sha256"}, indent=1, ensure_ascii=False)
+    text = json_text({k: v for k, v in record.items() if k != "sha256"}, indent=1)
     body = text.removesuffix("\n}").encode() + b",\n"
     return body + (_SEAL % hashlib.sha256(body).hexdigest()).encode()
 
@@ -144,20 +143,18 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
         raise CheckpointError("no manifest", where=path, hint="only folders that deus-merge wrote have one")
     try:
         raw = read_small(path)
-        data = json.loads(raw.decode())
+        data = parse_json(raw, path, "manifest")
     except CheckpointError as error:
         raise VerifyError(error.message, where=path, got=error.got) from None
-    except (ValueError, RecursionError) as error:
-        raise VerifyError("the manifest is not JSON", where=path, got=error) from None
-    if not isinstance(data, dict) or data.get("format") not in (1, FORMAT):
-        got = data.get("format") if isinstance(data, dict) else None
+    if data.get("format") not in (1, FORMAT):
+        got = data.get("format")
         raise VerifyError("not a manifest this version reads", where=path, expected=f"format {FORMAT}", got=got)
-    if lacking := [key for key, kind in _PARTS.items() if not isinstance(data.get(key), kind)]:
-        raise VerifyError("the manifest is not whole", where=path, expected=", ".join(_PARTS), got=f"no {lacking[0]}")
     if data["format"] == FORMAT:
         seal = len(_SEAL % "") + 64
         if raw[-seal:] != (_SEAL % hashlib.sha256(raw[:-seal]).hexdigest()).encode():
             raise VerifyError("the manifest is not as it was written", where=path)
+    if wrong := problem(data):
+        raise VerifyError(f"the manifest is malformed: {wrong}", where=path)
     if lacking := [key for key in needed if key not in data]:
         raise CheckpointError(
             f"the manifest lacks {lacking[0]!r}", where=path, hint="an earlier version wrote it: make the output again"

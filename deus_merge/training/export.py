@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from ..architecture import families
+from ..architecture import families, prefix_of
 from ..checkpoint.header import parse_json, read_small
 from ..errors import TrainingError, nearest
 from .freeze import new_layers, new_names, read_training
@@ -64,7 +64,7 @@ training.watch(trainer, path)  # checks that the base stays as it is; logs the n
 
 def _axolotl(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
     _check_described(out)
-    patterns = ["^" + record["layer_prefix"].format(layer=layer) for layer in new]
+    patterns = ["^" + prefix_of(layer, record["layer_prefix"]) for layer in new]
     regexes = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     _check_choice("axolotl", record, lambda name: any(regex.match(name) for regex in regexes))
     settings = {"base_model": str(out), "unfrozen_parameters": patterns}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..architecture import prefix_of
 from ..errors import TrainingError
 from ..report.lineage import generations
 from ..report.manifest import MANIFEST, RECIPE, read_manifest, sealed
@@ -92,7 +93,7 @@ def new_names(record: Mapping, generation: int = -1) -> tuple[str, ...]:
     layers = new_layers(record, generation)
     if generation in (-1, len(generations(record)) - 1):
         return tuple(record["new_parameters"])
-    prefixes = tuple(record["layer_prefix"].format(layer=layer) for layer in layers)
+    prefixes = tuple(prefix_of(layer, record["layer_prefix"]) for layer in layers)
     return tuple(name for name in record["tensors"] if name.startswith(prefixes))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..architecture import prefix_of
 from ..errors import TrainingError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def parameters_of(model: Module, record: Mapping) -> Parameters:
     tied = {id(parameter) for parameter in base.values()}
     others = {name: parameter for name, parameter in others.items() if id(parameter) not in tied}
     adapted = any("base_model." in name or ".base_layer." in name for name, _ in model.named_parameters())
-    beyond = record["layer_prefix"].format(layer=record["num_layers"])  # the layer that would follow the last
+    beyond = prefix_of(record["num_layers"], record["layer_prefix"])  # the layer that would follow the last
     more = [name for name in others if not adapted or beyond in name]
     buffers = {plain_name(name, planned) for name, _ in model.named_buffers()}
     fewer = [name for name in planned if name not in base and name not in buffers]

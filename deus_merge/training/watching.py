@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..architecture import prefix_of
 from ..errors import TrainingError
 from .freeze import new_layers, new_names, read_training
 from .names import parameters_of
@@ -51,7 +52,7 @@ class Watch:
         self._sums = _checksums(self._frozen)
         self._layers: dict[int, dict[str, Parameter]] = {}
         for layer in new_layers(record, generation):
-            prefix = record["layer_prefix"].format(layer=layer)
+            prefix = prefix_of(layer, record["layer_prefix"])
             self._layers[layer] = {name: p for name, p in base.items() if name.startswith(prefix)}
         self._zeroed = [name for name in new if record["tensors"][name]["action"] == "zeros"]
 

@@ -55,7 +55,7 @@ class Output:
             path = self.folder / name
             if not path.is_file():
                 wrong.append(f"{name} is missing")
-            elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            elif hashlib.sha256(read_small(path)).hexdigest() != digest:
                 wrong.append(f"{name} is not as it was written")
         if self.record["format"] > 1:  # format 1 does not name all files
             known = {*digests, *self.record["weights"], MANIFEST}

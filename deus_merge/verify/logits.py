@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..architecture import ModelView, view_model
+from ..architecture import ModelView, prefix_of, view_model
 from ..checkpoint.reader import Checkpoint
 from .model import build
 
@@ -78,7 +78,7 @@ def run(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, str | None]:
         problem = _stream(model, view, checkpoint)
         if problem:
             load = transformers.AutoModelForCausalLM.from_pretrained
-            model = load(folder, dtype=torch.float32, trust_remote_code=False).eval()
+            model = load(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True).eval()
         return model(ids, use_cache=False).logits[0], problem
 
 
@@ -91,7 +91,7 @@ def _stream(model: PreTrainedModel, view: ModelView, checkpoint: Checkpoint) -> 
         return "transformers names its tensors otherwise"
     if not _make_buffers(model):
         return "transformers does not make its buffers anew"
-    layers = {view.layer_prefix.format(layer=i).rstrip(".") for i in range(view.num_layers)}
+    layers = {prefix_of(i, view.layer_prefix).rstrip(".") for i in range(view.num_layers)}
     for name, module in model.named_modules():
         if name in layers:
             _fetch_when_called(module, dict(module.named_modules(prefix=name)), stored, checkpoint)

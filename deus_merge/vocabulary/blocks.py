@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from ..architecture import ModelView
 from ..checkpoint.reader import TensorSource
@@ -32,7 +33,9 @@ def vocabulary_tensors(checkpoint: TensorSource, view: ModelView) -> tuple[str, 
 
 
 def plan_vocabulary(
-    settings: TokenizerSettings | None, models: Sequence[tuple[object, TensorSource, ModelView]]
+    settings: TokenizerSettings | None,
+    models: Sequence[tuple[object, TensorSource, ModelView]],
+    cache_dir: Path | None = None,
 ) -> VocabularyPlan:
     """The output's tokens.
 
@@ -40,6 +43,7 @@ def plan_vocabulary(
         settings: What the recipe says of tokenizers. None: the donor's tokenizer is copied, and all rows stay as they
             are; what is wrong with that is told as far as files of tokenizers show it.
         models: Each model's name, tensors and view, the donor first.
+        cache_dir: The hub's cache; None for where huggingface_hub keeps it.
 
     Raises:
         RecipeError, PlanError, CheckpointError: tokenizers, settings and embeddings do not go together.
@@ -52,7 +56,7 @@ def plan_vocabulary(
     for member in members:
         if not member.tensors:
             settings.place.fail(f"no embeddings are known of {member.model}", expected="a tensor with vocab_size rows")
-    vocabulary = build_vocabulary(settings, members)
+    vocabulary = build_vocabulary(settings, members, cache_dir)
     return VocabularyPlan(members, vocabulary, list(vocabulary.warnings))
 
 

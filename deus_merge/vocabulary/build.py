@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.hub import resolve
@@ -89,12 +90,15 @@ class Vocabulary:
         return tokens_digest(self.tokens)
 
 
-def build_vocabulary(settings: TokenizerSettings, members: Sequence[Member]) -> Vocabulary:
+def build_vocabulary(
+    settings: TokenizerSettings, members: Sequence[Member], cache_dir: Path | None = None
+) -> Vocabulary:
     """Load every tokenizer and unite them as the recipe says.
 
     Args:
         settings: What it says.
         members: Its models, the base model (or the first one named) first.
+        cache_dir: The hub's cache, for a tokenizer of another model; None for where huggingface_hub keeps it.
 
     Raises:
         RecipeError, PlanError, CheckpointError: whatever does not go together, with the place in the recipe.
@@ -109,7 +113,7 @@ def build_vocabulary(settings: TokenizerSettings, members: Sequence[Member]) -> 
         if beyond := [token for token, i in tokenizer.tokens.items() if i >= stored]:
             warnings.append(f"{beyond_rows(member.model, beyond, stored)}: it counts as if it lacked them")
         kept.append({token: i for token, i in tokenizer.tokens.items() if i < stored})
-    made, files = _output(settings, members, loaded)
+    made, files = _output(settings, members, loaded, cache_dir)
     rows = max(len(made.tokens), max(made.tokens.values(), default=0) + 1)
     rows += -rows % (settings.pad_to_multiple_of or 1)
     own = np.full((len(members), rows), -1, dtype=np.int64)  # (models, rows)
@@ -161,10 +165,10 @@ def _assume(settings: TokenizerSettings, member: Member, first: Member, warnings
 
 
 def _output(
-    settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer]
+    settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer], cache_dir: Path | None
 ) -> tuple[Tokenizer, Files]:
     """The output's tokenizer and its files: those of one model as they are where nothing has to change."""
-    files, tokenizer, rows = _one(settings, members, loaded)
+    files, tokenizer, rows = _one(settings, members, loaded, cache_dir)
 
     def become(data: Mapping) -> None:
         """What transformers makes of a changed tokenizer.json: it adds special tokens that other files name."""
@@ -197,7 +201,7 @@ def _changed(files: Files, data: Mapping) -> Files:
 
 
 def _one(
-    settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer]
+    settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer], cache_dir: Path | None
 ) -> tuple[Files, Tokenizer, int | None]:
     """The model whose tokenizer the output takes or begins with: files, tokenizer, and its rows if it is a member."""
     for member, tokenizer in zip(members, loaded, strict=True):
@@ -205,8 +209,8 @@ def _one(
             return present(member.checkpoint.beside, TOKENIZER_FILES), tokenizer, member.rows
     names = [*WORDS, *(str(m.model) for m in members)]
     with _at(settings.place, nearest(str(settings.source), names)):
-        folder = resolve(str(settings.source), weights=False)
-        files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+        folder = resolve(str(settings.source), cache_dir=cache_dir, weights=False)
+        files = present({path.name: path for path in folder.iterdir() if path.is_file()}, TOKENIZER_FILES)
         config = read_json(folder / "config.json", "config") if (folder / "config.json").is_file() else {}
         return files, load(files, config, folder), None
 

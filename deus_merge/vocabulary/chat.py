@@ -67,7 +67,7 @@ def template_of(files: Files) -> str | None:
     if isinstance(found, list):  # several, by name
         named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
         found = named[0].get("template") if named else None
-    return found.strip() or None if isinstance(found, str) else None
+    return found.strip() or None if isinstance(found, str) and _is_text(found) else None
 
 
 def set_template(files: Files, template: str) -> dict[str, bytes | Path]:
@@ -81,10 +81,17 @@ def set_template(files: Files, template: str) -> dict[str, bytes | Path]:
     return files
 
 
+def _is_text(template: str) -> bool:
+    """Whether it has no half characters (lone surrogates), which no file can hold."""
+    return not any("\ud800" <= c <= "\udfff" for c in template)
+
+
 def _check(template: str, place: Located) -> None:
     """That Jinja can read it, with what transformers adds to the language."""
     import jinja2
 
+    if not _is_text(template):
+        place.fail("half a character (a lone surrogate)", expected="text")
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)

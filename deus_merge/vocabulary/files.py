@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoint.header import parse_json, read_small
-from ..errors import CheckpointError
+from ..errors import CheckpointError, json_text
 
 #: what makes up a tokenizer, beside what is said about chats
 _JSON = "tokenizer.json"
@@ -22,8 +23,38 @@ Files = Mapping[str, "bytes | Path"]
 
 
 def present(files: Files, names: Sequence[str]) -> dict[str, bytes | Path]:
-    """Those of some files that have one of these names."""
-    return {name: files[name] for name in names if name in files}
+    """Those of a model's files that have one of these names, to be copied or told of in an output.
+
+    Raises:
+        CheckpointError: a link that leads out of the model's folder.
+    """
+    found = {name: files[name] for name in names if name in files}
+    for path in found.values():
+        if isinstance(path, Path):
+            _check_link(path)
+    return found
+
+
+def _check_link(path: Path) -> None:
+    """These files go into the output as they are, so no link may fetch somebody's private files into it.
+
+    A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or to a file of the
+    same name (but for code, whose names are the model's own). Weights and config.json may be links to anywhere: they
+    are parsed.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
+    if not homes & set(real.parents) and (real.name != path.name or path.suffix == ".py"):
+        raise CheckpointError(
+            "a link leads out of the model's folder",
+            where=path,
+            expected="a file, since it is copied into the output",
+            got=f"a link to {real}",
+            hint="put a copy of the file in its place, if you want it to be part of the output: cp -L",
+        )
 
 
 def has_tokenizer(files: Files) -> bool:
@@ -41,8 +72,9 @@ def read_json(file: bytes | Path, name: str) -> dict:
 
 
 def as_json(data: Mapping, indent: int | None = None) -> bytes:
-    """The bytes of a JSON file."""
-    return (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode()
+    """The bytes of a JSON file; without ``indent`` of a large one that a library wrote before."""
+    text = json.dumps(data, ensure_ascii=False) if indent is None else json_text(data, indent)
+    return f"{text}\n".encode()
 
 
 def model_tokens(model: Mapping) -> dict[str, int]:

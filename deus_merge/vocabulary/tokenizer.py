@@ -53,7 +53,7 @@ def load(files: Files, config: Mapping, where: object) -> Tokenizer:
         CheckpointError: transformers cannot, or has no fast one.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for name, file in {**files, "config.json": as_json(config)}.items():
+        for name, file in {**files, "config.json": as_json(config, indent=2)}.items():
             if isinstance(file, bytes):
                 (Path(folder) / name).write_bytes(file)
             else:

@@ -173,7 +173,7 @@ BAD = {
     "index a list": (_index(lambda _: []), "not a JSON object", INDEX),
     "index without map": (_index(lambda i: i.pop("weight_map") and None), "no weight_map", INDEX),
     "index with empty map": (_index(lambda i: i["weight_map"].clear()), "no weight_map", INDEX),
-    "index to a number": (_points_to(3), "no safetensors file", INDEX),
+    "index to a number": (_points_to(3), "no file of weights", INDEX),
     "index a folder": (lambda f: ((f / INDEX).unlink(), (f / INDEX).mkdir()), "regular", INDEX),
     "index leaves, up": (_points_to("../x.safetensors"), "leaves the folder", INDEX),
     "index leaves, middle": (_points_to("a/../../x.safetensors"), "leaves the folder", INDEX),
@@ -182,7 +182,7 @@ BAD = {
     "index leaves, drive": (_points_to("C:x.safetensors"), "leaves the folder", INDEX),
     "index to NUL": (_points_to("a\0.safetensors"), "leaves the folder", INDEX),
     "index to nothing": (_points_to(""), "leaves the folder", INDEX),
-    "index to a pickle": (_points_to("x.bin"), "no safetensors file", INDEX),
+    "index to a pickle": (_points_to("x.bin"), "no file of weights", INDEX),
     "index to a missing file": (_points_to("x.safetensors"), "missing", "x.safetensors"),
     "index to the wrong file": (
         lambda f: _points_to(FIRST if "model.scale" in load_file(f / SECOND) else SECOND)(f),
@@ -210,7 +210,7 @@ BAD = {
     "shards without index": (lambda f: (f / INDEX).unlink(), "no index", ""),
     "only pickles": (
         lambda f: ([p.unlink() for p in f.glob("model*")], (f / "pytorch_model.bin").touch()),
-        "save_pretrained",
+        "--allow-pickle",
         "",
     ),
     "nothing": (lambda f: [p.unlink() for p in f.glob("model*")], "no safetensors file", ""),

@@ -1,0 +1,194 @@
+"""Weights that torch has pickled (``pytorch_model.bin``), read without running what a pickle may ask for.
+
+`torch.load` unpickles with ``weights_only=True``: tensors and plain containers, and nothing that is called by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError
+from ..units import dtype_name, stored_dtypes
+from .header import FileHeader, TensorInfo, check_name, file_identity, open_regular, parse_json, read_small
+from .reader import Checkpoint, weight_map
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+SUFFIXES = (".bin", ".pt", ".pth")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # what trainers leave beside them
+
+
+class PickledCheckpoint(Checkpoint):
+    """A model folder whose weights are pickled. Every tensor is derived: a pickle says where, torch reads it.
+
+    A file in torch's format since 1.6 (a zip archive) is mapped, so it takes no more memory than a safetensors file. An
+    older one is loaded whole, one file at a time.
+
+    Of names that share one tensor (tied embeddings) the first is kept, unless config.json says that embeddings are not
+    tied.
+    """
+
+    def __init__(self, folder: Path, config: dict, headers: Iterable[FileHeader], fingerprint: str):
+        super().__init__(folder, config, headers, fingerprint)
+        self._loading = threading.Lock()
+        self._whole: tuple[Path, Mapping[str, torch.Tensor]] | None = None  # of the older format: the last file
+
+    @classmethod
+    def open(cls, folder: Path | str) -> PickledCheckpoint:
+        """Read config.json, the index, and names and shapes of every file.
+
+        Raises:
+            CheckpointError: as `Checkpoint.open`; or a pickle that holds anything but tensors.
+        """
+        folder = Path(folder)
+        raw_config = read_small(folder / "config.json")
+        config = parse_json(raw_config, folder / "config.json", "config")
+        promised = weight_map(folder, INDEX, SINGLE, SUFFIXES)
+        names = sorted(set(promised.values())) if promised is not None else [_single(folder)]
+        tied = config.get("tie_word_embeddings") is not False
+        digest = hashlib.sha256(b"deus-merge pickled checkpoint 1\n" + hashlib.sha256(raw_config).digest())
+        headers = []
+        for name in names:
+            header, stored = _examine(folder / name, tied)
+            digest.update(hashlib.sha256(name.encode()).digest() + header.digest)
+            headers.append(header)
+            if missing := [t for t, file in (promised or {}).items() if file == name and t not in stored]:
+                raise CheckpointError(f"the index promises tensor {missing[0]!r} in {name}", where=folder / INDEX)
+        return cls(folder, config, headers, digest.hexdigest())
+
+    def read(self, name: str) -> torch.Tensor:
+        """As `Checkpoint.read`."""
+        return self._part(self[name], ...)
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """As `Checkpoint.slice`."""
+        return self._part(self._rows(name, start, stop), slice(start, stop))
+
+    def _part(self, info: TensorInfo, part: object) -> torch.Tensor:
+        """Part of a tensor, in memory of its own or mapped for it alone: nobody else sees what is written to it."""
+        self._descriptor(info.file)  # refuses a file that has changed
+        with self._loading:
+            if self._whole is None or self._whole[0] != info.file:
+                self._whole = None  # before the next is loaded
+                tensors, mapped = _load(info.file)
+                if mapped:
+                    return tensors[info.name].detach()[part].contiguous()
+                self._whole = (info.file, tensors)
+            return self._whole[1][info.name].detach()[part].clone()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Ask the kernel to read the files of these tensors: where in them a tensor lies only torch knows."""
+        if hasattr(os, "posix_fadvise"):
+            for file in {self[name].file for name in names}:
+                os.posix_fadvise(self._descriptor(file), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def has_safetensors(folder: Path) -> bool:
+    return any(entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in os.scandir(folder))
+
+
+def _single(folder: Path) -> str:
+    names = sorted(n for n in os.listdir(folder) if n.endswith(SUFFIXES) and not n.startswith(_NO_WEIGHTS))
+    if SINGLE in names:
+        return SINGLE
+    if len(names) != 1:
+        raise CheckpointError(
+            "several pickled files and no index" if names else "no weights",
+            where=folder,
+            expected=f"safetensors, {SINGLE} or {INDEX}",
+            got=", ".join(names[:5]) + (" ..." if len(names) > 5 else "") or "neither",
+        )
+    return names[0]
+
+
+def _examine(path: Path, tied: bool) -> tuple[FileHeader, frozenset[str]]:
+    """Names, dtypes and shapes of a file's tensors as a header would tell them; and the names left out beside."""
+    fd = open_regular(path)
+    try:
+        status = os.fstat(fd)
+    finally:
+        os.close(fd)
+    dtypes = stored_dtypes()
+    infos: list[TensorInfo] = []
+    seen = set()
+    tensors, _ = _load(path)
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, path, dtypes)
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tied and tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        nbytes = tensor.numel() * tensor.element_size()
+        infos.append(TensorInfo(name, dtypes[tensor.dtype], tuple(tensor.shape), path, 0, nbytes, derived=True))
+    told = repr([(i.name, i.dtype, i.shape) for i in infos]) + str(status.st_size)
+    digest = hashlib.sha256(told.encode()).digest()
+    header = FileHeader(path, status.st_size, file_identity(status), tuple(infos), {}, digest)
+    return header, frozenset(tensors)
+
+
+def _check_tensor(name: object, tensor: object, path: Path, dtypes: Mapping[torch.dtype, str]) -> None:
+    import torch
+
+    if not isinstance(name, str):
+        raise CheckpointError("a tensor's name is no text", where=path, got=type(name).__name__)
+    check_name(name, path)
+    problem = None
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        problem = f"is a {type(tensor).__name__}"
+    elif tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in dtypes:
+        problem = f"is of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+    elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        problem = f"claims the shape {list(tensor.shape)}, more than the file stores"
+    if problem:
+        raise CheckpointError(
+            f"{name!r} {problem}",
+            where=path,
+            expected=f"a dense tensor of {', '.join(map(dtype_name, dtypes.values()))}",
+            hint="only a flat mapping from names to tensors is read, as transformers saves it",
+        )
+
+
+def _load(path: Path) -> tuple[Mapping[str, torch.Tensor], bool]:
+    """What a file holds, and whether it is mapped.
+
+    Raises:
+        CheckpointError: it holds more than tensors, or is damaged.
+    """
+    import torch
+
+    mapped = zipfile.is_zipfile(path)
+    try:
+        if mapped:
+            _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses about a damaged file
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises whatever a damaged or hostile pickle makes it stumble on
+        lines = str(error).splitlines() or [type(error).__name__]
+        told = next((line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")), lines[0])
+        raise CheckpointError(
+            "the pickle is refused", where=path, expected="tensors and nothing else (weights_only=True)", got=told
+        ) from None
+    if not isinstance(state, dict):
+        raise CheckpointError("no mapping from names to tensors", where=path, got=type(state).__name__)
+    return state, mapped
+
+
+def _check_archive(path: Path) -> None:
+    """torch stores; what is compressed may become as large as it likes."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > entry.compress_size:
+                raise CheckpointError("the archive is compressed", where=path, expected="as torch.save writes it")

@@ -1,0 +1,410 @@
+"""Hostile input by name: what fuzzing or thinking found, told in a message and in no time. The files are small ones of
+`fuzz.workshop`, changed in one place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fuzz.mutate import NAMES
+from fuzz.workshop import CONFIG, TOKENIZER_CONFIG, Special, Workshop, header_of, shapes, values, weights_file
+from safetensors.torch import load_file, save_file
+from support import make_model, weights
+
+from deus_merge.report.manifest import sealed
+
+GIGABYTES = 100_000_000_000
+SECONDS = 10  # each takes far less than one
+
+
+def config(**changes) -> dict:
+    return {"base/config.json": json.dumps(CONFIG | changes).encode()}
+
+
+def raw_config(text: str) -> dict:
+    """config.json with one more key, whose value is any text."""
+    return {"base/config.json": (json.dumps(CONFIG)[:-1] + f', "x": {text}}}').encode()}
+
+
+def recipe(text: str) -> dict:
+    return {"recipe.yml": text.encode()}
+
+
+def tensors(changes: dict[str, str], **extra: list[int]) -> dict:
+    """The model's weights with tensors of other names, and more tensors."""
+    sizes = {changes.get(n, n): s for n, s in shapes().items()} | extra
+    count = sum(len(values(1, 0)) // 4 * _numel(s) for s in sizes.values())
+    return {"base/model.safetensors": weights_file(header_of(sizes), values(count, 0))}
+
+
+def _numel(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def stack(insert: str) -> dict:
+    return recipe(f"base_model: base\nupscale: {{preset: stack, insert: {insert}}}\n")
+
+
+_LAYER = "model.layers.0.input_layernorm.weight"
+_MANY = "slices:\n  - &a {sources: [{model: base}]}\n" + "  - *a\n" * 9_000 + "merge_method: passthrough\n"
+_LENGTH = (50_000_000_000).to_bytes(8, "little")
+
+# Files, and fragments of the message of `deus-merge plan recipe.yml`.
+REFUSED = {
+    # numbers
+    "a layer's index of 5000 digits": (tensors({_LAYER: f"model.layers.{'9' * 5000}.x"}), "layer 0 lacks its 'n1'"),
+    "a number of 5001 digits": (raw_config("1" + "0" * 5000), "the config is not strict JSON", "5001 digits"),
+    "heads of 4000 digits": (raw_config("9" * 4000), "a number of 4000 digits"),
+    "NaN": (raw_config("NaN"), "NaN is no JSON number"),
+    "infinity": (raw_config("[-Infinity]"), "-Infinity is no JSON number"),
+    "1e400": (raw_config("1e400"), "1e400 is no JSON number"),
+    "a number to the base 60": (recipe("upscale: " + "1:" * 100_000 + "1"), "not a plain value", "!!int"),
+    "a hexadecimal number": (recipe(f"base_model: 0x{'f' * 100_000}\nupscale: {{}}\n"), "not a plain value", "!!int"),
+    "a billion layers": (stack("{count: 1000000000}"), "insert.count (line 2): the output has too many layers", "5000"),
+    "27 000 layers": (recipe(_MANY), "the output has too many layers", "expected: at most 5000"),
+    # depth and size
+    "lists 20 000 deep": (raw_config("[" * 20_000 + "]" * 20_000), "config.json: the config is nested too deeply"),
+    "lists 100 deep": (raw_config("[" * 100 + "]" * 100), "the config is nested too deeply", "at most 64 levels"),
+    "open lists": (recipe("a: " + "[" * 900 + "b, " * 20_000), "the recipe is nested too deeply", "at most 32 levels"),
+    "100 000 values": (recipe("slices: [" + "b," * 100_000 + "]"), "the recipe is too large", "at most 20000 values"),
+    "2 MB of comments": (recipe("# x\n" * 500_000), "the recipe is too large", "at most 1000000 bytes"),
+    "a header of 50 GB": ({"base/model.safetensors": Special("sparse", size=GIGABYTES, begin=_LENGTH + b"{")},
+                          "the header is too long", "at most 100000000 bytes", "got:      50000000000 bytes"),
+    "a config of 100 GB": ({"base/config.json": Special("sparse", size=GIGABYTES)}, "config.json: the file is"),
+    "an index of 100 GB": ({"base/model.safetensors.index.json": Special("sparse", size=GIGABYTES)}, "is too large"),
+    "a tokenizer of 100 GB": ({"base/tokenizer.json": Special("sparse", size=GIGABYTES)}, "the file is too large"),
+    "a licence of 100 GB": ({"base/LICENSE": Special("sparse", size=GIGABYTES)}, "LICENSE: the file is too large"),
+    # names
+    "half a character in a template": (recipe(r'{base_model: base, upscale: {}, chat_template: "{{ \ud800 }}"}'),
+                                       "chat_template (line 1): half a character"),
+    "a tensor named like a role": (tensors({}, **{"model.layers.0.q": [8, 8]}), "is named like the role 'q'"),
+    "escapes in a tensor's name": (tensors({_LAYER: "\x1b]0;x\x07"}), "has control characters", r"\x1b]0;x"),
+    "a tensor's name of 50 000": (tensors({_LAYER: "\u202e" * 50_000}), "lacks its 'n1'"),
+    "a file's name of 50 000": ({"base/model.safetensors.index.json":
+                                 json.dumps({"weight_map": {"a": "\x1b" * 50_000}}).encode()}, "leaves the folder"),
+    # files that are none
+    "a tokenizer from a FIFO": ({"base/tokenizer.json": Special("fifo")}, "tokenizer.json: not a regular file"),
+    "weights from a FIFO": ({"base/model.safetensors": Special("fifo")}, "model.safetensors: not a regular file"),
+    "weights from a device": ({"base/model.safetensors": Special("link", "/dev/zero")}, "not a regular file"),
+    "a licence from a device": ({"base/LICENSE": Special("link", "/dev/zero")}, "a link leads out of", "/dev/zero"),
+    "a licence from elsewhere": ({"base/LICENSE": Special("link", "/etc/passwd")}, "base/LICENSE: a link leads out"
+                                 " of the model's folder", "got:      a link to /etc/passwd", "cp -L"),
+    "a licence through the folder": ({"base/LICENSE": Special("link", "../base/../recipe.yml")}, "a link leads out of"),
+    "code of somebody else's": ({**config(auto_map={}), "base/me.py": Special("link", "../other/me.py"),
+                                 "other/me.py": b"SECRET = 1\n"}, "base/me.py: a link leads out of the model's folder"),
+    "a tokenizer that is gone": ({"base/tokenizer.json": Special("link", "../base/gone")}, "to a file that is gone"),
+    "a loop of links": ({"base/config.json": Special("link", "config.json")}, "config.json: the file cannot be opened"),
+    # values of another kind
+    "a template's config a list": ({**recipe('{base_model: base, upscale: {}, chat_template: "{{ x }}"}'),
+                                    "base/tokenizer_config.json": b"[1]"}, "tokenizer's config is not a JSON object"),
+}  # fmt: skip
+
+# Files with which it goes on.
+TAKEN = {
+    "max_window_layers is text": config(use_sliding_window=True, max_window_layers="2", layer_types=None),
+    "braces in the names": tensors({n: n.replace("model.layers", "{x}.layers") for n in shapes()})
+    | config(model_type="mystery"),
+    "the braces of our own": tensors({n: n.replace("model.layers", "{layer}.h") for n in shapes()})
+    | config(model_type="mystery"),
+    "a tokenizer by its own name": {"base/tokenizer.json": Special("link", "../other/tokenizer.json")},
+    "a licence inside the folder": {"base/LICENSE": Special("link", "config.json")},
+    "weights from elsewhere": {"blob": tensors({})["base/model.safetensors"],
+                               "base/model.safetensors": Special("link", "../blob")},
+    "half a character in the config": raw_config('"\\ud800"'),
+    "half a character beside it": {"base/tokenizer_config.json": b'{"x": "\\ud800", "chat_template": ""}'},
+    "a number of 31 digits": {"base/tokenizer_config.json": json.dumps(TOKENIZER_CONFIG).encode()},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop():
+    made = Workshop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fit(run):
+    """Run a command, and look at what it prints: nothing that a terminal would obey, and not too much of it."""
+
+    def call(*arguments, expect=0):
+        done = run(*arguments, expect=expect)
+        assert all(c.isprintable() or c == "\n" for c in done.out + done.err)
+        assert len(done.err) < 6000 and "Traceback" not in done.err
+        return done
+
+    return call
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(fit, workshop, monkeypatch, name):
+    files, *fragments = REFUSED[name]
+    monkeypatch.chdir(workshop.root)
+    began = time.process_time()
+    with workshop.changed(recipe("{base_model: base, upscale: {preset: copy_next}}") | files):
+        done = fit("plan", "recipe.yml", expect=2)
+    assert time.process_time() - began < SECONDS
+    for fragment in fragments:
+        assert fragment in done.err, done.err
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(fit, workshop, monkeypatch, name):
+    monkeypatch.chdir(workshop.root)
+    plain = recipe("{merge_method: passthrough, slices: [{sources: [{model: base, layer_range: [1, 3]}]}]}")
+    with workshop.changed(plain | TAKEN[name]):
+        fit("merge", "recipe.yml", "out")
+        assert not any(path.is_symlink() for path in Path("out").iterdir())
+        written = weights(Path("out"))
+    assert len(written) == 21  # two layers of nine, and three outside
+
+
+def test_a_layer_with_a_zero_before_its_index_is_not_lost(fit, workshop, monkeypatch):
+    """Two names must not stand for one layer: one of the two tensors would be gone."""
+    monkeypatch.chdir(workshop.root)
+    odd = _LAYER.replace(".0.", ".00.")
+    with workshop.changed(tensors({}, **{odd: [8]}) | recipe("{base_model: base, upscale: {preset: copy_next}}")):
+        fit("merge", "recipe.yml", "out")
+        written, source = weights(Path("out")), weights(Path("base"))
+    assert torch.equal(written[odd], source[odd]) and torch.equal(written[_LAYER], source[_LAYER])
+
+
+def test_models_whose_configs_name_the_depth_differently(fit, workshop, monkeypatch):
+    """Per-layer lists come from the config of the model that the layer is from, by that config's own key."""
+    monkeypatch.chdir(workshop.root)
+    other = {k: v for k, v in CONFIG.items() if k != "num_hidden_layers"}
+    text = "{merge_method: passthrough, slices: [{sources: [{model: base}]}, {sources: [{model: other}]}]}"
+    files = config(model_type="mystery") | {
+        "other/config.json": json.dumps(other | {"model_type": "mystery", "n_layer": 3}).encode()
+    }
+    with workshop.changed(recipe(text) | files):
+        fit("merge", "recipe.yml", "out")
+        made = json.loads(Path("out/config.json").read_text())
+    assert made["num_hidden_layers"] == 6 and made["layer_types"] == ["full_attention"] * 6
+
+
+def test_heads_beyond_float32_are_told(fit, tmp_path):
+    base = make_model(tmp_path / "base", layers=2)
+    tensors = load_file(base / "model.safetensors")
+    for role in ("q", "k"):  # what they compute together is infinite
+        tensors[f"model.layers.1.self_attn.{role}_proj.weight"] *= 1e30
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    done = fit("upscale", base, tmp_path / "out", "--insert", "all", expect=2)
+    assert "layer 1: the attention heads cannot be compared" in done.err
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (lambda m: m.update(files={"../../etc/passwd": "0"}), "malformed: files: '../../etc/passwd'"),
+        (lambda m: m.update(files={"/etc/passwd": "0"}), "malformed: files: '/etc/passwd'"),
+        (lambda m: m["sources"].clear(), "malformed: donor is none of the sources"),
+        (lambda m: m["sources"][0].pop("fingerprint"), "malformed: sources[0].fingerprint is missing"),
+        (lambda m: m.update(donor=7), "malformed: donor is none of the sources"),
+        (lambda m: m.update(donor="0"), "malformed: donor"),
+        (lambda m: m.update(layer_prefix=3), "malformed: layer_prefix"),
+        (lambda m: m.update(num_layers="3"), "malformed: num_layers"),
+        (lambda m: m.update(new_layers=["0"]), "malformed: new_layers[0]"),
+        (lambda m: m["tensors"].update(x=[]), "malformed: tensors.x"),
+        (lambda m: m["sources"][0].update(layers=10**9), "malformed: sources[0].layers"),
+        (lambda m: m["layers"][1]["sources"].clear(), "malformed: layer 1 comes from no source"),
+        (lambda m: m["layers"][0]["sources"][0].update(layer=99), "malformed: layer 0 comes from no source"),
+        (lambda m: m.pop("versions"), "malformed: versions is missing"),
+        (lambda m: m["tensors"].update(x={"action": "copy", "model": 3, "tensor": "x"}), "'x' is a copy of nothing"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(fit, workshop, monkeypatch, change, fragment):
+    monkeypatch.chdir(workshop.root)
+    record = json.loads(workshop.finished["done/deus_merge.json"])
+    change(record)
+    with workshop.changed({"done/deus_merge.json": sealed(record)}):
+        assert fragment in fit("verify", "done", expect=3).out
+        assert fragment in fit("report", "done", expect=3).err
+
+
+@pytest.mark.parametrize("special", [Special("fifo"), Special("sparse", size=GIGABYTES), Special("link", "/dev/zero")])
+def test_a_manifest_that_is_no_file_is_refused(fit, workshop, monkeypatch, special):
+    monkeypatch.chdir(workshop.root)
+    assert workshop.finished
+    with workshop.changed({"done/deus_merge.json": special}):
+        fit("verify", "done", expect=3)
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(fit, workshop, tmp_path):
+    """The cache's own links are followed; from another model's folder they would not be."""
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, path in enumerate(sorted((workshop.root / "base").iterdir())):
+        (blobs / f"{i:040x}").write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{i:040x}")
+    fit("upscale", snapshot, tmp_path / "out", "--preset", "copy_next")
+    assert not (tmp_path / "out/tokenizer.json").is_symlink()
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == TOKENIZER_CONFIG
+    snapshot.rename(tmp_path / "loose")
+    (tmp_path / "blobs").mkdir()
+    done = fit("upscale", tmp_path / "loose", tmp_path / "out2", "--preset", "copy_next", expect=2)
+    assert "a link to a file that is gone" in done.err
+
+
+# names that would drive a terminal, a page or a card -----------------------------------------------------------------
+
+EVIL = "a\x1b]0;x\x07\x9b31m <script>alert(1) `x` [b](c) |d \u202e :skull: [red]"
+
+
+@pytest.fixture
+def evil(workshop, tmp_path) -> Path:
+    """A model whose folder, and a tensor, have hostile names."""
+    folder = tmp_path / f"{EVIL}\n---\nlicense: mit\n```"
+    folder.mkdir()
+    for name, raw in workshop.valid.items():
+        if name.startswith("base/"):
+            (folder / name[5:]).write_bytes(raw)
+    sizes = shapes() | {"<img src=x>\u202e`[red]:skull:": [2]}
+    count = sum(map(_numel, sizes.values()))
+    (folder / "model.safetensors").write_bytes(weights_file(header_of(sizes), values(count, 0)))
+    return folder
+
+
+def test_names_reach_no_terminal(fit, evil, tmp_path):
+    out = tmp_path / f"out{EVIL}"
+    fit("upscale", evil, out, "--preset", "copy_next")
+    for command in (["inspect", evil], ["inspect", evil, "--json"], ["verify", out], ["verify", out, "--json"]):
+        done = fit(*command, expect=3 if "verify" in command else 0)  # transformers does not know the tensor
+        assert "[red]" in done.out + done.err  # as it stands: no markup
+        assert "💀" not in done.out + done.err
+    text = f"base_model: {json.dumps(str(evil))}\nupscale: {{}}\nchat_template: '{{{{ \u202e }}}}'\n"
+    (tmp_path / "recipe.yml").write_text(text)
+    for options in ([], ["--json"], ["--expand"], ["--expand", "--json"]):
+        fit("plan", tmp_path / "recipe.yml", *options)
+    fit("plan", tmp_path / "\x1b[31m", expect=2)
+    fit("verify", tmp_path / "\x1b[31m", expect=2)
+    fit("methods", "\x1b[31m", expect=2)
+    fit("\x1b[31m", expect=2)
+    fit("upscale", evil, out, expect=2)
+    fit("upscale", evil, tmp_path / "x", "-p", "\x1b[31m=1", expect=2)
+
+
+def test_names_cannot_break_out_of_the_model_card(fit, evil, tmp_path):
+    import yaml
+
+    template = "```\\n</pre><script>\\n{{ x }}\\n  ````\\n"
+    slices = f"[{{sources: [{{model: {json.dumps(str(evil))}}}], merge_method: passthrough}}]"
+    text = f'slices: {slices}\nchat_template: "{template}"\nparameters: {{scale: [{{filter: <b>, value: 1}}]}}\n'
+    (tmp_path / "recipe.yml").write_text(text)
+    done = fit("merge", tmp_path / "recipe.yml", tmp_path / "out")
+    assert "filter '<b>' is part of no tensor's name" in done.err
+    card = (tmp_path / "out/README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    assert len(yaml.safe_load(front)["base_model"]) == 1 and "\\x1b" in yaml.safe_load(front)["base_model"][0]
+    assert "license" not in yaml.safe_load(front)
+    prose, fence, rest = body.partition("`````yaml\n")
+    assert fence and rest.count("`````") == 1 and rest.endswith("`````\n")
+    assert "<" not in prose and "filter '&lt;b&gt;'" in prose
+    assert all(c.isprintable() or c == "\n" for c in card)
+    assert not [line for line in prose.splitlines() if line.startswith(("---", "```"))]
+    rows = [line for line in prose.splitlines() if line.startswith("| 0–2 ")]
+    assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 4
+    assert yaml.safe_load(rest.removesuffix("`````\n"))["chat_template"].startswith("```\n</pre>")
+
+
+def test_a_folder_whose_name_is_no_text(fit, workshop, tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff\xfe model")
+    folder.mkdir()
+    for name, raw in workshop.valid.items():
+        if name.startswith("base/"):
+            (folder / name[5:]).write_bytes(raw)
+    fit("upscale", folder, tmp_path / "out", "--preset", "copy_next")
+    fit("verify", tmp_path / "out", "--json")
+    fit("merge", tmp_path / "out/deus_merge.yml", tmp_path / "again")  # the recipe runs again
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.isprintable() and "/" not in n and 0 < len(n.encode()) < 256])
+def test_any_name_of_a_folder(fit, workshop, tmp_path, name):
+    """A model may be called whatever a folder may."""
+    if name in ("..", "~", "~root") or name.startswith("-") or "+" in name:
+        pytest.skip("means something else on a command line")
+    folder = tmp_path / name
+    folder.mkdir()
+    for file, raw in workshop.valid.items():
+        if file.startswith("base/"):
+            (folder / file[5:]).write_bytes(raw)
+    fit("upscale", folder, tmp_path / "the result", "--preset", "copy_next")
+
+
+# what the output is, to others ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027, 0o000])
+def test_the_output_has_the_users_umask(fit, workshop, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        out = tmp_path / "new/out"
+        fit("upscale", workshop.root / "base", out, "--preset", "copy_next", "--max-shard-size", "4kB")
+        fit("upscale", workshop.root / "base", out, "--preset", "average", "--overwrite")
+        fit("upscale", workshop.root / "base", tmp_path / "shards", "--max-shard-size", "4kB")
+    finally:
+        os.umask(before)
+    for folder in (out, tmp_path / "shards"):
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+        assert {p.name: p.stat().st_mode & 0o777 for p in folder.iterdir()} == {
+            p.name: 0o666 & ~umask for p in folder.iterdir()
+        }
+
+
+def test_a_models_code_is_copied_and_never_run(run, fit, workshop, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for name, raw in workshop.valid.items():
+        if name.startswith("base/"):
+            (base / name[5:]).write_bytes(raw)
+    marker = tmp_path / "marker"
+    (base / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    auto = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
+    (base / "config.json").write_text(json.dumps(CONFIG | {"auto_map": auto}))
+    tokenizer = TOKENIZER_CONFIG | {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "text").write_text("a b c d e f " * 10)
+    out = tmp_path / "out"
+    done = fit("upscale", base, out, "--preset", "copy_next", "--trust-remote-code")
+    assert "--trust-remote-code changes nothing: no code of a model is ever run" in done.err
+    fit("verify", out)
+    run("verify", out, "--logits", tmp_path / "text", expect=None)
+    fit("inspect", base)
+    assert (out / "evil.py").read_bytes() == (base / "evil.py").read_bytes()
+    assert not marker.exists()
+
+
+_TRUNCATED = """
+import os, sys, torch
+from deus_merge.checkpoint import Checkpoint
+from deus_merge.cli.faults import tell_bus_errors
+tell_bus_errors()
+torch.set_num_threads(2)
+tensor = Checkpoint.open(sys.argv[1]).read("w")
+os.truncate(sys.argv[1] + "/model.safetensors", 100_000)
+print(eval(sys.argv[2])(tensor))
+"""
+
+
+@pytest.mark.parametrize("use", ["lambda t: t.sum()", "lambda t: t.numpy().sum()", "lambda t: (t * 2).shape"])
+def test_a_file_that_is_cut_off_while_it_is_mapped_is_told(tmp_path, use):
+    """In the window between the check of the file and the use of its pages the kernel sends a bus error."""
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"w": torch.ones(1024, 2048)}, tmp_path / "model.safetensors")
+    command = [sys.executable, "-c", _TRUNCATED, str(tmp_path), use]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}
+    )
+    assert done.returncode == 2, done
+    assert f"error: {tmp_path}/model.safetensors: the file became shorter while it was read" in done.stderr
+    assert done.stderr.count("error:") == 1 and done.stdout == ""
