@@ -102,7 +102,7 @@ REFUSED = {
     "a loop of links": ({"base/config.json": Special("link", "config.json")}, "config.json: the file cannot be opened"),
     # values of another kind
     "a template's config a list": ({**recipe('{base_model: base, upscale: {}, chat_template: "{{ x }}"}'),
-                                    "base/tokenizer_config.json": b"[1]"}, "tokenizer's config is not a JSON object"),
+                                    "base/tokenizer_config.json": b"[1]"}, "tokenizer_config.json is not a JSON o"),
 }  # fmt: skip
 
 # Files with which it goes on.
@@ -280,7 +280,7 @@ def test_names_reach_no_terminal(fit, evil, tmp_path):
         done = fit(*command, expect=3 if "verify" in command else 0)  # transformers does not know the tensor
         assert "[red]" in done.out + done.err  # as it stands: no markup
         assert "💀" not in done.out + done.err
-    text = f"base_model: {json.dumps(str(evil))}\nupscale: {{}}\nchat_template: '{{{{ \u202e }}}}'\n"
+    text = f"base_model: {json.dumps(str(evil))}\nupscale: {{}}\nchat_template: '\u202e {{{{ 1 }}}}'\n"
     (tmp_path / "recipe.yml").write_text(text)
     for options in ([], ["--json"], ["--expand"], ["--expand", "--json"]):
         fit("plan", tmp_path / "recipe.yml", *options)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import make_model
+from support import make_model, save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("mergekit")
     base = make_model(root / "base", layers=2)
-    (base / "tokenizer_config.json").write_text("{}")
+    save_tokenizer(base, train_tokenizer())
     (root / "recipe.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {base}}}]\n")
     return root
 
