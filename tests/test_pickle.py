@@ -265,7 +265,7 @@ print(peak - before)
 @pytest.mark.parametrize(("zipped", "bound"), [(True, 0.5), (False, 1.5)])
 def test_memory_does_not_grow_with_the_model(tmp_path, zipped, bound):
     """Mapped archives take a block's working memory; older files one file more, of the four."""
-    base = make_model(tmp_path / "base", layers=8, hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    base = make_model(tmp_path / "base", layers=8, hidden_size=512, intermediate_size=1024, num_attention_heads=8)
     model = pickled(base, tmp_path / "model", shards=4, zipped=zipped)
     shard = sum(p.stat().st_size for p in model.glob("*.bin")) / 4
     recipe = tmp_path / "recipe.yml"
