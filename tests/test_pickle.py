@@ -278,6 +278,18 @@ def test_memory_does_not_grow_with_the_model(tmp_path, zipped, bound):
     assert int(done.stdout) < 60_000_000 + bound * shard, (int(done.stdout), shard)
 
 
+def test_plans_count_what_loading_a_file_takes(run, base, tmp_path):
+    """A mapped archive takes nothing; an older file is in memory while its tensors are read."""
+    need = {}
+    for zipped in (True, False):
+        model = pickled(base, tmp_path / f"model-{zipped}", zipped=zipped)
+        recipe = tmp_path / f"{zipped}.yml"
+        recipe.write_text(RECIPE.format(model=model, dtype="bfloat16"))
+        need[zipped] = run("plan", recipe, "--allow-pickle", "--json").json()["peak_memory_bytes"]
+    size = (tmp_path / "model-False/pytorch_model.bin").stat().st_size
+    assert 0 < need[False] - need[True] - size < size
+
+
 def test_the_api_takes_pickles_with_leave(base, tmp_path):
     model = pickled(base, tmp_path / "model")
     recipe = api.upscale_recipe(model, preset="copy_next")

@@ -42,6 +42,7 @@ class PickledCheckpoint(Checkpoint):
         super().__init__(folder, config, headers, fingerprint)
         self._loading = threading.Lock()
         self._whole: tuple[Path, Mapping[str, torch.Tensor]] | None = None  # of the older format: the last file
+        self._mapped = {file: zipfile.is_zipfile(file) for file in self.files}
 
     @classmethod
     def open(cls, folder: Path | str) -> PickledCheckpoint:
@@ -85,6 +86,10 @@ class PickledCheckpoint(Checkpoint):
                     return tensors[info.name].detach()[part].contiguous()
                 self._whole = (info.file, tensors)
             return self._whole[1][info.name].detach()[part].clone()
+
+    def workspace(self, name: str, least: bool = False) -> int:
+        info = self[name]
+        return 0 if self._mapped[info.file] else self._headers[info.file].size + info.nbytes
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Ask the kernel to read the files of these tensors: where in them a tensor lies only torch knows."""
