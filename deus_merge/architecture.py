@@ -7,15 +7,15 @@ which is enough for methods that work tensor by tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .discover import plugins
 from .errors import ArchitectureError
+from .stacks import DEPTH_KEYS, INDEX, at, depth_path, find_stacks, reads_senses
 
 RESIDUAL = "residual"
-_INDEX = "0|[1-9][0-9]{0,8}"  # of a layer; with leading zeros two names would stand for one layer
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,17 @@ class ModelView:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def described(self) -> bool:
+        """Whether all of it is a described family's, and not just its main stack."""
+        return self.architecture is not None and self.model_type in self.architecture.model_types
+
+    def names(self) -> Iterator[str]:
+        """Every tensor of it."""
+        yield from self.before
+        yield from (name for layer in self.layers for name in layer.values())
+        yield from self.after
+
     def spec(self, role: str) -> TensorSpec | None:
         """The family's description of a role; None for tensors (or families) without one."""
         return self.architecture.roles.get(role) if self.architecture else None
@@ -181,7 +192,7 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
             got=repr(depth),
         )
     head, tail = architecture.layer_prefix.split("{layer}")
-    pattern = re.compile(re.escape(head) + f"({_INDEX})" + re.escape(tail) + r"(.+)", re.DOTALL)
+    pattern = re.compile(re.escape(head) + f"({INDEX})" + re.escape(tail) + r"(.+)", re.DOTALL)
     by_suffix = {spec.name: spec.role for spec in architecture.layer}
     layers: dict[int, dict[str, str]] = {}
     outside = []
@@ -224,42 +235,68 @@ def _known(architecture: Architecture, model_type: str, config: Mapping, names: 
     )
 
 
-_LAYER = re.compile(
-    rf"(?P<prefix>(?:.*\.)?(?:layers|layer|h|blocks|block))\.(?P<index>{_INDEX})\.(?P<suffix>.+)", re.DOTALL
-)
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-
-
 def _generic(model_type: str, config: Mapping, names: tuple[str, ...], where) -> ModelView:
-    stacks: dict[str, dict[int, dict[str, str]]] = {}
-    for name in names:
-        if match := _LAYER.fullmatch(name):
-            layer = stacks.setdefault(match["prefix"], {}).setdefault(int(match["index"]), {})
-            layer[match["suffix"]] = name
+    stacks = find_stacks(names)
     if not stacks:
         raise ArchitectureError(
             f"unknown family {model_type!r}, and no tensor is named like a layer's",
             where=where,
             expected="names like model.layers.0.…, transformer.h.0.…",
         )
-    prefix = max(stacks, key=lambda p: (sum(map(len, stacks[p].values())), p))
-    layers = stacks[prefix]
-    paths = [(k,) for k in _DEPTH_KEYS] + [("text_config", k) for k in _DEPTH_KEYS]
-    path = next((p for p in paths if _at(config, p) == len(layers)), None)
+    paths = {prefix: depth_path(config, prefix, len(layers)) for prefix, layers in stacks.items()}
+    size = {prefix: sum(map(len, layers.values())) for prefix, layers in stacks.items()}
+    # a language model's own layers go before the larger stack of a vision tower
+    prefix = max(stacks, key=lambda p: (paths[p] is not None and not reads_senses(paths[p]), size[p], p))
+    layers, path = stacks[prefix], paths[prefix]
     if path is None:
         raise ArchitectureError(
             f"unknown family {model_type!r}: no depth in config.json fits its {len(layers)} layers",
             where=where,
-            expected=" or ".join(_DEPTH_KEYS) + f" = {len(layers)}",
+            expected=" or ".join(DEPTH_KEYS) + f" = {len(layers)}",
         )
     _check_depth(layers, len(layers), path[-1], where)
     in_layers = {name for layer in layers.values() for name in layer.values()}
-    outside = [n for n in names if n not in in_layers]
+    return stack_view(model_type, config, prefix, layers, path, [n for n in names if n not in in_layers])
+
+
+def stack_view(
+    model_type: str,
+    config: Mapping,
+    prefix: str,
+    layers: Mapping[int, Mapping[str, str]],
+    path: tuple[str, ...],
+    outside: Sequence[str],
+) -> ModelView:
+    """A stack of layers that was found by its names, with roles if its section of the config is of a described family.
+
+    Args:
+        model_type: The whole model's.
+        config: config.json.
+        prefix: Of the layers' names.
+        layers: Index -> name under the prefix -> name.
+        path: Keys that lead to its depth.
+        outside: The tensors that belong to it but to no layer.
+    """
+    kind = at(config, (*path[:-1], "model_type"))
+    architecture = next((a for a in families().values() if len(path) > 1 and kind in a.model_types), None)
+    needed = [spec.name for spec in architecture.layer if not spec.optional] if architecture else []
+    if architecture and all(name in layer for layer in layers.values() for name in needed):
+        architecture = replace(architecture, layer_prefix=prefix + ".{layer}.", before=(), after=(), tied=())
+    else:
+        architecture = None
+    role = {spec.name: spec.role for spec in architecture.layer} if architecture else {}
+    order = {name: i for i, name in enumerate(role)}
     before = tuple(n for n in outside if re.search(r"embed|wte|wpe", n))
     return ModelView(
-        None,
+        architecture,
         model_type,
-        tuple(dict(sorted(layers[i].items())) for i in range(len(layers))),
+        tuple(
+            {
+                role.get(suffix, suffix): layers[i][suffix]
+                for suffix in sorted(layers[i], key=lambda s: (order.get(s, len(order)), s))
+            }
+            for i in range(len(layers))
+        ),
         prefix + ".{layer}.",
         before,
         tuple(n for n in outside if n not in before),
@@ -276,10 +313,3 @@ def _check_depth(layers: Mapping[int, object], depth: int, key: str, where) -> N
             expected=f"{depth} layers, 0 to {depth - 1}",
             got=f"{len(layers)} layers" + (f", first missing: {missing}" if missing else f", up to {max(layers)}"),
         )
-
-
-def _at(config: Mapping, path: tuple[str, ...]) -> object:
-    value: object = config
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value

@@ -12,6 +12,8 @@ from .units import dtype_name
 
 #: lists that may happen to be as long as the model is deep, but are about something else
 _NOT_PER_LAYER = ("architectures", "mrope_section", "sizes", "feature_size")
+#: lists of layers' numbers
+_NUMBERS = ("fullatt_block_indexes", "deepstack_visual_indexes")
 
 
 @dataclass(frozen=True)
@@ -128,34 +130,39 @@ def _section(config: Mapping, layers_path: Sequence[str]) -> Mapping:
     return config
 
 
-def deeper_config(
-    config: Mapping, layers_path: Sequence[str], origins: Sequence[LayerOrigin], dtype: str | None
-) -> dict:
+def typed_config(config: Mapping, dtype: str | None) -> dict:
+    """A copy of the donor's config.json for the output's dtype (a safetensors code, where the recipe sets one)."""
+    result = copy.deepcopy(dict(config))
+    if dtype is not None:
+        for key in [k for k in ("dtype", "torch_dtype") if k in result] or ["torch_dtype"]:
+            result[key] = dtype_name(dtype)
+    return result
+
+
+def deeper_config(config: Mapping, layers_path: Sequence[str], origins: Sequence[LayerOrigin], where: object) -> dict:
     """The donor's config.json for the output's layers.
 
     Args:
         config: The donor's config.
         layers_path: Keys that lead to its depth, like ``("num_hidden_layers",)``.
         origins: One entry per output layer.
-        dtype: safetensors code of the output's dtype when the recipe sets one.
+        where: The donor, for messages.
 
     Returns:
-        A new config: depth set, per-layer lists rebuilt, dtype set, everything else as it was.
+        A new config: depth set, per-layer lists rebuilt, everything else as it was.
 
     Raises:
-        PlanError: a layer comes from a model that lacks one of the donor's per-layer lists.
+        PlanError: a layer comes from a model that lacks one of the donor's per-layer lists; or the config tells layers
+            by their numbers, which are other ones now.
     """
     result = copy.deepcopy(dict(config))
-    section, parents = result, tuple(layers_path[:-1])
-    for key in parents:
-        section = section[key]
+    section = _section(result, layers_path)
+    in_place = len(origins) == section[layers_path[-1]] and [o.layer for o in origins] == list(range(len(origins)))
+    for key in (k for k in _NUMBERS if section.get(k) and not in_place):
+        raise PlanError(f"config.json's {key} tells layers by their numbers", where=where, got=section[key])
     for key in layer_lists(config, layers_path):
         section[key] = [_entry(key, origin) for origin in origins]
     section[layers_path[-1]] = len(origins)
-    if dtype is not None:
-        keys = [k for k in ("dtype", "torch_dtype") if k in result] or ["torch_dtype"]
-        for key in keys:
-            result[key] = dtype_name(dtype)
     return result
 
 
@@ -189,7 +196,7 @@ def layer_lists(config: Mapping, layers_path: Sequence[str]) -> dict[str, list]:
 
 
 def _about_something_else(key: str) -> bool:
-    return key in _NOT_PER_LAYER or key.endswith(("token_id", "token_ids", "tokens"))
+    return key in (*_NOT_PER_LAYER, *_NUMBERS) or key.endswith(("token_id", "token_ids", "tokens"))
 
 
 def _entry(key: str, origin: LayerOrigin) -> object:

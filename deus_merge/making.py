@@ -219,7 +219,7 @@ class Result:
         import torch
 
         block, t = self._planned.planned(name)
-        if t.action == "zeros":
+        if t.action == "zeros" or 0 in t.task.shape:
             return torch.zeros(t.task.shape, dtype=torch_dtype(t.dtype))
         if block.index not in self._blocks:
             while len(self._blocks) >= self._kept:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from .architecture import ModelView
 from .config import heads
 from .errors import PlanError
 from .method import REQUIRED, TensorTask
@@ -67,15 +68,21 @@ def check_same(parts: Sequence[Part]) -> None:
             _mismatch(part, parts[0].what, difference)
 
 
-def check_like_donor(part: Part, donor: SourceModel) -> None:
+def check_like_donor(part: Part, donor: SourceModel, view: ModelView) -> None:
     """A layer must look like one of the donor's, or nobody could load the output.
+
+    Args:
+        part: The layer.
+        donor: The donor.
+        view: Its module that the layer goes to.
 
     Raises:
         PlanError: it looks like none.
     """
-    if part.source.model == donor.ref or frozenset(part.shapes.items()) in donor.layer_kinds:
+    kinds = donor.layer_kinds(view)
+    if part.source.model == donor.ref or frozenset(part.shapes.items()) in kinds:
         return
-    _mismatch(part, f"the layers of {donor.ref}", _difference(part.shapes, donor.shapes(donor.view.layers[0])))
+    _mismatch(part, f"the layers of {donor.ref}", _difference(part.shapes, donor.shapes(view.layers[0])))
 
 
 def base_source(piece: OutputSlice, sources: Sequence[SliceSource], ref: ModelRef | None) -> int | None:

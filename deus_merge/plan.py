@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from .checkpoint.source import PLAIN, Access, open_source
 from .config import check_config
 from .errors import DeusMergeError, nearest
 from .method import CopyOf, TensorTask, Zeros
+from .modules import view_modules
 from .recipe import ModelRef, Recipe, methods
 from .units import ITEMSIZE
 
@@ -50,6 +51,16 @@ class SourceModel:
     ref: ModelRef
     checkpoint: TensorSource
     view: ModelView
+
+    @cached_property
+    def modules(self) -> dict[str, ModelView]:
+        """Its modules, by the names that recipes use."""
+        return view_modules(self.checkpoint.config, tuple(self.checkpoint.tensors), self.view)
+
+    @property
+    def main(self) -> str:
+        """The module that `view` shows the layers of."""
+        return next(name for name, view in self.modules.items() if view.layer_prefix == self.view.layer_prefix)
 
     @classmethod
     def open(cls, ref: ModelRef, known: dict[str, TensorSource], access: Access = PLAIN) -> SourceModel:
@@ -85,9 +96,15 @@ class SourceModel:
         return {role: self.checkpoint.tensors[name].shape for role, name in names.items()}
 
     @cached_property
-    def layer_kinds(self) -> frozenset:
-        """The shapes that its layers have: what an output layer must look like."""
-        return frozenset(frozenset(self.shapes(layer).items()) for layer in self.view.layers)
+    def _layer_kinds(self) -> dict[str, frozenset]:
+        return {}
+
+    def layer_kinds(self, view: ModelView) -> frozenset:
+        """The shapes that layers of one of its stacks have: what an output layer must look like."""
+        key = view.layer_prefix
+        if key not in self._layer_kinds:
+            self._layer_kinds[key] = frozenset(frozenset(self.shapes(layer).items()) for layer in view.layers)
+        return self._layer_kinds[key]
 
 
 @dataclass(frozen=True)
@@ -145,6 +162,7 @@ class BlockPlan:
         tensors: In the order they are written.
         new: Whether its layers are new ones, to be trained.
         align: How its sources are aligned before the method sees them; None: they are not.
+        module: Which module its layers are of; None where a recipe does not speak of modules.
     """
 
     index: int
@@ -156,6 +174,7 @@ class BlockPlan:
     tensors: tuple[PlannedTensor, ...]
     new: bool = False
     align: AlignTo | None = None
+    module: str | None = None
 
     @property
     def computes(self) -> bool:
@@ -237,13 +256,27 @@ class Plan:
     warnings: tuple[str, ...]
     documents: tuple[DocumentPlan, ...] = ()
 
+    @cached_property
+    def modules(self) -> dict[str | None, tuple[BlockPlan, ...]]:
+        """Blocks of layers by module; None: of a recipe that does not speak of modules."""
+        names = dict.fromkeys(b.module for b in self.blocks if b.layers)
+        return {name: tuple(b for b in self.blocks if b.module == name and b.layers) for name in names}
+
+    @property
+    def main_blocks(self) -> tuple[BlockPlan, ...]:
+        """Blocks of the main stack's layers; none where the recipe leaves it to the donor."""
+        return self.modules.get(None) or self.modules.get(self.models[self.donor].main, ())
+
     @property
     def num_layers(self) -> int:
-        return sum(len(b.layers) for b in self.blocks)
+        """Of the main stack."""
+        made = sum(len(b.layers) for b in self.main_blocks)
+        return made or self.models[self.donor].view.num_layers
 
     @property
     def new_layers(self) -> tuple[int, ...]:
-        return tuple(layer for b in self.blocks if b.new for layer in b.layers)
+        """Of the main stack."""
+        return tuple(layer for b in self.main_blocks if b.new for layer in b.layers)
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
@@ -254,17 +287,19 @@ class Plan:
     def function_preserving(self) -> bool:
         """Whether the output computes what the base computes: its layers in order, and new ones that add nothing."""
         base = self.models[self.donor]
-        kept = []
+        kept: dict[str | None, list] = {}
         for block in self.blocks:
             if block.new:
-                writers = {r for r in base.view.residual_writers() if r in {t.task.role for t in block.tensors}}
+                view = base.modules[block.module] if block.module else base.view
+                writers = {r for r in view.residual_writers() if r in {t.task.role for t in block.tensors}}
                 if not writers or any(t.action != "zeros" for t in block.tensors if t.task.role in writers):
                     return False
             elif any(not t.kept or block.sources[t.source].model != self.donor for t in block.tensors):
                 return False
             elif block.layers:
-                kept.append(block.sources[0].layer)
-        return kept == list(range(base.view.num_layers))
+                kept.setdefault(block.module, []).append(block.sources[0].layer)
+        depths = {name: (base.modules[name] if name else base.view).num_layers for name in self.modules}
+        return all(kept.get(name) == list(range(depth)) for name, depth in depths.items())
 
     @property
     def bytes_read(self) -> int:
@@ -326,8 +361,8 @@ class Plan:
         text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def layer_map(self) -> list[dict]:
-        """One entry per output layer: where it comes from."""
+    def layer_map(self, blocks: Sequence[BlockPlan] | None = None) -> list[dict]:
+        """One entry per output layer: where it comes from. Of the main stack, or of these blocks."""
         return [
             {
                 "layer": layer,
@@ -336,9 +371,15 @@ class Plan:
                 "method": block.method,
                 "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources],
             }
-            for block in self.blocks
+            for block in (self.main_blocks if blocks is None else blocks)
             for layer in block.layers
         ]
+
+    def module_maps(self) -> dict[str, dict]:
+        """``num_layers`` and ``layers``, as in the layer map, of every other module that the recipe names."""
+        others = {name: blocks for name, blocks in self.modules.items() if blocks != self.main_blocks}
+        maps = {name: self.layer_map(blocks) for name, blocks in others.items()}
+        return {name: {"num_layers": len(layers), "layers": layers} for name, layers in maps.items()}
 
     def describe(self) -> dict:
         """The plan as JSON data."""
@@ -361,6 +402,7 @@ class Plan:
             "new_layers": list(self.new_layers),
             "function_preserving": self.function_preserving,
             "layers": self.layer_map(),
+            **({"modules": maps} if (maps := self.module_maps()) else {}),
             **({"documents": [_describe_document(d) for d in self.documents]} if self.documents else {}),
             "tensors": dict(sorted(actions.items())),
             "shards": [{"file": s.filename, "bytes": s.size, "tensors": len(s.tensors)} for s in self.shards],
@@ -404,6 +446,7 @@ def _block_identity(block: BlockPlan) -> list:
         block.method,
         [[s.model, s.layer] for s in block.sources],
         block.base,
+        *([block.module] if block.module else []),
         *([[block.align.target, dict(block.align.values)]] if block.align else []),
         [
             [

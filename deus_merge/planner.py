@@ -10,16 +10,18 @@ from .architecture import ModelView, TensorSpec, families, prefix_of
 from .checkpoint.layout import TensorEntry, plan_shards
 from .checkpoint.reader import TensorInfo, TensorSource
 from .checkpoint.source import PLAIN, Access
-from .config import LayerOrigin, deeper_config, head_shape, layer_lists
-from .errors import PlanError, RecipeError
+from .config import LayerOrigin, deeper_config, head_shape, layer_lists, typed_config
+from .errors import PlanError, RecipeError, nearest
 from .intermediate import PlannedResult, document_plans
 from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
 from .method import TensorTask
 from .model_files import TOKENIZER_FILES, extra_files
+from .modules import DEFAULT
 from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
 from .presets import MAX_LAYERS, expand
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
 from .settings import Settings, filters, resolve_setting
+from .stacks import reads_senses
 from .units import FLOAT_DTYPES, dtype_name, parse_size, promoted
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -74,23 +76,31 @@ class _Planner:
         self.donor = self.index[self.recipe.donor]
         self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
         self.blocks: list[BlockPlan] = []
-        self.origins: list[LayerOrigin] = []
+        self.module: str | None = None
         if self.recipe.upscale:
             base = self.recipe.base_model
             slices = expand(self.recipe.upscale, base, self._view(base).num_layers)
             self.recipe = replace(self.recipe, slices=slices, upscale=None)
-        layers = sum(len(self._range(piece.sources[0])) for piece in self.recipe.slices)
-        if layers > MAX_LAYERS:  # those between layers are counted when they are made
-            self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
-        self._outside("embeddings", "before", self.recipe.slices[0], 0.0)
-        for piece in self.recipe.slices:
-            self._slice(piece)
-        self._outside("final norm and head", "after", self.recipe.slices[-1], 0.0)
+        donor = self.models[self.donor]
+        config = typed_config(donor.checkpoint.config, self.recipe.out_dtype or self.recipe.dtype)
+        for name, slices in self._modules():
+            self.module = name
+            view = self._view(donor.ref)
+            self.origins: list[LayerOrigin] = []
+            layers = sum(len(self._range(piece.sources[0])) for piece in slices)
+            if layers > MAX_LAYERS:  # those between layers are counted when they are made
+                self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
+            self._outside("embeddings" if view.layers else "", "before", slices[0], 0.0)
+            for piece in slices:
+                self._slice(piece)
+            self._outside("final norm and head", "after", slices[-1], 0.0)
+            if view.layers:
+                config = deeper_config(config, view.layers_path, self.origins, str(donor.ref))
+                self._report_feature_layer(view)
+        if self.module is not None:
+            self._others()
         self._mark_repeats()
         self._report_idle_filters()
-        donor = self.models[self.donor]
-        dtype = self.recipe.out_dtype or self.recipe.dtype
-        config = deeper_config(donor.checkpoint.config, donor.view.layers_path, self.origins, dtype)
         files = extra_files(self.recipe, {str(m.ref): m.checkpoint for m in self.models}, donor.checkpoint)
         if not self.copy_tokenizer and self.recipe.tokenizer_source is None:
             files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
@@ -101,7 +111,34 @@ class _Planner:
         )
 
     def _view(self, ref: ModelRef) -> ModelView:
-        return self.models[self.index[ref]].view
+        """The module at hand, or all of a model."""
+        model = self.models[self.index[ref]]
+        if self.module is None:
+            return model.view
+        if self.module not in model.modules:
+            have = " | ".join(model.modules)
+            raise PlanError(f"{ref} has no module {self.module}", where=ref.place.where, expected=have)
+        return model.modules[self.module]
+
+    def _modules(self) -> list[tuple[str | None, tuple[OutputSlice, ...]]]:
+        """What the recipe makes, module by module in the model's order; None: all of a model at once."""
+        known, named = self.models[self.donor].modules, self.recipe.modules
+        for name, module in named.items():
+            if name not in known:
+                hint = nearest(name, known)
+                module.place.fail(f"the model has no module {name!r}", expected=" | ".join(known), got=name, hint=hint)
+        if not named:
+            deepens = [p for p in self.recipe.slices if any(s.layer_range for s in p.sources)]
+            if deepens and {"encoder", "decoder"} <= set(known):
+                self.recipe.source.fail(
+                    "the model has several stacks of layers",
+                    expected="modules: {encoder: {slices: ...}, decoder: {slices: ...}}",
+                    got="slices of neither",
+                )
+            return [(None, self.recipe.slices)]
+        if list(known) == [DEFAULT]:
+            return [(None, named[DEFAULT].slices)]
+        return [(name, named[name].slices) for name in known if name in named]
 
     def _model(self, source: SliceSource) -> SourceModel:
         return self.models[self.index[source.model]]
@@ -143,7 +180,7 @@ class _Planner:
             pairs = list(zip(*ranges, strict=True))
             sources = piece.sources
         keeps = len(piece.sources) == 1
-        copy = replace(piece, merge_method="passthrough", parameters={})
+        copy = _copied(piece)
         for j, pair in enumerate(pairs):
             if keeps:
                 self._layer_block(copy, piece.sources, [pair[0]], 0.0, bare=True)
@@ -156,10 +193,13 @@ class _Planner:
         known = {p.name: p for p in methods()[piece.merge_method].parameters}
         if "layers_per_gap" not in known:
             return 1
-        return resolve_setting(known["layers_per_gap"], [piece.parameters, self.recipe.parameters], None, 0.0)
+        levels = [piece.parameters, piece.shared, self.recipe.parameters]
+        return resolve_setting(known["layers_per_gap"], levels, None, 0.0)
 
     def _range(self, source: SliceSource) -> range:
         depth = self._view(source.model).num_layers
+        if not depth and source.layer_range:
+            source.place.fail(f"{self.module} has no layers", expected="models, not slices")
         start, end = source.layer_range or (0, depth)
         if end > depth:
             place = source.place.value.get("layer_range") if isinstance(source.place.value, dict) else source.place
@@ -181,15 +221,15 @@ class _Planner:
         last = first_output + per_gap - 1
         if last >= MAX_LAYERS:
             piece.place.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got="more")
-        title = f"layers {first_output}-{last}" if per_gap > 1 else f"layer {last}"
+        title = self._title(f"layers {first_output}-{last}" if per_gap > 1 else f"layer {last}")
         parts = [
             Part.of(s, self._model(s), f"layer {layer}", names)
             for s, layer, names in zip(sources, layers, roles, strict=True)
         ]
         check_same(parts)
-        check_like_donor(parts[0], self.models[self.donor])
+        donor = self._view(self.recipe.donor)
+        check_like_donor(parts[0], self.models[self.donor], donor)
         base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
-        donor = self.models[self.donor].view
         made = []
         for slot in range(per_gap):
             prefix = prefix_of(first_output + slot, donor.layer_prefix)
@@ -216,46 +256,64 @@ class _Planner:
         refs = list(dict.fromkeys(s.model for s in piece.sources))
         own = len(piece.sources) == 1 and refs == [self.recipe.donor]
         merges = (own or len(refs) > 1) and not methods()[piece.merge_method].inserts
-        donor = SliceSource(self.recipe.donor, place=piece.place)
         if merges:
             sources = tuple(next(s for s in piece.sources if s.model == ref) for ref in refs)
         else:
-            if self.recipe.donor not in refs and self.recipe.base_model is None:
-                self.warnings.append(
-                    f"{title} come from {self.recipe.donor}, the first model named, not from {refs[0]}, whose layers"
-                    " are next to them; set base_model to choose"
-                )
-            piece = replace(piece, merge_method="passthrough", parameters={}, sources=(donor,))
-            sources = (donor,)
-        names = [{n: n for n in getattr(self._view(s.model), part)} for s in sources]
+            sources = (SliceSource(self.recipe.donor, place=piece.place),)
+        names = [getattr(self._view(s.model), part) for s in sources]
         if not names[0]:
             return
-        check_same([Part.of(s, self._model(s), title, own) for s, own in zip(sources, names, strict=True)])
+        title = self._title(title)
+        if not merges and self.recipe.donor not in refs and self.recipe.base_model is None:
+            self.warnings.append(
+                f"{title} come from {self.recipe.donor}, the first model named, not from {refs[0]}, whose layers"
+                " are next to them; set base_model to choose"
+            )
+        self._around(title, piece if merges else _copied(piece), sources, names, position, bare=not merges)
+
+    def _others(self) -> None:
+        """What belongs to none of the recipe's modules is the donor's."""
+        donor = self.models[self.donor]
+        views = [donor.modules[name] for name in self.recipe.modules]
+        taken = {name for view in views for name in view.names()}
+        rest = tuple(name for name in donor.checkpoint.tensors if name not in taken)
+        if rest:
+            piece = self.recipe.pieces()[0]
+            source = SliceSource(self.recipe.donor, place=piece.place)
+            self._around("other modules", _copied(piece), (source,), [rest], 0.0, bare=True)
+
+    def _around(self, title: str, piece, sources: Sequence[SliceSource], names, position: float, bare: bool) -> None:
+        """A block of tensors that belong to no layer."""
+        parts = [Part.of(s, self._model(s), title, {n: n for n in own}) for s, own in zip(sources, names, strict=True)]
+        check_same(parts)
         base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
         made = [
-            self._task(piece, sources, name, 0, name, None, [name] * len(sources), position, bare=not merges)
-            for name in names[0]
+            self._task(piece, sources, name, 0, name, None, [name] * len(sources), position, bare) for name in names[0]
         ]
         block_sources = tuple(BlockSource(self.index[s.model], None) for s in sources)
-        self._add(replace(piece, sources=sources), title, (), block_sources, base, made)
+        self._add(replace(piece, sources=tuple(sources)), title, (), block_sources, base, made)
+
+    def _title(self, title: str) -> str:
+        return ", ".join(part for part in (self.module, title) if part)
 
     def _task(self, piece, sources, role, slot, name, spec: TensorSpec | None, names, position, bare=False):
         """One output tensor as its method sees it, and what it is made from."""
         inputs = tuple(self._model(s).checkpoint.tensors[n] for s, n in zip(sources, names, strict=True))
         method = methods()[piece.merge_method]
         glob: Settings = {} if bare else self.recipe.parameters
+        shared: Settings = {} if bare else piece.shared
         parameters, per_source = {}, [{} for _ in sources]
         for p in method.parameters:
             filter_name = None if p.scope == "block" else name
             if p.scope != "source":
-                levels = [piece.parameters, glob]
+                levels = [piece.parameters, shared, glob]
                 parameters[p.name] = resolve_setting(p, levels, filter_name, position)
                 continue
             for i, source in enumerate(sources):
-                levels = [source.parameters, piece.parameters, glob]
+                levels = [source.parameters, piece.parameters, shared, glob]
                 per_source[i][p.name] = resolve_setting(p, levels, names[i], position)
         model = self._model(sources[0])
-        heads = head_shape(model.checkpoint.config, model.view) if spec else None
+        heads = head_shape(model.checkpoint.config, self._view(model.ref)) if spec else None
         shape = inputs[0].shape
         return TensorTask(role, slot, name, spec, shape, parameters, tuple(per_source), heads=heads), inputs
 
@@ -297,8 +355,9 @@ class _Planner:
                 raise RecipeError(problem, where=f"{piece.align.place.where}, {title} of the output")
         if problem := method.check(tasks, len(sources)):
             name = problem.partition(":")[0]  # a parameter, if one is to blame
-            _, place = piece.parameters.get(name) or self.recipe.parameters.get(name) or (None, piece.place)
-            views = [self.models[s.model].view for s in sources]
+            levels = (piece.parameters, piece.shared, self.recipe.parameters)
+            place = next((level[name][1] for level in levels if name in level), piece.place)
+            views = [self._view(self.models[s.model].ref) for s in sources]
             undescribed = [v.model_type for v in views if method.inserts and v.architecture is None]
             raise RecipeError(
                 problem,
@@ -312,11 +371,13 @@ class _Planner:
             self.warnings.append(remark)
         tensors = tuple(self._planned(task, inputs, piece.merge_method, align) for task, inputs in made)
         index = len(self.blocks)
-        self.blocks.append(BlockPlan(index, title, outputs, piece.merge_method, sources, base, tensors, new, align))
+        self.blocks.append(
+            BlockPlan(index, title, outputs, piece.merge_method, sources, base, tensors, new, align, self.module)
+        )
 
     def _report_types(self, title: str, sources: Sequence[BlockSource]) -> None:
         models = [self.models[s.model] for s in sources]
-        lists = [layer_lists(m.checkpoint.config, m.view.layers_path) for m in models]
+        lists = [layer_lists(m.checkpoint.config, self._view(m.ref).layers_path) for m in models]
         for key in lists[0]:
             entries = [
                 values.get(key, [None] * (s.layer + 1))[s.layer] for values, s in zip(lists, sources, strict=True)
@@ -324,13 +385,22 @@ class _Planner:
             if any(e != entries[-1] for e in entries):
                 self.warnings.append(f"{title} fuses layers whose {key} differ ({entries}); it takes {entries[-1]!r}")
 
+    def _report_feature_layer(self, view: ModelView) -> None:
+        """Vision-language models take their features from one layer of the tower, which they know by its number."""
+        feature = self.models[self.donor].checkpoint.config.get("vision_feature_layer")
+        if reads_senses(view.layers_path) and feature is not None and len(self.origins) != view.num_layers:
+            self.warnings.append(
+                f"config.json's vision_feature_layer is {feature}: it counts layers of {self.module}, which has now"
+                f" {len(self.origins)}"
+            )
+
     def _report_idle_filters(self) -> None:
         """A filter that is part of no tensor's name is most likely misspelt."""
         tensors = [t for block in self.blocks for t in block.tensors]
         names = {name for t in tensors for name in (t.task.name, *(i.name for i in t.inputs))}
         levels = [self.recipe.parameters]
-        for piece in self.recipe.slices:
-            levels += [piece.parameters, *(s.parameters for s in piece.sources)]
+        for piece in self.recipe.pieces():
+            levels += [piece.parameters, piece.shared, *(s.parameters for s in piece.sources)]
         for setting, place in (value for settings in levels for value in settings.values()):
             idle = [f for f in filters(setting) if not any(f in name for name in names)]
             self.warnings += [f"{place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)]
@@ -339,8 +409,13 @@ class _Planner:
         """A layer that stands a second time (solar, stack) is a new one."""
         seen = set()
         for i, block in enumerate(self.blocks):
-            key = block.method, block.sources
+            key = block.module, block.method, block.sources
             if block.layers and not block.new and len(block.sources) == 1:
                 if key in seen:
                     self.blocks[i] = replace(block, new=True)
                 seen.add(key)
+
+
+def _copied(piece: OutputSlice) -> OutputSlice:
+    """The slice's sources as they are."""
+    return replace(piece, merge_method="passthrough", parameters={}, shared={})

@@ -21,14 +21,14 @@ from .settings import Settings, check_setting, read_settings
 from .units import dtype_code
 
 _TOP = (
-    "name", "slices", "models", "upscale", "merge_method", "base_model", "align", "parameters", "dtype", "out_dtype",
-    "tokenizer_source", "chat_template",
+    "name", "slices", "models", "modules", "upscale", "merge_method", "base_model", "align", "parameters", "dtype",
+    "out_dtype", "tokenizer_source", "chat_template",
 )  # fmt: skip
 _SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
 _UPSCALE = ("preset", "insert", "parameters")
+_MODULE = ("slices", "models", "parameters")
 _LATER = {
-    "modules": "write the decoder's slices at the top level",
     "tokenizer": "use tokenizer_source: base, or the path of one of the models",
 }
 _NOT_WITH_UPSCALE = {
@@ -82,12 +82,26 @@ class Align:
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """Consecutive output layers, made from equally long sources by one method."""
+    """Consecutive output layers, made from equally long sources by one method.
+
+    Attributes:
+        shared: Parameters of the module that it is in: behind its own, before the recipe's.
+    """
 
     sources: tuple[SliceSource, ...]
     merge_method: str
     base_model: ModelRef | None = None
     align: Align | None = None
+    parameters: Settings = field(default_factory=dict)
+    place: Located = field(compare=False, repr=False, default=Located(None))
+    shared: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One of the stacks of layers that a model has, with what is around it: its slices."""
+
+    slices: tuple[OutputSlice, ...]
     parameters: Settings = field(default_factory=dict)
     place: Located = field(compare=False, repr=False, default=Located(None))
 
@@ -104,14 +118,16 @@ class Upscale:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. Exactly one of ``slices`` (also made from ``models``) and ``upscale`` is set.
+    """A whole recipe. Exactly one of ``slices`` (also made from ``models``), ``modules`` and ``upscale`` is set.
 
     Attributes:
+        modules: By name; those that are not named are the donor's.
         name: Of a document whose result others use as a model.
         documents: Those that a recipe of several documents needs, each behind the ones that it needs itself.
     """
 
     slices: tuple[OutputSlice, ...] = ()
+    modules: Mapping[str, Module] = field(default_factory=dict)
     upscale: Upscale | None = None
     base_model: ModelRef | None = None
     parameters: Settings = field(default_factory=dict)
@@ -123,10 +139,14 @@ class Recipe:
     documents: tuple[Recipe, ...] = ()
     source: Located = field(compare=False, repr=False, default=Located(None))
 
+    def pieces(self) -> tuple[OutputSlice, ...]:
+        """Every slice, also those of modules."""
+        return (*self.slices, *(piece for module in self.modules.values() for piece in module.slices))
+
     def models(self) -> tuple[ModelRef, ...]:
         """Every model named, base first, each once."""
         refs = [self.base_model] if self.base_model else []
-        for piece in self.slices:
+        for piece in self.pieces():
             refs += [s.model for s in piece.sources]
             refs += [piece.base_model] if piece.base_model else []
         return tuple(dict.fromkeys(refs))
@@ -174,9 +194,9 @@ def recipe_from(root: Located) -> Recipe:
         if isinstance(root.value, dict) and key in root.value:
             root.value[key].fail(f"{key!r} is not supported by this version", hint=hint)
     top = root.mapping(_TOP, "a recipe")
-    form = [k for k in ("slices", "models", "upscale") if k in top]
+    form = [k for k in ("slices", "models", "modules", "upscale") if k in top]
     if len(form) != 1:
-        root.fail("a recipe has exactly one of slices, models, upscale", got=", ".join(form) or "none of them")
+        root.fail("a recipe has exactly one of slices, models, modules, upscale", got=", ".join(form) or "none of them")
     method = _method(top["merge_method"]) if "merge_method" in top else None
     base = _model(top["base_model"]) if "base_model" in top else None
     align = _align(top["align"]) if "align" in top else None
@@ -198,16 +218,43 @@ def recipe_from(root: Located) -> Recipe:
             if key in top:
                 top[key].fail(f"upscale does not go with {key}", hint=hint)
         return Recipe(upscale=_upscale(top["upscale"]), **common)
-    if form == ["slices"]:
-        slices = _slices(top["slices"], method, align)
+    if form == ["modules"]:
+        recipe = Recipe(modules=_modules(top["modules"], method, base, align), **common)
     else:
-        slices = (_with_align(_models(top["models"], method, base), align),)
-    _check_names(parameters, [s.merge_method for s in slices])
-    for piece in slices:
+        recipe = Recipe(slices=_either(top, method, base, align), **common)
+    _check_names(parameters, [s.merge_method for s in recipe.pieces()])
+    for module in recipe.modules.values():
+        _check_names(module.parameters, [s.merge_method for s in module.slices])
+    for piece in recipe.pieces():
         _check_names(piece.parameters, [piece.merge_method])
         for source in piece.sources:
             _check_names(source.parameters, [piece.merge_method], scope="source")
-    return Recipe(slices=slices, **common)
+    return recipe
+
+
+def _modules(node: Located, method: str | None, base: ModelRef | None, align: Align | None) -> dict[str, Module]:
+    """mergekit's ``modules:``; which names a model has is seen when it is opened."""
+    modules = {}
+    for name, item in node.mapping(what="a mapping of modules").items():
+        keys = item.mapping(_MODULE, "a module")
+        form = [key for key in ("slices", "models") if key in keys]
+        if len(form) != 1:
+            item.fail("a module has exactly one of slices and models", got=", ".join(form) or "neither")
+        shared = read_settings(keys.get("parameters"))
+        pieces = tuple(replace(piece, shared=shared) for piece in _either(keys, method, base, align))
+        modules[name] = Module(pieces, shared, item)
+    if not modules:
+        node.fail("no module", expected="modules: {name: {slices: [...]}}")
+    return modules
+
+
+def _either(
+    keys: Mapping[str, Located], method: str | None, base: ModelRef | None, align: Align | None
+) -> tuple[OutputSlice, ...]:
+    """``slices``, or ``models``, which is one slice."""
+    if "slices" in keys:
+        return _slices(keys["slices"], method, align)
+    return (_with_align(_models(keys["models"], method, base), align),)
 
 
 def _slices(node: Located, method: str | None, align: Align | None) -> tuple[OutputSlice, ...]:

@@ -50,6 +50,11 @@ def _document(recipe: Recipe, names: Names) -> dict:
         if recipe.upscale.insert:
             section["insert"] = recipe.upscale.insert.plain()
         data["upscale"] = section
+    elif recipe.modules:
+        data["modules"] = {
+            name: _parameters(module.parameters) | {"slices": [_slice(piece, names) for piece in module.slices]}
+            for name, module in recipe.modules.items()
+        }
     else:
         data["slices"] = [_slice(piece, names) for piece in recipe.slices]
     return data

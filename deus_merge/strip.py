@@ -18,6 +18,7 @@ from .report.manifest import read_manifest
 from .units import dtype_name, parse_size
 from .verify.weights import Wanted, examine
 
+_AS_THEY_WERE = ("copy", "cast", "derived")  # kinds of layers that are one of the base's
 _NEEDED = ("donor", "donor_config", "layer_prefix", "layers", "new_layers", "num_layers", "sources")
 
 
@@ -132,13 +133,16 @@ def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
     if not record["new_layers"]:
         raise PlanError("there is no new layer to take out", hint="the model was merged, not made deeper")
     base = record["sources"][record["donor"]]["model"]
+    for name, module in record.get("modules", {}).items():
+        if any(e["new"] or len(e["sources"]) > 1 or e["kind"] not in _AS_THEY_WERE for e in module["layers"]):
+            raise PlanError(f"{name} is not that of {base} either", hint="only the main stack can be stripped")
     patch: object = record["donor_config"]
     for key in view.layers_path:
         patch = patch.get(key) if isinstance(patch, Mapping) else None
     depth = patch if isinstance(patch, int) else record["num_layers"]
     kept = [entry for entry in record["layers"] if not entry["new"]]
     origins = [(e["sources"][0]["model"], e["sources"][0]["layer"]) for e in kept]
-    merged = [e for e in kept if len(e["sources"]) > 1 or e["kind"] not in ("copy", "cast")]
+    merged = [e for e in kept if len(e["sources"]) > 1 or e["kind"] not in _AS_THEY_WERE]
     if merged or origins != [(base, layer) for layer in range(depth)]:
         said = f"layer {merged[0]['layer']} is {merged[0]['kind']}" if merged else f"layers {[o[1] for o in origins]}"
         raise PlanError(

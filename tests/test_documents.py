@@ -106,13 +106,16 @@ def test_as_one_after_the_other(run, family, monkeypatch, tmp_path, case):
         alone = write_recipe(tmp_path / "one.yml", text.replace(f"name: {name}\n", ""))
         run("merge", alone, work / name if name else tmp_path / "theirs", *options)
     assert model_files(tmp_path / "ours") == model_files(tmp_path / "theirs") == model_files(tmp_path / "little")
+    records = [json.loads((tmp_path / out / "deus_merge.json").read_text()) for out in ("ours", "theirs")]
+    grown = [record.get("lineage", []) for record in records]
+    ours, theirs = ([entry["new_layers"] for entry in g[:-1] if entry["new_layers"]] for g in grown)
+    assert ours == theirs
     load(tmp_path / "ours")
     assert run("verify", tmp_path / "ours", "--json").json()["passed"]
     monkeypatch.chdir("/")
     again = run("plan", tmp_path / "ours/deus_merge.yml", *options[2:], "--json").json()
-    record = json.loads((tmp_path / "ours/deus_merge.json").read_text())
-    assert again["plan_hash"] == record["plan_hash"]
-    assert {d["name"] for d in record["documents"]} == {d["name"] for d in again["documents"]}
+    assert again["plan_hash"] == records[0]["plan_hash"]
+    assert {d["name"] for d in records[0]["documents"]} == {d["name"] for d in again["documents"]}
 
 
 @pytest.fixture

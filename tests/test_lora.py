@@ -307,6 +307,13 @@ def test_without_peft_it_says_what_to_install(run, bases, sound, tmp_path, monke
     assert 'hint:     pip install "deus-merge[lora]"' in run("plan", recipe, expect=2).err
 
 
+def test_commands_without_a_recipe_take_adapters(run, bases, sound, tmp_path):
+    model = f"{bases()}+{sound}"
+    assert run("inspect", model, "--json").json()["layers"] == 2
+    run("upscale", model, tmp_path / "out", "--insert", "all", "--lora-merge-cache", tmp_path / "unused")
+    assert load(tmp_path / "out").config.num_hidden_layers == 3 and not (tmp_path / "unused").exists()
+
+
 def test_pluses_in_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("c++", "c++/a+b", "base"):

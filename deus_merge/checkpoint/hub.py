@@ -18,6 +18,8 @@ NEEDED = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
+    "normalizer.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",

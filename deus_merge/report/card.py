@@ -61,9 +61,11 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) 
             "tensors under `new_parameters`. `deus_merge.training.freeze_base(model, folder)` freezes all others;"
         )
         lines.append("`deus-merge export-training` prints settings for trainers.")
-    for title, part in [*((f"Layers of {_markdown(d.name)}", d.plan) for d in plan.documents), ("Layers", plan)]:
-        lines += ["", f"## {title}", "", "| layer | from | how |", "|---|---|---|"]
-        lines += [f"| {layers} | {_markdown(origin)} | {how} |" for layers, origin, how in _layer_rows(part)]
+    maps = [(f"Layers of {d.name}", d.plan.layer_map()) for d in plan.documents] + [("Layers", plan.layer_map())]
+    maps += [(f"Layers of {name}", part["layers"]) for name, part in plan.module_maps().items()]
+    for title, entries in ((t, e) for t, e in maps if e):
+        lines += ["", f"## {_markdown(title)}", "", "| layer | from | how |", "|---|---|---|"]
+        lines += [f"| {layers} | {_markdown(origin)} | {how} |" for layers, origin, how in _layer_rows(entries)]
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_yaml)), default=0))
     lines += ["", "## Recipe", "", f"{fence}yaml", recipe_yaml.strip(), fence, ""]
     return "\n".join(lines)
@@ -85,17 +87,17 @@ def _grown(ancestor: Mapping) -> str:
     return f"layers {layers}, then trained," if ancestor["trained"] else f"layers {layers}"
 
 
-def _layer_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
+def _layer_rows(layer_map: Sequence[Mapping]) -> Iterator[tuple[str, str, str]]:
     """The layer map, with runs of copied layers on one line."""
 
-    def source(entry: dict) -> tuple | None:
+    def source(entry: Mapping) -> tuple | None:
         """What neighbours must share to stand on one line."""
         only = entry["sources"][0]
         shift = entry["layer"] - only["layer"]
         kind = entry["kind"]
         return None if entry["new"] or kind not in ("copy", "derived") else (only["model"], shift, kind)
 
-    for key, group in groupby(plan.layer_map(), source):
+    for key, group in groupby(layer_map, source):
         entries = list(group)
         first, last = entries[0], entries[-1]
         if key is not None and len(entries) > 1:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError, DeusMergeError
-from ..plan import Plan
+from ..intermediate import PlannedResult
+from ..plan import Plan, SourceModel
+from ..recipe_yaml import dump_recipe
 from .manifest import MANIFEST, growth, read_manifest
 
 
@@ -39,31 +42,46 @@ def ancestors(plan: Plan) -> tuple[list[dict], tuple[str, ...]]:
         oldest first, without the plan itself; and a warning for each source whose manifest cannot be used.
     """
     found: dict[str, dict] = {}
-    warnings = []
+    warnings: list[str] = []
     for index, model in enumerate(plan.models):
-        file = model.checkpoint.beside.get(MANIFEST)
-        if not isinstance(file, Path):
-            continue
-        try:
-            record = read_manifest(file)
-            if record.get("num_layers") != model.view.num_layers:
-                raise CheckpointError(f"it tells of {record.get('num_layers')} layers, not of {model.view.num_layers}")
-            entries = generations(record)
-        except DeusMergeError as error:
-            warnings.append(f"the lineage of {model.ref} is lost, its {MANIFEST} cannot be used: {error.message}")
-            continue
-        for entry in entries:
+        for entry in _growths(model, warnings):
             known = found.setdefault(entry["plan_hash"], entry | {"new_layers": []})
             known["new_layers"] = sorted({*known["new_layers"], *_moved(plan, index, entry["new_layers"])})
             known["trained"] |= entry["trained"]
     return list(found.values()), tuple(warnings)
 
 
+def _growths(model: SourceModel, warnings: list[str]) -> list[dict]:
+    """Of one source, as its manifest has them; of a document, as it would have."""
+    if isinstance(model.checkpoint, PlannedResult):
+        plan = model.checkpoint.plan
+        before, lost = ancestors(plan)
+        warnings += lost
+        recipe = hashlib.sha256(dump_recipe(plan.recipe).encode()).hexdigest()
+        sources = [
+            {"model": str(m.ref), **m.checkpoint.told, "fingerprint": m.checkpoint.fingerprint} for m in plan.models
+        ]
+        own = {"plan_hash": plan.hash, "sources": sources, "recipe": recipe}
+        own |= {"new_layers": list(plan.new_layers), "trained": False}
+        return [*before, own] if before or plan.new_layers else []
+    file = model.checkpoint.beside.get(MANIFEST)
+    if not isinstance(file, Path):
+        return []
+    try:
+        record = read_manifest(file)
+        if record.get("num_layers") != model.view.num_layers:
+            raise CheckpointError(f"it tells of {record.get('num_layers')} layers, not of {model.view.num_layers}")
+        return generations(record)
+    except DeusMergeError as error:
+        warnings.append(f"the lineage of {model.ref} is lost, its {MANIFEST} cannot be used: {error.message}")
+        return []
+
+
 def _moved(plan: Plan, model: int, layers: list[int]) -> list[int]:
     """Where layers of a source stand in the output, as themselves or merged with others: not what is new there."""
     return [
         layer
-        for block in plan.blocks
+        for block in plan.main_blocks
         if not block.new and any(s.model == model and s.layer in layers for s in block.sources)
         for layer in block.layers
     ]

@@ -51,10 +51,12 @@ def manifest(
         output's, and ``lineage``, when there were growths before this one.
     """
     donor = plan.models[plan.donor]
-    layers = plan.layer_map()
-    for block in plan.blocks:
-        for layer in block.layers:
-            layers[layer]["diagnostics"] = diagnostics.get(block.index, [])
+    layers, modules = plan.layer_map(), plan.module_maps()
+    told = [layers, *(part["layers"] for part in modules.values())]
+    made = [plan.main_blocks, *(plan.modules[name] for name in modules)]
+    for entries, blocks in zip(told, made, strict=True):
+        for entry, block in zip(entries, (b for b in blocks for _ in b.layers), strict=True):
+            entry["diagnostics"] = diagnostics.get(block.index, [])
     sources = plan_sources(plan)
     depths = {m.checkpoint: {"layers": m.view.num_layers} for m in plan.models}
     order = list(sources)
@@ -78,6 +80,7 @@ def manifest(
         "new_layers": list(plan.new_layers),
         "new_parameters": list(plan.new_parameters),
         "layers": layers,
+        **({"modules": modules} if modules else {}),
         **({"documents": plan.describe()["documents"]} if plan.documents else {}),
         "tensors": tensors,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},

@@ -12,6 +12,7 @@ from ..checkpoint.header import TensorInfo, parse_json, read_small
 from ..checkpoint.reader import INDEX, Checkpoint, TensorSource
 from ..config import check_config
 from ..errors import DeusMergeError
+from ..modules import view_modules
 from ..report.manifest import MANIFEST
 from . import logits, model
 from .weights import ALGORITHM, ZEROS, Seen, Wanted, examine
@@ -119,6 +120,11 @@ class Output:
         self._view = view
         if view.num_layers != record["num_layers"]:
             return False, f"config.json: {view.num_layers} layers, planned {record['num_layers']}"
+        modules = view_modules(checkpoint.config, tuple(checkpoint.tensors), view)
+        for name, planned in record.get("modules", {}).items():
+            got = modules[name].num_layers if name in modules else "no"
+            if got != planned["num_layers"]:
+                return False, f"config.json: {name} has {got} layers, planned {planned['num_layers']}"
         section = checkpoint.config
         for key in view.layers_path[:-1]:
             section = section[key]

@@ -53,7 +53,7 @@ def transformers_model(
     wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     if not wrong:
         return True, f"{type(model).__name__}, {len(expected)} names and shapes"
-    if view.architecture is None:
+    if not view.described:
         return None, f"family {view.model_type!r} is not described, and transformers may name its tensors otherwise"
     name = wrong[0]
     return False, f"{len(wrong)} differ, first {name}: {expected.get(name)} expected, {found.get(name)} found"
@@ -66,4 +66,10 @@ def build(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
 
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        try:
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except ValueError:  # no language model alone: one with eyes, or an encoder
+            kind = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+            if kind is None:
+                raise
+            return kind(config)

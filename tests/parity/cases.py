@@ -60,6 +60,16 @@ models:
   - {{model: {a}, parameters: {{weight: [0.2, 0.9]}}}}
   - {{model: {b}, parameters: {{weight: [{{filter: mlp, value: 3}}, {{filter: layers.1, value: 0}}, {{value: 1e-1}}]}}}}
 """,
+    "linear_in_a_module": """
+merge_method: linear
+parameters: {{weight: 5}}
+modules:
+  default:
+    models:
+      - {{model: {a}, parameters: {{weight: [{{filter: mlp, value: 3}}]}}}}
+      - {{model: {b}}}
+    parameters: {{weight: [{{filter: self_attn, value: [0.1, 0.6]}}]}}
+""",
     "linear_sum_with_joined_base": plain("linear", "a", "b", settings="weight: 0.25, normalize: false"),
     "linear_precedence": """
 merge_method: linear

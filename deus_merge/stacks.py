@@ -1,0 +1,64 @@
+"""Stacks of layers, told by tensor names, and where config.json says how deep each is. Knows no family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+INDEX = "0|[1-9][0-9]{0,8}"  # of a layer; with leading zeros two names would stand for one layer
+_LAYER = re.compile(
+    rf"(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>{INDEX})\.(?P<suffix>.+)", re.DOTALL
+)
+#: keys of config.json that hold a depth
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+#: words in a stack's prefix -> section of the config, and the keys of a depth there
+_SECTIONS = (
+    (("vision", "visual", "image"), "vision_config", (*DEPTH_KEYS, "depth")),
+    (("audio", "speech"), "audio_config", (*DEPTH_KEYS, "encoder_layers")),
+)
+_SIDES = {"encoder": ("encoder_layers", "num_encoder_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
+
+
+def find_stacks(names: Sequence[str]) -> dict[str, dict[int, dict[str, str]]]:
+    """Prefix -> layer -> name under the prefix -> name, of all tensors that are named like a layer's."""
+    stacks: dict[str, dict[int, dict[str, str]]] = {}
+    for name in names:
+        if match := _LAYER.fullmatch(name):
+            layer = stacks.setdefault(match["prefix"], {}).setdefault(int(match["index"]), {})
+            layer[match["suffix"]] = name
+    return stacks
+
+
+def depth_path(config: Mapping, prefix: str, depth: int) -> tuple[str, ...] | None:
+    """The keys that lead to a stack's depth in config.json; None where it does not say."""
+    words = set(re.split(r"[._]", prefix))
+    for marks, section, keys in _SECTIONS:
+        if words & set(marks):
+            return _first(config, [(section, key) for key in keys], depth)
+    sided = [(key,) for side, keys in _SIDES.items() if side in words for key in keys]
+    plain = [(key,) for key in DEPTH_KEYS] + [("text_config", key) for key in DEPTH_KEYS]
+    return _first(config, sided + plain, depth)
+
+
+def module_name(prefix: str, path: Sequence[str]) -> str:
+    """What recipes call one stack of several, by its prefix and the place of its depth: the names are mergekit's."""
+    sections = {"vision_config": "vision_tower", "audio_config": "audio_tower", "text_config": "text_decoder"}
+    side = next((word for word in re.split(r"[._]", prefix) if word in _SIDES), None)
+    return sections.get(path[0]) or side or "text_decoder"
+
+
+def reads_senses(path: Sequence[str]) -> bool:
+    """Whether a stack with its depth here sees or hears for a language model."""
+    return path[0] in {section for _, section, _ in _SECTIONS}
+
+
+def at(config: Mapping, path: Sequence[str]) -> object:
+    """What stands in the config at these keys; None where nothing does."""
+    value: object = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _first(config: Mapping, paths: Sequence[tuple[str, ...]], depth: int) -> tuple[str, ...] | None:
+    return next((path for path in paths if at(config, path) == depth), None)
