@@ -107,6 +107,33 @@ def family(r: Random, workshop: Workshop) -> Files:
     return {"base/config.json": text, "base/model.safetensors": weights_file(header_of(names), values(count, 0))}
 
 
+def two_stacks(r: Random, workshop: Workshop) -> Files:
+    """A model that also sees, and a recipe for one of its modules."""
+    sizes = {f"language_model.{n}": s for n, s in shapes().items()} | {
+        n.replace("model.layers", r.choice(("vision_tower.encoder.layers", "visual.blocks"))): s
+        for n, s in shapes(2).items()
+        if "layers" in n
+    }
+    data = {"model_type": "llava", "text_config": CONFIG, "vision_config": {"num_hidden_layers": 2, "hidden_size": 8}}
+    source = {"sources": [{"model": "base", "layer_range": [0, 2]}]}
+    names = r.sample(("vision_tower", "text_decoder", "multi_modal_projector", "default"), 1 + r.randrange(2))
+    text = {
+        "base_model": "base",
+        "merge_method": "passthrough",
+        "modules": {n: {"slices": [source] * 2} for n in names},
+    }
+    if r.randrange(2):
+        data, text = mutate_data(r, pairs(data)), pairs(text)
+    else:
+        data, text = pairs(data), mutate_data(r, pairs(text))
+    count = sum(math.prod(s) for s in sizes.values())
+    return {
+        "base/config.json": dump(data),
+        "base/model.safetensors": weights_file(header_of(sizes), values(count, 0)),
+        "recipe.yml": dump(text),
+    }
+
+
 def recipe(r: Random, workshop: Workshop) -> Files:
     """One document, or several of which the last takes the first's result for a model."""
     if r.randrange(6) == 5:

@@ -133,6 +133,7 @@ TARGETS: Mapping[str, Target] = {
     "whole": Target(cases.everything, plan, 3),
     "merge": Target(cases.everything, merge, 15),
     "manifest": Target(cases.manifest, verify, 15),
+    "modules": Target(cases.two_stacks, plan, 4),
     "adapter": Target(cases.adapter, plan, 4),
     "pickle": Target(cases.pickled, unpickle, 4),
 }

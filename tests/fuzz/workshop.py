@@ -122,6 +122,11 @@ RECIPES = (
         "chat_template": "{{ messages }}",
         "tokenizer_source": "other",
     },
+    {
+        "merge_method": "passthrough",
+        "base_model": "base",
+        "modules": {"default": {"slices": [{"sources": [_BASE]}, {"sources": [_BASE]}]}},
+    },
     {"merge_method": "karcher", "models": [{"model": {"path": "base"}}, {"model": {"model": {"path": "other"}}}]},
 )  # fmt: skip
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U16": 2}  # others: one byte
