@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -179,7 +180,9 @@ def test_damaged_and_compressed_archives_are_refused(base, tmp_path):
     model = pickled(base, tmp_path / "model")
     path = model / "pytorch_model.bin"
     raw = path.read_bytes()
-    for damaged in (b"", raw[:100], raw[: len(raw) // 2], raw[100:], b"PK\3\4" + bytes(100), os.urandom(1000)):
+    two_disks = raw[:-22] + b"PK\6\7" + struct.pack("<LQL", 0, 0, 2) + raw[-22:]
+    halves = raw[:100], raw[: len(raw) // 2], raw[100:]
+    for damaged in (b"", *halves, two_disks, b"PK\3\4" + bytes(100), os.urandom(1000)):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="refused"):
             PickledCheckpoint.open(model)
