@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz.workshop import CONFIG, TOKENIZER_CONFIG, Special, header_of, shapes, values, weights_file
+from fuzz.workshop import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, Special, header_of, shapes, values, weights_file
 from safetensors.torch import load_file, save_file
 from support import make_model, weights
 
@@ -41,6 +41,13 @@ def tensors(changes: dict[str, str], **extra: list[int]) -> dict:
 
 def _numel(shape: list[int]) -> int:
     return int(torch.Size(shape).numel())
+
+
+def adapter(**changes) -> dict:
+    return {
+        "adapter/adapter_config.json": json.dumps(ADAPTER_CONFIG | changes).encode(),
+        **recipe("{merge_method: passthrough, models: [{model: base+adapter}]}"),
+    }
 
 
 def stack(insert: str) -> dict:
@@ -99,6 +106,8 @@ REFUSED = {
     "a tokenizer that is gone": ({"base/tokenizer.json": Special("link", "../base/gone")}, "to a file that is gone"),
     "a loop of links": ({"base/config.json": Special("link", "config.json")}, "config.json: the file cannot be opened"),
     # values of another kind
+    "an adapter's alpha as text": (adapter(lora_alpha="4"), "lora_alpha is no value of its kind", "got:      '4'"),
+    "an adapter's endless pattern": (adapter(alpha_pattern={"(.*)*(.*)*x": 4}), "alpha_pattern is malformed", "(.*)*"),
     "a template's config a list": ({**recipe('{base_model: base, upscale: {}, chat_template: "{{ x }}"}'),
                                     "base/tokenizer_config.json": b"[1]"}, "tokenizer's config is not a JSON object"),
 }  # fmt: skip
