@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .located import Located
 
+MAX_DOCUMENTS = 100  # of a recipe: each may need the one before it
 _ONE = "exactly one document without a name: the result"
 
 
@@ -32,8 +33,12 @@ def in_order(documents: Sequence[Document]) -> tuple[int, ...]:
     """Indices of the documents, each behind those that it needs, so the result last. Their own order does not matter.
 
     Raises:
-        RecipeError: no result or several, a name twice, documents that need each other or that nothing needs.
+        RecipeError: no result or several, a name twice, documents that need each other or that nothing needs; or too
+            many.
     """
+    if len(documents) > MAX_DOCUMENTS:
+        place = documents[MAX_DOCUMENTS].root
+        place.fail("the recipe has too many documents", expected=f"at most {MAX_DOCUMENTS}", got=len(documents))
     index: dict[str | None, int] = {}
     for i, document in enumerate(documents):
         if document.name is None and None in index:

@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks beyond this machine
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from fuzz.workshop import Workshop
 
 from deus_merge.cli.main import _run
 from deus_merge.demo_models import smollm2, tiny_model
@@ -45,6 +46,27 @@ def run(capsys):
         return Done(code, told.out, told.err)
 
     return call
+
+
+@pytest.fixture
+def fit(run):
+    """`run` for input that somebody else made: what is said must be fit for a terminal, and not too much."""
+
+    def call(*arguments, expect: int = 0) -> Done:
+        done = run(*arguments, expect=expect)
+        assert all(c.isprintable() or c == "\n" for c in done.out + done.err)
+        assert len(done.err) < 6000 and "Traceback" not in done.err
+        return done
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def workshop():
+    """Small valid models, whose files a test may replace."""
+    made = Workshop()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from fuzz.mutate import NAMES
-from fuzz.workshop import CONFIG, TOKENIZER_CONFIG, Special, Workshop, header_of, shapes, values, weights_file
+from fuzz.workshop import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, Special, header_of, shapes, values, weights_file
 from safetensors.torch import load_file, save_file
 from support import make_model, weights
 
@@ -47,6 +43,13 @@ def _numel(shape: list[int]) -> int:
     return int(torch.Size(shape).numel())
 
 
+def adapter(**changes) -> dict:
+    return {
+        "adapter/adapter_config.json": json.dumps(ADAPTER_CONFIG | changes).encode(),
+        **recipe("{merge_method: passthrough, models: [{model: base+adapter}]}"),
+    }
+
+
 def stack(insert: str) -> dict:
     return recipe(f"base_model: base\nupscale: {{preset: stack, insert: {insert}}}\n")
 
@@ -73,6 +76,8 @@ REFUSED = {
     "lists 100 deep": (raw_config("[" * 100 + "]" * 100), "the config is nested too deeply", "at most 64 levels"),
     "open lists": (recipe("a: " + "[" * 900 + "b, " * 20_000), "the recipe is nested too deeply", "at most 32 levels"),
     "100 000 values": (recipe("slices: [" + "b," * 100_000 + "]"), "the recipe is too large", "at most 20000 values"),
+    "101 documents": (recipe("---\n".join(f"{{name: m{i}, base_model: b, upscale: {{}}}}\n" for i in range(101))),
+                      "the recipe has too many documents", "at most 100", "got:      101"),
     "2 MB of comments": (recipe("# x\n" * 500_000), "the recipe is too large", "at most 1000000 bytes"),
     "a header of 50 GB": ({"base/model.safetensors": Special("sparse", size=GIGABYTES, begin=_LENGTH + b"{")},
                           "the header is too long", "at most 100000000 bytes", "got:      50000000000 bytes"),
@@ -101,6 +106,8 @@ REFUSED = {
     "a tokenizer that is gone": ({"base/tokenizer.json": Special("link", "../base/gone")}, "to a file that is gone"),
     "a loop of links": ({"base/config.json": Special("link", "config.json")}, "config.json: the file cannot be opened"),
     # values of another kind
+    "an adapter's alpha as text": (adapter(lora_alpha="4"), "lora_alpha is no value of its kind", "got:      '4'"),
+    "an adapter's endless pattern": (adapter(alpha_pattern={"(.*)*(.*)*x": 4}), "alpha_pattern is malformed", "(.*)*"),
     "a template's config a list": ({**recipe('{base_model: base, upscale: {}, chat_template: "{{ x }}"}'),
                                     "base/tokenizer_config.json": b"[1]"}, "tokenizer_config.json is not a JSON o"),
 }  # fmt: skip
@@ -120,26 +127,6 @@ TAKEN = {
     "half a character beside it": {"base/tokenizer_config.json": b'{"x": "\\ud800", "chat_template": ""}'},
     "a number of 31 digits": {"base/tokenizer_config.json": json.dumps(TOKENIZER_CONFIG).encode()},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def workshop():
-    made = Workshop()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def fit(run):
-    """Run a command, and look at what it prints: nothing that a terminal would obey, and not too much of it."""
-
-    def call(*arguments, expect=0):
-        done = run(*arguments, expect=expect)
-        assert all(c.isprintable() or c == "\n" for c in done.out + done.err)
-        assert len(done.err) < 6000 and "Traceback" not in done.err
-        return done
-
-    return call
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -252,159 +239,3 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(fit, workshop, tmp_path
     (tmp_path / "blobs").mkdir()
     done = fit("upscale", tmp_path / "loose", tmp_path / "out2", "--preset", "copy_next", expect=2)
     assert "a link to a file that is gone" in done.err
-
-
-# names that would drive a terminal, a page or a card -----------------------------------------------------------------
-
-EVIL = "a\x1b]0;x\x07\x9b31m <script>alert(1) `x` [b](c) |d \u202e :skull: [red]"
-
-
-@pytest.fixture
-def evil(workshop, tmp_path) -> Path:
-    """A model whose folder, and a tensor, have hostile names."""
-    folder = tmp_path / f"{EVIL}\n---\nlicense: mit\n```"
-    folder.mkdir()
-    for name, raw in workshop.valid.items():
-        if name.startswith("base/"):
-            (folder / name[5:]).write_bytes(raw)
-    sizes = shapes() | {"<img src=x>\u202e`[red]:skull:": [2]}
-    count = sum(map(_numel, sizes.values()))
-    (folder / "model.safetensors").write_bytes(weights_file(header_of(sizes), values(count, 0)))
-    return folder
-
-
-def test_names_reach_no_terminal(fit, evil, tmp_path):
-    out = tmp_path / f"out{EVIL}"
-    fit("upscale", evil, out, "--preset", "copy_next")
-    for command in (["inspect", evil], ["inspect", evil, "--json"], ["verify", out], ["verify", out, "--json"]):
-        done = fit(*command, expect=3 if "verify" in command else 0)  # transformers does not know the tensor
-        assert "[red]" in done.out + done.err  # as it stands: no markup
-        assert "💀" not in done.out + done.err
-    text = f"base_model: {json.dumps(str(evil))}\nupscale: {{}}\nchat_template: '\u202e {{{{ 1 }}}}'\n"
-    (tmp_path / "recipe.yml").write_text(text)
-    for options in ([], ["--json"], ["--expand"], ["--expand", "--json"]):
-        fit("plan", tmp_path / "recipe.yml", *options)
-    fit("plan", tmp_path / "\x1b[31m", expect=2)
-    fit("verify", tmp_path / "\x1b[31m", expect=2)
-    fit("methods", "\x1b[31m", expect=2)
-    fit("\x1b[31m", expect=2)
-    fit("upscale", evil, out, expect=2)
-    fit("upscale", evil, tmp_path / "x", "-p", "\x1b[31m=1", expect=2)
-
-
-def test_names_cannot_break_out_of_the_model_card(fit, evil, tmp_path):
-    import yaml
-
-    template = "```\\n</pre><script>\\n{{ x }}\\n  ````\\n"
-    slices = f"[{{sources: [{{model: {json.dumps(str(evil))}}}], merge_method: passthrough}}]"
-    text = f'slices: {slices}\nchat_template: "{template}"\nparameters: {{scale: [{{filter: <b>, value: 1}}]}}\n'
-    (tmp_path / "recipe.yml").write_text(text)
-    done = fit("merge", tmp_path / "recipe.yml", tmp_path / "out")
-    assert "filter '<b>' is part of no tensor's name" in done.err
-    card = (tmp_path / "out/README.md").read_text()
-    _, front, body = card.split("---\n", 2)
-    assert len(yaml.safe_load(front)["base_model"]) == 1 and "\\x1b" in yaml.safe_load(front)["base_model"][0]
-    assert "license" not in yaml.safe_load(front)
-    prose, fence, rest = body.partition("`````yaml\n")
-    assert fence and rest.count("`````") == 1 and rest.endswith("`````\n")
-    assert "<" not in prose and "filter '&lt;b&gt;'" in prose
-    assert all(c.isprintable() or c == "\n" for c in card)
-    assert not [line for line in prose.splitlines() if line.startswith(("---", "```"))]
-    rows = [line for line in prose.splitlines() if line.startswith("| 0–2 ")]
-    assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 4
-    assert yaml.safe_load(rest.removesuffix("`````\n"))["chat_template"].startswith("```\n</pre>")
-
-
-def test_a_folder_whose_name_is_no_text(fit, workshop, tmp_path):
-    folder = tmp_path / os.fsdecode(b"\xff\xfe model")
-    folder.mkdir()
-    for name, raw in workshop.valid.items():
-        if name.startswith("base/"):
-            (folder / name[5:]).write_bytes(raw)
-    fit("upscale", folder, tmp_path / "out", "--preset", "copy_next")
-    fit("verify", tmp_path / "out", "--json")
-    fit("merge", tmp_path / "out/deus_merge.yml", tmp_path / "again")  # the recipe runs again
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if n.isprintable() and "/" not in n and 0 < len(n.encode()) < 256])
-def test_any_name_of_a_folder(fit, workshop, tmp_path, name):
-    """A model may be called whatever a folder may."""
-    if name in ("..", "~", "~root") or name.startswith("-") or "+" in name:
-        pytest.skip("means something else on a command line")
-    folder = tmp_path / name
-    folder.mkdir()
-    for file, raw in workshop.valid.items():
-        if file.startswith("base/"):
-            (folder / file[5:]).write_bytes(raw)
-    fit("upscale", folder, tmp_path / "the result", "--preset", "copy_next")
-
-
-# what the output is, to others ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027, 0o000])
-def test_the_output_has_the_users_umask(fit, workshop, tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        out = tmp_path / "new/out"
-        fit("upscale", workshop.root / "base", out, "--preset", "copy_next", "--max-shard-size", "4kB")
-        fit("upscale", workshop.root / "base", out, "--preset", "average", "--overwrite")
-        fit("upscale", workshop.root / "base", tmp_path / "shards", "--max-shard-size", "4kB")
-    finally:
-        os.umask(before)
-    for folder in (out, tmp_path / "shards"):
-        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
-        assert {p.name: p.stat().st_mode & 0o777 for p in folder.iterdir()} == {
-            p.name: 0o666 & ~umask for p in folder.iterdir()
-        }
-
-
-def test_a_models_code_is_copied_and_never_run(run, fit, workshop, tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    for name, raw in workshop.valid.items():
-        if name.startswith("base/"):
-            (base / name[5:]).write_bytes(raw)
-    marker = tmp_path / "marker"
-    (base / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
-    auto = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil")
-    (base / "config.json").write_text(json.dumps(CONFIG | {"auto_map": auto}))
-    tokenizer = TOKENIZER_CONFIG | {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
-    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (tmp_path / "text").write_text("a b c d e f " * 10)
-    out = tmp_path / "out"
-    done = fit("upscale", base, out, "--preset", "copy_next", "--trust-remote-code")
-    assert "--trust-remote-code changes nothing: no code of a model is ever run" in done.err
-    fit("verify", out)
-    run("verify", out, "--logits", tmp_path / "text", expect=None)
-    fit("inspect", base)
-    assert (out / "evil.py").read_bytes() == (base / "evil.py").read_bytes()
-    assert not marker.exists()
-
-
-_TRUNCATED = """
-import os, sys, torch
-from deus_merge.checkpoint import Checkpoint
-from deus_merge.cli.faults import tell_bus_errors
-tell_bus_errors()
-torch.set_num_threads(2)
-tensor = Checkpoint.open(sys.argv[1]).read("w")
-os.truncate(sys.argv[1] + "/model.safetensors", 100_000)
-print(eval(sys.argv[2])(tensor))
-"""
-
-
-@pytest.mark.parametrize("use", ["lambda t: t.sum()", "lambda t: t.numpy().sum()", "lambda t: (t * 2).shape"])
-def test_a_file_that_is_cut_off_while_it_is_mapped_is_told(tmp_path, use):
-    """In the window between the check of the file and the use of its pages the kernel sends a bus error."""
-    (tmp_path / "config.json").write_text("{}")
-    save_file({"w": torch.ones(1024, 2048)}, tmp_path / "model.safetensors")
-    command = [sys.executable, "-c", _TRUNCATED, str(tmp_path), use]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}
-    )
-    assert done.returncode == 2, done
-    assert f"error: {tmp_path}/model.safetensors: the file became shorter while it was read" in done.stderr
-    assert done.stderr.count("error:") == 1 and done.stdout == ""

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -179,7 +180,9 @@ def test_damaged_and_compressed_archives_are_refused(base, tmp_path):
     model = pickled(base, tmp_path / "model")
     path = model / "pytorch_model.bin"
     raw = path.read_bytes()
-    for damaged in (b"", raw[:100], raw[: len(raw) // 2], raw[100:], b"PK\3\4" + bytes(100), os.urandom(1000)):
+    two_disks = raw[:-22] + b"PK\6\7" + struct.pack("<LQL", 0, 0, 2) + raw[-22:]
+    halves = raw[:100], raw[: len(raw) // 2], raw[100:]
+    for damaged in (b"", *halves, two_disks, b"PK\3\4" + bytes(100), os.urandom(1000)):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="refused"):
             PickledCheckpoint.open(model)
@@ -265,7 +268,7 @@ print(peak - before)
 @pytest.mark.parametrize(("zipped", "bound"), [(True, 0.5), (False, 1.5)])
 def test_memory_does_not_grow_with_the_model(tmp_path, zipped, bound):
     """Mapped archives take a block's working memory; older files one file more, of the four."""
-    base = make_model(tmp_path / "base", layers=8, hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    base = make_model(tmp_path / "base", layers=8, hidden_size=512, intermediate_size=1024, num_attention_heads=8)
     model = pickled(base, tmp_path / "model", shards=4, zipped=zipped)
     shard = sum(p.stat().st_size for p in model.glob("*.bin")) / 4
     recipe = tmp_path / "recipe.yml"
@@ -276,6 +279,18 @@ def test_memory_does_not_grow_with_the_model(tmp_path, zipped, bound):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 60_000_000 + bound * shard, (int(done.stdout), shard)
+
+
+def test_plans_count_what_loading_a_file_takes(run, base, tmp_path):
+    """A mapped archive takes nothing; an older file is in memory while its tensors are read."""
+    need = {}
+    for zipped in (True, False):
+        model = pickled(base, tmp_path / f"model-{zipped}", zipped=zipped)
+        recipe = tmp_path / f"{zipped}.yml"
+        recipe.write_text(RECIPE.format(model=model, dtype="bfloat16"))
+        need[zipped] = run("plan", recipe, "--allow-pickle", "--json").json()["peak_memory_bytes"]
+    size = (tmp_path / "model-False/pytorch_model.bin").stat().st_size
+    assert 0 < need[False] - need[True] - size < size
 
 
 def test_the_api_takes_pickles_with_leave(base, tmp_path):

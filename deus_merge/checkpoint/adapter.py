@@ -19,6 +19,13 @@ _PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|l
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
 _EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings)\.weight")
 _HEAD = "lm_head.weight"
+#: what an option may be, where it is there
+_KINDS = {
+    "lora_alpha": int | float | None, "alpha_pattern": dict | None, "use_rslora": bool | None, "use_dora": bool | None,
+    "fan_in_fan_out": bool | None, "init_lora_weights": bool | str | None,
+}  # fmt: skip
+#: regular expressions that may take for ever: a repeated group, or many repetitions
+_COSTLY = re.compile(r"\)[*+{]|([*+{?].*){5}")
 #: options with which an adapter does more, or other things, than to add to weights
 _OTHER_KINDS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
@@ -152,6 +159,12 @@ class Adapter:
         where, kind = self.folder / CONFIG, self.options.get("peft_type")
         if kind != "LORA":
             raise CheckpointError("an adapter of another kind", where=where, expected="peft_type: LORA", got=kind)
+        for option, kinds in _KINDS.items():
+            if not isinstance(self.options.get(option), kinds):
+                raise CheckpointError(f"{option} is no value of its kind", where=where, got=repr(self.options[option]))
+        for pattern, alpha in (self.options.get("alpha_pattern") or {}).items():
+            if not isinstance(alpha, int | float) or _COSTLY.search(pattern) or len(pattern) > 200:
+                raise CheckpointError("alpha_pattern is malformed", where=where, got=f"{pattern}: {alpha!r}")
         for option in _OTHER_KINDS:
             if self.options.get(option):
                 self._unsupported(option)

@@ -163,9 +163,13 @@ class LoraSource:
         config = LoraConfig(r=rank, target_modules=[module.name], lora_bias=bias, **options)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # about what is not in our one layer
-            inject_adapter_in_model(config, root)
-            missed = set_peft_model_state_dict(root, parts)
-            adapted = root.get_submodule(module.name)
+            try:
+                inject_adapter_in_model(config, root)
+                missed = set_peft_model_state_dict(root, parts)
+                adapted = root.get_submodule(module.name)
+            except Exception as error:  # peft raises whatever a strange adapter makes it stumble on
+                told = f"{type(error).__name__}: {error}"
+                raise CheckpointError(f"peft cannot take {module.name}", where=self.folder, got=told) from error
             if missed.unexpected_keys or any("lora_" in key for key in missed.missing_keys):
                 raise CheckpointError(
                     f"peft cannot load what is there for {module.name}", where=self.folder, got=missed

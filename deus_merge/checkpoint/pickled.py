@@ -42,6 +42,7 @@ class PickledCheckpoint(Checkpoint):
         super().__init__(folder, config, headers, fingerprint)
         self._loading = threading.Lock()
         self._whole: tuple[Path, Mapping[str, torch.Tensor]] | None = None  # of the older format: the last file
+        self._mapped = {file: _is_archive(file) for file in self.files}
 
     @classmethod
     def open(cls, folder: Path | str) -> PickledCheckpoint:
@@ -85,6 +86,10 @@ class PickledCheckpoint(Checkpoint):
                     return tensors[info.name].detach()[part].contiguous()
                 self._whole = (info.file, tensors)
             return self._whole[1][info.name].detach()[part].clone()
+
+    def workspace(self, name: str, least: bool = False) -> int:
+        info = self[name]
+        return 0 if self._mapped[info.file] else self._headers[info.file].size + info.nbytes
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Ask the kernel to read the files of these tensors: where in them a tensor lies only torch knows."""
@@ -166,7 +171,7 @@ def _load(path: Path) -> tuple[Mapping[str, torch.Tensor], bool]:
     """
     import torch
 
-    mapped = zipfile.is_zipfile(path)
+    mapped = _is_archive(path)
     try:
         if mapped:
             _check_archive(path)
@@ -184,6 +189,12 @@ def _load(path: Path) -> tuple[Mapping[str, torch.Tensor], bool]:
     if not isinstance(state, dict):
         raise CheckpointError("no mapping from names to tensors", where=path, got=type(state).__name__)
     return state, mapped
+
+
+def _is_archive(path: Path) -> bool:
+    """As torch tells it."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
 
 
 def _check_archive(path: Path) -> None:

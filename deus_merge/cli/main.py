@@ -93,7 +93,7 @@ def _run(arguments: list[str] | None) -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         interrupt = stop.__cause__ or stop  # click wraps what interrupted it
-        notes = "".join(f"\n  {note}" for note in getattr(interrupt, "__notes__", ()))
+        notes = "".join(f"\n  {printable(note)}" for note in getattr(interrupt, "__notes__", ()))
         click.echo(f"\ninterrupted{notes}", err=True)
         return 130
     except BrokenPipeError:  # the reader of our output went away

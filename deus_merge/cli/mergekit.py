@@ -6,6 +6,8 @@ another result is refused.
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from ..errors import DeusMergeError
@@ -39,7 +41,7 @@ class ShardSize(click.ParamType):
 
     def convert(self, value, param, ctx):
         text = str(value).strip()
-        if text == "0" or text.startswith("-"):
+        if re.fullmatch(r"0|-\d+", text):
             return _UNLIMITED
         try:
             return parse_size(f"{text[:-1]}GB" if text[-1:] in "bB" and text[:-1].isdigit() else text)

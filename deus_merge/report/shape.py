@@ -40,7 +40,7 @@ _SHAPE = {
     "plan_hash": _text,
     "deus_merge": _text,
     "versions": _Each(any=_text),
-    "options": {"device": _text},
+    "options": {"device": _text, "threads": _count},
     "donor": _count,
     "sources": [{"model": _text, "fingerprint": _text, "folder?": _text, "layers?": _count}],
     "num_layers": _count,

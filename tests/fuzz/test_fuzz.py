@@ -11,21 +11,13 @@ from hypothesis import strategies as st
 
 from .driver import Tally, guarded, run_batch, run_case
 from .targets import TARGETS
-from .workshop import Workshop
 
 #: cases of each target: together a good minute and a half of processor time
 CASES = {
-    "header": 64_000, "index": 22_000, "config": 4_000, "recipe": 3_500, "side_files": 800, "places": 800,
-    "whole": 3_500, "merge": 500, "manifest": 1_500, "pickle": 500,
+    "header": 68_000, "index": 22_000, "config": 2_500, "recipe": 2_500, "side_files": 700, "places": 700,
+    "whole": 3_000, "merge": 500, "manifest": 500, "modules": 500, "adapter": 700, "pickle": 400,
 }  # fmt: skip
 BATCHES = [(t, range(i, min(i + 5_000, n))) for t, n in CASES.items() for i in range(0, n, 5_000)]
-
-
-@pytest.fixture(scope="module")
-def workshop():
-    made = Workshop()
-    yield made
-    made.close()
 
 
 @pytest.mark.slow

@@ -76,6 +76,17 @@ TOKENIZER_CONFIG = {
     "added_tokens_decoder": {str(i): {"content": t, "special": True} for i, t in enumerate(VOCABULARY[:3])},
     "chat_template": "{{ messages[0]['content'] }}",
 }
+ADAPTER_CONFIG = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "bias": "none",
+    "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "alpha_pattern": {},
+    "rank_pattern": {}, "modules_to_save": None, "base_model_name_or_path": "base",
+}  # fmt: skip
+ADAPTER = {
+    f"base_model.model.model.layers.{i}.{module}.lora_{half}.weight": shape
+    for i in range(3)
+    for module, rows, columns in (("self_attn.q_proj", 8, 8), ("mlp.down_proj", 8, 12))
+    for half, shape in (("A", [2, columns]), ("B", [rows, 2]))
+}
 _BASE = {"model": "base", "layer_range": [0, 2]}
 _OTHER = {"model": "other", "layer_range": [1, 3]}
 RECIPES = (
@@ -110,6 +121,11 @@ RECIPES = (
         "out_dtype": "bfloat16",
         "chat_template": "{{ messages }}",
         "tokenizer_source": "other",
+    },
+    {
+        "merge_method": "passthrough",
+        "base_model": "base",
+        "modules": {"default": {"slices": [{"sources": [_BASE]}, {"sources": [_BASE]}]}},
     },
     {"merge_method": "karcher", "models": [{"model": {"path": "base"}}, {"model": {"model": {"path": "other"}}}]},
 )  # fmt: skip
@@ -187,6 +203,9 @@ def valid_files() -> dict[str, bytes]:
         ):
             files[f"{model}/{file}"] = json.dumps(data).encode()
         files[f"{model}/LICENSE"] = b"As you like.\n"
+    count = sum(math.prod(s) for s in ADAPTER.values())
+    files["adapter/adapter_model.safetensors"] = weights_file(header_of(ADAPTER), values(count, 3))
+    files["adapter/adapter_config.json"] = json.dumps(ADAPTER_CONFIG).encode()
     files["recipe.yml"] = json.dumps(RECIPES[0]).encode()
     return files
 
@@ -232,6 +251,14 @@ class Workshop:
             torch.save(tensors, file, _use_new_zipfile_serialization=new)
             made.append(file.getvalue())
         return made[0], made[1]
+
+    def copy(self, model: str, folder: Path) -> Path:
+        """One of the models, somewhere else."""
+        folder.mkdir()
+        for name, raw in self.valid.items():
+            if name.startswith(f"{model}/"):
+                (folder / Path(name).name).write_bytes(raw)
+        return folder
 
     @contextmanager
     def changed(self, files: Files) -> Iterator[None]:
