@@ -229,7 +229,7 @@ class _Planner:
         dtype = self._dtype(inputs)
         action, source = action_of(task, method, inputs, dtype, align)
         if action in ("merge", "cast"):
-            self._castable(task.name, inputs, dtype, action)
+            self._castable(task.name, inputs, dtype)
         return PlannedTensor(task, inputs, dtype, action, source)
 
     def _dtype(self, inputs: Sequence[TensorInfo]) -> str:
@@ -238,7 +238,7 @@ class _Planner:
         wanted = self.recipe.out_dtype or self.recipe.dtype
         return wanted if wanted and stored in _FLOATS else stored
 
-    def _castable(self, name: str, inputs: Sequence[TensorInfo], dtype: str, action: str) -> None:
+    def _castable(self, name: str, inputs: Sequence[TensorInfo], dtype: str) -> None:
         for info in inputs:
             if info.dtype not in _FLOATS:
                 raise PlanError(
@@ -247,9 +247,12 @@ class _Planner:
                     expected="floating point weights",
                     hint="quantised checkpoints can only pass through; use the original weights",
                 )
-        lossy = {"F32", "F64"} & {i.dtype for i in inputs} and dtype in ("F16", "BF16")
-        if action == "cast" and lossy and not any("loses precision" in w for w in self.warnings):
-            self.warnings.append(f"{inputs[0].dtype} weights are written as {dtype}: this loses precision")
+            if promoted([info.dtype, dtype]) == dtype:
+                continue
+            kinds = f"{dtype_name(info.dtype)} weights are written as {dtype_name(dtype)}"
+            lost = f"{kinds}: this loses precision{' and range' if dtype == 'F16' else ''}"
+            if lost not in self.warnings:
+                self.warnings.append(lost)
 
     def _add(self, piece: OutputSlice, title: str, outputs, sources: tuple[BlockSource, ...], base, made, new=False):
         """The block, if its method can make it. Asked before anything else of the method."""
