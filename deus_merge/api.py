@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import VerifyError
-from .execute import RunOptions, execute
+from .execute import execute
 from .located import locate
 from .plan import BlockPlan, Plan
 from .planner import DEFAULT_SHARD_SIZE, build_plan
+from .preflight import RunOptions
 from .recipe import Recipe, read_recipe, recipe_from
 from .verify import Verification
 

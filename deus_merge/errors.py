@@ -8,6 +8,7 @@
     ├── CheckpointError       a safetensors file, an index, a folder
     ├── PlanError             the recipe is readable but cannot be carried out (space, memory, output folder)
     ├── SolverError           an optimal transport problem that has no meaningful solution
+    ├── MachineError          exit code 1: a full disk, a failing device: the input is right, and the work is kept
     └── VerifyError           exit code 3: a finished checkpoint is not what its plan says
 
 Anything else that escapes is a bug (exit code 1).
@@ -78,6 +79,12 @@ class PlanError(DeusMergeError):
 
 class SolverError(DeusMergeError):
     """An optimal transport problem without a meaningful solution."""
+
+
+class MachineError(DeusMergeError):
+    """The machine failed while a run was at work: no space left, an input/output error."""
+
+    exit_code = 1
 
 
 class VerifyError(DeusMergeError):

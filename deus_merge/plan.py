@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from .checkpoint.hub import resolve
 from .checkpoint.layout import ShardLayout
 from .checkpoint.reader import Checkpoint, TensorInfo, TensorSource
 from .config import check_config
-from .errors import DeusMergeError
+from .errors import CheckpointError, DeusMergeError
 from .method import CopyOf, TensorTask, Zeros
 from .recipe import ModelRef, Recipe, methods
 
@@ -40,11 +41,13 @@ class SourceModel:
         ref: As the recipe names it.
         checkpoint: Its tensors.
         view: Its tensors by layer and role.
+        stamp: Of its files when they were opened: see `stamp`.
     """
 
     ref: ModelRef
     checkpoint: TensorSource
     view: ModelView
+    stamp: list
 
     @classmethod
     def open(cls, ref: ModelRef) -> SourceModel:
@@ -62,7 +65,7 @@ class SourceModel:
             if ref.place.path:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
-        return cls(ref, checkpoint, view)
+        return cls(ref, checkpoint, view, stamp(checkpoint.files))
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,18 @@ def _block_identity(block: BlockPlan) -> list:
             for t in block.tensors
         ],
     ]
+
+
+def stamp(files: Iterable[Path]) -> list:
+    """Name, size and time of each file: what tells, between runs, that weights have changed. JSON values.
+
+    Raises:
+        CheckpointError: a file is gone.
+    """
+    try:
+        return [[f.name, status.st_size, status.st_mtime_ns] for f in files for status in [os.stat(f)]]
+    except OSError as error:
+        raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None
 
 
 def _digest(content: bytes | Path) -> str:

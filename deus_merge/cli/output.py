@@ -22,9 +22,13 @@ def emit_json(data: object) -> None:
 
 
 def say(text: str, quiet: bool = False) -> None:
-    """One line for people, on stderr."""
-    if not quiet:
+    """One line for people, on stderr. They may stop listening: a closed pipe stops no run."""
+    if quiet:
+        return
+    try:
         click.echo(text, err=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def hush_transformers() -> None:
@@ -35,7 +39,7 @@ def hush_transformers() -> None:
 
 def warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:

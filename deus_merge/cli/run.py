@@ -11,6 +11,7 @@ import yaml
 from .. import api
 from ..errors import DeusMergeError
 from ..located import parse
+from ..preflight import preflight
 from ..recipe import Recipe, read_recipe
 from ..recipe_yaml import dump_recipe
 from ..units import parse_size
@@ -134,11 +135,9 @@ def _run(recipe: Recipe, out: Path, *, cuda, max_shard_size, dry_run, quiet, as_
     run = api.RunOptions(verify=verify_output, **options)
     whole = api.plan(recipe, max_shard_size=max_shard_size)
     if dry_run:
-        from ..execute import preflight
-
-        preflight(whole, out, run)
+        ready = preflight(whole, out, run)
         emit_json(whole.describe()) if as_json else show_plan(whole)
-        warn(whole.warnings)
+        warn(whole.warnings + ready.warnings)
         return
     with progress(whole, quiet) as on_block:
         result = api.merge(whole, out, run, on_block=on_block)
