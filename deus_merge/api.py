@@ -20,10 +20,11 @@ from pathlib import Path
 from .checkpoint.header import read_small
 from .checkpoint.source import PLAIN, Access
 from .errors import DeusMergeError, VerifyError
-from .execute import RunOptions, execute
+from .execute import execute
 from .located import locate
 from .plan import BlockPlan, Plan
 from .planner import DEFAULT_SHARD_SIZE, build_plan
+from .preflight import RunOptions
 from .recipe import Recipe, read_recipe, recipe_from
 from .report.manifest import RECIPE, read_manifest
 from .strip import Stripped

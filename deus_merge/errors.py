@@ -9,6 +9,7 @@
     ├── PlanError             the recipe is readable but cannot be carried out (space, memory, output folder)
     ├── SolverError           an optimal transport problem that has no meaningful solution
     ├── TrainingError         a model in training that is not as its manifest says, or settings a trainer lacks
+    ├── MachineError          exit code 1: a full disk, a failing device: the input is right, and the work is kept
     └── VerifyError           exit code 3: a finished checkpoint is not what its plan says
 
 Anything else that escapes is a bug (exit code 1).
@@ -80,6 +81,12 @@ class SolverError(DeusMergeError):
 
 class TrainingError(DeusMergeError):
     """A model in training is not what its manifest says, or a trainer cannot train just the new layers."""
+
+
+class MachineError(DeusMergeError):
+    """The machine failed while a run was at work: no space left, an input/output error."""
+
+    exit_code = 1
 
 
 class VerifyError(DeusMergeError):

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__
 from .checkpoint.header import read_small
 from .checkpoint.layout import index_json
 from .checkpoint.reader import INDEX
 from .checkpoint.shards import ShardWriter
-from .checkpoint.system import free_space
 from .checkpoint.writer import OutputFolder
-from .errors import DeusMergeError, PlanError, VerifyError, json_text
+from .errors import CheckpointError, DeusMergeError, MachineError, VerifyError, json_text
 from .making import Maker, Piece, results_of
 from .plan import BlockPlan, Plan
+from .preflight import RunOptions, check_sources, preflight
 from .recipe_yaml import dump_recipe
 from .report.card import model_card
 from .report.lineage import ancestors
@@ -31,59 +29,6 @@ from .verify import Verification, verify
 
 if TYPE_CHECKING:
     import torch
-
-_SLACK = 16 << 20  # bytes of disk for everything beside the weights
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run, as opposed to what.
-
-    Attributes:
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        max_memory: Bytes the process may take: plans then work in row blocks; too few are refused.
-        resume: Go on with an interrupted run.
-        overwrite: Replace an existing output, once the new one is whole.
-        verify: Check the result before it gets its name.
-        seed: For methods that draw random numbers.
-        threads: CPU threads for arithmetic; None for torch's own choice.
-        model_card: Write a README.md.
-    """
-
-    device: str = "auto"
-    max_memory: int | None = None
-    resume: bool = False
-    overwrite: bool = False
-    verify: bool = True
-    seed: int = 0
-    threads: int | None = None
-    model_card: bool = True
-
-
-def preflight(plan: Plan, out: Path, options: RunOptions) -> None:
-    """Everything that can be known to go wrong, before a byte is written.
-
-    Raises:
-        PlanError: no room on the disk, too little memory allowed, OUT in or around a source, no such device.
-    """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
-        raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
-    output = OutputFolder(out, plan_hash=plan.hash, overwrite=options.overwrite)
-    for folder in (f for model in plan.models for f in model.checkpoint.folders):
-        output.check_apart(folder)
-    output.check_place()
-    if options.max_memory is not None and plan.least_memory > options.max_memory:
-        raise PlanError(
-            "the plan needs more memory than allowed",
-            where="--max-memory",
-            expected=f"at least {format_size(plan.least_memory)}",
-            got=format_size(options.max_memory),
-        )
-    needed = plan.bytes_written + _SLACK
-    if not options.resume and (free := free_space(out)) < needed:
-        raise PlanError("too little space on the disk", where=out, expected=format_size(needed), got=format_size(free))
-    if any(b.computes for b in plan.blocks):
-        _device(options.device)
 
 
 def execute(
@@ -104,46 +49,46 @@ def execute(
         DeusMergeError: as `preflight`; or a tensor that cannot be merged; VerifyError when the result is wrong.
     """
     began = time.monotonic()
-    preflight(plan, out, options)
-    computes = any(b.computes for b in plan.blocks)
-    device = _device(options.device) if computes else None
-    identity = {
-        "deus_merge": __version__,
-        "device": device.type if device else "none",
-        "threads": _set_threads(options.threads) if computes else 0,
-        "seed": options.seed,
-        "sources": [_stamp(m.checkpoint.files) for m in plan.models],
-    }
-    output = OutputFolder(
-        out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
-    )
+    ready = preflight(plan, out, options)
+    output = ready.output
+    if ready.complete:
+        output.tidy()
+        for block in plan.blocks:
+            on_block(block, True)
+        hint = "make it anew with --overwrite"
+        verification = _passed(verify(output.out, quick=True), out, hint) if options.verify else None
+        return verification, plan.warnings + ready.warnings
+    past, unknown_past = ancestors(plan)
     with _told_how_to_resume(output), output:
         writer = output.shards(plan.shards)
+        kept = {int(index): line["tensors"] for index, line in output.finished.items()}  # before the flushes add to it
         with ExitStack() as stack:
-            left = [block for block in plan.blocks if str(block.index) not in output.finished]
-            run = _Run(plan, writer, device, options, [block for block in left if block.computes], stack)
+            computing = [block for block in plan.blocks if block.computes and block.index not in kept]
+            run = _Run(plan, writer, ready.device, options, computing, stack)
             for block in plan.blocks:
-                resumed = str(block.index) in output.finished
-                if not resumed:
-                    output.record(str(block.index), {"tensors": run.block(block)})
-                on_block(block, resumed)
-        diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()} | run.diagnostics
-        past, unknown_past = ancestors(plan)
-        warnings = plan.warnings + unknown_past + tuple(output.notes) + _convergence(plan, diagnostics)
-        told = {key: identity[key] for key in ("device", "threads", "seed")}
-        told["seconds"] = round(time.monotonic() - began, 3)
-        record = manifest(plan, _write_files(plan, output.folder, past, options.model_card), diagnostics, told, past)
+                if block.index not in kept:
+                    with _memory_told(block):
+                        made = run.block(block)
+                    output.record(str(block.index), {"tensors": made})
+                on_block(block, block.index in kept)
+        _check_same_sources(plan)
+        output.flush(wait=False)  # while the result is checked
+        diagnostics = kept | run.diagnostics
+        told = ready.told | {"seconds": round(time.monotonic() - began, 3)}
+        record = manifest(plan, _write_files(plan, output, past, options.model_card), diagnostics, told, past)
         verification = None
         if options.verify:
-            sources = list(plan_sources(plan))
-            verification = replace(verify(output.folder, quick=True, record=record, sources=sources), folder=out)
-            if not verification.passed:
-                failed = verification.failed[0]
-                raise VerifyError(f"{failed.name}: {failed.detail}", where=out, hint="the output was not put in place")
-        checksums = verification.checksums if verification else None
-        (output.folder / MANIFEST).write_bytes(sealed(record, checksums))
+            found = verify(output.folder, quick=True, record=record, sources=list(plan_sources(plan)))
+            verification = _passed(found, out, "the output was not put in place")
+        output.put(MANIFEST, sealed(record, verification.checksums if verification else None))
         output.finish()
-    return verification, warnings + tuple(n for n in output.notes if n not in warnings)
+    return verification, (
+        *plan.warnings,
+        *ready.warnings,
+        *unknown_past,
+        *output.notes,
+        *_convergence(plan, diagnostics),
+    )
 
 
 class _Run:
@@ -208,7 +153,43 @@ class _Run:
         return self._ahead.submit(self.maker.load, block) if block else None
 
 
-def _write_files(plan: Plan, folder: Path, past: Sequence[Mapping], card: bool) -> dict[str, bytes]:
+@contextmanager
+def _memory_told(block: BlockPlan) -> Iterator[None]:
+    """Too little memory as a MachineError; torch has several ways to say it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise MachineError(
+            "out of memory",
+            where=block.title,
+            got=str(error).splitlines()[0] if str(error) else None,
+            hint=f"plans work in less with --max-memory; this block was estimated at {format_size(block.workspace())}",
+        ) from error
+
+
+def _passed(verification: Verification, out: Path, hint: str) -> Verification:
+    """The checks of a folder that is, or will be, ``out``.
+
+    Raises:
+        VerifyError: one failed.
+    """
+    if failed := verification.failed:
+        raise VerifyError(f"{failed[0].name}: {failed[0].detail}", where=out, hint=hint)
+    return replace(verification, folder=out)
+
+
+def _check_same_sources(plan: Plan) -> None:
+    try:
+        check_sources(plan)
+    except CheckpointError as error:
+        raise VerifyError(
+            "a source has changed during the run", where=error.where, hint="start over with --overwrite"
+        ) from None
+
+
+def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Mapping], card: bool) -> dict[str, bytes]:
     """Everything beside the weights and the manifest."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
@@ -219,7 +200,7 @@ def _write_files(plan: Plan, folder: Path, past: Sequence[Mapping], card: bool) 
     if card:
         files["README.md"] = model_card(plan, recipe, past).encode()
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        output.put(name, content)
     return files
 
 
@@ -247,28 +228,3 @@ def _convergence(plan: Plan, diagnostics: Mapping[int, list[dict]]) -> tuple[str
         f"{len(missed)} transport plans did not reach the tolerance; the worst is {worst['tensor']} with an L1 marginal"
         f" error of {worst['marginal_error']:.2g} after {worst['iterations']} iterations: raise reg or max_iterations",
     )
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PlanError(
-            "no such CUDA device", where="--device", expected=f"{torch.cuda.device_count()} devices", got=name
-        )
-    if device.type == "cuda":  # plans need all of float32's digits
-        torch.backends.cuda.matmul.allow_tf32 = False
-    return device
-
-
-def _set_threads(threads: int | None) -> int:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
-
-
-def _stamp(files: tuple[Path, ...]) -> list:
-    return [[f.name, os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from .checkpoint.lora import LoraSource
 from .checkpoint.reader import TensorInfo, TensorSource
 from .checkpoint.source import PLAIN, Access, open_source
 from .config import check_config
-from .errors import DeusMergeError, nearest
+from .errors import CheckpointError, DeusMergeError, nearest
 from .method import CopyOf, TensorTask, Zeros
 from .modules import view_modules
 from .recipe import ModelRef, Recipe, methods
@@ -48,11 +49,13 @@ class SourceModel:
         ref: As the recipe names it.
         checkpoint: Its tensors.
         view: Its tensors by layer and role.
+        stamp: Of its files when they were opened: see `stamp`.
     """
 
     ref: ModelRef
     checkpoint: TensorSource
     view: ModelView
+    stamp: list
 
     @cached_property
     def modules(self) -> dict[str, ModelView]:
@@ -91,7 +94,7 @@ class SourceModel:
             if ref.place.path:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
-        return cls(ref, checkpoint, view)
+        return cls(ref, checkpoint, view, stamp(checkpoint.files))
 
     def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
         """Role -> shape, for role -> tensor name."""
@@ -472,6 +475,18 @@ def _block_identity(block: BlockPlan) -> list:
             for t in block.tensors
         ],
     ]
+
+
+def stamp(files: Iterable[Path]) -> list:
+    """Name, size and time of each file: what tells, between runs, that weights have changed. JSON values.
+
+    Raises:
+        CheckpointError: a file is gone.
+    """
+    try:
+        return [[f.name, status.st_size, status.st_mtime_ns] for f in files for status in [os.stat(f)]]
+    except OSError as error:
+        raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None
 
 
 def _digest(content: bytes | Path) -> str:

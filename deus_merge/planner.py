@@ -349,9 +349,12 @@ class _Planner:
                     expected="floating point weights",
                     hint="quantised checkpoints can only pass through; use the original weights",
                 )
-        lossy = {"F32", "F64"} & {i.dtype for i in inputs} and dtype in ("F16", "BF16")
-        if action == "cast" and lossy and not any("loses precision" in w for w in self.warnings):
-            self.warnings.append(f"{inputs[0].dtype} weights are written as {dtype}: this loses precision")
+            if promoted([info.dtype, dtype]) == dtype:
+                continue
+            kinds = f"{dtype_name(info.dtype)} weights are written as {dtype_name(dtype)}"
+            lost = f"{kinds}: this loses precision{' and range' if dtype == 'F16' else ''}"
+            if lost not in self.warnings:
+                self.warnings.append(lost)
 
     def _add(self, piece: OutputSlice, title: str, outputs, sources: tuple[BlockSource, ...], base, made, new=False):
         """The block, if its method can make it. Asked before anything else of the method."""

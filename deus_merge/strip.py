@@ -14,6 +14,7 @@ from .checkpoint.reader import INDEX
 from .config import LayerOrigin, check_config, deeper_config
 from .errors import CheckpointError, PlanError, VerifyError, json_text
 from .model_files import copied_files
+from .preflight import check_apart
 from .report.manifest import read_manifest
 from .units import dtype_name, parse_size
 from .verify.weights import Wanted, examine
@@ -97,11 +98,11 @@ def strip(
 
     identity = hashlib.sha256(f"strip {record['plan_hash']}".encode()).hexdigest()
     output = OutputFolder(out, plan_hash=identity, overwrite=overwrite)
-    output.check_apart(folder)
+    check_apart(output.out, [checkpoint])
     with output:
         output.shards(shards).copy_many(sources.items())
         for name, content in files.items():
-            (output.folder / name).write_bytes(content)
+            output.put(name, content)
         written = Checkpoint.open(output.folder)
         _check_written(written, sources)
         equal, different = _compare(written, record)

@@ -1,20 +1,39 @@
 """The journal of an unfinished output folder: which blocks are whole on the disk.
 
-One JSON object a line: first what the folder belongs to, then a line for each finished block. A line is only written
-when the block's data is on the disk, so every whole line can be trusted, and a torn last line is no line.
+One JSON object a line: first what the folder belongs to, then a line for each finished block, and at last the inode of
+the finished folder, by which it is known again under its final name. A line is only written when what it speaks of is
+on the disk, so every whole line can be trusted, and a torn last line is no line.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import PlanError
 
 FILENAME = "journal.jsonl"
-FORMAT = 1
+FORMAT = 2
+
+
+class Kept(NamedTuple):
+    """What stands in a journal.
+
+    Attributes:
+        head: What the folder belongs to; None when not even that was written.
+        finished: Block -> its diagnostics.
+        whole: The inode of the folder when it is whole.
+        length: Bytes that the whole lines take.
+    """
+
+    head: dict | None
+    finished: dict[str, dict]
+    whole: int | None
+    length: int
 
 
 class Journal:
@@ -35,20 +54,31 @@ class Journal:
         path = folder / FILENAME
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
         journal = cls(path, {}, fd)
-        journal._write([{"format": FORMAT, "plan_hash": plan_hash, "identity": dict(identity)}])
+        try:
+            journal._write([{"format": FORMAT, "plan_hash": plan_hash, "identity": dict(identity)}])
+        except BaseException:
+            journal.close()
+            raise
         return journal
 
     @classmethod
-    def reopen(cls, folder: Path, plan_hash: str, identity: Mapping[str, object]) -> Journal | None:
-        """Go on with the journal of an interrupted run; None when nothing in it was finished.
+    def reopen(cls, folder: Path) -> Journal:
+        """Go on with the journal of an interrupted run that `check` let pass."""
+        path = folder / FILENAME
+        kept = cls.read(folder)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        os.ftruncate(fd, kept.length)
+        return cls(path, kept.finished, fd)
+
+    @staticmethod
+    def check(folder: Path, plan_hash: str, identity: Mapping[str, object]) -> None:
+        """Whether a run may go on with a folder's journal.
 
         Raises:
             PlanError: it belongs to another plan or identity, or another version wrote it.
         """
         path = folder / FILENAME
-        head, finished, length = _read(path)
-        if head is None or not finished:
-            return None
+        head = Journal.read(folder).head or {}
         if head.get("format") != FORMAT:
             raise _other(path, "another version's journal", FORMAT, head.get("format"))
         # Compared first, since it can say what is different; a plan hash cannot.
@@ -64,14 +94,6 @@ class Journal:
             )
         if head.get("plan_hash") != plan_hash:
             raise _other(path, "the interrupted run had another plan", head.get("plan_hash"), plan_hash)
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        os.ftruncate(fd, length)
-        return cls(path, finished, fd)
-
-    @staticmethod
-    def count(folder: Path) -> int:
-        """How many finished blocks the journal of an unfinished folder knows."""
-        return len(_read(folder / FILENAME)[1])
 
     def append(self, blocks: Iterable[tuple[str, dict]]) -> None:
         """Write finished blocks, and bring the lines to the disk."""
@@ -79,10 +101,14 @@ class Journal:
         self._write([{"block": block, "diagnostics": diagnostics} for block, diagnostics in blocks])
         self.finished.update(blocks)
 
+    def seal(self, inode: int) -> None:
+        """The folder of this inode is whole: nothing is left but to put it in its place."""
+        self._write([{"whole": inode}])
+
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # first, since an interrupt may come between any two steps: never close twice
+        if fd >= 0:
+            os.close(fd)
 
     def _write(self, lines: list[dict]) -> None:
         data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -90,31 +116,35 @@ class Journal:
             data = data[os.write(self._fd, data) :]
         os.fdatasync(self._fd)
 
-
-def _read(path: Path) -> tuple[dict | None, dict[str, dict], int]:
-    """The first line, the finished blocks, and the bytes that the whole lines take."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return None, {}, 0
-    head: dict | None = None
-    finished: dict[str, dict] = {}
-    length = 0
-    for line in raw.splitlines(keepends=True):
+    @staticmethod
+    def read(folder: Path) -> Kept:
+        """What stands in a folder's journal: nothing when there is none."""
         try:
-            value = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            break
-        if not isinstance(value, dict):
-            break
-        if head is None:
-            head = value
-        elif isinstance(value.get("block"), str) and isinstance(value.get("diagnostics"), dict):
-            finished[value["block"]] = value["diagnostics"]
-        else:
-            break
-        length += len(line)
-    return head, finished, length
+            raw = (folder / FILENAME).read_bytes()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise
+            return Kept(None, {}, None, 0)
+        head: dict | None = None
+        finished: dict[str, dict] = {}
+        whole, length = None, 0
+        for line in raw.splitlines(keepends=True):
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                break
+            if not isinstance(value, dict):
+                break
+            if head is None:
+                head = value
+            elif isinstance(value.get("block"), str) and isinstance(value.get("diagnostics"), dict):
+                finished[value["block"]] = value["diagnostics"]
+            elif isinstance(value.get("whole"), int):
+                whole = value["whole"]
+            else:
+                break
+            length += len(line)
+        return Kept(head, finished, whole, length)
 
 
 def _other(path: Path, message: str, expected: object, got: object) -> PlanError:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PlanError
+from ..errors import PlanError, printable
 from ..units import dtype_name, format_size
 from .header import TensorInfo, open_regular
 from .layout import ShardLayout, TensorEntry
-from .system import allocate, copy_range, free_space, space_told, sync_path, write_all
+from .system import allocate, copy_range, disk_told, free_space, sync_path, write_all
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ class ShardWriter:
 
     Raises:
         PlanError: no space for the files; or, on resume, a file is missing or not as that run left it.
+        MachineError: the disk fails.
     """
 
     def __init__(self, folder: Path, shards: Sequence[ShardLayout], *, resume: bool = False):
@@ -47,9 +49,10 @@ class ShardWriter:
         if not resume:
             self._check_space()
         try:
-            for shard in shards:
-                self._fds[shard.filename] = self._reopen(shard) if resume else self._create(shard)
-            sync_path(folder)
+            with disk_told(folder):
+                for shard in shards:
+                    self._fds[shard.filename] = self._reopen(shard) if resume else self._create(shard)
+                sync_path(folder)
         except BaseException:
             self.close()
             raise
@@ -63,14 +66,14 @@ class ShardWriter:
             at: The part's first byte, counted from the tensor's start.
 
         Raises:
-            PlanError: no space left.
+            MachineError: no space left, or the disk fails.
         """
         shard, (begin, end) = self._place(name)
         view = memoryview(data).cast("B")
         size = end - begin
         if (len(view) != size) if at is None else not 0 <= at <= at + len(view) <= size:
             raise ValueError(f"{name}: {len(view)} bytes at {at or 0} do not fit a tensor of {size} bytes")
-        with space_told(self.folder):
+        with disk_told(self.folder):
             write_all(self._fds[shard.filename], view, begin + (at or 0))
         self._wrote(shard, (name,), len(view))
 
@@ -78,7 +81,7 @@ class ShardWriter:
         """Write a tensor that already has the planned dtype and shape; it may be on any device.
 
         Raises:
-            PlanError: no space left.
+            MachineError: no space left, or the disk fails.
         """
         import torch
 
@@ -92,14 +95,14 @@ class ShardWriter:
         """Make a tensor all zero.
 
         Raises:
-            PlanError: no space left.
+            MachineError: no space left, or the disk fails.
         """
         shard, (begin, end) = self._place(name)
         if name in self._fresh:  # allocated blocks that nobody wrote to read as zeros
             self._wrote(shard, (name,), 0)
             return
         view = memoryview(_ZEROS)
-        with space_told(self.folder):
+        with disk_told(self.folder):
             for at in range(begin, end, len(view)):
                 write_all(self._fds[shard.filename], view[: end - at], at)
         self._wrote(shard, (name,), end - begin)
@@ -116,7 +119,7 @@ class ShardWriter:
 
         Raises:
             CheckpointError: a source is gone or ends early.
-            PlanError: no space left.
+            MachineError: no space left, or the disk fails.
         """
         runs: list[_Run] = []
         for name, source in sorted(pairs, key=lambda p: (str(p[1].file), p[1].offset)):
@@ -125,20 +128,15 @@ class ShardWriter:
                 raise ValueError(f"{name}: {source.nbytes} bytes of {source.name} for {end - begin} bytes")
             if not (runs and runs[-1].extend(name, source, shard, begin)):
                 runs.append(_Run(name, source, shard, begin))
-        fd, opened = -1, None
-        try:
-            for run in runs:
-                if run.file != opened:
-                    if fd >= 0:
-                        os.close(fd)
-                    fd, opened = -1, None
-                    fd, opened = open_regular(run.file), run.file
-                with space_told(self.folder):
-                    target = self._fds[run.shard.filename]
-                    copy_range(fd, run.source_offset, target, run.target_offset, run.length, run.file)
-                self._wrote(run.shard, run.names, run.length)
-        finally:
-            if fd >= 0:
+        for file, group in groupby(runs, key=lambda run: run.file):
+            fd = open_regular(file)
+            try:
+                for run in group:
+                    with disk_told(self.folder / run.shard.filename, f", copying {printable(file)}"):
+                        target = self._fds[run.shard.filename]
+                        copy_range(fd, run.source_offset, target, run.target_offset, run.length, file)
+                    self._wrote(run.shard, run.names, run.length)
+            finally:
                 os.close(fd)
 
     def entry(self, name: str) -> TensorEntry:
@@ -155,10 +153,10 @@ class ShardWriter:
         """Bring these files' data to the disk.
 
         Raises:
-            PlanError: no space left.
+            MachineError: no space left, or the disk fails.
         """
         for filename in sorted(filenames):
-            with space_told(self.folder):
+            with disk_told(self.folder):
                 os.fdatasync(self._fds[filename])
 
     def close(self) -> None:
@@ -192,9 +190,8 @@ class ShardWriter:
         path = self.folder / shard.filename
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            with space_told(self.folder):
-                allocate(fd, shard.size)
-                write_all(fd, memoryview(shard.header), 0)
+            allocate(fd, shard.size)
+            write_all(fd, memoryview(shard.header), 0)
         except BaseException:
             os.close(fd)
             raise

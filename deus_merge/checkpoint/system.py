@@ -6,12 +6,13 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from ..errors import CheckpointError, PlanError
+from ..errors import CheckpointError, MachineError, PlanError
 from ..units import format_size
 
 # EPERM is what old container sandboxes say to calls they do not know.
@@ -97,41 +98,81 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Make a file, or replace what is in it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        write_all(fd, memoryview(data), 0)
+    finally:
+        os.close(fd)
+
+
 def sync_path(path: Path) -> None:
     """Bring a file, or a folder's list of names, to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # what file systems say that cannot sync a folder
+            raise
     finally:
         os.close(fd)
 
 
-def free_space(path: Path) -> int:
-    """Bytes that this user can still write to the file system ``path`` is, or will be, on."""
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents where they are missing, and bring their names to the disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_path(path.parent)
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
-    status = os.statvfs(path)
+    return path
+
+
+def free_space(path: Path) -> int:
+    """Bytes that this user can still write to the file system ``path`` is, or will be, on."""
+    status = os.statvfs(existing(path))
     return status.f_bavail * status.f_frsize
 
 
+def is_mount(path: Path) -> bool:
+    """Whether something is mounted at ``path``: a file system, or a folder of the same one (a bind mount)."""
+    if os.path.ismount(path):
+        return True
+    try:
+        table = Path("/proc/self/mountinfo").read_bytes()
+    except OSError:
+        return False
+    points = (line.split()[4] for line in table.splitlines())
+    return os.fsencode(path) in (re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), p) for p in points)
+
+
 @contextmanager
-def space_told(where: Path) -> Iterator[None]:
-    """A full disk or quota as a PlanError.
+def disk_told(where: Path, doing: str = "") -> Iterator[None]:
+    """What the disk refuses as a MachineError.
+
+    Args:
+        where: What is written to.
+        doing: More for the message, where another file may be to blame.
 
     Raises:
-        PlanError: no space left.
+        MachineError: no space left, an input/output error ...
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PlanError(
-            "no space left" if error.errno == errno.ENOSPC else "the disk quota is used up",
-            where=where,
-            got=f"{format_size(free_space(where))} free",
-            hint="make room and run again with --resume, or choose another output folder",
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise MachineError(
+            ("no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)) + doing,
+            where=error.filename or where,
+            got=f"{format_size(free_space(where))} free" if full else None,
+            hint={errno.ENOSPC: "make room", errno.EFBIG: "choose a smaller --max-shard-size"}.get(error.errno),
         ) from error
 
 
@@ -148,22 +189,11 @@ def locked(path: Path, where: Path) -> Iterator[bool]:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+            has_locks = _lock(fd, where)
+        except BaseException:
             os.close(fd)
-            raise PlanError(
-                "another run is writing to this folder",
-                where=where,
-                got=holder or None,
-                hint="wait for it, stop it, or choose another output folder",
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                os.close(fd)
-                raise
-            os.close(fd)
-            fd = -1
+            raise
+        if not has_locks:
             break
         # The holder before us may have removed the file between our open and our lock: then ours locks nothing.
         try:
@@ -173,14 +203,45 @@ def locked(path: Path, where: Path) -> Iterator[bool]:
             pass
         os.close(fd)
     try:
-        if fd >= 0:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        yield fd >= 0
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        yield has_locks
     finally:
-        path.unlink(missing_ok=True)
-        if fd >= 0:
+        with suppress(OSError):  # a lock file without its process locks nothing
+            path.unlink()
+        os.close(fd)
+
+
+def check_lock(path: Path, where: Path) -> None:
+    """Whether `locked` would get the lock; touches nothing.
+
+    Raises:
+        PlanError: somebody else holds it.
+    """
+    with suppress(FileNotFoundError):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            _lock(fd, where)
+        finally:
             os.close(fd)
+
+
+def _lock(fd: int, where: Path) -> bool:
+    """Lock an open file; False where the file system has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PlanError(
+            "another run is writing to this folder",
+            where=where,
+            got=os.pread(fd, 200, 0).decode(errors="replace").strip() or None,
+            hint="wait for it, stop it, or choose another output folder",
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return False
+    return True
 
 
 @cache

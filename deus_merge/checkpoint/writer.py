@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
-import stat
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import PlanError
-from .journal import FILENAME as JOURNAL
+from ..errors import MachineError, PlanError
 from .journal import Journal
 from .layout import ShardLayout
+from .place import Place
 from .shards import ShardWriter
-from .system import exchange, locked, space_told, sync_path
+from .system import check_lock, disk_told, locked, make_folder, sync_path, write_file
 
 # A flush makes the disk's speed ours, so it is rare; what a kill costs is at most this much work.
 FLUSH_BYTES = 1 << 30
 FLUSH_SECONDS = 10.0
-
-# What --overwrite may take away: anything else in the folder is somebody's own.
-_MODEL_FILES = (
-    "*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt", "README.md", "deus_merge.yml",
-    "report.html", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes",
-)  # fmt: skip
 
 
 class OutputFolder:
@@ -42,13 +33,15 @@ class OutputFolder:
         resume: Go on with what an interrupted run left; without such a run this is a fresh one.
 
     Attributes:
+        place: Where it shall stand, and the names beside that.
         out: The place, links followed.
-        folder: The temporary folder beside it; files put there become part of the result.
+        folder: The folder in the making.
         finished: Block -> diagnostics, for blocks that are whole on the disk. Filled on resume.
         notes: What the user should be told: one sentence each.
 
     Raises (on entering):
         PlanError: ``out`` is in the way, another run writes there, or the interrupted run was another one.
+        MachineError: no space left, or the disk fails.
     """
 
     def __init__(
@@ -60,8 +53,8 @@ class OutputFolder:
         overwrite: bool = False,
         resume: bool = False,
     ):
-        self.out = Path(out).resolve()
-        self.folder = self.out.parent / f".{self.out.name}.deus-tmp"
+        self.place = Place(out)
+        self.out, self.folder = self.place.out, self.place.new
         self.notes: list[str] = []
         self._plan_hash = plan_hash
         self._identity = dict(identity or {})
@@ -73,7 +66,6 @@ class OutputFolder:
         self._flushing: Future | None = None
         self._flushed_bytes = 0
         self._flushed_at = time.monotonic()
-        self._stack = ExitStack()
         self._placed = False
 
     @property
@@ -87,27 +79,24 @@ class OutputFolder:
 
     @property
     def resume_hint(self) -> str | None:
-        """What to tell the user after an interrupt or an error; None when nothing is left to resume."""
+        """What to tell the user after an interrupt or an error; None when there is nothing."""
+        if self._placed:
+            return f"{self.out} is whole"
         if not self.resumable:
             return None
-        return f"{len(self.finished)} blocks are kept in {self.folder}; run the same command with --resume to go on"
+        kept = f"{len(self.finished)} blocks are kept in {self.place.workshop}"
+        return f"{kept}; run the same command with --resume to go on"
 
     def __enter__(self) -> OutputFolder:
-        try:
-            self.check_place()
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.out.parent / f".{self.out.name}.deus-lock", self.out)
-            if not self._stack.enter_context(lock):
+        self.place.check(self._overwrite)
+        with ExitStack() as stack, disk_told(self.out):
+            make_folder(self.out.parent)
+            if not stack.enter_context(locked(self.place.lock, self.out)):
                 self.notes.append("this file system has no locks: make sure that no other run writes to this folder")
-            self.check_place()  # again, since a run may have finished while we had no lock
-            self._open_folder()
-            self._pool = self._stack.enter_context(ThreadPoolExecutor(1, "flush"))
-        except OSError as error:
-            self._stack.close()
-            raise PlanError("the folder cannot be made", where=self.out, got=error.strerror) from error
-        except BaseException:
-            self._stack.close()
-            raise
+            self.place.settle()
+            self._open(self._goes_on())  # checked again, since a run may have finished while we had no lock
+            self._pool = stack.enter_context(ThreadPoolExecutor(1, "flush"))
+            self._stack = stack.pop_all()
         return self
 
     def shards(self, layouts: Sequence[ShardLayout]) -> ShardWriter:
@@ -120,7 +109,7 @@ class OutputFolder:
         """A block is written. Its line goes to the journal with the next flush, after its data.
 
         Raises:
-            PlanError, OSError: an earlier flush failed.
+            MachineError: an earlier flush failed: no space left, or the disk fails.
         """
         self._pending.append((block, dict(diagnostics)))
         written = self._writer.bytes_written if self._writer else 0
@@ -130,42 +119,55 @@ class OutputFolder:
         if due:
             self._start_flush()
 
-    def flush(self) -> None:
-        """Bring every recorded block to the disk now."""
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file beside the weights.
+
+        Raises:
+            MachineError: no space left, or the disk fails.
+        """
+        with disk_told(self.folder / name):
+            write_file(self.folder / name, content)
+
+    def flush(self, wait: bool = True) -> None:
+        """Bring every recorded block to the disk now, or begin to.
+
+        Raises:
+            MachineError: no space left, or the disk fails.
+        """
         self._start_flush()
-        self._await_flush()
+        if wait:
+            self._await_flush()
 
     def finish(self) -> None:
         """Bring everything to the disk and put the folder in its place.
 
         Raises:
             PlanError: something has come into the way meanwhile; what was done stays resumable.
+            MachineError: no space left, or the disk fails; what was done stays resumable.
         """
         self.flush()
-        self.check_place()
+        self.place.check(self._overwrite)
         if self._writer:
             self._writer.close()
-        with space_told(self.out):
+        with disk_told(self.out):
             for root, _, files in os.walk(self.folder, topdown=False):
                 for name in files:
                     sync_path(Path(root, name))
                 sync_path(Path(root))
-        kept = (self.folder / JOURNAL).read_bytes()
-        (self.folder / JOURNAL).unlink()
+            self._journal.seal(os.stat(self.folder).st_ino)
         try:
-            sync_path(self.folder)
-            old = self._put_in_place()
-        except BaseException:
-            if self.folder.is_dir():
-                (self.folder / JOURNAL).write_bytes(kept)
-            raise
+            self.place.take()
+        except OSError as error:
+            raise MachineError(
+                f"the finished folder cannot be put in place: {error.strerror}",
+                where=self.out,
+                hint=f"move {self.out} away" if self.out.exists() else None,
+            ) from error
         self._placed = True
-        sync_path(self.out.parent)
-        if old is not None:
-            try:
-                shutil.rmtree(old)
-            except OSError as error:
-                self.notes.append(f"the replaced folder could not be removed: {old} ({error.strerror})")
+        try:
+            self.place.clear()
+        except OSError as error:
+            self.notes.append(f"what was replaced could not be removed: {self.place.workshop} ({error.strerror})")
 
     def __exit__(self, kind, error, trace) -> None:
         self._stack.callback(self._leave)  # first in the unwinding: before the files close and the lock goes
@@ -176,94 +178,72 @@ class OutputFolder:
 
     def _leave(self) -> None:
         self._pool.shutdown()  # a flush still running uses the files and the journal
-        if self._journal:
-            self._journal.close()
-        if not self._placed and not self.resumable:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._journal.close()
+        with suppress(OSError):  # what cannot be ended now is ended by the next run
+            self._placed = self._placed or self.place.taken
+            self.place.settle()
+            if not self._placed and not self.finished:
+                self.place.clear()
 
-    def check_place(self) -> None:
-        """Whether the folder may be put in its place.
-
-        Raises:
-            PlanError: a file, a mount point, or a folder that is not empty and may not be overwritten.
-        """
-        try:
-            status = os.lstat(self.out)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise PlanError("the folder cannot be made", where=self.out, got=error.strerror) from None
-        if not stat.S_ISDIR(status.st_mode):
-            raise PlanError("the output is not a folder", where=self.out, hint="choose another output folder")
-        if os.path.ismount(self.out):
-            raise PlanError(
-                "the output is a mount point and cannot be put in place in one step",
-                where=self.out,
-                hint=f"choose a folder inside it, like {self.out / 'model'}",
-            )
-        names = os.listdir(self.out)
-        if not names:
-            return
-        if not self._overwrite:
-            raise PlanError(
-                "the output folder is not empty",
-                where=self.out,
-                got=", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else ""),
-                hint="choose another folder, or replace this one with --overwrite",
-            )
-        if not any(n == "config.json" or n.endswith(".safetensors") for n in names):
-            raise PlanError(
-                "the output folder is not empty and holds no model: it will not be overwritten",
-                where=self.out,
-                expected="config.json or *.safetensors in it",
-                got=", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else ""),
-                hint="choose another folder, or empty this one",
-            )
-        strange = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _MODEL_FILES))
-        if strange:
-            raise PlanError(
-                "the output folder holds more than a model: it will not be overwritten",
-                where=self.out,
-                expected="only what a merge writes",
-                got=", ".join(strange[:5]) + (" ..." if len(strange) > 5 else ""),
-                hint="move these away, or choose another folder",
-            )
-
-    def check_apart(self, source: Path) -> None:
-        """Whether the folder and a source are apart: neither is in the other.
+    def check(self) -> None:
+        """Everything that entering would refuse, with nothing touched.
 
         Raises:
-            PlanError: they are not.
+            PlanError: ``out`` is in the way, another run writes there, or the interrupted run was another one.
         """
-        source = source.resolve()
-        if self.out == source or source in self.out.parents or self.out in source.parents:
-            raise PlanError(
-                "the output and a source must not contain each other",
-                where=self.out,
-                expected="a folder beside the models",
-                got=f"source {source}",
-            )
+        self.place.check(self._overwrite)
+        check_lock(self.place.lock, self.out)
+        self._goes_on()
 
-    def _open_folder(self) -> None:
-        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise PlanError("the temporary folder's name is taken", where=self.folder, hint="remove it")
-        if self.folder.exists():
-            if self._resume:
-                self._journal = Journal.reopen(self.folder, self._plan_hash, self._identity)
-                if self._journal:
-                    return
-            elif not self._overwrite and (kept := Journal.count(self.folder)):
-                raise PlanError(
-                    "an unfinished run has left its work",
-                    where=self.folder,
-                    got=f"{kept} finished blocks",
-                    hint="go on with --resume, or start over with --overwrite",
-                )
-            shutil.rmtree(self.folder)
+    def tidy(self) -> None:
+        """Remove what a run that was stopped after putting its folder in place has left.
+
+        Raises:
+            PlanError: another run is at work.
+            MachineError: it cannot be removed.
+        """
+        if self.place.workshop.exists() or self.place.lock.exists():
+            with disk_told(self.out), locked(self.place.lock, self.out):
+                if not self.place.unfinished:
+                    self.place.clear()
+
+    def _goes_on(self) -> bool:
+        """Whether there is an interrupted run to go on with."""
+        self.place.check(self._overwrite)
+        if not (kept := self.place.unfinished):
+            return False
+        if self._resume:
+            Journal.check(self.place.workshop, self._plan_hash, self._identity)
+            if self.folder.is_symlink() or not self.folder.is_dir():
+                raise PlanError("cannot resume", where=self.folder, got="no folder", hint="start over with --overwrite")
+        elif not self._overwrite:
+            raise PlanError(
+                "an unfinished run has left its work",
+                where=self.place.workshop,
+                got=f"{kept} finished blocks",
+                hint="go on with --resume, or start over with --overwrite",
+            )
+        return self._resume
+
+    def _open(self, go_on: bool) -> None:
+        if go_on:
+            self._journal = Journal.reopen(self.place.workshop)
+            return
+        self.place.clear()
         if self._resume:
             self.notes.append("there was nothing to resume: this is a fresh run")
-        self.folder.mkdir()
-        self._journal = Journal.create(self.folder, self._plan_hash, self._identity)
+        try:
+            self.place.workshop.mkdir()
+            self.folder.mkdir()
+            self._journal = Journal.create(self.place.workshop, self._plan_hash, self._identity)
+            sync_path(self.place.workshop)
+            sync_path(self.out.parent)
+        except BaseException:
+            if self._journal:
+                self._journal.close()
+            with suppress(OSError):
+                self.place.clear()
+            raise
 
     def _start_flush(self) -> None:
         self._await_flush()
@@ -278,28 +258,11 @@ class OutputFolder:
         # In its own thread: the next block is merged while this one's pages go to the disk.
         if self._writer:
             self._writer.sync(dirty)
-        with space_told(self.out):
+        with disk_told(self.out):
             self._journal.append(batch)
 
     def _await_flush(self) -> None:
+        # A failed flush stays, and fails again: the kernel tells of lost pages once, so a later success proves nothing.
         if self._flushing is not None:
-            flushing, self._flushing = self._flushing, None
-            flushing.result()
-
-    def _put_in_place(self) -> Path | None:
-        """Rename; returns where the replaced folder is now."""
-        if not self.out.exists() or not os.listdir(self.out):
-            os.rename(self.folder, self.out)
-            return None
-        if exchange(self.folder, self.out):
-            return self.folder
-        old = self.out.parent / f".{self.out.name}.deus-old"
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(self.out, old)
-        try:
-            os.rename(self.folder, self.out)
-        except BaseException:
-            os.rename(old, self.out)
-            raise
-        return old
+            self._flushing.result()
+            self._flushing = None

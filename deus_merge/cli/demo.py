@@ -36,7 +36,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
         say(f"{target} is there already and is kept; remove it to make it anew")
     else:
         with progress(plan, quiet=False) as on_block:
-            api.merge(plan, target, on_block=on_block)
+            api.merge(plan, target, api.RunOptions(resume=True), on_block=on_block)
     checked = api.verify(target, logits_text=_text())
     show_verification(checked)
     for name, folder in (("base", base), ("up-scaled", target)):

@@ -92,14 +92,17 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
-        interrupt = stop.__cause__ or stop  # click wraps what interrupted it
-        notes = "".join(f"\n  {printable(note)}" for note in getattr(interrupt, "__notes__", ()))
-        click.echo(f"\ninterrupted{notes}", err=True)
+        click.echo(f"\ninterrupted{_notes(stop.__cause__ or stop)}", err=True)  # click wraps what interrupted it
         return 130
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # the machine: a full disk, a lost mount
         place = f"{printable(error.filename)}: " if error.filename else ""
-        click.echo(f"error: {place}{error.strerror or error}", err=True)
+        click.echo(f"error: {place}{error.strerror or error}{_notes(error)}", err=True)
         return 1
+
+
+def _notes(error: BaseException) -> str:
+    """What was said to an error on its way up: how to go on."""
+    return "".join(f"\n  {printable(note)}" for note in getattr(error, "__notes__", ()))

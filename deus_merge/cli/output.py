@@ -27,9 +27,13 @@ def emit_json(data: object) -> None:
 
 
 def say(text: str, quiet: bool = False) -> None:
-    """One line for people, on stderr."""
-    if not quiet:
+    """One line for people, on stderr. They may stop listening: a closed pipe stops no run."""
+    if quiet:
+        return
+    try:
         echo(text, err=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def hush_transformers() -> None:

@@ -12,6 +12,7 @@ from .. import api
 from ..errors import DeusMergeError
 from ..located import parse
 from ..plan import Plan
+from ..preflight import preflight
 from ..recipe import Recipe, read_recipe
 from ..recipe_yaml import dump_recipe
 from ..units import parse_size
@@ -161,11 +162,9 @@ def _run(
         cache_dir=cache_dir,
     )
     if dry_run:
-        from ..execute import preflight
-
-        preflight(whole, out, run)
+        ready = preflight(whole, out, run)
         emit_json(whole.describe()) if as_json else show_plan(whole)
-        warn(whole.warnings)
+        warn(whole.warnings + ready.warnings)
         return
     with progress(whole, quiet) as on_block:
         result = api.merge(whole, out, run, on_block=on_block)

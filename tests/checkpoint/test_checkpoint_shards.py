@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from deus_merge.checkpoint import Checkpoint, ShardWriter, TensorEntry, free_space, plan_shards
-from deus_merge.checkpoint.system import space_told, write_all
-from deus_merge.errors import CheckpointError, PlanError
+from deus_merge.checkpoint.system import disk_told, write_all
+from deus_merge.errors import CheckpointError, MachineError, PlanError
 from deus_merge.units import ITEMSIZE, torch_dtype
 
 
@@ -193,7 +193,7 @@ def test_no_space_is_told_before_anything_is_written(writer, tmp_path):
     with pytest.raises(PlanError, match="no space for the output"):
         writer([TensorEntry("a", "U8", (2**50,))], 2**60)
     assert list((tmp_path / "out").iterdir()) == []
-    with open("/dev/full", "wb") as full, pytest.raises(PlanError, match="no space left"), space_told(tmp_path):
+    with open("/dev/full", "wb") as full, pytest.raises(MachineError, match="no space left"), disk_told(tmp_path):
         write_all(full.fileno(), memoryview(b"x"), 0)
     assert 0 < free_space(tmp_path / "not" / "yet" / "there") < 2**50
 

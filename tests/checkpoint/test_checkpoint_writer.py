@@ -13,7 +13,8 @@ import interrupted_child
 import pytest
 
 from deus_merge.checkpoint import OutputFolder, TensorEntry, plan_shards, writer
-from deus_merge.errors import PlanError
+from deus_merge.checkpoint import place as placing
+from deus_merge.errors import DeusMergeError, MachineError, PlanError
 
 LAYOUTS = plan_shards([TensorEntry("a", "U8", (3,)), TensorEntry("b", "U8", (3,))], 100)
 
@@ -49,7 +50,7 @@ def test_finishes_into_place_and_leaves_nothing_else(tmp_path):
     assert set(content(folder.out)) == {"model.safetensors", "config.json"}
     assert content(folder.out)["model.safetensors"].endswith(b"abcdef")
     assert os.listdir(tmp_path / "deep") == ["out"]
-    assert folder.notes == [] and not folder.resumable and folder.resume_hint is None
+    assert folder.notes == [] and not folder.resumable and folder.resume_hint == f"{folder.out} is whole"
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")  # an empty folder is no obstacle
     assert len(content(tmp_path / "empty")) == 2
@@ -77,7 +78,7 @@ def test_a_finished_block_is_kept_and_resumed(stop, tmp_path):
     assert os.listdir(tmp_path) == [temporary.name]
     lines = [json.loads(line) for line in (temporary / "journal.jsonl").read_text().splitlines()]
     assert lines == [
-        {"format": 1, "plan_hash": "p", "identity": {"device": "cpu"}},
+        {"format": 2, "plan_hash": "p", "identity": {"device": "cpu"}},
         {"block": "a", "diagnostics": {"cost": 1.5}},
     ]
     with OutputFolder(out, plan_hash="p", identity={"device": "cpu"}, resume=True) as folder:
@@ -138,14 +139,14 @@ def test_a_torn_line_is_no_line(tail, tmp_path):
 
 def test_another_versions_journal_is_refused(tmp_path):
     journal = interrupted(tmp_path / "out") / "journal.jsonl"
-    journal.write_text(journal.read_text().replace('"format": 1', '"format": 2'))
+    journal.write_text(journal.read_text().replace('"format": 2', '"format": 3'))
     with pytest.raises(PlanError, match="another version"):
         write(tmp_path / "out", resume=True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "header", "link"])
 def test_resume_on_damaged_shards_is_refused(damage, tmp_path):
-    shard = interrupted(tmp_path / "out") / "model.safetensors"
+    shard = interrupted(tmp_path / "out") / "new/model.safetensors"
     if damage == "missing":
         shard.unlink()
     elif damage == "shorter":
@@ -168,7 +169,7 @@ def test_a_line_is_written_after_its_data_is_on_the_disk(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(writer, "FLUSH_BYTES", 1)
     write(tmp_path / "out")
-    assert synced == ["journal.jsonl"] + ["model.safetensors", "journal.jsonl"] * 2
+    assert synced == ["journal.jsonl"] + ["model.safetensors", "journal.jsonl"] * 2 + ["journal.jsonl"]
 
 
 def test_a_failed_flush_is_no_finished_block(tmp_path, monkeypatch):
@@ -177,7 +178,7 @@ def test_a_failed_flush_is_no_finished_block(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fdatasync", fail)
-    with pytest.raises(PlanError, match="no space left"):
+    with pytest.raises(MachineError, match="no space left"):
         write(tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
@@ -193,7 +194,7 @@ def test_flushes_are_batched(tmp_path, monkeypatch):
 @pytest.mark.parametrize("through_link", [True, False])
 def test_overwrite_replaces_when_whole(atomic, through_link, tmp_path, monkeypatch):
     if not atomic:
-        monkeypatch.setattr(writer, "exchange", lambda *_: False)
+        monkeypatch.setattr(placing, "exchange", lambda *_: False)
     place = tmp_path / "real"
     place.mkdir()
     (place / "config.json").write_text("old")
@@ -236,12 +237,13 @@ def test_what_is_never_overwritten(what, tmp_path):
         assert content(out) == {"thesis.tex": b"mine"}
 
 
-@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "x" * 250, "/proc/nothing/out"])
-def test_a_place_where_no_folder_can_be(place, tmp_path):
+@pytest.mark.parametrize("where", ["file/out", "file/deep/out", "x" * 250, "x" * 300, "/proc/nothing/out", "loop"])
+def test_a_place_where_no_folder_can_be(where, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(PlanError, match="cannot be made"):
-        write(tmp_path / place)
-    assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DeusMergeError, match="cannot be|No such file"):
+        write(tmp_path / where)
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
