@@ -67,10 +67,11 @@ class Warm:
 
 
 def content(folder: Path) -> dict[str, object]:
-    """Every file's bytes; the manifest without what it says of time."""
+    """Every file's bytes; the manifest without what it says of time, and its seal, which covers that."""
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     if MANIFEST in found:
-        found[MANIFEST] = json.loads(found[MANIFEST], object_hook=lambda d: {k: d[k] for k in d if k != "seconds"})
+        timed = ("seconds", "sha256")
+        found[MANIFEST] = json.loads(found[MANIFEST], object_hook=lambda d: {k: d[k] for k in d if k not in timed})
     return found
 
 
