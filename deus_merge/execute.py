@@ -248,6 +248,8 @@ class _Run:
     def _load(self, block: BlockPlan) -> dict[tuple[str, int], torch.Tensor]:
         """Start reading what the block will merge: into the kernel's cache, or onto the device."""
         loaded = {}
+        if methods()[block.method].learns:  # its inputs are a whole model
+            return loaded
         for t in block.tensors:
             if t.action != "merge" or t.task.slot:
                 continue
@@ -277,8 +279,10 @@ class _Inputs:
 
     def names(self, role: str) -> str | None:
         """The stored tensors of a role, for messages."""
-        stored = self._inputs.get(role)
-        return None if stored is None else f"{role} ({' and '.join(dict.fromkeys(i.name for i in stored))})"
+        if role not in self._inputs:
+            return None
+        stored = list(dict.fromkeys(i.name for i in self._inputs[role]))
+        return f"{role} ({' and '.join(stored) if len(stored) < 4 else f'{stored[0]} to {stored[-1]}'})"
 
     def generator(self, task: TensorTask, source: int) -> torch.Generator:
         import torch

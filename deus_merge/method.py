@@ -138,6 +138,7 @@ class TensorTask:
         source_parameters: Resolved values of its source parameters, one mapping a source.
         base: Which source is the base model.
         heads: The attention heads of the layer it belongs to, where its config tells them.
+        between: Of a method that learns: the two sources its layer is put between.
     """
 
     role: str
@@ -149,6 +150,7 @@ class TensorTask:
     source_parameters: tuple[Mapping[str, object], ...]
     base: int | None = None
     heads: Heads | None = None
+    between: tuple[int, int] | None = None
 
 
 class Block(Protocol):
@@ -195,6 +197,9 @@ class MergeMethod(ABC):
             or ``ignored``: a source like the others.
         others: How many sources it takes beside the base model (all of them, where that is ignored): least and most.
         inserts: Whether it makes new layers: from pairs of sources, or in the gaps of a single source's range.
+        learns: Whether it inserts what it learns from all layers of a single source's model. These are then the sources
+            of its block, one a layer, and are read one after the other; the block makes every new layer that is
+            learned from them alike, a slot each.
     """
 
     name: str
@@ -205,6 +210,7 @@ class MergeMethod(ABC):
     base = "ignored"
     others: tuple[int, int | None] = (1, None)
     inserts = False
+    learns = False
 
     def check(self, tasks: Sequence[TensorTask], sources: int) -> str | None:
         """What is wrong with merging this many sources into these outputs; None when it is fine."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class PlannedTensor:
 
     @property
     def nbytes_read(self) -> int:
-        if self.action == "zeros":
+        if self.action == "zeros" or (self.action == "merge" and self.task.slot):  # those of slot 0 serve all slots
             return 0
         return self.inputs[self.source].nbytes if self.source is not None else sum(i.nbytes for i in self.inputs)
 
@@ -123,6 +123,18 @@ class BlockPlan:
     tensors: tuple[PlannedTensor, ...]
     new: bool = False
     align: AlignTo | None = None
+
+    def sources_of(self, slot: int) -> tuple[BlockSource, ...]:
+        """What the layer of a slot comes from."""
+        between = next(t.task.between for t in self.tensors if t.task.slot == slot)
+        return self.sources if between is None else tuple(self.sources[i] for i in between)
+
+    def joined(self, other: BlockPlan) -> BlockPlan:
+        """This block, making the layers of another one, too."""
+        layers, slot = self.layers + other.layers, len(self.layers)
+        moved = tuple(replace(t, task=replace(t.task, slot=slot + t.task.slot)) for t in other.tensors)
+        title = f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+        return replace(self, title=title, layers=layers, tensors=self.tensors + moved)
 
     @property
     def computes(self) -> bool:
@@ -178,14 +190,19 @@ class Plan:
     def num_layers(self) -> int:
         return sum(len(b.layers) for b in self.blocks)
 
+    @cached_property
+    def outputs(self) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:
+        """Every tensor with its block, in the order of the output."""
+        return in_output_order(self.blocks)
+
     @property
     def new_layers(self) -> tuple[int, ...]:
-        return tuple(layer for b in self.blocks if b.new for layer in b.layers)
+        return tuple(sorted(layer for b in self.blocks if b.new for layer in b.layers))
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
         """Exact names of the tensors to train."""
-        return tuple(t.task.name for b in self.blocks if b.new for t in b.tensors)
+        return tuple(t.task.name for b, t in self.outputs if b.new)
 
     @cached_property
     def function_preserving(self) -> bool:
@@ -247,17 +264,18 @@ class Plan:
 
     def layer_map(self) -> list[dict]:
         """One entry per output layer: where it comes from."""
-        return [
+        entries = [
             {
                 "layer": layer,
                 "new": block.new,
                 "kind": block.kind,
                 "method": block.method,
-                "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources],
+                "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources_of(slot)],
             }
             for block in self.blocks
-            for layer in block.layers
+            for slot, layer in enumerate(block.layers)
         ]
+        return sorted(entries, key=lambda entry: entry["layer"])
 
     def describe(self) -> dict:
         """The plan as JSON data."""
@@ -318,10 +336,22 @@ def _block_identity(block: BlockPlan) -> list:
                 [i.name for i in t.inputs],
                 dict(t.task.parameters),
                 [dict(p) for p in t.task.source_parameters],
+                *([t.task.between] if t.task.between else []),
             ]
             for t in block.tensors
         ],
     ]
+
+
+def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:
+    """Every tensor with its block: embeddings, layers, head. The layers of a block need not be neighbours."""
+    depth = sum(len(b.layers) for b in blocks)
+
+    def place(output: tuple[BlockPlan, PlannedTensor]) -> int:
+        block, tensor = output
+        return block.layers[tensor.task.slot] if block.layers else depth if block.index else -1
+
+    return tuple(sorted(((b, t) for b in blocks for t in b.tensors), key=place))
 
 
 def _digest(content: bytes | Path) -> str:

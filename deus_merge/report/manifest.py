@@ -53,7 +53,7 @@ def manifest(
         "new_layers": list(plan.new_layers),
         "new_parameters": list(plan.new_parameters),
         "layers": layers,
-        "tensors": {t.task.name: _origin(plan, block, t) for block in plan.blocks for t in block.tensors},
+        "tensors": {t.task.name: _origin(plan, block, t) for block, t in plan.outputs},
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
         "warnings": list(plan.warnings),
     }
