@@ -155,17 +155,17 @@ def compare(name: str, case: Case, models: Mapping[str, Path], shape: Shape, opt
     ]
     if agreement:
         details[f"{name}, agreement"] = agreement
-        figures.append(Figure(f"{name}: largest difference in units of bfloat16", agreement["largest difference, units"], ""))
+        worst, what = agreement["largest difference, units"], f"{name}: largest difference in units of bfloat16"
+        figures.append(Figure(what, worst, ""))
     return figures, details
 
 
 def upscale(model: Path, shape: Shape) -> str:
     """The passthrough recipe: 22 -> 15 + 15 layers."""
     keep = (shape.layers * 15 + 21) // 22
-    return "merge_method: passthrough\nslices:\n" + "".join(
-        f"  - sources: [{{model: {json.dumps(str(model))}, layer_range: [{start}, {end}]}}]\n"
-        for start, end in ((0, keep), (shape.layers - keep, shape.layers))
-    ) + "dtype: bfloat16\n"
+    ranges = ((0, keep), (shape.layers - keep, shape.layers))
+    slices = [f"  - sources: [{{model: {json.dumps(str(model))}, layer_range: {list(r)}}}]\n" for r in ranges]
+    return "merge_method: passthrough\ndtype: bfloat16\nslices:\n" + "".join(slices)
 
 
 def difference(ours: Path, theirs: Path) -> dict:
@@ -182,7 +182,8 @@ def difference(ours: Path, theirs: Path) -> dict:
     for name in mine.tensors:
         for a, b in zip(*(c.read(name).flatten().split(1 << 22) for c in (mine, peers)), strict=True):
             a, b = a.float(), b.float()  # (m,)
-            unit = torch.ldexp(torch.ones(()), torch.frexp(torch.maximum(a.abs(), b.abs())).exponent - 8)  # (m,)
+            exponent = torch.frexp(torch.maximum(a.abs(), b.abs())).exponent - 8
+            unit = torch.ldexp(torch.ones_like(a), exponent)  # (m,)
             units = (a - b).abs() / unit.clamp_(min=2.0**-133)  # (m,)
             worst, apart, count = max(worst, float(units.max())), apart + int((units > 1).sum()), count + len(a)
     return {"largest difference, units": worst, "share more than one unit apart": apart / count}

@@ -10,7 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from .checkpoint.shards import ShardWriter
 from .checkpoint.system import free_space
 from .checkpoint.writer import OutputFolder
 from .errors import CheckpointError, DeusMergeError, PlanError, VerifyError
-from .method import TensorTask
+from .method import AT_ONCE, Made, TensorTask
 from .plan import BlockPlan, Plan, PlannedTensor
 from .recipe import methods
 from .recipe_yaml import dump_recipe
@@ -147,7 +149,8 @@ def execute(
 
 
 class _Run:
-    """One run's moving parts: the block being read ahead, the one being merged, the tensor being written behind."""
+    """One run's moving parts: the block being read ahead, the one being merged, the tensor being written behind; and
+    on a CPU the workers that make the tensors of a block side by side, where the method lets them."""
 
     def __init__(
         self,
@@ -163,6 +166,7 @@ class _Run:
         self.diagnostics: dict[int, list[dict]] = {}
         self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
         self._behind = stack.enter_context(ThreadPoolExecutor(1, "write-behind"))
+        self._workers = _workers(stack) if device and device.type == "cpu" else None
         self._writing: Future | None = None
         self._coming = iter(computing)
         self._next = self._read_ahead()
@@ -188,22 +192,32 @@ class _Run:
         return told
 
     def _merge(self, block: BlockPlan, inputs: _Inputs) -> list[dict]:
-        planned = {t.task.name: t for t in block.tensors}
-        told = []
-        try:
-            method = methods()[block.method]
-            for made in merge_aligned(method, inputs, block.align) if block.align else method.merge(inputs):
+        planned = {t.task.name: t for t in block.tensors if t.action == "merge"}
+        method = methods()[block.method]
+
+        def write(outputs: Iterator[Made], behind: bool = True) -> list[dict]:
+            told = []
+            for made in outputs:
                 if made.diagnostics is not None:
                     told.append({"tensor": made.task.name, **made.diagnostics})
                 if made.tensor is not None:
                     target = planned[made.task.name]
                     at = None if made.start is None else made.start * ITEMSIZE[target.dtype]
-                    self._write(target, made.tensor, at)
+                    self._write(target, made.tensor, at, behind)
+            return told
+
+        try:
+            if block.align:
+                return write(merge_aligned(method, inputs, block.align))
+            if not (method.tensorwise and self._workers and len(planned) > 1):
+                return write(method.merge(inputs))
+            largest_first = sorted(planned.values(), key=lambda t: -math.prod(t.task.shape))
+            parts = (inputs.of(t.task) for t in largest_first)
+            return [d for told in self._workers(lambda part: write(method.merge(part), False), parts) for d in told]
         except DeusMergeError as error:
             place = inputs.names(str(error.where)) or error.where
             error.where = f"{block.title}: {place}" if place else block.title
             raise
-        return told
 
     def _cast(self, block: BlockPlan, planned: PlannedTensor) -> None:
         """Another dtype and nothing else: a slice of rows at a time."""
@@ -218,8 +232,8 @@ class _Run:
             piece = checkpoint.slice(info.name, start, min(start + rows, info.shape[0]))
             self._write(planned, piece, start * row_bytes)
 
-    def _write(self, planned: PlannedTensor, tensor: torch.Tensor, at: int | None = None) -> None:
-        """Cast once and hand to the writing thread; at most one tensor waits, so that memory stays bound."""
+    def _write(self, planned: PlannedTensor, tensor: torch.Tensor, at: int | None = None, behind: bool = True) -> None:
+        """Cast once and write, or let the writing thread do it: at most one tensor waits, so that memory is bounded."""
         import torch
 
         tensor = tensor.to(torch_dtype(planned.dtype))
@@ -232,8 +246,12 @@ class _Run:
                 hint="look for NaN in the sources, or choose a wider dtype",
             )
         flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+        write = partial(self.writer.write, planned.task.name, memoryview(flat.numpy()), at=at)
+        if not behind:
+            write()
+            return
         self._wait()
-        self._writing = self._behind.submit(self.writer.write, planned.task.name, memoryview(flat.numpy()), at=at)
+        self._writing = self._behind.submit(write)
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -270,6 +288,12 @@ class _Inputs:
         self.base, self.memory = block.base, run.memory
         self._run, self._block, self._loaded = run, block, loaded
         self._inputs = {t.task.role: t.inputs for t in block.tensors}
+
+    def of(self, task: TensorTask) -> _Inputs:
+        """The same block with this output alone."""
+        part = copy(self)
+        part.tasks = [task]
+        return part
 
     def read(self, role: str, source: int) -> torch.Tensor:
         if (role, source) in self._loaded:
@@ -350,6 +374,28 @@ def _set_threads(threads: int | None) -> int:
     if threads:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def _workers(stack: ExitStack) -> Callable | None:
+    """A ``map`` that calls its function in several threads, which share torch's among them; None for one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    count = min(AT_ONCE, threads)
+    if count == 1:
+        return None
+    # In a thread of its own this sets how many threads that one uses, and the number for those to come.
+    pool = stack.enter_context(
+        ThreadPoolExecutor(count, "merge", initializer=lambda: torch.set_num_threads(threads // count))
+    )
+
+    def map_(function, items):
+        try:
+            return list(pool.map(function, items))
+        finally:
+            torch.set_num_threads(threads)
+
+    return map_
 
 
 def _stamp(files: tuple[Path, ...]) -> list:

@@ -135,8 +135,8 @@ def expand(upscale: Upscale, base: ModelRef, num_layers: int) -> tuple[OutputSli
     known = {p.name: p for p in methods()[preset.method].parameters}
     for name, (setting, place) in upscale.parameters.items():
         if name not in known:
-            names = ", ".join(sorted(known))
-            place.fail(f"{preset.method} has no parameter {name!r}", expected=names, got=name, hint=nearest(name, known))
+            names, what = ", ".join(sorted(known)), f"{preset.method} has no parameter {name!r}"
+            place.fail(what, expected=names, got=name, hint=nearest(name, known))
         check_setting(known[name], setting, place)
     settings = {name: (value, upscale.place) for name, value in preset.parameters.items()} | upscale.parameters
     insert = upscale.insert or locate(preset.insert, "upscale.insert")

@@ -92,16 +92,16 @@ def learn(
     aside = min(size, stacked.rank // _HELD_OUT)
     held, seen = order[:aside], order[aside:]
     groups = _Groups(stacked, seen.split(size), hold)
-    steps, loss = 0, 0.0
     adam = _AdamW(network.weights, training.learning_rate)
     for _ in range(training.epochs):
-        losses = []
+        losses: list[torch.Tensor] = []
         for number in torch.randperm(len(groups.which), generator=random, device=random.device).tolist():
             for below, between, above in _batches(groups[number], random):
-                losses.append(adam.step(lambda: _loss(network(below, above), between, training.norm_weight)))
-        steps, loss = steps + len(losses), float(torch.stack(losses).mean())
-    told = {"steps": steps, "train_loss": loss, **_errors(stacked, network, held)}
-    return network, told
+                loss, gradients = _loss(network, below, between, above, training.norm_weight)
+                adam.step(gradients)
+                losses.append(loss)
+    told = {"steps": training.epochs * len(losses), "train_loss": float(torch.stack(losses).mean())}
+    return network, told | _errors(stacked, network, held)
 
 
 def predict(stacked: Stacked, network: Predictor, below: int, above: int) -> torch.Tensor:
@@ -134,7 +134,7 @@ class _Groups:
 
 
 def _batches(group: torch.Tensor, random: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Samples of a group, (L, c, m), in random order: directions of a layer, the next and the one after, (b, m) each."""
+    """Samples of a group, (L, c, m), in random order: directions of three successive layers, (b, m) each."""
     import torch
 
     layers, count, m = group.shape
@@ -143,9 +143,22 @@ def _batches(group: torch.Tensor, random: torch.Generator) -> Iterator[tuple[tor
         yield tuple(rows[batch + skip * count] for skip in range(3))
 
 
-def _loss(predicted: torch.Tensor, true: torch.Tensor, norm_weight: float) -> torch.Tensor:
-    error = (predicted - true).square().mean()
-    return (1 - norm_weight) * error + norm_weight * (predicted.norm() - true.norm()).square()
+def _loss(
+    network: Predictor, below: torch.Tensor, true: torch.Tensor, above: torch.Tensor, norm_weight: float
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The loss of a batch, (b, m) each, and its gradient by every weight."""
+    import torch
+
+    with torch.enable_grad():
+        for weight in network.weights:
+            weight.requires_grad_()
+        predicted = network(below, above)  # (b, m)
+        error, norms = (predicted - true).square().mean(), (predicted.norm() - true.norm()).square()
+        loss = (1 - norm_weight) * error + norm_weight * norms
+        gradients = torch.autograd.grad(loss, network.weights)
+        for weight in network.weights:
+            weight.requires_grad_(False)
+    return loss.detach(), gradients
 
 
 class _AdamW:
@@ -158,17 +171,8 @@ class _AdamW:
         self._means = [torch.zeros_like(w) for w in weights]
         self._squares = [torch.zeros_like(w) for w in weights]
 
-    def step(self, loss) -> torch.Tensor:
-        """One step down; returns the loss before it."""
-        import torch
-
-        with torch.enable_grad():
-            for weight in self._weights:
-                weight.requires_grad_()
-            value = loss()
-            gradients = torch.autograd.grad(value, self._weights)
-            for weight in self._weights:
-                weight.requires_grad_(False)
+    def step(self, gradients: Sequence[torch.Tensor]) -> None:
+        """One step down, in place."""
         self._count += 1
         unbias1, unbias2 = 1 - _BETA1**self._count, 1 - _BETA2**self._count
         for weight, gradient, mean, square in zip(self._weights, gradients, self._means, self._squares, strict=True):
@@ -177,7 +181,6 @@ class _AdamW:
             weight.mul_(1 - self._rate * _DECAY)
             size = square.div(unbias2).sqrt_().add_(_EPSILON)
             weight.addcdiv_(mean, size, value=-self._rate / unbias1)
-        return value.detach()
 
 
 def _errors(stacked: Stacked, network: Predictor, held: torch.Tensor) -> dict[str, float]:
