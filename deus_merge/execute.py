@@ -192,32 +192,33 @@ class _Run:
         return told
 
     def _merge(self, block: BlockPlan, inputs: _Inputs) -> list[dict]:
-        planned = {t.task.name: t for t in block.tensors if t.action == "merge"}
         method = methods()[block.method]
-
-        def write(outputs: Iterator[Made], behind: bool = True) -> list[dict]:
-            told = []
-            for made in outputs:
-                if made.diagnostics is not None:
-                    told.append({"tensor": made.task.name, **made.diagnostics})
-                if made.tensor is not None:
-                    target = planned[made.task.name]
-                    at = None if made.start is None else made.start * ITEMSIZE[target.dtype]
-                    self._write(target, made.tensor, at, behind)
-            return told
-
+        tasks = [t.task for t in block.tensors if t.action == "merge"]
         try:
             if block.align:
-                return write(merge_aligned(method, inputs, block.align))
-            if not (method.tensorwise and self._workers and len(planned) > 1):
-                return write(method.merge(inputs))
-            largest_first = sorted(planned.values(), key=lambda t: -math.prod(t.task.shape))
-            parts = (inputs.of(t.task) for t in largest_first)
-            return [d for told in self._workers(lambda part: write(method.merge(part), False), parts) for d in told]
+                return self._take(block, merge_aligned(method, inputs, block.align))
+            if self._workers is None or not method.tensorwise or len(tasks) == 1:
+                return self._take(block, method.merge(inputs))
+            tasks.sort(key=lambda task: -math.prod(task.shape))  # the largest first: no worker ends long before another
+            told = self._workers(lambda task: self._take(block, method.merge(inputs.of(task)), behind=False), tasks)
+            return [line for lines in told for line in lines]
         except DeusMergeError as error:
             place = inputs.names(str(error.where)) or error.where
             error.where = f"{block.title}: {place}" if place else block.title
             raise
+
+    def _take(self, block: BlockPlan, outputs: Iterator[Made], behind: bool = True) -> list[dict]:
+        """Write what a method makes; returns what it told."""
+        planned = {t.task.name: t for t in block.tensors}
+        told = []
+        for made in outputs:
+            if made.diagnostics is not None:
+                told.append({"tensor": made.task.name, **made.diagnostics})
+            if made.tensor is not None:
+                target = planned[made.task.name]
+                at = None if made.start is None else made.start * ITEMSIZE[target.dtype]
+                self._write(target, made.tensor, at, behind)
+        return told
 
     def _cast(self, block: BlockPlan, planned: PlannedTensor) -> None:
         """Another dtype and nothing else: a slice of rows at a time."""
