@@ -1,9 +1,12 @@
 """The same recipes by mergekit and by us, side by side, on 1.1B-shaped bfloat16 checkpoints: a base and two fine-tunes.
 
-mergekit runs as its users run it, from the environment that ``make oracle`` makes, with the options for CPUs that its
-help recommends. Both start from the command line with all sources in the page cache and nothing waiting for the disk;
-start-up counts. We flush our output and verify it before it gets its name, mergekit does neither; ours without the
-check stands in the table as well.
+mergekit runs as its users run it, from the environment that ``make oracle`` makes, with torch's own choice of threads
+and ``--lazy-unpickle``. ``--async-write`` would change nothing: it overlaps shards, and the output is one.
+
+Both start from the command line with all sources in the page cache and nothing waiting for the disk; start-up counts.
+We flush our output and verify it before it gets its name, mergekit does neither; ours without the check stands in the
+table as well. What random methods choose differs, so the outputs of the others are compared. mergekit's ties takes the
+differences of models in bfloat16, where many are equal, and any of the equal ones.
 """
 
 from __future__ import annotations
