@@ -25,7 +25,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.demo  ## the figures in the README
+bench: oracle  ## the figures in the README
 	$(BIN)/python benchmarks/run_all.py
 
 $(VENV)/.base: pyproject.toml constraints.txt

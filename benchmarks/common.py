@@ -95,12 +95,22 @@ def shape_of(options: argparse.Namespace) -> Shape:
 
 def random_checkpoint(scratch: Path, shape: Shape, seed: int = 0) -> Path:
     """A bfloat16 checkpoint of random weights (std 0.02, norms about 1), made once; the model is never in memory."""
-    folder = scratch.resolve() / shape.name
+    return _checkpoint(scratch.resolve() / shape.name, shape, seed)
+
+
+def fine_tuned(base: Path, shape: Shape, seed: int, std: float = 0.002) -> Path:
+    """A checkpoint that differs from another one by normal noise in every element, made once."""
+    return _checkpoint(base.with_name(f"{base.name}-tuned-{seed}"), shape, seed, base, std)
+
+
+def _checkpoint(folder: Path, shape: Shape, seed: int, base: Path | None = None, std: float = 0.02) -> Path:
+    """Random weights, on top of a base's where there is one, chunk by chunk."""
     if folder.is_dir():
         return folder
     import torch
 
     from deus_merge.checkpoint.layout import TensorEntry, index_json, plan_shards
+    from deus_merge.checkpoint.reader import Checkpoint
 
     print(f"making {folder.name} ...", flush=True)
     partial = folder.with_name(folder.name + ".partial")
@@ -108,16 +118,18 @@ def random_checkpoint(scratch: Path, shape: Shape, seed: int = 0) -> Path:
     partial.mkdir(parents=True)
     random = torch.Generator().manual_seed(seed)
     shards = plan_shards([TensorEntry(name, "BF16", size) for name, size in shape.tensors()], 5 * 10**9)
+    below = Checkpoint.open(base) if base else None
     for shard in shards:
         with open(partial / shard.filename, "wb") as file:
             file.write(shard.header)
             for name, entry in shard.entries.items():
-                mean, std = (1.0, 0.1) if len(entry.shape) == 1 else (0.0, 0.02)
-                left = entry.nbytes // 2
-                while left:
-                    piece = torch.randn(min(left, _CHUNK), generator=random).mul_(std).add_(mean)  # (chunk,)
+                scale = 0.1 if len(entry.shape) == 1 and not below else std
+                start = below.read(name).flatten() if below else None
+                for at in range(0, entry.nbytes // 2, _CHUNK):
+                    count = min(entry.nbytes // 2 - at, _CHUNK)
+                    piece = torch.randn(count, generator=random).mul_(scale)  # (chunk,)
+                    piece += start[at : at + count] if below else float(len(entry.shape) == 1)
                     file.write(memoryview(piece.bfloat16().view(torch.uint8).numpy()))
-                    left -= len(piece)
                 assert file.tell() == shard.tensors[name][1]
     if len(shards) > 1:
         (partial / "model.safetensors.index.json").write_bytes(index_json(shards))

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import COLUMNS, Figure
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup", "smollm2", "passthrough", "ot_fuse_memory", "alignment", "solvers")
+SCRIPTS = ("startup", "smollm2", "passthrough", "ot_fuse_memory", "alignment", "solvers", "mergekit")
 PACKAGES = ("torch", "transformers", "POT", "numpy", "safetensors")
 
 
@@ -22,6 +22,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--scratch", type=Path, default=Path(".bench"))
     options.add_argument("--model", type=Path, help="a converted SmolLM2-135M")
+    options.add_argument("--mergekit", type=Path, help="its command, where `make oracle` did not put it")
     options.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     options.add_argument("--small", action="store_true", help="tiny shapes: tries the scripts, measures nothing")
     options.add_argument("--out", type=Path, default=HERE, help="where results.json and RESULTS.md go")
@@ -36,6 +37,8 @@ def main() -> None:
         command = [sys.executable, HERE / f"{name}.py", "--scratch", options.scratch, "--json", part]
         if name in ("smollm2", "alignment", "solvers") and options.model:
             command += ["--model", options.model]
+        if name == "mergekit" and options.mergekit:
+            command += ["--mergekit", options.mergekit]
         if name == "passthrough":
             command.append("--stages")
         if options.small:

@@ -147,7 +147,7 @@ def upscale_recipe(
         preset: A name in `presets.PRESETS`.
         insert: As in a recipe: ``"top_half"``, ``{"every": 4}`` ...; None for the preset's own.
         dtype: Of the output; None keeps the model's.
-        parameters: Of ``ot_fuse``, on top of the preset's.
+        parameters: Of the preset's method, on top of the preset's own.
 
     Raises:
         RecipeError: as for a recipe file.

@@ -18,6 +18,7 @@ from .checkpoint.shards import ShardWriter
 from .checkpoint.writer import OutputFolder
 from .errors import CheckpointError, DeusMergeError, MachineError, VerifyError, json_text
 from .making import Maker, Piece, results_of
+from .method import AT_ONCE, TensorTask
 from .plan import BlockPlan, Plan
 from .preflight import RunOptions, check_sources, preflight
 from .recipe_yaml import dump_recipe
@@ -92,7 +93,8 @@ def execute(
 
 
 class _Run:
-    """One run's moving parts: the block being read ahead, the one being merged, the tensor being written behind."""
+    """One run's moving parts: the block being read ahead, the one being merged, the tensor being written behind; and
+    on a CPU the workers that make the tensors of a block side by side, where the method lets them."""
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class _Run:
         self.diagnostics: dict[int, list[dict]] = {}
         self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
         self._behind = stack.enter_context(ThreadPoolExecutor(1, "write-behind"))
+        self._workers = _workers(stack) if device and device.type == "cpu" else None
         self._writing: Future | None = None
         self._coming = iter(computing)
         self._next = self._read_ahead()
@@ -124,23 +127,39 @@ class _Run:
         told: list[dict] = []
         if block.computes:
             loaded, self._next = self._next.result(), self._read_ahead()
-            for piece in self.maker.make(block, told, loaded):
+            apart = self._workers is not None and len(self.maker.separate(block)) > 1
+            for piece in self.maker.casts(block) if apart else self.maker.make(block, told, loaded):
                 self._write(piece)
             self._wait()
+            if apart:
+                told += self._separately(block, loaded)
         for result in self.results.values():
             told += result.take_told()
         self.diagnostics[block.index] = told
         return told
 
+    def _separately(self, block: BlockPlan, loaded: dict) -> list[dict]:
+        """Make outputs that do not depend on each other in several threads; what their method told."""
+
+        def one(task: TensorTask) -> list[dict]:
+            told: list[dict] = []
+            for piece in self.maker.merged(block, told, loaded, only=task):
+                self._put(piece)
+            return told
+
+        return [line for lines in self._workers(one, self.maker.separate(block)) for line in lines]
+
     def _write(self, piece: Piece) -> None:
         """Hand to the writing thread; at most one tensor waits, so that memory stays bound."""
+        self._wait()
+        self._writing = self._behind.submit(self._put, piece)
+
+    def _put(self, piece: Piece) -> None:
         import torch
 
         at = None if piece.start is None else piece.start * ITEMSIZE[piece.planned.dtype]
         flat = piece.tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-        self._wait()
-        name = piece.planned.task.name
-        self._writing = self._behind.submit(self.writer.write, name, memoryview(flat.numpy()), at=at)
+        self.writer.write(piece.planned.task.name, memoryview(flat.numpy()), at=at)
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -228,3 +247,25 @@ def _convergence(plan: Plan, diagnostics: Mapping[int, list[dict]]) -> tuple[str
         f"{len(missed)} transport plans did not reach the tolerance; the worst is {worst['tensor']} with an L1 marginal"
         f" error of {worst['marginal_error']:.2g} after {worst['iterations']} iterations: raise reg or max_iterations",
     )
+
+
+def _workers(stack: ExitStack) -> Callable | None:
+    """A ``map`` that calls its function in several threads, which share torch's among them; None for one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    count = min(AT_ONCE, threads)
+    if count == 1:
+        return None
+    # In a thread of its own this sets how many threads that one uses, and the number for those to come.
+    pool = stack.enter_context(
+        ThreadPoolExecutor(count, "merge", initializer=lambda: torch.set_num_threads(threads // count))
+    )
+
+    def map_(function, items):
+        try:
+            return list(pool.map(function, items))
+        finally:
+            torch.set_num_threads(threads)
+
+    return map_

@@ -64,6 +64,8 @@ class Maker:
     def load(self, block: BlockPlan) -> dict[tuple[str, int], torch.Tensor]:
         """Start reading what the block will merge: into the kernel's cache, or onto the device."""
         loaded = {}
+        if methods()[block.method].learns:  # its inputs are a whole model
+            return loaded
         for t in block.tensors:
             if t.action != "merge" or t.task.slot:
                 continue
@@ -87,17 +89,37 @@ class Maker:
             CheckpointError: a tensor that becomes NaN or infinity.
             DeusMergeError: what the method cannot do.
         """
+        yield from self.casts(block)
+        if any(t.action == "merge" for t in block.tensors):
+            yield from self.merged(block, told, loaded or {})
+
+    def separate(self, block: BlockPlan) -> list[TensorTask]:
+        """Outputs of a block that can be made at the same time, the largest first: no thread ends long before another.
+        None where they are made together, or read from what keeps something between reads."""
+        if block.align or not methods()[block.method].tensorwise:
+            return []
+        if any(info.derived for t in block.tensors for info in t.inputs):
+            return []
+        tasks = [t.task for t in block.tensors if t.action == "merge"]
+        return sorted(tasks, key=lambda task: -math.prod(task.shape))
+
+    def casts(self, block: BlockPlan) -> Iterator[Piece]:
+        """What a block only reads, in another dtype or derived."""
         for t in block.tensors:
             if t.action == "cast":
                 yield from self._cast(block, t)
-        if any(t.action == "merge" for t in block.tensors):
-            yield from self._merge(block, _Inputs(self, block, loaded or {}), told)
 
     def source(self, block: BlockPlan, i: int) -> TensorSource:
         """What a block's source is read from."""
         return self.sources[block.sources[i].model]
 
-    def _merge(self, block: BlockPlan, inputs: _Inputs, told: list[dict]) -> Iterator[Piece]:
+    def merged(
+        self, block: BlockPlan, told: list[dict], loaded: dict, only: TensorTask | None = None
+    ) -> Iterator[Piece]:
+        """What a block's method makes, or only one output of it; arguments as of `make`."""
+        inputs = _Inputs(self, block, loaded)
+        if only is not None:
+            inputs.tasks = [only]
         planned = {t.task.name: t for t in block.tensors}
         try:
             method = methods()[block.method]
@@ -169,8 +191,10 @@ class _Inputs:
 
     def names(self, role: str) -> str | None:
         """The stored tensors of a role, for messages."""
-        stored = self._inputs.get(role)
-        return None if stored is None else f"{role} ({' and '.join(dict.fromkeys(i.name for i in stored))})"
+        if role not in self._inputs:
+            return None
+        stored = list(dict.fromkeys(i.name for i in self._inputs[role]))
+        return f"{role} ({' and '.join(stored) if len(stored) < 4 else f'{stored[0]} to {stored[-1]}'})"
 
     def generator(self, task: TensorTask, source: int) -> torch.Generator:
         import torch

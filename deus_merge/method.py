@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 
+#: how many outputs of a tensorwise method are made at once, at most
+AT_ONCE = 4
+
 #: the default of a parameter that a recipe must set
 REQUIRED = "required"
 
@@ -138,6 +141,7 @@ class TensorTask:
         source_parameters: Resolved values of its source parameters, one mapping a source.
         base: Which source is the base model.
         heads: The attention heads of the layer it belongs to, where its config tells them.
+        between: Of a method that learns: the two sources its layer is put between.
     """
 
     role: str
@@ -149,6 +153,7 @@ class TensorTask:
     source_parameters: tuple[Mapping[str, object], ...]
     base: int | None = None
     heads: Heads | None = None
+    between: tuple[int, int] | None = None
 
 
 class Flat(Protocol):
@@ -207,6 +212,10 @@ class MergeMethod(ABC):
             or ``ignored``: a source like the others.
         others: How many sources it takes beside the base model (all of them, where that is ignored): least and most.
         inserts: Whether it makes new layers: from pairs of sources, or in the gaps of a single source's range.
+        tensorwise: Whether it makes each output from the inputs of its role alone, so that several can be made at once.
+        learns: Whether it inserts what it learns from all layers of a single source's model. These are then the sources
+            of its block, one a layer, and are read one after the other; the block makes every new layer that is
+            learned from them alike, a slot each.
     """
 
     name: str
@@ -216,7 +225,9 @@ class MergeMethod(ABC):
     adds_base = False
     base = "ignored"
     others: tuple[int, int | None] = (1, None)
+    tensorwise = False
     inserts = False
+    learns = False
 
     def check(self, tasks: Sequence[TensorTask], sources: int) -> str | None:
         """What is wrong with merging this many sources into these outputs; None when it is fine."""

@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -148,7 +148,7 @@ class PlannedTensor:
 
     @property
     def nbytes_read(self) -> int:
-        if self.action == "zeros":
+        if self.action == "zeros" or (self.action == "merge" and self.task.slot):  # those of slot 0 serve all slots
             return 0
         return self.inputs[self.source].nbytes if self.source is not None else sum(i.nbytes for i in self.inputs)
 
@@ -180,6 +180,18 @@ class BlockPlan:
     new: bool = False
     align: AlignTo | None = None
     module: str | None = None
+
+    def sources_of(self, slot: int) -> tuple[BlockSource, ...]:
+        """What the layer of a slot comes from."""
+        between = next(t.task.between for t in self.tensors if t.task.slot == slot)
+        return self.sources if between is None else tuple(self.sources[i] for i in between)
+
+    def joined(self, other: BlockPlan) -> BlockPlan:
+        """This block, making the layers of another one, too."""
+        layers, slot = self.layers + other.layers, len(self.layers)
+        moved = tuple(replace(t, task=replace(t.task, slot=slot + t.task.slot)) for t in other.tensors)
+        title = f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+        return replace(self, title=title, layers=layers, tensors=self.tensors + moved)
 
     @property
     def computes(self) -> bool:
@@ -281,15 +293,20 @@ class Plan:
         made = sum(len(b.layers) for b in self.main_blocks)
         return made or self.models[self.donor].view.num_layers
 
+    @cached_property
+    def outputs(self) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:
+        """Every tensor with its block, in the order of the output."""
+        return in_output_order(self.blocks)
+
     @property
     def new_layers(self) -> tuple[int, ...]:
         """Of the main stack."""
-        return tuple(layer for b in self.main_blocks if b.new for layer in b.layers)
+        return tuple(sorted(layer for b in self.main_blocks if b.new for layer in b.layers))
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
         """Exact names of the tensors to train."""
-        return tuple(t.task.name for b in self.blocks if b.new for t in b.tensors)
+        return tuple(t.task.name for b, t in self.outputs if b.new)
 
     @cached_property
     def function_preserving(self) -> bool:
@@ -375,17 +392,18 @@ class Plan:
 
     def layer_map(self, blocks: Sequence[BlockPlan] | None = None) -> list[dict]:
         """One entry per output layer: where it comes from. Of the main stack, or of these blocks."""
-        return [
+        entries = [
             {
                 "layer": layer,
                 "new": block.new,
                 "kind": block.kind,
                 "method": block.method,
-                "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources],
+                "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources_of(slot)],
             }
             for block in (self.main_blocks if blocks is None else blocks)
-            for layer in block.layers
+            for slot, layer in enumerate(block.layers)
         ]
+        return sorted(entries, key=lambda entry: entry["layer"])
 
     def module_maps(self) -> dict[str, dict]:
         """``num_layers`` and ``layers``, as in the layer map, of every other module that the recipe names."""
@@ -471,6 +489,7 @@ def _block_identity(block: BlockPlan) -> list:
                 [i.name for i in t.inputs],
                 dict(t.task.parameters),
                 [dict(p) for p in t.task.source_parameters],
+                *([t.task.between] if t.task.between else []),
             ]
             for t in block.tensors
         ],
@@ -487,6 +506,21 @@ def stamp(files: Iterable[Path]) -> list:
         return [[f.name, status.st_size, status.st_mtime_ns] for f in files for status in [os.stat(f)]]
     except OSError as error:
         raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None
+
+
+def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:
+    """Every tensor with its block, layers by their numbers: those of one block need not be neighbours."""
+    begins: dict[str | None, int] = {}  # module -> its first block of layers
+    for i, block in enumerate(blocks):
+        if block.layers:
+            begins.setdefault(block.module, i)
+
+    def place(output: tuple[int, BlockPlan, PlannedTensor]) -> tuple[int, int]:
+        i, block, tensor = output
+        return (begins[block.module], block.layers[tensor.task.slot]) if block.layers else (i, 0)
+
+    outputs = ((i, b, t) for i, b in enumerate(blocks) for t in b.tensors)
+    return tuple((b, t) for _, b, t in sorted(outputs, key=place))
 
 
 def _digest(content: bytes | Path) -> str:

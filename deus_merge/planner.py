@@ -17,7 +17,7 @@ from .matching import Part, base_source, check_given, check_heads, check_like_do
 from .method import TensorTask
 from .model_files import extra_files
 from .modules import DEFAULT
-from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of
+from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of, in_output_order
 from .presets import MAX_LAYERS, expand
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
 from .settings import Settings, filters, resolve_setting
@@ -104,13 +104,14 @@ class _Planner:
         if self.module is not None:
             self._others()
         self._mark_repeats()
+        self._join_learned()
         self._report_idle_filters()
         config = self.vocabulary.config(config, donor.view.layers_path)
         sources = {str(m.ref): m.checkpoint for m in self.models}
         files, told = extra_files(self.recipe, sources, donor.checkpoint, self.vocabulary.vocabulary)
         if not self.copy_tokenizer and self.recipe.tokenizer is None:
             files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
-        entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for b in self.blocks for t in b.tensors]
+        entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for _, t in in_output_order(self.blocks)]
         shards = plan_shards(entries, max_shard_size)
         return Plan(
             self.recipe, tuple(self.models), self.donor, tuple(self.blocks), shards, config, files,
@@ -183,6 +184,13 @@ class _Planner:
                 )
             pairs = list(zip(first, first[1:], strict=False))
             sources = piece.sources * 2
+        elif methods()[piece.merge_method].learns:
+            piece.place.fail(
+                f"{piece.merge_method} learns from the layers of one model",
+                expected="one source, whose gaps are filled",
+                got=f"{len(piece.sources)} sources",
+                hint="ot_fuse fuses the layers of two sources in pairs",
+            )
         else:
             pairs = list(zip(*ranges, strict=True))
             sources = piece.sources
@@ -192,6 +200,10 @@ class _Planner:
             if keeps:
                 self._layer_block(copy, piece.sources, [pair[0]], 0.0, bare=True)
             position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
+            if methods()[piece.merge_method].learns:
+                every = range(self._view(piece.sources[0].model).num_layers)
+                self._layer_block(piece, piece.sources * len(every), list(every), position, new=True, between=pair)
+                continue
             self._layer_block(piece, sources, list(pair), position, per_gap=self._per_gap(piece), new=True)
         if keeps:
             self._layer_block(copy, piece.sources, [first[-1]], 0.0, bare=True)
@@ -220,8 +232,9 @@ class _Planner:
     # one block ---------------------------------------------------------------------------------------------------
 
     def _layer_block(
-        self, piece, sources: Sequence[SliceSource], layers: list[int], position, per_gap=1, new=False, bare=False
-    ):
+        self, piece, sources: Sequence[SliceSource], layers: list[int], position, per_gap=1, new=False, bare=False,
+        between: tuple[int, int] | None = None,
+    ):  # fmt: skip
         views = [self._view(s.model) for s in sources]
         roles = [v.layers[layer] for v, layer in zip(views, layers, strict=True)]
         first_output = len(self.origins)
@@ -244,18 +257,18 @@ class _Planner:
                 spec = views[0].spec(role)
                 names = [r[role] for r in roles]
                 name = prefix + (spec.name if spec else role)
-                made.append(self._task(piece, sources, role, slot, name, spec, names, position, bare))
+                task, inputs = self._task(piece, sources, role, slot, name, spec, names, position, bare)
+                made.append((replace(task, between=between), inputs))
         block_sources = tuple(BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True))
         outputs = tuple(range(first_output, first_output + per_gap))
         self._add(replace(piece, sources=tuple(sources)), title, outputs, block_sources, base, made, new)
-        which = -1 if new else base or 0
-        model = self.models[block_sources[which].model]
-        origin = LayerOrigin(
-            model.checkpoint.config, block_sources[which].layer, str(model.ref), model.view.layers_path
-        )
+        neighbours = self.blocks[-1].sources_of(0)
+        which = neighbours[-1 if new else base or 0]
+        model = self.models[which.model]
+        origin = LayerOrigin(model.checkpoint.config, which.layer, str(model.ref), model.view.layers_path)
         self.origins += [origin] * per_gap
         if new:
-            self._report_types(title, block_sources)
+            self._report_types(title, neighbours)
 
     def _outside(self, title: str, part: str, piece: OutputSlice, position: float) -> None:
         """Embeddings follow the first slice, final norm and head the last, if these merge several models, or are the
@@ -427,6 +440,15 @@ class _Planner:
                 if key in seen:
                     self.blocks[i] = replace(block, new=True)
                 seen.add(key)
+
+    def _join_learned(self) -> None:
+        """New layers that are learned from the same layers with the same parameters are made in one block."""
+        joined: dict[object, BlockPlan] = {}
+        for block in self.blocks:
+            learned = block.module, block.method, block.sources, tuple(block.tensors[0].task.parameters.items())
+            key = learned if methods()[block.method].learns else block.index
+            joined[key] = joined[key].joined(block) if key in joined else block
+        self.blocks = [replace(block, index=i) for i, block in enumerate(joined.values())]
 
 
 def _copied(piece: OutputSlice) -> OutputSlice:

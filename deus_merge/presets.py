@@ -24,8 +24,9 @@ class Preset:
         reference: Where it comes from.
         function_preserving: Whether the deeper model computes what the base computes.
         insert: Where new layers go when the recipe does not say.
-        parameters: Of ``ot_fuse``; None for presets that only repeat layers.
+        parameters: Of the method; None for presets that only repeat layers.
         after_last: Whether a new layer may stand behind the last base layer (it needs no upper neighbour).
+        method: What makes the new layers.
     """
 
     summary: str
@@ -34,6 +35,7 @@ class Preset:
     insert: object
     parameters: Mapping[str, object] | None = field(default_factory=dict)
     after_last: bool = False
+    method: str = "ot_fuse"
 
 
 _PAPER = "Cao, Wang, Aletras, arXiv 2508.08011"
@@ -82,6 +84,13 @@ PRESETS: Mapping[str, Preset] = {
     "average_zero": Preset(
         "mean of two neighbours, output projections zero", "baseline", True, "top_half", {**_PLAIN, "t": 0.5}
     ),
+    "lesa": Preset(
+        "predicted from two neighbours by a network that learned from all layers of the model, outputs kept",
+        "Yang et al., LESA, arXiv 2502.13794",
+        False,
+        "top_half",
+        method="lesa",
+    ),
     "solar": Preset(
         "layers [0, n-m) then [m, n): the middle stands twice",
         "Kim et al., SOLAR, arXiv 2312.15166",
@@ -124,16 +133,16 @@ def expand(upscale: Upscale, base: ModelRef, num_layers: int) -> tuple[OutputSli
             upscale.place.value["parameters"].fail(f"{upscale.preset} has no parameters", expected="none")
         ranges = (_solar if upscale.preset == "solar" else _stack)(upscale, num_layers)
         return tuple(_copy(base, start, end, upscale.place) for start, end in ranges if start < end)
-    known = {p.name: p for p in methods()["ot_fuse"].parameters}
+    known = {p.name: p for p in methods()[preset.method].parameters}
     for name, (setting, place) in upscale.parameters.items():
         if name not in known:
-            names = ", ".join(sorted(known))
-            place.fail(f"ot_fuse has no parameter {name!r}", expected=names, got=name, hint=nearest(name, known))
+            names, what = ", ".join(sorted(known)), f"{preset.method} has no parameter {name!r}"
+            place.fail(what, expected=names, got=name, hint=nearest(name, known))
         check_setting(known[name], setting, place)
     settings = {name: (value, upscale.place) for name, value in preset.parameters.items()} | upscale.parameters
     insert = upscale.insert or locate(preset.insert, "upscale.insert")
     places = _places(insert, num_layers, preset.after_last)
-    return tuple(_fused_slices(base, places, num_layers, settings, upscale.place))
+    return tuple(_filled_slices(base, places, num_layers, preset.method, settings, upscale.place))
 
 
 def _places(insert: Located, n: int, after_last: bool) -> list[int]:
@@ -193,18 +202,20 @@ def _count(insert: Located, gaps: list[int]) -> list[int]:
     }[where]
 
 
-def _fused_slices(base: ModelRef, places: list[int], n: int, settings, place: Located):
-    """Runs of neighbouring gaps become one single-source ot_fuse slice; what lies between is copied."""
+def _filled_slices(base: ModelRef, places: list[int], n: int, method: str, settings, place: Located):
+    """Runs of neighbouring gaps become one single-source slice of the method; what lies between is copied."""
     cursor = 0
     for start, end in _runs([p for p in places if p < n - 1]):
         if start > cursor:
             yield _copy(base, cursor, start, place)
-        yield _fuse((SliceSource(base, (start, end + 2), place=place),), settings, place)
+        sources = (SliceSource(base, (start, end + 2), place=place),)
+        yield OutputSlice(sources, method, parameters=settings, place=place)
         cursor = end + 2
     if cursor < n:
         yield _copy(base, cursor, n, place)
     if places[-1] == n - 1:  # behind the last layer: it is its own neighbour
-        yield _fuse((SliceSource(base, (n - 1, n), place=place),) * 2, settings, place)
+        sources = (SliceSource(base, (n - 1, n), place=place),) * 2
+        yield OutputSlice(sources, method, parameters=settings, place=place)
 
 
 def _runs(places: list[int]) -> list[tuple[int, int]]:
@@ -219,10 +230,6 @@ def _runs(places: list[int]) -> list[tuple[int, int]]:
 
 def _copy(base: ModelRef, start: int, end: int, place: Located) -> OutputSlice:
     return OutputSlice((SliceSource(base, (start, end), place=place),), "passthrough", place=place)
-
-
-def _fuse(sources: tuple[SliceSource, ...], settings, place: Located) -> OutputSlice:
-    return OutputSlice(sources, "ot_fuse", parameters=settings, place=place)
 
 
 def _extra(upscale: Upscale, default: int, allowed: tuple[str, ...]) -> tuple[int, Located]:

@@ -12,7 +12,7 @@ from support import load, make_model
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yml"))
 DEPTH = {
     "opt_deus": 45, "opt_deus_paper": 45, "opt_deus_script": 45, "llama_pro": 35, "copy_next": 38, "average": 45,
-    "average_zero": 45, "solar": 44, "stack": 60, "mixed": 39, "aligned": 30, "opt_deus_partial": 45,
+    "average_zero": 45, "lesa": 45, "solar": 44, "stack": 60, "mixed": 39, "aligned": 30, "opt_deus_partial": 45,
     "ties": 30, "dare_ties": 30, "two_documents": 39,
 }  # fmt: skip
 

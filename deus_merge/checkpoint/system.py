@@ -21,6 +21,7 @@ _CALL_BYTES = 1 << 30  # one copy_file_range: large enough to cost nothing, smal
 _BUFFER_BYTES = 1 << 18  # pread/pwrite: stays in the cache; measured against 1 and 8 MiB
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in the GNU C library
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, length: int, name: object) -> None:
@@ -105,6 +106,17 @@ def write_file(path: Path, data: bytes) -> None:
         write_all(fd, memoryview(data), 0)
     finally:
         os.close(fd)
+
+
+def keep_freed_memory() -> None:
+    """Let this process use its freed blocks of up to 32 MiB again, where the C library can be told so.
+
+    A merge allocates the same few sizes all the time; given back, each would be mapped and zeroed anew.
+    """
+    mallopt = _libc_call("mallopt")
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def sync_path(path: Path) -> None:

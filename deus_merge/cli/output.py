@@ -12,6 +12,7 @@ import click
 
 from ..errors import json_text, printable
 from ..plan import BlockPlan, Plan
+from ..recipe import methods
 from ..units import format_size
 from ..verify import Verification
 
@@ -118,7 +119,8 @@ def _layer_table(plan: Plan) -> None:
     click.echo()
     rows = []
     for block in plan.blocks:
-        origin = " + ".join(short[s.model] + (f" {s.layer}" if s.layer is not None else "") for s in block.sources)
+        sources = [short[s.model] + (f" {s.layer}" if s.layer is not None else "") for s in block.sources]
+        origin = f"{sources[0]} to {sources[-1]}" if methods()[block.method].learns else " + ".join(sources)
         rows.append([block.title, origin, block.method, block.kind, "new" if block.new else ""])
     table("", ["output", "from", "method", "how", ""], rows)
 

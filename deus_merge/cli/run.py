@@ -9,6 +9,7 @@ import click
 import yaml
 
 from .. import api
+from ..checkpoint.system import keep_freed_memory
 from ..errors import DeusMergeError
 from ..located import parse
 from ..plan import Plan
@@ -92,7 +93,7 @@ def merge(recipe: Path, out: Path, **options):
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--preset", default="opt_deus", show_default=True, help="How new layers are made: deus-merge methods.")
 @click.option("--insert", help="Where: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...")
-@click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of ot_fuse.")
+@click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
 @click.option("--dtype", help="Of the output: bfloat16, float16, float32; the model's own by default.")
 @run_options
 def upscale(
@@ -166,6 +167,7 @@ def _run(
         emit_json(whole.describe()) if as_json else show_plan(whole)
         warn(whole.warnings + ready.warnings)
         return
+    keep_freed_memory()
     with progress(whole, quiet) as on_block:
         result = api.merge(whole, out, run, on_block=on_block)
     warn(result.warnings)

@@ -26,7 +26,7 @@ class Draws:
             self._numpy = numpy.random.Generator(numpy.random.SFC64(generator.initial_seed()))
 
     def coins(self, probability: float, count: int) -> torch.Tensor:
-        """Independent coins, (count,), bool, each true with exactly this probability (0 to 1).
+        """Independent coins, (count,), int16, each 1 with exactly this probability (0 to 1) and else 0.
 
         A coin is a whole number of 16 bits below a threshold; what the threshold lacks to a whole number is made up by
         chance, once a call.
@@ -41,8 +41,8 @@ class Draws:
             numbers = torch.empty(count, dtype=torch.int16, device=self._generator.device)
             numbers.random_(-(1 << 15), 1 << 15, generator=self._generator)
         if threshold >= _LEVELS:
-            return torch.ones(count, dtype=torch.bool, device=numbers.device)
-        return numbers[:count] < threshold - (1 << 15)
+            return torch.ones(count, dtype=torch.int16, device=numbers.device)
+        return numbers[:count].lt_(threshold - (1 << 15))
 
     def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Numbers from [0, 1), float32."""

@@ -49,18 +49,23 @@ class Cut:
         return torch.tensor(self.key, dtype=torch.int32).view(torch.float32)
 
     def begin(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function to be called with the keys of one run after another, that says which ranks are below r."""
+        """A function to be called with the keys of one run after another, that says which ranks are below r: 0 or 1,
+        int32."""
+        import torch
+
         left = self.equals
 
         def below(run: torch.Tensor) -> torch.Tensor:
             nonlocal left
             if self.key > _LARGEST:
-                return run >= 0
-            less = run < self.key
+                return torch.ones_like(run)
+            less = torch.lt(run, self.key, out=torch.empty_like(run))
             if left > 0:
-                same = run == self.key
-                count = int(same.sum())
-                less |= same if count <= left else same & (same.cumsum(0) <= left)
+                same = torch.eq(run, self.key, out=torch.empty_like(run))
+                count = int(same.sum(dtype=torch.int32))
+                if count > left:
+                    same.mul_(same.cumsum(0, dtype=torch.int32).le_(left))
+                less.add_(same)
                 left -= count
             return less
 
@@ -85,12 +90,22 @@ def cuts(read: Callable[[], Iterable[torch.Tensor]], ranks: Sequence[int]) -> li
     inside = [b for b in dict.fromkeys(bins) if b < len(ends)]
     lower = dict.fromkeys(inside, 0)
     for run in read() if inside else ():
-        high = run >> 16
         for b in inside:
-            lower[b] = lower[b] + torch.bincount(run[high == b] & (_HALF - 1), minlength=_HALF)  # (2 ** 16,)
+            lower[b] = lower[b] + torch.bincount(_lower(run, b), minlength=_HALF)  # (2 ** 16,)
     everything = Cut(_LARGEST + 1, 0)
     found = zip(bins, ranks, strict=True)
     return [_cut(b, rank - int(ends[b] - upper[b]), lower[b]) if b in lower else everything for b, rank in found]
+
+
+def _lower(run: torch.Tensor, upper: int) -> torch.Tensor:
+    """The lower bits of those keys of a run that have these upper ones, int32."""
+    import torch
+
+    offset = run - (upper << 16)  # (m,)
+    if run.device.type != "cpu":
+        return offset[(offset >= 0) & (offset < _HALF)]
+    unsigned = offset.numpy().view("uint32")  # NumPy selects several times as fast
+    return torch.from_numpy(unsigned[unsigned < _HALF].view("int32"))
 
 
 def _cut(upper: int, rank: int, counts: torch.Tensor) -> Cut:

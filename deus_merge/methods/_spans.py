@@ -29,7 +29,7 @@ def gram(pieces: Pieces, sources: Sequence[int], *, relative: bool = False) -> t
     """
     import torch
 
-    read = pieces.delta if relative else pieces.source
+    read = pieces.delta if relative else pieces.addend
     matrix = torch.zeros(len(sources), len(sources), dtype=torch.float64)  # (s, s)
     for run in pieces.runs():
         vectors = [read(i, run).double() for i in sources]  # (m,) each
@@ -48,8 +48,8 @@ def combined(
     def combine(run: slice) -> torch.Tensor:
         result = read(sources[0], run).mul_(float(coefficients[0]))  # (m,)
         for i, coefficient in zip(sources[1:], coefficients[1:], strict=True):
-            other = pieces.delta(i, run) if relative else pieces.source(i, run)  # (m,)
+            other = pieces.delta(i, run) if relative else pieces.addend(i, run)  # (m,)
             result.add_(other, alpha=float(coefficient))
-        return result.add_(pieces.source(pieces.base, run)) if relative else result
+        return result.add_(pieces.addend(pieces.base, run)) if relative else result
 
     return pieces.made(combine)

@@ -1,7 +1,7 @@
 """Which elements of a task vector are kept: by magnitude, by chance, or by both.
 
 A choice is made once for a whole task vector δ. `Begin` starts a pass over it: it gives a function that is called with
-one run of δ after another and answers with the elements to keep, bool, (m,). Every pass keeps the same ones.
+one run of δ after another and answers with 1 for elements to keep and 0 for others, (m,). Every pass keeps the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Begin = Callable[[], "Callable[[torch.Tensor], torch.Tensor]"]
 _TINY = 1e-7  # sums at most this large are not scaled
+_TOSS = 1 << 20  # coins
 
 
 def largest(pieces: Pieces, source: int, density: float) -> Begin | None:
@@ -62,7 +63,7 @@ def middling(pieces: Pieces, source: int, density: float, gamma: float) -> Begin
 
         def kept(delta: torch.Tensor) -> torch.Tensor:
             run = keys(delta)  # (m,)
-            return small_enough(run) & ~too_small(run)
+            return small_enough(run).sub_(too_small(run))
 
         return kept
 
@@ -81,8 +82,8 @@ def by_chance(pieces: Pieces, source: int, density: float) -> Begin | None:
         return None if density >= 1 else _nothing
 
     def begin():
-        draws = Draws(pieces.block.generator(pieces.task, source))
-        return lambda delta: draws.coins(density, len(delta))
+        coins = _coins(pieces, source, density)
+        return lambda delta: next(coins)
 
     return begin
 
@@ -133,6 +134,13 @@ def restoring_factor(pieces: Pieces, source: int, begin: Begin | None) -> float:
         before += float(total(delta))
         after += float(total(delta.mul_(mask)))
     return before / after if min(before, after) >= _TINY else 1.0
+
+
+def _coins(pieces: Pieces, source: int, density: float) -> Iterator[torch.Tensor]:
+    """Coins for one run after another, tossed for several at once."""
+    draws, length = Draws(pieces.block.generator(pieces.task, source)), pieces.run_length
+    for start in range(0, pieces.numel, toss := max(_TOSS, length)):
+        yield from draws.coins(density, min(toss, pieces.numel - start)).split(length)
 
 
 def _keys(pieces: Pieces, source: int, *, descending: bool = False) -> Iterator[torch.Tensor]:

@@ -101,22 +101,24 @@ def _agreed(
 
     Reference: Yadav et al., TIES-Merging, arXiv 2306.01708, sections 3.2 and 3.3.
     """
+    import torch
 
     def merge(run: slice) -> torch.Tensor:
         vectors = [kept(j, run).mul_(scale) for j, scale in enumerate(scales)]  # (m,) each
         sign = vectors[0].clone()
         for vector in vectors[1:]:
             sign.add_(vector)
-        sign = (sign >= 0).to(sign.dtype).mul_(2).sub_(1)  # (m,), 1 or -1
-        result = vectors[0].new_zeros(len(sign))  # (m,)
-        divisor = result.clone() if normalize else None  # (m,)
-        for vector, weight in zip(vectors, weights, strict=True):
+        sign.ge_(0).mul_(2).sub_(1)  # (m,), 1 or -1
+        for vector in vectors:
             vector.mul_(sign).clamp_(min=0)  # above 0 where the signs agree
+        result = vectors[0].clone() if normalize else vectors[0]  # (m,)
+        for vector in vectors[1:]:
             result.add_(vector)
-            if normalize:
-                divisor.add_(vector > 0, alpha=weight)
         if normalize:
-            result.div_(divisor.add_(divisor == 0))
-        return result.mul_(sign).mul_(factor).add_(pieces.source(pieces.base, run))
+            divisor = torch.zeros_like(result)  # (m,)
+            for vector, weight in zip(vectors, weights, strict=True):
+                divisor.add_(vector.gt_(0), alpha=weight)
+            result.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))
+        return result.mul_(sign.mul_(factor)).add_(pieces.addend(pieces.base, run))
 
     return merge

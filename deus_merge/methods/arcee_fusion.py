@@ -37,7 +37,7 @@ class ArceeFusion(PieceMethod):
 
         def merge(run: slice) -> torch.Tensor:
             taken = _importance(pieces, run) >= threshold  # (m,)
-            return pieces.delta(other, run).mul_(taken).add_(pieces.source(pieces.base, run))  # (m,)
+            return pieces.delta(other, run).mul_(taken).add_(pieces.addend(pieces.base, run))  # (m,)
 
         return pieces.made(merge)
 

@@ -64,7 +64,7 @@ def _by_row(pieces, run: slice) -> torch.Tensor:
     pairs = [((double[i] * double[j]).sum(dim=1), norms[i] * norms[j]) for i, j in combinations(range(len(double)), 2)]
     share = (ratio(pairs, len(deltas)) / len(deltas)).to(pieces.dtype)  # (rows,)
     result = sum(deltas[1:], deltas[0]).mul_(share[:, None])  # (rows, d)
-    return result.view(-1).add_(pieces.source(pieces.base, run))  # (m,)
+    return result.view(-1).add_(pieces.addend(pieces.base, run))  # (m,)
 
 
 METHOD = ModelStock()

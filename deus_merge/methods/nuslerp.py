@@ -76,7 +76,7 @@ def _mix(pieces: Pieces, run: slice, width: int, coefficients, dim: int) -> torc
     a, b = (pieces.delta(i, run).view(-1, width) for i in pieces.others)  # (rows, width) each
     start, end = (c.to(a.dtype).unsqueeze(dim) for c in coefficients(a, b))  # (rows, 1) or (1, width)
     result = a.mul_(start).add_(b.mul_(end)).view(-1)  # (m,)
-    return result if pieces.base is None else result.add_(pieces.source(pieces.base, run))
+    return result if pieces.base is None else result.add_(pieces.addend(pieces.base, run))
 
 
 def _by_column(pieces: Pieces, t: float, width: int):

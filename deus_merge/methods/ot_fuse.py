@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from ..align import fuse_layer
@@ -60,11 +61,7 @@ class OtFuse(MergeMethod):
             )
         if wrong := cannot_align(tasks[0].parameters, tasks):
             return wrong
-        zeroed = tasks[0].parameters["zero_init"]
-        writers = [t.role for t in tasks if t.spec.writes_residual]
-        if not isinstance(zeroed, bool) and (wrong := [r for r in zeroed if r not in writers]):
-            return f"zero_init: {wrong[0]!r} does not write to the residual stream; these do: {', '.join(writers)}"
-        return None
+        return zero_problem(tasks)
 
     def remark(self, task):
         if task.parameters["plan_scale"] == "coupling" and task.parameters["alignment"] != "none":
@@ -126,6 +123,15 @@ def share(task) -> float:
     """The task's t: as set, or for "even" its slot's part of the gap."""
     t = task.parameters["t"]
     return (task.slot + 1) / (task.parameters["layers_per_gap"] + 1) if t == "even" else t
+
+
+def zero_problem(tasks: Sequence[TensorTask]) -> str | None:
+    """What is wrong with zero_init; None when nothing is."""
+    zeroed = tasks[0].parameters["zero_init"]
+    writers = [t.role for t in tasks if t.spec.writes_residual]
+    if not isinstance(zeroed, bool) and (wrong := [r for r in zeroed if r not in writers]):
+        return f"zero_init: {wrong[0]!r} does not write to the residual stream; these do: {', '.join(writers)}"
+    return None
 
 
 def is_zeroed(task) -> bool:

@@ -45,7 +45,7 @@ class Sce(PieceMethod):
                 result.add_(delta, alpha=weight)
                 divisor.add_(delta > 0, alpha=weight)
             result.div_(divisor.clamp_(min=_SMALL)).mul_(sign)
-            return result.add_(pieces.source(pieces.base, run))
+            return result.add_(pieces.addend(pieces.base, run))
 
         return pieces.made(merge)
 

@@ -61,7 +61,7 @@ def manifest(
     sources = plan_sources(plan)
     depths = {m.checkpoint: {"layers": m.view.num_layers} for m in plan.models}
     order = list(sources)
-    tensors = {t.task.name: _origin(plan, block, t, order) for block in plan.blocks for t in block.tensors}
+    tensors = {t.task.name: _origin(plan, block, t, order) for block, t in plan.outputs}
     record = {
         "format": FORMAT,
         "deus_merge": __version__,
