@@ -7,6 +7,7 @@ comparisons answer with 0 and 1 in their operands' own dtype, since torch takes 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -104,9 +105,9 @@ class PieceMethod(MergeMethod):
         """How many neighbouring elements belong together."""
         return 1
 
+    @abstractmethod
     def make(self, pieces: Pieces) -> Iterator[Made]:
         """One output."""
-        raise NotImplementedError
 
     def merge(self, block):
         import torch
