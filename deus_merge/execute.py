@@ -127,19 +127,19 @@ class _Run:
         told: list[dict] = []
         if block.computes:
             loaded, self._next = self._next.result(), self._read_ahead()
-            apart = self._workers is not None and len(self.maker.separate(block)) > 1
-            for piece in self.maker.casts(block) if apart else self.maker.make(block, told, loaded):
+            separate = self.maker.separate(block) if self._workers else []
+            for piece in self.maker.casts(block) if separate else self.maker.make(block, told, loaded):
                 self._write(piece)
             self._wait()
-            if apart:
-                told += self._separately(block, loaded)
+            told += self._separately(block, separate, loaded) if separate else []
         for result in self.results.values():
             told += result.take_told()
         self.diagnostics[block.index] = told
         return told
 
-    def _separately(self, block: BlockPlan, loaded: dict) -> list[dict]:
-        """Make outputs that do not depend on each other in several threads; what their method told."""
+    def _separately(self, block: BlockPlan, tasks: Sequence[TensorTask], loaded: dict) -> list[dict]:
+        """Make outputs that do not depend on each other, a thread each; what their method told. A single one, too: runs
+        are so short that threads that shared them would mostly wait for each other."""
 
         def one(task: TensorTask) -> list[dict]:
             told: list[dict] = []
@@ -147,7 +147,7 @@ class _Run:
                 self._put(piece)
             return told
 
-        return [line for lines in self._workers(one, self.maker.separate(block)) for line in lines]
+        return [line for lines in self._workers(one, tasks) for line in lines]
 
     def _write(self, piece: Piece) -> None:
         """Hand to the writing thread; at most one tensor waits, so that memory stays bound."""

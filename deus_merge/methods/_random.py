@@ -26,7 +26,7 @@ class Draws:
             self._numpy = numpy.random.Generator(numpy.random.SFC64(generator.initial_seed()))
 
     def coins(self, probability: float, count: int) -> torch.Tensor:
-        """Independent coins, (count,), int16, each 1 with exactly this probability (0 to 1) and else 0.
+        """Independent coins, (count,), uint8, each 1 with exactly this probability (0 to 1) and else 0.
 
         A coin is a whole number of 16 bits below a threshold; what the threshold lacks to a whole number is made up by
         chance, once a call.
@@ -34,15 +34,14 @@ class Draws:
         import torch
 
         threshold = math.floor(probability * _LEVELS + float(self.uniform((1,))[0]))
+        limit = threshold - (1 << 15)  # of numbers of 16 bits with sign; or above them all
         if self._numpy is not None:
             words = self._numpy.integers(0, 1 << 64, size=-(-count // 4), dtype="uint64")  # (count / 4,)
-            numbers = torch.from_numpy(words.view("int16"))  # (count,) and up to 3 more
-        else:
-            numbers = torch.empty(count, dtype=torch.int16, device=self._generator.device)
-            numbers.random_(-(1 << 15), 1 << 15, generator=self._generator)
-        if threshold >= _LEVELS:
-            return torch.ones(count, dtype=torch.int16, device=numbers.device)
-        return numbers[:count].lt_(threshold - (1 << 15))
+            numbers = words.view("int16")[:count]
+            return torch.from_numpy((numbers < limit).view("uint8"))
+        numbers = torch.empty(count, dtype=torch.int16, device=self._generator.device)
+        numbers.random_(-(1 << 15), 1 << 15, generator=self._generator)
+        return (numbers.int() < limit).to(torch.uint8)
 
     def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Numbers from [0, 1), float32."""

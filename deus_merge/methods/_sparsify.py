@@ -81,8 +81,10 @@ def by_chance(pieces: Pieces, source: int, density: float) -> Begin | None:
     if density >= 1 or density <= 0:
         return None if density >= 1 else _nothing
 
+    fallen: list = []
+
     def begin():
-        coins = _coins(pieces, source, density)
+        coins = _coins(pieces, source, density, fallen)
         return lambda delta: next(coins)
 
     return begin
@@ -136,11 +138,22 @@ def restoring_factor(pieces: Pieces, source: int, begin: Begin | None) -> float:
     return before / after if min(before, after) >= _TINY else 1.0
 
 
-def _coins(pieces: Pieces, source: int, density: float) -> Iterator[torch.Tensor]:
-    """Coins for one run after another, tossed for several at once."""
+def _coins(pieces: Pieces, source: int, density: float, fallen: list) -> Iterator[torch.Tensor]:
+    """Coins for one run after another, tossed for several at once. On a CPU, where another toss would take ten times as
+    long, ``fallen`` keeps how they fell the first time: a bit each."""
+    import numpy
+    import torch
+
     draws, length = Draws(pieces.block.generator(pieces.task, source)), pieces.run_length
-    for start in range(0, pieces.numel, toss := max(_TOSS, length)):
-        yield from draws.coins(density, min(toss, pieces.numel - start)).split(length)
+    for number, start in enumerate(range(0, pieces.numel, toss := max(_TOSS, length))):
+        count = min(toss, pieces.numel - start)
+        if number < len(fallen):
+            coins = torch.from_numpy(numpy.unpackbits(fallen[number], count=count))  # (count,)
+        else:
+            coins = draws.coins(density, count)
+            if coins.device.type == "cpu":
+                fallen.append(numpy.packbits(coins.numpy()))
+        yield from coins.split(length)
 
 
 def _keys(pieces: Pieces, source: int, *, descending: bool = False) -> Iterator[torch.Tensor]:

@@ -105,8 +105,8 @@ def _agreed(
 
     def merge(run: slice) -> torch.Tensor:
         vectors = [kept(j, run).mul_(scale) for j, scale in enumerate(scales)]  # (m,) each
-        sign = vectors[0].clone()
-        for vector in vectors[1:]:
+        sign = vectors[0] + vectors[1]  # (m,)
+        for vector in vectors[2:]:
             sign.add_(vector)
         sign.ge_(0).mul_(2).sub_(1)  # (m,), 1 or -1
         for vector in vectors:

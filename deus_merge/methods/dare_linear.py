@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from ..method import AT_ONCE
 from ._sparsify import by_chance
 from ._task_vectors import TaskVectorMethod, family_parameters
 
@@ -11,6 +14,11 @@ class DareLinear(TaskVectorMethod):
     summary = "task vectors with random elements dropped and the rest scaled up, added"
     reference = "Yu et al., Language models are super Mario (DARE), arXiv 2311.03099"
     parameters = family_parameters(normalize=False, rescale=True)
+
+    def workspace(self, tasks):
+        """Also a bit for each element of a source: how its coin fell."""
+        bits = max((math.prod(t.shape) * len(t.source_parameters) for t in tasks), default=0)
+        return super().workspace(tasks) + AT_ONCE * bits // 8
 
     def sparsify(self, pieces, source):
         return by_chance(pieces, source, pieces.task.source_parameters[source]["density"])
