@@ -138,13 +138,13 @@ def sentence(lines: list[str]) -> Iterator[str]:
         yield text
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that sets a start token before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -196,9 +196,26 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def train(
-    model: LlamaForCausalLM, ids: torch.Tensor, held_out: torch.Tensor, steps: int, seed: int
+    model: LlamaForCausalLM,
+    ids: torch.Tensor,
+    held_out: torch.Tensor,
+    steps: int,
+    seed: int,
+    *,
+    batch: int = BATCH,
+    lr: float = LEARNING_RATE,
+    mixed: bool = False,
 ) -> list[tuple[int, float, float]]:
     """Muon for the layers' matrices, AdamW for the rest; a short warm-up and a linear fall to zero.
+
+    Args:
+        model: Changed in place.
+        ids, held_out: Tokens, (n,) and (m,).
+        steps: How many.
+        seed: Of the windows.
+        batch: Windows in a step.
+        lr: The highest learning rate.
+        mixed: Multiply in bfloat16.
 
     Returns:
         (step, mean training loss since the row before, held-out loss) ten times, in nats per token.
@@ -207,8 +224,8 @@ def train(
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        Orthogonal(hidden, LEARNING_RATE),
-        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        Orthogonal(hidden, lr),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     warm_up = max(1, steps // 20)
     schedules = [
@@ -221,9 +238,10 @@ def train(
     curve: list[tuple[int, float, float]] = []
     losses: list[float] = []
     for step in range(1, steps + 1):
-        starts = torch.randint(len(ids) - CONTEXT, (BATCH,), generator=draw)  # (b,)
+        starts = torch.randint(len(ids) - CONTEXT, (batch,), generator=draw)  # (b,)
         windows = ids[starts[:, None] + torch.arange(CONTEXT)]  # (b, t)
-        loss = model(input_ids=windows, labels=windows).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

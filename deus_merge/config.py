@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .architecture import RESIDUAL, Heads, ModelView
 from .errors import ArchitectureError, PlanError
-from .units import dtype_name
+from .units import FLOAT_DTYPES, dtype_name, promoted
 
 #: lists that may happen to be as long as the model is deep, but are about something else
 _NOT_PER_LAYER = ("architectures", "mrope_section", "sizes", "feature_size")
@@ -137,6 +137,17 @@ def typed_config(config: Mapping, dtype: str | None) -> dict:
         for key in [k for k in ("dtype", "torch_dtype") if k in result] or ["torch_dtype"]:
             result[key] = dtype_name(dtype)
     return result
+
+
+def widened_config(config: Mapping, written: Iterable[str]) -> Mapping:
+    """The config with a dtype that holds all that is written (safetensors codes of floats), for a recipe that sets none:
+    a bfloat16 model merged with a float32 one gives float32 tensors."""
+    names = [key for key in ("dtype", "torch_dtype") if config.get(key) in FLOAT_DTYPES]
+    if not names:
+        return config
+    declared = FLOAT_DTYPES[config[names[0]]]
+    wide = promoted([declared, *written])
+    return config if wide == declared else typed_config(config, wide)
 
 
 def deeper_config(config: Mapping, layers_path: Sequence[str], origins: Sequence[LayerOrigin], where: object) -> dict:

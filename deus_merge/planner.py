@@ -10,7 +10,7 @@ from .architecture import ModelView, TensorSpec, families, prefix_of
 from .checkpoint.layout import TensorEntry, plan_shards
 from .checkpoint.reader import TensorInfo, TensorSource
 from .checkpoint.source import PLAIN, Access
-from .config import LayerOrigin, deeper_config, head_shape, layer_lists, typed_config
+from .config import LayerOrigin, deeper_config, head_shape, layer_lists, typed_config, widened_config
 from .errors import PlanError, RecipeError, nearest
 from .intermediate import PlannedResult, document_plans
 from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
@@ -111,6 +111,8 @@ class _Planner:
         files, told = extra_files(self.recipe, sources, donor.checkpoint, self.vocabulary.vocabulary)
         if not self.copy_tokenizer and self.recipe.tokenizer is None:
             files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
+        if not (self.recipe.out_dtype or self.recipe.dtype):
+            config = widened_config(config, {t.dtype for _, t in in_output_order(self.blocks) if t.action == "merge"})
         entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for _, t in in_output_order(self.blocks)]
         shards = plan_shards(entries, max_shard_size)
         return Plan(

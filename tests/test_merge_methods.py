@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -182,3 +184,17 @@ def test_random_methods_resume_to_the_same_bytes(run, family, tmp_path, monkeypa
     run("merge", recipe, out / "model", "--seed", 5, "--resume")
     assert calls.count("model.embed_tokens.weight") == 2  # one per source: it was not made again
     assert all(tensor.equal(whole[name]) for name, tensor in weights(out / "model").items())
+
+
+def test_config_holds_the_dtype_of_what_is_written(run, tmp_path):
+    """A bfloat16 model merged with a float32 one: float32 tensors, and a config.json that says so."""
+    narrow = make_model(tmp_path / "narrow", layers=2, seed=0, dtype=torch.bfloat16)
+    wide = make_model(tmp_path / "wide", layers=2, seed=1, dtype=torch.float32)
+    for base, models, dtype in ((narrow, (narrow, wide), "float32"), (narrow, (narrow, narrow), "bfloat16")):
+        text = f"merge_method: linear\nbase_model: {base}\nmodels:\n" + "".join(
+            f"  - {{model: {m}, parameters: {{weight: 0.5}}}}\n" for m in models
+        )
+        run("merge", write_recipe(tmp_path / "recipe.yml", text), tmp_path / "out", "--overwrite")
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert {config.get("dtype"), config.get("torch_dtype")} - {None} == {dtype}
+        assert {str(t.dtype) for t in weights(tmp_path / "out").values()} == {f"torch.{dtype}"}

@@ -1,0 +1,82 @@
+"""Which new layers learn fastest? Trains every init on the same text and compares.
+
+    python -m benchmarks.inits tiny small smollm2
+
+Every finished run is a line of OUT/MODEL.jsonl; started again, what is there is not run again. Tables and plots are
+made from these lines. Learning rates are swept for each init, on seed 0, until the best one has a worse one on both
+sides; the best one is then run with every seed. Without a model only tables and plots are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from deus_merge import demo_models
+
+from . import base, report
+from .bench import Bench
+from .inits import INITS
+from .leads import ALL, LEADS
+from .training import Setting
+
+DOCS = Path(__file__).parents[2] / "docs"
+#: Where a quarter more layers go, as arXiv 2604.00489 asks
+PLACES = ("even", "sandwich", "top", "middle", "bottom")
+
+
+def setting_of(model: str, scratch: Path, prose: tuple[str, ...], code: tuple[str, ...]) -> Setting:
+    """A model learns a text that it was not trained on: the tiny one prose, the others code."""
+    if model == "tiny":
+        return Setting(model, str(demo_models.tiny_model()), prose, code, steps=96)
+    if model == "small":
+        return Setting(model, str(scratch / "small" / "base"), code, prose, steps=64)
+    top = {"count": 4, "where": "top"}
+    return Setting(
+        model,
+        str(scratch / demo_models.SMOLLM2),
+        code,
+        prose,
+        top,
+        steps=40,
+        points=2,
+        held_out=8,
+        lrs=(3e-4, 1e-3, 3e-3),
+    )
+
+
+@click.command(help=__doc__)
+@click.argument("models", nargs=-1, type=click.Choice(["tiny", "small", "smollm2"]))
+@click.option("--suite", type=click.Choice(["inits", "leads", "positions"]), default="inits")
+@click.option("--init", "names", multiple=True, type=click.Choice(list(ALL)), help="Only these.")
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--workers", default=2, show_default=True)
+@click.option("--prose", multiple=True, default=["stdlib-docs"], help="Text files or folders.")
+@click.option("--code", multiple=True, default=["stdlib"], help="The same.")
+@click.option("--scratch", type=click.Path(path_type=Path), default=".bench/inits", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent, show_default=True)
+@click.option("--pictures", type=click.Path(path_type=Path), default=DOCS, show_default=True)
+@click.option("--steps", type=int, help="Of a run; to try the command.")
+def main(models, suite, names, seeds, workers, prose, code, scratch, out, pictures, steps) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in models:
+        setting = setting_of(name, scratch, prose, code)
+        setting = replace(setting, steps=steps or setting.steps)
+        bench = Bench(scratch, out / f"{name}.jsonl", workers)
+        base.provide(name, scratch, prose)
+        if suite in ("inits", "leads"):
+            chosen = names or tuple(INITS if suite == "inits" else LEADS)
+            bench.sweep(setting, chosen)
+            bench.seeds(setting, chosen, seeds)
+        elif suite == "positions":
+            count = max(1, base.layers(setting.folder) // 4)
+            for where in PLACES:
+                there = setting.at({"count": count, "where": where})
+                bench.seeds(there, names or ("copy_next", "opt_deus"), seeds, like=setting)
+    report.write(out, pictures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The base models of the benchmark: one that is trained here, one that ships, one that is fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import train_tiny
+from deus_merge import demo_models
+
+from . import texts
+
+VOCABULARY = 4096
+STEPS, BATCH, LEARNING_RATE = 1000, 16, 1e-2
+
+
+def provide(name: str, scratch: Path, prose: Sequence[str]) -> None:
+    """See that a model is there: train it, or fetch it."""
+    if name == "small" and not (scratch / "small" / "base" / "config.json").exists():
+        train_small(scratch / "small" / "base", prose)
+    elif name == "smollm2":
+        demo_models.smollm2(scratch)
+
+
+def layers(folder: str) -> int:
+    """The depth of a checkpoint."""
+    return json.loads((Path(folder) / "config.json").read_text())["num_hidden_layers"]
+
+
+def train_small(out: Path, sources: Sequence[str], steps: int = STEPS, seed: int = 0) -> None:
+    """Train a Llama of 10.5 M parameters: 12 layers, d 256, f 768, 8 query heads on 4 key-value heads.
+
+    Args:
+        out: Folder to write the checkpoint (bfloat16) and ``TRAINING.md`` to.
+        sources: See `texts.pieces`.
+        steps: Of 16 windows of 256 tokens.
+        seed: Of the weights and the windows.
+    """
+    torch.manual_seed(seed)
+    training, held_out = texts.sides(sources)
+    tokenizer = train_tiny.train_tokenizer(training, VOCABULARY)
+    training_ids, held_out_ids = texts.tokens(tokenizer, training), texts.tokens(tokenizer, held_out)
+    print(f"text: {len(training_ids)} training tokens, {len(held_out_ids)} held out", flush=True)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=train_tiny.CONTEXT,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            initializer_range=0.05,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    curve = train_tiny.train(model, training_ids, held_out_ids, steps, seed, batch=BATCH, lr=LEARNING_RATE, mixed=True)
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": f"{steps} of {BATCH} windows of {train_tiny.CONTEXT} tokens",
+        "training tokens": len(training_ids),
+        "unigram entropy of the held-out text": train_tiny.unigram_entropy(held_out_ids),
+        "curve": curve,
+    }
+    train_tiny.save(model, tokenizer, out)
+    (out / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")

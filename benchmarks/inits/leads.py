@@ -1,0 +1,162 @@
+"""The search for a better init: ideas that are not in deus_merge (yet). A new layer's outputs are zero, so all that
+comes before them is free: any features may be chosen, and any basis for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from .inits import INITS, ZERO, Edit, Init, copies, preset, scaled
+
+
+@torch.no_grad()
+def activations(model, new: Sequence[int], windows: torch.Tensor) -> dict[int, dict[str, torch.Tensor]]:
+    """What the outputs of the new layers read, on some text: layer -> {o: (n, H h), down: (n, f)}."""
+    found: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in new}
+    hooks = []
+    for layer in new:
+        block = model.model.layers[layer]
+        for name, module in (("o", block.self_attn.o_proj), ("down", block.mlp.down_proj)):
+
+            def keep(_, inputs, layer=layer, name=name) -> None:
+                found[layer][name] = inputs[0].detach().flatten(0, -2).float()
+
+            hooks.append(module.register_forward_pre_hook(keep))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.model(input_ids=windows)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def features(
+    neurons: float = 0.0, values: float = 0.0, gain: float = 1.0, rms: float | None = None, by_weights: bool = False
+) -> Edit:
+    """Make what the outputs will read better conditioned, by rows of up and a basis of each group's values.
+
+    Args:
+        neurons: 0 leaves the neurons' sizes as they are, 1 gives all the same root mean square.
+        values: 0 leaves the values of a group as they are, 1 makes their covariance the identity.
+        gain: Factor of all.
+        rms: Root mean square of all neurons, and of all values; None leaves both as they are.
+        by_weights: Without a text, as if what the layer reads were white.
+    """
+
+    @torch.no_grad()
+    def edit(model, new, windows, generator) -> None:
+        groups = model.config.num_key_value_heads
+        size = model.config.head_dim or model.config.hidden_size // model.config.num_attention_heads
+        seen = None if by_weights else activations(model, new, windows)
+        for layer in new:
+            block = model.model.layers[layer]
+            found = _white_neurons(block) if seen is None else seen[layer]["down"].square().mean(0).sqrt()  # (f,)
+            block.mlp.up_proj.weight.mul_(gain * _evened(found, neurons, rms)[:, None])
+            v = block.self_attn.v_proj.weight.view(groups, size, -1)  # (G, h, d)
+            for g in range(groups):
+                if seen is None:
+                    read = v[g] * block.input_layernorm.weight
+                else:
+                    heads = seen[layer]["o"].unflatten(1, (groups, -1, size))  # (n, G, H / G, h)
+                    read = heads[:, g].flatten(0, 1).T / (len(heads) * heads.shape[2]) ** 0.5  # (h, n H / G)
+                covariance = read @ read.T  # (h, h)
+                found, vectors = torch.linalg.eigh(covariance)
+                factors = gain * _evened(found.clamp_min(0).sqrt(), values, rms)
+                v[g] = (vectors * factors) @ (vectors.T @ v[g])
+
+    return edit
+
+
+def _white_neurons(block) -> torch.Tensor:
+    """Root mean square of each neuron (f,) for white inputs: gate and up are Gaussian with the norms and the cosine of
+    their rows, so that E[(silu(g) u)^2] is an integral over g alone."""
+    nodes, weights = (torch.from_numpy(x).float() for x in np.polynomial.hermite_e.hermegauss(41))
+    scale = block.post_attention_layernorm.weight
+    gate, up = block.mlp.gate_proj.weight * scale, block.mlp.up_proj.weight * scale  # (f, d)
+    sizes = gate.norm(dim=1), up.norm(dim=1)
+    cosine = (gate * up).sum(1) / (sizes[0] * sizes[1])
+    silu = torch.nn.functional.silu(sizes[0][:, None] * nodes).square() * (weights / weights.sum())  # (f, k)
+    return sizes[1] * ((1 - cosine**2) * silu.sum(1) + cosine**2 * (silu * nodes**2).sum(1)).sqrt()
+
+
+def _evened(sizes: torch.Tensor, power: float, rms: float | None) -> torch.Tensor:
+    """Factors (n,) that turn sizes into sizes ** (1 - power), at their own root mean square or at another one; none
+    grows more than tenfold against the median."""
+    held = sizes.clamp_min(float(sizes.median()) / 10)
+    factors = held**-power
+    goal = float(sizes.square().mean().sqrt()) if rms is None else rms
+    return factors * goal / float((sizes * factors).square().mean().sqrt())
+
+
+def pairs(scale: float, attention: bool = True) -> Edit:
+    """Half of the neurons (and of the heads of each group), each twice, with outputs of both signs: the layer adds
+    nothing, yet every weight of it has a gradient. Outputs are those of the layer above, times ``scale``."""
+
+    @torch.no_grad()
+    def edit(model, new, windows, generator) -> None:
+        config = model.config
+        seen = activations(model, new, windows)
+        per = config.num_attention_heads // config.num_key_value_heads
+        size = config.head_dim or config.hidden_size // config.num_attention_heads
+        for layer in new:
+            block, above = model.model.layers[layer], model.model.layers[layer + 1]
+            down = above.mlp.down_proj.weight  # (d, f)
+            f = down.shape[1]
+            weight = seen[layer]["down"].square().mean(0).sqrt() * down.float().norm(dim=0)
+            best = weight.sort(descending=True).indices[: f // 2]
+            mlp = block.mlp
+            mlp.gate_proj.weight.copy_(mlp.gate_proj.weight[best].repeat(2, 1))
+            mlp.up_proj.weight.copy_(mlp.up_proj.weight[best].repeat(2, 1))
+            out = down[:, best].float() * scale
+            mlp.down_proj.weight.copy_(torch.cat([out, -out], 1))
+            if attention and per > 1:
+                q = block.self_attn.q_proj.weight.view(config.num_key_value_heads, per, size, -1)
+                o = block.self_attn.o_proj.weight.view(-1, config.num_key_value_heads, per, size)
+                from_o = above.self_attn.o_proj.weight.float().view_as(o)
+                for first in range(0, per - 1, 2):
+                    q[:, first + 1] = q[:, first]
+                    o[:, :, first] = from_o[:, :, first] * scale
+                    o[:, :, first + 1] = -from_o[:, :, first] * scale
+
+    return edit
+
+
+_DOUBLED = copies(ZERO | scaled(("v_proj", "up_proj"), 2.0))
+_OPT, _NEXT = preset("opt_deus"), preset("copy_next")
+_BOTH = features(1, 1)
+
+LEADS: Mapping[str, Init] = {
+    "next_doubled": Init("copy of B, v and up doubled, outputs zero", _DOUBLED, ours=True),
+    "pairs_1": Init("half of B's neurons and heads twice, outputs of both signs", _NEXT, pairs(1.0), ours=True),
+    "pairs_0.3": Init("the same, outputs times 0.3", _NEXT, pairs(0.3), ours=True),
+    "pairs_0.1": Init("the same, outputs times 0.1", _NEXT, pairs(0.1), ours=True),
+    "neurons_0.5": Init("copy of B, neurons' sizes half way alike", _NEXT, features(0.5), ours=True),
+    "neurons_1": Init("copy of B, neurons' sizes alike", _NEXT, features(1), ours=True),
+    "values_0.5": Init("copy of B, values half way white", _NEXT, features(0, 0.5), ours=True),
+    "values_1": Init("copy of B, values white", _NEXT, features(0, 1), ours=True),
+    "both_0.5": Init("copy of B, both half way", _NEXT, features(0.5, 0.5), ours=True),
+    "both_1": Init("copy of B, both", _NEXT, _BOTH, ours=True),
+    "both_w": Init("copy of B, both by weights", _NEXT, features(1, 1, by_weights=True), ours=True),
+    "rms_0.3": Init("copy of B, root mean square 0.3", _NEXT, features(rms=0.3), ours=True),
+    "gain_2": Init("copy of B, v and up times 2", _NEXT, features(gain=2), ours=True),
+    "gain_4": Init("copy of B, v and up times 4", _NEXT, features(gain=4), ours=True),
+    "gain_8": Init("copy of B, v and up times 8", _NEXT, features(gain=8), ours=True),
+    "gain_16": Init("copy of B, v and up times 16", _NEXT, features(gain=16), ours=True),
+    "both_0.5_gain_4": Init("copy of B, both half way, times 4", _NEXT, features(0.5, 0.5, 4), ours=True),
+    "both_1_gain_2": Init("copy of B, both, times 2", _NEXT, features(1, 1, 2), ours=True),
+    "both_1_gain_4": Init("copy of B, both, times 4", _NEXT, features(1, 1, 4), ours=True),
+    "both_1_gain_8": Init("copy of B, both, times 8", _NEXT, features(1, 1, 8), ours=True),
+    "both_1_gain_16": Init("copy of B, both, times 16", _NEXT, features(1, 1, 16), ours=True),
+    "both_w_gain_8": Init("by weights, times 8", _NEXT, features(1, 1, 8, by_weights=True), ours=True),
+    "both_w_gain_16": Init("by weights, times 16", _NEXT, features(1, 1, 16, by_weights=True), ours=True),
+    "values_1_gain_8": Init("copy of B, values white, times 8", _NEXT, features(0, 1, 8), ours=True),
+    "neurons_1_gain_8": Init("copy of B, neurons alike, times 8", _NEXT, features(1, 0, 8), ours=True),
+    "opt_both_1_gain_8": Init("opt_deus, both, times 8", _OPT, features(1, 1, 8), ours=True),
+    "opt_gain_4": Init("opt_deus, v and up times 4", _OPT, features(gain=4), ours=True),
+    "opt_both_1_gain_4": Init("opt_deus, both, times 4", _OPT, features(1, 1, 4), ours=True),
+    "opt_both_1": Init("opt_deus, both", _OPT, _BOTH, ours=True),
+}
+
+ALL = INITS | LEADS

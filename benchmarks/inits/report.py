@@ -1,0 +1,148 @@
+"""Tables and plots out of the lines of results."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from . import statistics
+from .inits import INITS
+from .leads import ALL, LEADS
+from .statistics import Interval, Runs
+
+#: What a plot shows, besides our default and the best peer.
+_SHOWN = ("copy_next", "copy_prev", "average_zero", "random_zero", "script", "paper", "symmetry_restored")
+
+
+def best_peer(runs: Mapping[str, Runs]) -> str:
+    """The init that is not ours with the lowest mean final loss."""
+    means = {name: np.mean([r["final"] for r in of.values()]) for name, of in runs.items() if not ALL[name].ours}
+    return min(means, key=means.get)
+
+
+def write(out: Path, pictures: Path) -> None:
+    """RESULTS.md beside the results, and a plot for each model.
+
+    Args:
+        out: Folder of the ``.jsonl`` files.
+        pictures: Folder for ``inits-MODEL.svg``.
+    """
+    parts = ["# Inits", "", _HEAD]
+    for path in sorted(out.glob("*.jsonl")):
+        results = [json.loads(line) for line in path.read_text().splitlines()]
+        results = [r for r in results if r["init"] in ALL]  # a lead may have been given up
+        settings: dict[str, list[dict]] = {}
+        for result in results:
+            key = json.dumps([result[k] for k in ("model", "insert", "steps", "batch")])
+            settings.setdefault(key, []).append(result)
+        main = max(settings.values(), key=len)
+        parts += _section(path.stem, main)
+        _plot(path.stem, statistics.best_runs(main), pictures / f"inits-{path.stem}.svg")
+        others = [of for of in settings.values() if of is not main]
+        if others:
+            parts += _positions(others)
+    (out / "RESULTS.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+_HEAD = """Written by `python -m benchmarks.inits`; every run is a line of a `.jsonl` file here. Losses in nats a
+token on held-out text, means over seeds. *Difference*: of the final loss to the best peer's, seed by seed (the same
+windows in the same order), with its 95 % interval. *Tokens*: what the init needs to come to the best peer's final loss,
+over what the peer needs (above 1: the inverse of what the peer needs to come to the init's). *Base's text*: change of
+the loss on the text that the base model was trained on. Bold inits align layers; those in italics are ideas of the
+search that are not in deus_merge."""
+
+
+def _section(model: str, results: list[dict]) -> list[str]:
+    runs = statistics.best_runs(results)
+    rates = statistics.by_init(results)
+    peer, one = best_peer(runs), results[0]
+    tokens = one["curve"][-1][0] if one["curve"] else 0
+    lines = [
+        "",
+        f"## {model}",
+        "",
+        f"Insert {one['insert']}: new layers {', '.join(map(str, runs[peer][0]['new_layers']))};"
+        f" {one['steps']} steps of {one['batch']} windows of 256 tokens, {tokens:,} tokens;"
+        f" best peer: `{peer}`.",
+        "",
+        "| init | what | lr | seeds | initial | final | difference | tokens | base's text | s | TFLOP |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(runs, key=lambda n: np.mean([r["final"] for r in runs[n].values()])):
+        of = runs[name]
+        mean = {k: float(np.mean([r[k] for r in of.values()])) for k in ("initial", "final", "seconds", "tflop")}
+        forgot = statistics.interval([r["base_after"] - r["base_before"] for r in of.values()])
+        kind = "**" if name in INITS and INITS[name].ours else "*" if name in LEADS else ""
+        lines.append(
+            f"| {kind}{name}{kind} | {ALL[name].summary} | {statistics.best_lr(rates[name]):.0e} of {len(rates[name])}"
+            f" | {len(of)} | {mean['initial']:.3f} | {mean['final']:.4f}"
+            f" | {_told(statistics.difference(of, runs[peer]), '+.4f') if name != peer else '0'}"
+            f" | {_told(statistics.token_ratio(of, runs[peer]), '.2f') if name != peer else '1'}"
+            f" | {forgot.mean:+.3f} | {mean['seconds']:.0f} | {mean['tflop']:.1f} |"
+        )
+    return lines
+
+
+def _positions(settings: list[list[dict]]) -> list[str]:
+    lines = [
+        "",
+        "### Places",
+        "",
+        "Each at the learning rate that was best for the init above.",
+        "",
+        "| insert | new layers | init | seeds | final | base's text | TFLOP |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for results in settings:
+        for name, rates in statistics.by_init(results).items():
+            of = next(iter(rates.values()))
+            final = statistics.interval([r["final"] for r in of.values()])
+            forgot = statistics.interval([r["base_after"] - r["base_before"] for r in of.values()])
+            first = next(iter(of.values()))
+            lines.append(
+                f"| {first['insert']} | {', '.join(map(str, first['new_layers']))} | {name} | {len(of)}"
+                f" | {_told(final, '.4f')} | {forgot.mean:+.3f} | {first['tflop']:.1f} |"
+            )
+    return lines
+
+
+def _told(value: Interval, form: str) -> str:
+    if math.isnan(value.low):
+        return format(value.mean, form)
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
+
+
+def _plot(model: str, runs: Mapping[str, Runs], file: Path) -> None:
+    """Held-out loss against tokens, and the difference to the best peer with its 95 % band."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "deus_merge", "font.size": 9}
+    from matplotlib import pyplot
+
+    peer = best_peer(runs)
+    names = [n for n in dict.fromkeys((peer, *_SHOWN)) if n in runs]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in names:
+        of = runs[name]
+        seeds = sorted(of.keys() & runs[peer].keys())
+        tokens = [t for t, _ in of[seeds[0]]["curve"]]
+        losses = np.array([[loss for _, loss in of[s]["curve"]] for s in seeds])  # (s, p)
+        apart = losses - np.array([[loss for _, loss in runs[peer][s]["curve"]] for s in seeds])
+        (line,) = left.plot(tokens, losses.mean(0), label=name)
+        told = [statistics.interval(column) for column in apart.T]
+        right.plot(tokens, [i.mean for i in told], color=line.get_color())
+        if len(seeds) > 1:
+            band = [statistics.interval(column) for column in losses.T]
+            for axis, of_band in ((left, band), (right, told)):
+                ends = [i.low for i in of_band], [i.high for i in of_band]
+                axis.fill_between(tokens, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+    left.set(xlabel="training tokens", ylabel="held-out loss, nats a token", title=f"{model}: only new layers train")
+    right.set(xlabel="training tokens", ylabel=f"difference to {peer}", title="the same windows, 95 % bands")
+    left.legend(fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
