@@ -62,8 +62,8 @@ class Layers:
 
     def __init__(self, folder: Path):
         from deus_merge.config import head_shape
-        from deus_merge.plan import SourceModel
         from deus_merge.recipe import ModelRef
+        from deus_merge.source_model import SourceModel
 
         self.folder = folder
         self.source = SourceModel.open(ModelRef(str(folder)), {})

@@ -140,8 +140,8 @@ def typed_config(config: Mapping, dtype: str | None) -> dict:
 
 
 def widened_config(config: Mapping, written: Iterable[str]) -> Mapping:
-    """The config with a dtype that holds all that is written (safetensors codes of floats), for a recipe that sets none:
-    a bfloat16 model merged with a float32 one gives float32 tensors."""
+    """The config with a dtype that holds all that is written, for a recipe that sets none: a bfloat16 model merged with
+    a float32 one gives float32 tensors. ``written``: safetensors codes of floats."""
     names = [key for key in ("dtype", "torch_dtype") if config.get(key) in FLOAT_DTYPES]
     if not names:
         return config

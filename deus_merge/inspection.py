@@ -8,8 +8,8 @@ from pathlib import Path
 
 from .checkpoint.source import PLAIN, Access
 from .errors import ArchitectureError, DeusMergeError
-from .plan import SourceModel
 from .recipe import ModelRef
+from .source_model import SourceModel
 
 
 def summary(model: str, access: Access = PLAIN) -> dict:

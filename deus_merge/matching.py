@@ -10,8 +10,8 @@ from .architecture import ModelView
 from .config import heads
 from .errors import PlanError
 from .method import REQUIRED, TensorTask
-from .plan import SourceModel
 from .recipe import ModelRef, OutputSlice, SliceSource, methods
+from .source_model import SourceModel
 
 
 @dataclass(frozen=True)

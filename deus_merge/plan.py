@@ -9,26 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from .alignment import AlignTo, plan_memory
-from .architecture import ModelView, view_model
 from .checkpoint.header import read_small
-from .checkpoint.hub import resolve, split_adapter
 from .checkpoint.layout import ShardLayout
-from .checkpoint.lora import LoraSource
 from .checkpoint.reader import TensorInfo, TensorSource
-from .checkpoint.source import PLAIN, Access, open_source
-from .config import check_config
-from .errors import CheckpointError, DeusMergeError, nearest
 from .method import CopyOf, TensorTask, Zeros
-from .modules import view_modules
-from .recipe import ModelRef, Recipe, methods
+from .recipe import Recipe, methods
+from .source_model import SourceModel
 from .units import ITEMSIZE
 
 #: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones
@@ -39,77 +32,6 @@ _TOKEN_BYTES = 2500  # of one token, while tokenizers are united
 CAST_BYTES = 64 << 20  # of a tensor that is only cast, this much is alive at once
 _COPY_RATE = 1e9  # bytes/s, a guess for the time estimate
 _MERGE_RATE = 3e8
-
-
-@dataclass(frozen=True)
-class SourceModel:
-    """A model the plan reads.
-
-    Attributes:
-        ref: As the recipe names it.
-        checkpoint: Its tensors.
-        view: Its tensors by layer and role.
-        stamp: Of its files when they were opened: see `stamp`.
-    """
-
-    ref: ModelRef
-    checkpoint: TensorSource
-    view: ModelView
-    stamp: list
-
-    @cached_property
-    def modules(self) -> dict[str, ModelView]:
-        """Its modules, by the names that recipes use."""
-        return view_modules(self.checkpoint.config, tuple(self.checkpoint.tensors), self.view)
-
-    @property
-    def main(self) -> str:
-        """The module that `view` shows the layers of."""
-        return next(name for name, view in self.modules.items() if view.layer_prefix == self.view.layer_prefix)
-
-    @classmethod
-    def open(cls, ref: ModelRef, known: dict[str, TensorSource], access: Access = PLAIN) -> SourceModel:
-        """Find a model, and its adapter if it has one; read configs and headers, and check that they agree.
-
-        Args:
-            ref: As the recipe names it.
-            known: Sources by their names; a folder (or a hub's) that is opened joins them.
-            access: What may be read.
-
-        Raises:
-            CheckpointError, ArchitectureError: with the place in the recipe that names the model.
-        """
-        try:
-            name, adapter = split_adapter(ref.text)
-            if name not in known:
-                known[name] = open_source(name, access)
-            checkpoint = known[name]
-            if adapter is not None:
-                checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=access.cache_dir))
-            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
-            shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-            check_config(checkpoint.config, view, shapes, checkpoint.where)
-        except DeusMergeError as error:
-            error.hint = error.hint or nearest(ref.text, known)
-            if ref.place.path:
-                error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
-            raise
-        return cls(ref, checkpoint, view, stamp(checkpoint.files))
-
-    def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-        """Role -> shape, for role -> tensor name."""
-        return {role: self.checkpoint.tensors[name].shape for role, name in names.items()}
-
-    @cached_property
-    def _layer_kinds(self) -> dict[str, frozenset]:
-        return {}
-
-    def layer_kinds(self, view: ModelView) -> frozenset:
-        """The shapes that layers of one of its stacks have: what an output layer must look like."""
-        key = view.layer_prefix
-        if key not in self._layer_kinds:
-            self._layer_kinds[key] = frozenset(frozenset(self.shapes(layer).items()) for layer in view.layers)
-        return self._layer_kinds[key]
 
 
 @dataclass(frozen=True)
@@ -494,18 +416,6 @@ def _block_identity(block: BlockPlan) -> list:
             for t in block.tensors
         ],
     ]
-
-
-def stamp(files: Iterable[Path]) -> list:
-    """Name, size and time of each file: what tells, between runs, that weights have changed. JSON values.
-
-    Raises:
-        CheckpointError: a file is gone.
-    """
-    try:
-        return [[f.name, status.st_size, status.st_mtime_ns] for f in files for status in [os.stat(f)]]
-    except OSError as error:
-        raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None
 
 
 def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:

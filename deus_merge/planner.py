@@ -17,10 +17,11 @@ from .matching import Part, base_source, check_given, check_heads, check_like_do
 from .method import TensorTask
 from .model_files import extra_files
 from .modules import DEFAULT
-from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, SourceModel, action_of, in_output_order
+from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, action_of, in_output_order
 from .presets import MAX_LAYERS, expand
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
 from .settings import Settings, filters, resolve_setting
+from .source_model import SourceModel
 from .stacks import reads_senses
 from .units import FLOAT_DTYPES, dtype_name, parse_size, promoted
 from .vocabulary.blocks import plan_vocabulary

@@ -15,8 +15,9 @@ from .checkpoint.system import existing
 from .checkpoint.writer import OutputFolder
 from .errors import CheckpointError, DeusMergeError, PlanError
 from .machine import allow_open_files, memory
-from .plan import Plan, stamp
+from .plan import Plan
 from .report.manifest import MANIFEST, read_manifest
+from .source_model import stamp
 from .units import format_size
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from support import load, logits, make_model, weights, write_recipe
 
 from deus_merge.align.heads import AttentionAlignment
 from deus_merge.config import head_shape
-from deus_merge.plan import SourceModel
 from deus_merge.recipe import ModelRef, methods
+from deus_merge.source_model import SourceModel
 
 FAMILIES = ("llama", "llama_bias", "mistral", "qwen2", "qwen3")
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from benchmarks.inits import statistics
 from benchmarks.inits.inits import INITS, new_positions
 from benchmarks.inits.leads import ALL
+from benchmarks.inits.places import needed, places
 from benchmarks.inits.training import Job, Scratch, Setting, run
 from deus_merge import api, demo_models
 
@@ -33,7 +34,9 @@ def setting(tmp_path_factory) -> Setting:
     """The tiny model learns a made-up text in four steps."""
     text = tmp_path_factory.mktemp("text") / "prose.txt"
     text.write_text(PROSE)
-    return Setting("tiny", str(demo_models.tiny_model()), (str(text),), (str(text),), steps=4, held_out=2, points=2)
+    return Setting(
+        "tiny", str(demo_models.tiny_model()), (str(text),), (str(text),), "text", steps=4, held_out=2, points=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,7 @@ def scratch(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("inits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_init_trains_its_new_layers(name, setting, scratch):
     """Inits whose outputs are zero (or cancel) begin at the base's loss; every init learns."""
@@ -87,20 +91,32 @@ def test_copies_by_passthrough_are_the_preset(setting, tmp_path):
         assert torch.equal(halved[name], tensor * factor), name
 
 
+def test_places_are_among_the_gaps_and_differ(setting, scratch):
+    """The tiny model has 6 layers, 5 gaps: a quarter is one of them."""
+    found = places(setting, Scratch(scratch, setting))
+    counts = {name: len(new_positions(setting.folder, insert)) for name, insert in found.items()}
+    assert counts == dict.fromkeys(found, 1) | {"all": 5, "bottom_half": 3}
+    losses = needed(setting, Scratch(scratch, setting))
+    assert len(losses) == 5 and min(losses) > base_loss(setting, scratch)
+    assert found["most_needed"] == {"after": [losses.index(max(losses))]}
+    assert found["least_needed"] == {"after": [losses.index(min(losses))]}
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess:
     call = [sys.executable, "-m", "benchmarks.inits", *arguments]
     return subprocess.run(call, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_the_command_sweeps_resumes_and_reports(setting, tmp_path):
     paths = [x for option in ("scratch", "out", "pictures") for x in (f"--{option}", str(tmp_path))]
     how = [*paths, "--steps", "4", "--seeds", "2", "--prose", *setting.text, "--code", *setting.text]
-    two = [*how, "--init", "copy_next", "--init", "symmetry_restored"]
+    two = [*how, "--init", "copy_next", "--init", "opt_deus"]
     done = command("tiny", *two)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "tiny.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
-    assert {r["init"] for r in runs} == {"copy_next", "symmetry_restored"} and {r["seed"] for r in runs} == {0, 1}
+    assert {r["init"] for r in runs} == {"copy_next", "opt_deus"} and {r["seed"] for r in runs} == {0, 1}
     for rates in statistics.by_init(runs).values():
         best, swept = statistics.best_lr(rates), sorted(lr for lr, of in rates.items() if 0 in of)
         assert len(swept) >= 3 and (swept[0] < best < swept[-1] or len(swept) >= 7)
@@ -109,7 +125,7 @@ def test_the_command_sweeps_resumes_and_reports(setting, tmp_path):
     assert again.returncode == 0, again.stderr
     assert len((tmp_path / "tiny.jsonl").read_text().splitlines()) == len(lines)
     table = (tmp_path / "RESULTS.md").read_text()
-    assert "best peer: `copy_next`" in table and "**symmetry_restored**" in table
+    assert "best peer: `copy_next`" in table and "**opt_deus**" in table
     assert (tmp_path / "inits-tiny.svg").stat().st_size > 10_000
 
 

@@ -14,37 +14,26 @@ from pathlib import Path
 
 import click
 
-from deus_merge import demo_models
-
-from . import base, report
+from . import base, report, texts
 from .bench import Bench
 from .inits import INITS
 from .leads import ALL, LEADS
-from .training import Setting
+from .places import places
+from .training import Scratch, Setting
 
 DOCS = Path(__file__).parents[2] / "docs"
-#: Where a quarter more layers go, as arXiv 2604.00489 asks
-PLACES = ("even", "sandwich", "top", "middle", "bottom")
 
 
 def setting_of(model: str, scratch: Path, prose: tuple[str, ...], code: tuple[str, ...]) -> Setting:
     """A model learns a text that it was not trained on: the tiny one prose, the others code."""
+    folder, marks = base.provide(model, scratch, prose), texts.fingerprint((*prose, *code))
     if model == "tiny":
-        return Setting(model, str(demo_models.tiny_model()), prose, code, steps=96)
+        return Setting(model, folder, prose, code, marks, steps=96)
     if model == "small":
-        return Setting(model, str(scratch / "small" / "base"), code, prose, steps=64)
+        return Setting(model, folder, code, prose, marks, steps=64)
     top = {"count": 4, "where": "top"}
-    return Setting(
-        model,
-        str(scratch / demo_models.SMOLLM2),
-        code,
-        prose,
-        top,
-        steps=40,
-        points=2,
-        held_out=8,
-        lrs=(3e-4, 1e-3, 3e-3),
-    )
+    lrs = (3e-4, 1e-3, 3e-3)
+    return Setting(model, folder, code, prose, marks, top, steps=40, points=2, held_out=8, lrs=lrs)
 
 
 @click.command(help=__doc__)
@@ -65,16 +54,13 @@ def main(models, suite, names, seeds, workers, prose, code, scratch, out, pictur
         setting = setting_of(name, scratch, prose, code)
         setting = replace(setting, steps=steps or setting.steps)
         bench = Bench(scratch, out / f"{name}.jsonl", workers)
-        base.provide(name, scratch, prose)
         if suite in ("inits", "leads"):
             chosen = names or tuple(INITS if suite == "inits" else LEADS)
             bench.sweep(setting, chosen)
             bench.seeds(setting, chosen, seeds)
         elif suite == "positions":
-            count = max(1, base.layers(setting.folder) // 4)
-            for where in PLACES:
-                there = setting.at({"count": count, "where": where})
-                bench.seeds(there, names or ("copy_next", "opt_deus"), seeds, like=setting)
+            for insert in places(setting, Scratch(scratch, setting)).values():
+                bench.seeds(setting.at(insert), names or ("copy_next", "opt_deus"), seeds, like=setting)
     report.write(out, pictures)
 
 

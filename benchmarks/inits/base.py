@@ -18,17 +18,22 @@ VOCABULARY = 4096
 STEPS, BATCH, LEARNING_RATE = 1000, 16, 1e-2
 
 
-def provide(name: str, scratch: Path, prose: Sequence[str]) -> None:
-    """See that a model is there: train it, or fetch it."""
-    if name == "small" and not (scratch / "small" / "base" / "config.json").exists():
-        train_small(scratch / "small" / "base", prose)
-    elif name == "smollm2":
-        demo_models.smollm2(scratch)
+def provide(name: str, scratch: Path, prose: Sequence[str]) -> str:
+    """The folder of a base model, which is trained or fetched when it is not there.
 
-
-def layers(folder: str) -> int:
-    """The depth of a checkpoint."""
-    return json.loads((Path(folder) / "config.json").read_text())["num_hidden_layers"]
+    Args:
+        name: ``tiny`` (ships in the package), ``small`` (trained here on the prose), or ``smollm2``.
+        scratch: Where it is kept.
+        prose: `texts.pieces` sources.
+    """
+    if name == "tiny":
+        return str(demo_models.tiny_model())
+    if name == "smollm2":
+        return str(demo_models.smollm2(scratch))
+    folder = scratch / f"small-base-{texts.fingerprint(prose)}"
+    if not (folder / "training.json").exists():  # the last file to be written
+        train_small(folder, prose)
+    return str(folder)
 
 
 def train_small(out: Path, sources: Sequence[str], steps: int = STEPS, seed: int = 0) -> None:

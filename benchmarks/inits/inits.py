@@ -123,8 +123,8 @@ INITS: Mapping[str, Init] = {
     "symmetry": Init(
         "A aligned to B by symmetry, mean", preset("opt_deus", alignment="symmetry", restore_norm="none"), ours=True
     ),
-    "symmetry_restored": Init(
-        "the same, row norms restored", preset("opt_deus", alignment="symmetry", restore_norm="row"), ours=True
+    "opt_deus": Init(
+        "ours: the same, row norms restored", preset("opt_deus", alignment="symmetry", restore_norm="row"), ours=True
     ),
     "symmetry_partial": Init(
         "the same, the best quarter of neurons and heads; B elsewhere",

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from .inits import INITS, ZERO, Edit, Init, copies, preset, scaled
+from .inits import INITS, Edit, Init, preset
 
 
 @torch.no_grad()
@@ -32,16 +33,13 @@ def activations(model, new: Sequence[int], windows: torch.Tensor) -> dict[int, d
     return found
 
 
-def features(
-    neurons: float = 0.0, values: float = 0.0, gain: float = 1.0, rms: float | None = None, by_weights: bool = False
-) -> Edit:
+def features(neurons: float = 0.0, values: float = 0.0, gain: float = 1.0, by_weights: bool = False) -> Edit:
     """Make what the outputs will read better conditioned, by rows of up and a basis of each group's values.
 
     Args:
         neurons: 0 leaves the neurons' sizes as they are, 1 gives all the same root mean square.
         values: 0 leaves the values of a group as they are, 1 makes their covariance the identity.
         gain: Factor of all.
-        rms: Root mean square of all neurons, and of all values; None leaves both as they are.
         by_weights: Without a text, as if what the layer reads were white.
     """
 
@@ -53,7 +51,7 @@ def features(
         for layer in new:
             block = model.model.layers[layer]
             found = _white_neurons(block) if seen is None else seen[layer]["down"].square().mean(0).sqrt()  # (f,)
-            block.mlp.up_proj.weight.mul_(gain * _evened(found, neurons, rms)[:, None])
+            block.mlp.up_proj.weight.mul_(gain * _evened(found, neurons)[:, None])
             v = block.self_attn.v_proj.weight.view(groups, size, -1)  # (G, h, d)
             for g in range(groups):
                 if seen is None:
@@ -63,7 +61,7 @@ def features(
                     read = heads[:, g].flatten(0, 1).T / (len(heads) * heads.shape[2]) ** 0.5  # (h, n H / G)
                 covariance = read @ read.T  # (h, h)
                 found, vectors = torch.linalg.eigh(covariance)
-                factors = gain * _evened(found.clamp_min(0).sqrt(), values, rms)
+                factors = gain * _evened(found.clamp_min(0).sqrt(), values)
                 v[g] = (vectors * factors) @ (vectors.T @ v[g])
 
     return edit
@@ -81,13 +79,49 @@ def _white_neurons(block) -> torch.Tensor:
     return sizes[1] * ((1 - cosine**2) * silu.sum(1) + cosine**2 * (silu * nodes**2).sum(1)).sqrt()
 
 
-def _evened(sizes: torch.Tensor, power: float, rms: float | None) -> torch.Tensor:
-    """Factors (n,) that turn sizes into sizes ** (1 - power), at their own root mean square or at another one; none
-    grows more than tenfold against the median."""
+def _evened(sizes: torch.Tensor, power: float) -> torch.Tensor:
+    """Factors (n,) that turn sizes into sizes ** (1 - power), at their own root mean square; none grows more than
+    tenfold against the median."""
     held = sizes.clamp_min(float(sizes.median()) / 10)
     factors = held**-power
-    goal = float(sizes.square().mean().sqrt()) if rms is None else rms
-    return factors * goal / float((sizes * factors).square().mean().sqrt())
+    return factors * (sizes.square().mean() / (sizes * factors).square().mean()).sqrt()
+
+
+@torch.no_grad()
+def by_activations(model, new: Sequence[int], windows: torch.Tensor, generator: torch.Generator) -> None:
+    """The neurons of A matched to those of B by what they do on a text (correlation of activations), then the mean of
+    both, row norms restored; attention is B's. The new layer is a copy of B to begin with."""
+    seen = activations(model, [i for layer in new for i in (layer - 1, layer)], windows)
+    for layer in new:
+        a, b = (seen[i]["down"] for i in (layer - 1, layer))  # (n, f): A and B on their own inputs
+        a, b = ((x - x.mean(0)) / x.std(0).clamp_min(1e-6) for x in (a, b))
+        match = linear_sum_assignment((b.T @ a).numpy(), maximize=True)[1]  # B's neuron -> A's
+        below, mlp = model.model.layers[layer - 1].mlp, model.model.layers[layer].mlp
+        for name in ("gate_proj", "up_proj"):
+            wa, wb = getattr(below, name).weight[match].float(), getattr(mlp, name).weight
+            mean = (wa + wb) / 2
+            goal = (wa.norm(dim=1) + wb.norm(dim=1)) / 2
+            wb.copy_(mean * (goal / mean.norm(dim=1))[:, None])
+
+
+@torch.no_grad()
+def value_products(model, new: Sequence[int], windows: torch.Tensor, generator: torch.Generator) -> None:
+    """Values that keep the products of outputs and values rather than these: of the mean of A's and B's products over
+    the heads of a group, the strongest right singular vectors, at the size of B's values. All else is B's."""
+    groups = model.config.num_key_value_heads
+    size = model.config.head_dim or model.config.hidden_size // model.config.num_attention_heads
+    for layer in new:
+        below, above = (model.model.layers[i].self_attn for i in (layer - 1, layer + 1))
+        values = model.model.layers[layer].self_attn.v_proj.weight.view(groups, size, -1)  # (G, h, d)
+        for g in range(groups):
+            products = []
+            for block in (below, above):
+                o = block.o_proj.weight.float().unflatten(1, (groups, -1, size))[:, g]  # (d, H / G, h)
+                v = block.v_proj.weight.float().view(groups, size, -1)[g]  # (h, d)
+                products.append((o @ v).flatten(0, 1))  # (d H / G, d)
+            _, sizes, right = torch.linalg.svd((products[0] + products[1]) / 2, full_matrices=False)
+            made = sizes[:size, None].sqrt() * right[:size]
+            values[g] = made * values[g].norm() / made.norm()
 
 
 def pairs(scale: float, attention: bool = True) -> Edit:
@@ -123,40 +157,25 @@ def pairs(scale: float, attention: bool = True) -> Edit:
     return edit
 
 
-_DOUBLED = copies(ZERO | scaled(("v_proj", "up_proj"), 2.0))
 _OPT, _NEXT = preset("opt_deus"), preset("copy_next")
 _BOTH = features(1, 1)
 
 LEADS: Mapping[str, Init] = {
-    "next_doubled": Init("copy of B, v and up doubled, outputs zero", _DOUBLED, ours=True),
+    "by_activations": Init("neurons matched by activations, mean; attention of B", _NEXT, by_activations, ours=True),
+    "value_products": Init("values from the mean of both layers' o v, else B", _NEXT, value_products, ours=True),
     "pairs_1": Init("half of B's neurons and heads twice, outputs of both signs", _NEXT, pairs(1.0), ours=True),
     "pairs_0.3": Init("the same, outputs times 0.3", _NEXT, pairs(0.3), ours=True),
-    "pairs_0.1": Init("the same, outputs times 0.1", _NEXT, pairs(0.1), ours=True),
-    "neurons_0.5": Init("copy of B, neurons' sizes half way alike", _NEXT, features(0.5), ours=True),
     "neurons_1": Init("copy of B, neurons' sizes alike", _NEXT, features(1), ours=True),
-    "values_0.5": Init("copy of B, values half way white", _NEXT, features(0, 0.5), ours=True),
     "values_1": Init("copy of B, values white", _NEXT, features(0, 1), ours=True),
-    "both_0.5": Init("copy of B, both half way", _NEXT, features(0.5, 0.5), ours=True),
     "both_1": Init("copy of B, both", _NEXT, _BOTH, ours=True),
-    "both_w": Init("copy of B, both by weights", _NEXT, features(1, 1, by_weights=True), ours=True),
-    "rms_0.3": Init("copy of B, root mean square 0.3", _NEXT, features(rms=0.3), ours=True),
+    "both_weights": Init(
+        "copy of B, both by weights, without a text", _NEXT, features(1, 1, by_weights=True), ours=True
+    ),
+    "both_1_gain_4": Init("copy of B, both, times 4", _NEXT, features(1, 1, 4), ours=True),
+    "both_1_gain_0.3": Init("copy of B, both, times 0.3", _NEXT, features(1, 1, 0.3), ours=True),
     "gain_2": Init("copy of B, v and up times 2", _NEXT, features(gain=2), ours=True),
     "gain_4": Init("copy of B, v and up times 4", _NEXT, features(gain=4), ours=True),
-    "gain_8": Init("copy of B, v and up times 8", _NEXT, features(gain=8), ours=True),
-    "gain_16": Init("copy of B, v and up times 16", _NEXT, features(gain=16), ours=True),
-    "both_0.5_gain_4": Init("copy of B, both half way, times 4", _NEXT, features(0.5, 0.5, 4), ours=True),
-    "both_1_gain_2": Init("copy of B, both, times 2", _NEXT, features(1, 1, 2), ours=True),
-    "both_1_gain_4": Init("copy of B, both, times 4", _NEXT, features(1, 1, 4), ours=True),
-    "both_1_gain_8": Init("copy of B, both, times 8", _NEXT, features(1, 1, 8), ours=True),
-    "both_1_gain_16": Init("copy of B, both, times 16", _NEXT, features(1, 1, 16), ours=True),
-    "both_w_gain_8": Init("by weights, times 8", _NEXT, features(1, 1, 8, by_weights=True), ours=True),
-    "both_w_gain_16": Init("by weights, times 16", _NEXT, features(1, 1, 16, by_weights=True), ours=True),
-    "values_1_gain_8": Init("copy of B, values white, times 8", _NEXT, features(0, 1, 8), ours=True),
-    "neurons_1_gain_8": Init("copy of B, neurons alike, times 8", _NEXT, features(1, 0, 8), ours=True),
-    "opt_both_1_gain_8": Init("opt_deus, both, times 8", _OPT, features(1, 1, 8), ours=True),
-    "opt_gain_4": Init("opt_deus, v and up times 4", _OPT, features(gain=4), ours=True),
-    "opt_both_1_gain_4": Init("opt_deus, both, times 4", _OPT, features(1, 1, 4), ours=True),
-    "opt_both_1": Init("opt_deus, both", _OPT, _BOTH, ours=True),
+    "opt_both_1": Init("opt_deus, neurons alike, values white", _OPT, _BOTH, ours=True),
 }
 
 ALL = INITS | LEADS

@@ -15,7 +15,7 @@ from .leads import ALL, LEADS
 from .statistics import Interval, Runs
 
 #: What a plot shows, besides our default and the best peer.
-_SHOWN = ("copy_next", "copy_prev", "average_zero", "random_zero", "script", "paper", "symmetry_restored")
+_SHOWN = ("copy_next", "copy_prev", "average_zero", "random_zero", "script", "paper", "opt_deus")
 
 
 def best_peer(runs: Mapping[str, Runs]) -> str:

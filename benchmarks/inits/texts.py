@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,15 @@ def _documents(source: str) -> Iterator[str]:
             files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".rst", ".md", ".py"))
         for file in files:
             yield file.read_text(encoding="utf-8", errors="replace")
+
+
+def fingerprint(sources: Sequence[str]) -> str:
+    """Eight hexadecimal digits of what is in the texts."""
+    digest = hashlib.sha256()
+    for source in sources:
+        for piece in pieces(source):
+            digest.update(piece.encode())
+    return digest.hexdigest()[:8]
 
 
 def sides(sources: Sequence[str]) -> tuple[list[str], list[str]]:

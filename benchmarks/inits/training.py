@@ -37,6 +37,7 @@ class Setting:
         name: Of the model.
         folder: The base checkpoint.
         text, base_text: `texts.pieces` sources: what is learned, and what must not be forgotten.
+        texts: Fingerprint of both.
         insert: Where new layers go.
         steps: Of training.
         batch: Windows of 256 tokens in a step.
@@ -49,6 +50,7 @@ class Setting:
     folder: str
     text: tuple[str, ...]
     base_text: tuple[str, ...]
+    texts: str
     insert: object = "top_half"
     steps: int = 128
     batch: int = 2
@@ -70,7 +72,7 @@ class Setting:
 class Job:
     """One run. Its key tells its result from others."""
 
-    KEYS: ClassVar = ("model", "insert", "steps", "batch", "init", "lr", "seed")
+    KEYS: ClassVar = ("model", "texts", "insert", "steps", "batch", "init", "lr", "seed")
     setting: Setting
     init: str
     lr: float
@@ -79,7 +81,7 @@ class Job:
     @property
     def key(self) -> dict[str, object]:
         s = self.setting
-        values = (s.name, s.insert, s.steps, s.batch, self.init, self.lr, self.seed)
+        values = (s.name, s.texts, s.insert, s.steps, s.batch, self.init, self.lr, self.seed)
         return dict(zip(self.KEYS, values, strict=True))
 
 
@@ -87,7 +89,8 @@ class Scratch:
     """Files that runs share: tokens, hidden states of the frozen lower part, deeper checkpoints."""
 
     def __init__(self, folder: Path, setting: Setting):
-        self.folder, self.setting = folder / setting.name, setting
+        self.root, self.setting = folder, setting
+        self.folder = folder / f"{setting.name}-{setting.texts}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def windows(self, text: str, seed: int) -> dict[str, torch.Tensor]:
@@ -120,14 +123,16 @@ class Scratch:
     def hidden(self, below: int, seed: int) -> dict[str, np.ndarray]:
         """Hidden states before layer ``below`` of all windows of a seed, each (w, 256, d) float32, mapped."""
         wanted = {"train": "text", "held_out": "text", "base": "base_text"}
-        paths = {name: self.folder / f"hidden-{below}-{seed}-{self.setting.steps}-{name}.npy" for name in wanted}
+        s = self.setting
+        kind = f"hidden-{below}-{seed}-{s.steps}x{s.batch}-{s.held_out}"
+        paths = {name: self.folder / f"{kind}-{name}.npy" for name in wanted}
         if not all(path.exists() for path in paths.values()):
-            model = AutoModelForCausalLM.from_pretrained(self.setting.folder, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(s.folder, dtype=torch.float32)
             for name, text in wanted.items():
                 ids = self.windows(text, seed)["held_out" if name == "base" else name]
                 parts = []
                 for chunk in ids.split(8):
-                    with _mixed():
+                    with mixed():
                         h = model.model.embed_tokens(chunk)
                         parts.append(through(model, model.model.layers[:below], h).float().numpy())
                 _save(paths[name], np.concatenate(parts))
@@ -164,7 +169,8 @@ def _save(path: Path, values: np.ndarray) -> None:
     os.replace(part, path)
 
 
-def _mixed() -> torch.autocast:
+def mixed() -> torch.autocast:
+    """The arithmetic of every run."""
     return torch.autocast("cpu", torch.bfloat16)
 
 
@@ -191,7 +197,7 @@ def loss_of(model, layers, h: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _measured(model, layers, hidden: np.ndarray, ids: torch.Tensor) -> float:
     losses = []
     for start in range(0, len(ids), 4):
-        with _mixed():
+        with mixed():
             h = torch.from_numpy(np.array(hidden[start : start + 4]))
             losses.append(loss_of(model, layers, h, ids[start : start + 4]).item() * len(h))
     return sum(losses) / len(ids)
@@ -226,7 +232,7 @@ def run(job: Job, init: Init, scratch: Path) -> dict:
     for step, rows in enumerate(torch.arange(s.steps * s.batch).split(s.batch)):
         for group in optimizer.param_groups:
             group["lr"] = job.lr * min(1.0, (step + 1) / _WARM_UP)
-        with _mixed():
+        with mixed():
             h = torch.from_numpy(np.array(hidden["train"][rows[0] : rows[-1] + 1]))
             loss = loss_of(model, layers, h, data["train"][rows])
         loss.backward()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError, DeusMergeError
 from ..intermediate import PlannedResult
-from ..plan import Plan, SourceModel
+from ..plan import Plan
 from ..recipe_yaml import dump_recipe
+from ..source_model import SourceModel
 from .manifest import MANIFEST, growth, read_manifest
 
 
