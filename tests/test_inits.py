@@ -56,14 +56,17 @@ def test_every_init_trains_its_new_layers(name, setting, scratch):
     assert [tokens for tokens, _ in result["curve"]] == [0, 1024, 2048] and len(result["online"]) == 4
 
 
-def base_loss(setting: Setting, scratch: Path) -> float:
-    """Of the base model on the held-out windows of seed 0, by transformers."""
+def base_loss(setting: Setting, scratch: Path, without: int | None = None) -> float:
+    """Of the base model (without one of its layers) on the held-out windows of seed 0, by transformers."""
     from transformers import AutoModelForCausalLM
 
     ids = Scratch(scratch, setting).windows("text", 0)["held_out"]
     model = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32)
+    if without is not None:
+        del model.model.layers[without]
+        model.config.num_hidden_layers -= 1
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        return float(np.mean([model(input_ids=w[None], labels=w[None]).loss.item() for w in ids]))
+        return float(np.mean([model(input_ids=w[None], labels=w[None], use_cache=False).loss.item() for w in ids]))
 
 
 def test_a_run_is_repeatable_and_seeds_differ(setting, scratch):
@@ -97,7 +100,7 @@ def test_places_are_among_the_gaps_and_differ(setting, scratch):
     counts = {name: len(new_positions(setting.folder, insert)) for name, insert in found.items()}
     assert counts == dict.fromkeys(found, 1) | {"all": 5, "bottom_half": 3}
     losses = needed(setting, Scratch(scratch, setting))
-    assert len(losses) == 5 and min(losses) > base_loss(setting, scratch)
+    assert losses == pytest.approx([base_loss(setting, scratch, without=i + 1) for i in range(5)], abs=1e-3)
     assert found["most_needed"] == {"after": [losses.index(max(losses))]}
     assert found["least_needed"] == {"after": [losses.index(min(losses))]}
 
