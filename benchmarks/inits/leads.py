@@ -175,6 +175,8 @@ LEADS: Mapping[str, Init] = {
     "both_1_gain_0.3": Init("copy of B, both, times 0.3", _NEXT, features(1, 1, 0.3), ours=True),
     "gain_2": Init("copy of B, v and up times 2", _NEXT, features(gain=2), ours=True),
     "gain_4": Init("copy of B, v and up times 4", _NEXT, features(gain=4), ours=True),
+    "opt_pairs_0.3": Init("opt_deus, pairs with outputs times 0.3", _OPT, pairs(0.3), ours=True),
+    "opt_gain_2": Init("opt_deus, v and up times 2", _OPT, features(gain=2), ours=True),
     "opt_both_1": Init("opt_deus, neurons alike, values white", _OPT, _BOTH, ours=True),
 }
 
