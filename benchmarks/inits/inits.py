@@ -95,39 +95,47 @@ _FLOW = {"alignment": "transport_flow", "restore_norm": "none"}
 INITS: Mapping[str, Init] = {
     "copy_prev": Init("copy of the layer below, outputs zero (LLaMA Pro)", preset("llama_pro")),
     "copy_next": Init("copy of the layer above, outputs zero", preset("copy_next")),
-    "copy_next_halved": Init("the same, q k v gate up halved", copies(ZERO | scaled(_FEATURES, 0.5))),
+    "copy_next_halved": Init(
+        "copy of the layer above, q k v gate up halved, outputs zero", copies(ZERO | scaled(_FEATURES, 0.5))
+    ),
     "average_zero": Init("mean of the neighbours, outputs zero", preset("average_zero")),
     "average": Init("mean of the neighbours, outputs kept", preset("average")),
     "random_zero": Init("random at the neighbour's scale, outputs zero", preset("copy_next"), _random),
     "outputs_0.05": Init("copy of the layer above, outputs times 0.05", copies(scaled(_OUTPUTS, 0.05))),
-    "outputs_0.1": Init("the same, times 0.1", copies(scaled(_OUTPUTS, 0.1))),
-    "outputs_0.3": Init("the same, times 0.3", copies(scaled(_OUTPUTS, 0.3))),
+    "outputs_0.1": Init("copy of the layer above, outputs times 0.1", copies(scaled(_OUTPUTS, 0.1))),
+    "outputs_0.3": Init("copy of the layer above, outputs times 0.3", copies(scaled(_OUTPUTS, 0.3))),
     "split": Init(
         "the layer above twice, outputs of both halved",
         copies(scaled(_OUTPUTS, 0.5), scaled(_OUTPUTS, 0.5)),
     ),
-    "lesa": Init("predicted by a network that learned from all layers, outputs kept", preset("lesa")),
-    "lesa_zero": Init("the same, outputs zero", preset("lesa", zero_init=True)),
+    "lesa": Init("predicted from all layers (LESA), outputs kept", preset("lesa")),
+    "lesa_zero": Init("predicted from all layers (LESA), outputs zero", preset("lesa", zero_init=True)),
     "solar": Init("the middle layers twice", _repeated("solar"), repeats=True),
     "stack": Init("the top layers twice", _repeated("stack"), repeats=True),
-    "script": Init("the authors' script", preset("opt_deus_script"), ours=True),
-    "paper": Init("the paper's text: barycentric, reg 0.06", preset("opt_deus_paper"), ours=True),
-    "flow_reg_0.06": Init("unit rows, cost / max, reg 0.06", preset("opt_deus", **_FLOW, reg=0.06), ours=True),
-    "flow_reg_0.02": Init("the same, reg 0.02", preset("opt_deus", **_FLOW, reg=0.02), ours=True),
-    "flow_reg_0.005": Init("the same, reg 0.005", preset("opt_deus", **_FLOW, reg=0.005), ours=True),
+    "script": Init("transport_flow as the authors' script", preset("opt_deus_script"), ours=True),
+    "paper": Init("transport_flow as the paper's text: barycentric, reg 0.06", preset("opt_deus_paper"), ours=True),
+    "flow_reg_0.06": Init(
+        "transport_flow, unit rows, cost / max, reg 0.06", preset("opt_deus", **_FLOW, reg=0.06), ours=True
+    ),
+    "flow_reg_0.02": Init(
+        "transport_flow, unit rows, cost / max, reg 0.02", preset("opt_deus", **_FLOW, reg=0.02), ours=True
+    ),
+    "flow_reg_0.005": Init(
+        "transport_flow, unit rows, cost / max, reg 0.005", preset("opt_deus", **_FLOW, reg=0.005), ours=True
+    ),
     "flow_restored": Init(
-        "unit rows, reg by support 2, row norms restored",
+        "transport_flow, unit rows, reg auto, row norms restored",
         preset("opt_deus", alignment="transport_flow", restore_norm="row"),
         ours=True,
     ),
-    "symmetry": Init(
-        "A aligned to B by symmetry, mean", preset("opt_deus", alignment="symmetry", restore_norm="none"), ours=True
-    ),
+    "symmetry": Init("symmetry, mean", preset("opt_deus", alignment="symmetry", restore_norm="none"), ours=True),
     "opt_deus": Init(
-        "ours: the same, row norms restored", preset("opt_deus", alignment="symmetry", restore_norm="row"), ours=True
+        "our default: symmetry, mean, row norms restored",
+        preset("opt_deus", alignment="symmetry", restore_norm="row"),
+        ours=True,
     ),
     "symmetry_partial": Init(
-        "the same, the best quarter of neurons and heads; B elsewhere",
+        "symmetry, the best quarter of neurons and groups fused; B elsewhere",
         preset("opt_deus", alignment="symmetry", restore_norm="row", match="partial", match_fraction=0.25),
         ours=True,
     ),

@@ -164,15 +164,17 @@ LEADS: Mapping[str, Init] = {
     "by_activations": Init("neurons matched by activations, mean; attention of B", _NEXT, by_activations, ours=True),
     "value_products": Init("values from the mean of both layers' o v, else B", _NEXT, value_products, ours=True),
     "pairs_1": Init("half of B's neurons and heads twice, outputs of both signs", _NEXT, pairs(1.0), ours=True),
-    "pairs_0.3": Init("the same, outputs times 0.3", _NEXT, pairs(0.3), ours=True),
+    "pairs_0.3": Init(
+        "half of B's neurons and heads twice, outputs of both signs times 0.3", _NEXT, pairs(0.3), ours=True
+    ),
     "neurons_1": Init("copy of B, neurons' sizes alike", _NEXT, features(1), ours=True),
     "values_1": Init("copy of B, values white", _NEXT, features(0, 1), ours=True),
-    "both_1": Init("copy of B, both", _NEXT, _BOTH, ours=True),
+    "both_1": Init("copy of B, neurons alike, values white", _NEXT, _BOTH, ours=True),
     "both_weights": Init(
-        "copy of B, both by weights, without a text", _NEXT, features(1, 1, by_weights=True), ours=True
+        "copy of B, neurons alike, values white, by weights alone", _NEXT, features(1, 1, by_weights=True), ours=True
     ),
-    "both_1_gain_4": Init("copy of B, both, times 4", _NEXT, features(1, 1, 4), ours=True),
-    "both_1_gain_0.3": Init("copy of B, both, times 0.3", _NEXT, features(1, 1, 0.3), ours=True),
+    "both_1_gain_4": Init("copy of B, neurons alike, values white, times 4", _NEXT, features(1, 1, 4), ours=True),
+    "both_1_gain_0.3": Init("copy of B, neurons alike, values white, times 0.3", _NEXT, features(1, 1, 0.3), ours=True),
     "gain_2": Init("copy of B, v and up times 2", _NEXT, features(gain=2), ours=True),
     "gain_4": Init("copy of B, v and up times 4", _NEXT, features(gain=4), ours=True),
     "opt_pairs_0.3": Init("opt_deus, pairs with outputs times 0.3", _OPT, pairs(0.3), ours=True),

@@ -19,9 +19,10 @@ _SHOWN = ("copy_next", "copy_prev", "average_zero", "random_zero", "script", "pa
 
 
 def best_peer(runs: Mapping[str, Runs]) -> str:
-    """The init that is not ours with the lowest mean final loss."""
-    means = {name: np.mean([r["final"] for r in of.values()]) for name, of in runs.items() if not ALL[name].ours}
-    return min(means, key=means.get)
+    """The init that is not ours with the lowest mean final loss, of those that were run with the most seeds."""
+    most = max(map(len, runs.values()))
+    means = {n: np.mean([r["final"] for r in of.values()]) for n, of in runs.items() if len(of) == most}
+    return min((n for n in means if not ALL[n].ours), key=means.get)
 
 
 def write(out: Path, pictures: Path) -> None:
@@ -44,16 +45,16 @@ def write(out: Path, pictures: Path) -> None:
         _plot(path.stem, statistics.best_runs(main), pictures / f"inits-{path.stem}.svg")
         others = [of for of in settings.values() if of is not main]
         if others:
-            parts += _positions(others)
+            parts += _places(others, statistics.best_runs(main))
     (out / "RESULTS.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 _HEAD = """Written by `python -m benchmarks.inits`; every run is a line of a `.jsonl` file here. Losses in nats a
 token on held-out text, means over seeds. *Difference*: of the final loss to the best peer's, seed by seed (the same
 windows in the same order), with its 95 % interval. *Tokens*: what the init needs to come to the best peer's final loss,
-over what the peer needs (above 1: the inverse of what the peer needs to come to the init's). *Base's text*: change of
-the loss on the text that the base model was trained on. Bold inits align layers; those in italics are ideas of the
-search that are not in deus_merge."""
+over what the peer needs: the difference over the slope of the peer's curve (loss against the logarithm of tokens).
+*Base's text*: change of the loss on the text that the base model was trained on. Bold inits align layers; those in
+italics are ideas of the search that are not in deus_merge."""
 
 
 def _section(model: str, results: list[dict]) -> list[str]:
@@ -72,7 +73,7 @@ def _section(model: str, results: list[dict]) -> list[str]:
         "| init | what | lr | seeds | initial | final | difference | tokens | base's text | s | TFLOP |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in sorted(runs, key=lambda n: np.mean([r["final"] for r in runs[n].values()])):
+    for name in sorted(runs, key=lambda n: statistics.difference(runs[n], runs[peer]).mean):
         of = runs[name]
         mean = {k: float(np.mean([r[k] for r in of.values()])) for k in ("initial", "final", "seconds", "tflop")}
         forgot = statistics.interval([r["base_after"] - r["base_before"] for r in of.values()])
@@ -87,25 +88,26 @@ def _section(model: str, results: list[dict]) -> list[str]:
     return lines
 
 
-def _positions(settings: list[list[dict]]) -> list[str]:
+def _places(settings: list[list[dict]], usual: Mapping[str, Runs]) -> list[str]:
     lines = [
         "",
         "### Places",
         "",
-        "Each at the learning rate that was best for the init above.",
+        "The same inits elsewhere, at the same learning rates. *Difference*: of the final loss to the places above, seed by",
+        "seed.",
         "",
-        "| insert | new layers | init | seeds | final | base's text | TFLOP |",
+        "| insert | new layers | init | seeds | difference | base's text | TFLOP |",
         "|---|---|---|---|---|---|---|",
     ]
     for results in settings:
         for name, rates in statistics.by_init(results).items():
-            of = next(iter(rates.values()))
-            final = statistics.interval([r["final"] for r in of.values()])
+            of = max(rates.values(), key=len)
+            apart = statistics.difference(of, usual[name])
             forgot = statistics.interval([r["base_after"] - r["base_before"] for r in of.values()])
             first = next(iter(of.values()))
             lines.append(
                 f"| {first['insert']} | {', '.join(map(str, first['new_layers']))} | {name} | {len(of)}"
-                f" | {_told(final, '.4f')} | {forgot.mean:+.3f} | {first['tflop']:.1f} |"
+                f" | {_told(apart, '+.4f')} | {forgot.mean:+.3f} | {first['tflop']:.1f} |"
             )
     return lines
 

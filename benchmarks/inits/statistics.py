@@ -54,21 +54,17 @@ def difference(ours: Runs, theirs: Runs) -> Interval:
     return interval([ours[s]["final"] - theirs[s]["final"] for s in sorted(ours.keys() & theirs.keys())])
 
 
-def reaches(curve: Sequence[tuple[int, float]], loss: float) -> float:
-    """Tokens at which a curve first comes down to a loss, linear between its points; infinity if it does not."""
-    for (t0, l0), (t1, l1) in zip(curve, curve[1:], strict=False):
-        if l1 <= loss:
-            return t1 if l0 <= loss or l0 == l1 else t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
-    return math.inf
+def slope(runs: Runs) -> float:
+    """Nats by which the loss falls while the tokens grow e-fold: least squares over the points from a quarter of the
+    tokens on, means over seeds."""
+    curves = [run["curve"] for run in runs.values()]
+    tokens = np.array([t for t, _ in curves[0]])
+    losses = np.mean([[loss for _, loss in curve] for curve in curves], axis=0)
+    late = tokens >= tokens[-1] / 4
+    return -float(np.polyfit(np.log(tokens[late]), losses[late], 1)[0])
 
 
 def token_ratio(ours: Runs, theirs: Runs) -> Interval:
-    """Tokens that ours needs to come to their final loss, over theirs; above 1 where it does not: then their tokens to
-    ours, inverted. Geometric mean over seeds."""
-    logs = []
-    for seed in sorted(ours.keys() & theirs.keys()):
-        a, b = ours[seed], theirs[seed]
-        tokens = b["curve"][-1][0]
-        mine = reaches(a["curve"], b["final"])
-        logs.append(math.log(mine / tokens if mine <= tokens else tokens / max(1.0, reaches(b["curve"], a["final"]))))
-    return Interval(*(math.exp(x) for x in interval(logs)))
+    """Tokens that ours needs to come to their final loss, over theirs. Curves of single runs are too rough to be read
+    off: the difference of final losses is turned into tokens by the slope of theirs."""
+    return Interval(*(math.exp(d / slope(theirs)) for d in difference(ours, theirs)))
