@@ -9,7 +9,7 @@ ORACLE := .venv-oracle
 MERGEKIT := mergekit==0.1.5 immutables==0.21
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint bench oracle clean
+.PHONY: demo test fast lint bench inits oracle clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
@@ -27,6 +27,9 @@ lint: $(VENV)/.test
 
 bench: oracle  ## the figures in the README
 	$(BIN)/python benchmarks/run_all.py
+
+inits: $(VENV)/.test  ## which new layers learn fastest: hours; goes on where it was stopped
+	$(BIN)/python -m benchmarks.inits small smollm2
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -23,7 +23,11 @@ class Bench:
 
     def __init__(self, scratch: Path, results: Path, workers: int):
         self.scratch, self.path, self.workers = scratch, results, workers
-        self.runs = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        text = results.read_text(encoding="utf-8") if results.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a stopped run may have left half a line
+        if whole != text:
+            results.write_text(whole, encoding="utf-8")
+        self.runs = [json.loads(line) for line in whole.splitlines()]
 
     def of(self, setting: Setting) -> list[dict]:
         """Results of a setting."""
