@@ -59,8 +59,8 @@ def main(models, suite, names, seeds, workers, prose, code, scratch, out, pictur
             bench.sweep(setting, chosen)
             bench.seeds(setting, chosen, seeds)
         elif suite == "positions":
-            for insert in places(setting, Scratch(scratch, setting)).values():
-                bench.seeds(setting.at(insert), names or ("copy_next", "opt_deus"), seeds, like=setting)
+            for place, insert in places(setting, Scratch(scratch, setting)).items():
+                bench.seeds(setting.at(insert, place), names or ("copy_next", "opt_deus"), seeds, like=setting)
     report.write(out, pictures)
 
 

@@ -124,7 +124,7 @@ def value_products(model, new: Sequence[int], windows: torch.Tensor, generator: 
             values[g] = made * values[g].norm() / made.norm()
 
 
-def pairs(scale: float, attention: bool = True) -> Edit:
+def pairs(scale: float) -> Edit:
     """Half of the neurons (and of the heads of each group), each twice, with outputs of both signs: the layer adds
     nothing, yet every weight of it has a gradient. Outputs are those of the layer above, times ``scale``."""
 
@@ -137,22 +137,20 @@ def pairs(scale: float, attention: bool = True) -> Edit:
         for layer in new:
             block, above = model.model.layers[layer], model.model.layers[layer + 1]
             down = above.mlp.down_proj.weight  # (d, f)
-            f = down.shape[1]
             weight = seen[layer]["down"].square().mean(0).sqrt() * down.float().norm(dim=0)
-            best = weight.sort(descending=True).indices[: f // 2]
+            best = weight.sort(descending=True).indices[: down.shape[1] // 2]
             mlp = block.mlp
             mlp.gate_proj.weight.copy_(mlp.gate_proj.weight[best].repeat(2, 1))
             mlp.up_proj.weight.copy_(mlp.up_proj.weight[best].repeat(2, 1))
             out = down[:, best].float() * scale
             mlp.down_proj.weight.copy_(torch.cat([out, -out], 1))
-            if attention and per > 1:
-                q = block.self_attn.q_proj.weight.view(config.num_key_value_heads, per, size, -1)
-                o = block.self_attn.o_proj.weight.view(-1, config.num_key_value_heads, per, size)
-                from_o = above.self_attn.o_proj.weight.float().view_as(o)
-                for first in range(0, per - 1, 2):
-                    q[:, first + 1] = q[:, first]
-                    o[:, :, first] = from_o[:, :, first] * scale
-                    o[:, :, first + 1] = -from_o[:, :, first] * scale
+            q = block.self_attn.q_proj.weight.view(config.num_key_value_heads, per, size, -1)
+            o = block.self_attn.o_proj.weight.view(-1, config.num_key_value_heads, per, size)
+            from_o = above.self_attn.o_proj.weight.float().view_as(o)
+            for first in range(0, per - 1, 2):  # where heads are odd, one keeps outputs of zero
+                q[:, first + 1] = q[:, first]
+                o[:, :, first] = from_o[:, :, first] * scale
+                o[:, :, first + 1] = -from_o[:, :, first] * scale
 
     return edit
 

@@ -14,6 +14,7 @@ from .inits import INITS
 from .leads import ALL, LEADS
 from .statistics import Interval, Runs
 
+_MANY = 10  # no init needs so many times the tokens and is worth a figure
 #: What a plot shows, besides our default and the best peer.
 _SHOWN = ("copy_next", "copy_prev", "average_zero", "random_zero", "script", "paper", "opt_deus")
 
@@ -81,8 +82,8 @@ def _section(model: str, results: list[dict]) -> list[str]:
         lines.append(
             f"| {kind}{name}{kind} | {ALL[name].summary} | {statistics.best_lr(rates[name]):.0e} of {len(rates[name])}"
             f" | {len(of)} | {mean['initial']:.3f} | {mean['final']:.4f}"
-            f" | {_told(statistics.difference(of, runs[peer]), '+.4f') if name != peer else '0'}"
-            f" | {_told(statistics.token_ratio(of, runs[peer]), '.2f') if name != peer else '1'}"
+            f" | {told(statistics.difference(of, runs[peer]), '+.4f') if name != peer else '0'}"
+            f" | {told(statistics.token_ratio(of, runs[peer]), '.2f') if name != peer else '1'}"
             f" | {forgot.mean:+.3f} | {mean['seconds']:.0f} | {mean['tflop']:.1f} |"
         )
     return lines
@@ -93,9 +94,9 @@ def _places(settings: list[list[dict]], usual: Mapping[str, Runs]) -> list[str]:
         "",
         "### Places",
         "",
-        "The same inits elsewhere, at the same learning rates. *Difference*: of the final loss to the places above.",
+        "The same inits at other `places.py`, at the same learning rates. *Difference*: of final losses to the above.",
         "",
-        "| insert | new layers | init | seeds | difference | base's text | TFLOP |",
+        "| place | new layers | init | seeds | difference | base's text | TFLOP |",
         "|---|---|---|---|---|---|---|",
     ]
     for results in settings:
@@ -105,13 +106,16 @@ def _places(settings: list[list[dict]], usual: Mapping[str, Runs]) -> list[str]:
             forgot = statistics.interval([r["base_after"] - r["base_before"] for r in of.values()])
             first = next(iter(of.values()))
             lines.append(
-                f"| {first['insert']} | {', '.join(map(str, first['new_layers']))} | {name} | {len(of)}"
-                f" | {_told(apart, '+.4f')} | {forgot.mean:+.3f} | {first['tflop']:.1f} |"
+                f"| {first['place']} | {', '.join(map(str, first['new_layers']))} | {name} | {len(of)}"
+                f" | {told(apart, '+.4f')} | {forgot.mean:+.3f} | {first['tflop']:.1f} |"
             )
     return lines
 
 
-def _told(value: Interval, form: str) -> str:
+def told(value: Interval, form: str) -> str:
+    """A mean with its interval; tokens beyond tenfold are told as such."""
+    if value.mean > _MANY:
+        return f"over {_MANY}"
     if math.isnan(value.low):
         return format(value.mean, form)
     return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
@@ -135,13 +139,10 @@ def _plot(model: str, runs: Mapping[str, Runs], file: Path) -> None:
         losses = np.array([[loss for _, loss in of[s]["curve"]] for s in seeds])  # (s, p)
         apart = losses - np.array([[loss for _, loss in runs[peer][s]["curve"]] for s in seeds])
         (line,) = left.plot(tokens, losses.mean(0), label=name)
-        told = [statistics.interval(column) for column in apart.T]
-        right.plot(tokens, [i.mean for i in told], color=line.get_color())
-        if len(seeds) > 1:
-            band = [statistics.interval(column) for column in losses.T]
-            for axis, of_band in ((left, band), (right, told)):
-                ends = [i.low for i in of_band], [i.high for i in of_band]
-                axis.fill_between(tokens, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+        apart_by = [statistics.interval(column) for column in apart.T]
+        right.plot(tokens, [i.mean for i in apart_by], color=line.get_color())
+        ends = [i.low for i in apart_by], [i.high for i in apart_by]  # those of losses are as wide as windows differ
+        right.fill_between(tokens, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
     left.set(xlabel="training tokens", ylabel="held-out loss, nats a token", title=f"{model}: only new layers train")
     right.set(xlabel="training tokens", ylabel=f"difference to {peer}", title="the same windows, 95 % bands")
     left.legend(fontsize=8)

@@ -39,6 +39,7 @@ class Setting:
         text, base_text: `texts.pieces` sources: what is learned, and what must not be forgotten.
         texts: Fingerprint of both.
         insert: Where new layers go.
+        place: A name for that.
         steps: Of training.
         batch: Windows of 256 tokens in a step.
         held_out: Windows of each text whose loss is measured; every seed has its own.
@@ -52,6 +53,7 @@ class Setting:
     base_text: tuple[str, ...]
     texts: str
     insert: object = "top_half"
+    place: str = ""
     steps: int = 128
     batch: int = 2
     held_out: int = 16
@@ -63,9 +65,9 @@ class Setting:
         """Tokens of a whole run."""
         return self.steps * self.batch * CONTEXT
 
-    def at(self, insert: object) -> Setting:
+    def at(self, insert: object, place: str = "") -> Setting:
         """The same with other places."""
-        return replace(self, insert=insert)
+        return replace(self, insert=insert, place=place)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Scratch:
         }
 
     def calibration(self) -> torch.Tensor:
-        """Windows of the text that no seed trains on (they are few of many), (8, 256)."""
+        """Windows of the text for inits that look at it, the same for every seed, (8, 256)."""
         return _drawn(self._tokens("text", "training"), 8, torch.Generator().manual_seed(-1))
 
     def _tokens(self, text: str, side: str) -> torch.Tensor:
@@ -207,9 +209,9 @@ def run(job: Job, init: Init, scratch: Path) -> dict:
     """Train one init once.
 
     Returns:
-        The job's key and ``new_layers``, ``initial``, ``final`` (held out), ``curve`` of (tokens, held-out loss),
-        ``online`` (training loss of every step, before it), ``base_before`` and ``base_after`` (held-out loss on the
-        base's text), ``trained`` (parameters), ``seconds``, ``tflop``.
+        The job's key, ``place``, ``new_layers``, ``initial``, ``final`` (held out), ``curve`` of (tokens, held-out
+        loss), ``online`` (training loss of every step, before it), ``base_before`` and ``base_after`` (held-out loss on
+        the base's text), ``trained`` (parameters), ``seconds``, ``tflop``.
     """
     s, files = job.setting, Scratch(scratch, job.setting)
     folder = files.deeper(job.init, init)
@@ -246,6 +248,7 @@ def run(job: Job, init: Init, scratch: Path) -> dict:
             tokens = (step + 1) * s.batch * CONTEXT
             curve.append((tokens, round(_measured(model, layers, hidden["held_out"], data["held_out"]), 5)))
     return job.key | {
+        "place": s.place,
         "new_layers": list(new),
         "initial": round(initial, 5),
         "final": curve[-1][1] if np.isfinite(online[-1]) else float("inf"),
