@@ -142,10 +142,10 @@ def typed_config(config: Mapping, dtype: str | None) -> dict:
 def widened_config(config: Mapping, written: Iterable[str]) -> Mapping:
     """The config with a dtype that holds all that is written, for a recipe that sets none: a bfloat16 model merged with
     a float32 one gives float32 tensors. ``written``: safetensors codes of floats."""
-    names = [key for key in ("dtype", "torch_dtype") if config.get(key) in FLOAT_DTYPES]
-    if not names:
+    names = [str(config[key]) for key in ("dtype", "torch_dtype") if key in config]  # a config may hold anything
+    declared = next((FLOAT_DTYPES[name] for name in names if name in FLOAT_DTYPES), None)
+    if declared is None:
         return config
-    declared = FLOAT_DTYPES[config[names[0]]]
     wide = promoted([declared, *written])
     return config if wide == declared else typed_config(config, wide)
 
