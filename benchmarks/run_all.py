@@ -14,7 +14,7 @@ from pathlib import Path
 from common import COLUMNS, Figure
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup", "smollm2", "passthrough", "ot_fuse_memory", "alignment", "solvers", "mergekit")
+SCRIPTS = ("startup", "smollm2", "passthrough", "ot_fuse_memory", "alignment", "solvers", "mergekit", "afterwards")
 PACKAGES = ("torch", "transformers", "POT", "numpy", "safetensors")
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     for name in options.only:
         part = options.scratch / f"{name}.json"
         command = [sys.executable, HERE / f"{name}.py", "--scratch", options.scratch, "--json", part]
-        if name in ("smollm2", "alignment", "solvers") and options.model:
+        if name in ("smollm2", "alignment", "solvers", "afterwards") and options.model:
             command += ["--model", options.model]
         if name == "mergekit" and options.mergekit:
             command += ["--mergekit", options.mergekit]

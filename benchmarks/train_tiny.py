@@ -82,9 +82,9 @@ def documents(seed: int) -> tuple[list[str], list[str]]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     sides: tuple[list[str], list[str]] = ([], [])
-    for path in sorted(root.rglob("*.py")):
+    for path in modules():
         inside = path.relative_to(root)
-        if LEFT_OUT.isdisjoint(inside.parts) and not inside.name.startswith("_sysconfigdata"):
+        if not inside.name.startswith("_sysconfigdata"):
             try:
                 source = path.read_text(encoding="utf-8")
                 side = sides[is_held_out(inside.as_posix())]
@@ -97,6 +97,12 @@ def documents(seed: int) -> tuple[list[str], list[str]]:
     for side in sides:
         random.Random(seed).shuffle(side)
     return sides
+
+
+def modules() -> list[Path]:
+    """The standard library's files of Python, without `LEFT_OUT`."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return [p for p in sorted(root.rglob("*.py")) if LEFT_OUT.isdisjoint(p.relative_to(root).parts)]
 
 
 def is_held_out(name: str) -> bool:
@@ -176,22 +182,26 @@ def unigram_entropy(ids: torch.Tensor) -> float:
     return -torch.special.xlogy(share, share).sum().item()
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Six layers, so that half of them is a whole number; three query heads share a key-value head."""
+def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: object) -> LlamaConfig:
+    """Six layers, so that half of them is a whole number; three query heads share a key-value head. ``sizes``: what
+    another small model has otherwise."""
+    tiny = {
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.08,  # near hidden_size ** -0.5; the usual 0.02 is for wider models
+    }
     return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         rms_norm_eps=1e-5,
-        initializer_range=0.08,  # near hidden_size ** -0.5; the usual 0.02 is for wider models
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **(tiny | sizes),
     )
 
 

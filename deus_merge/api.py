@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .blocks import BlockPlan
 from .checkpoint.header import read_small
 from .checkpoint.source import PLAIN, Access
 from .errors import DeusMergeError, VerifyError
 from .execute import execute
 from .located import locate
-from .plan import BlockPlan, Plan
+from .plan import Plan
 from .planner import DEFAULT_SHARD_SIZE, build_plan
 from .preflight import RunOptions
 from .recipe import Recipe, read_recipe, recipe_from

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .blocks import BlockPlan
 from .checkpoint.header import read_small
 from .checkpoint.layout import index_json
 from .checkpoint.reader import INDEX
@@ -19,7 +20,7 @@ from .checkpoint.writer import OutputFolder
 from .errors import CheckpointError, DeusMergeError, MachineError, VerifyError, json_text
 from .making import Maker, Piece, results_of
 from .method import AT_ONCE, TensorTask
-from .plan import BlockPlan, Plan
+from .plan import Plan
 from .preflight import RunOptions, check_sources, preflight
 from .recipe_yaml import dump_recipe
 from .report.card import model_card

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from .blocks import BlockPlan, PlannedTensor
 from .checkpoint.reader import TensorInfo, TensorSource
-from .plan import BlockPlan, DocumentPlan, Plan, PlannedTensor
+from .plan import DocumentPlan, Plan
 from .vocabulary.permuted import origins
 
 _KEPT = 2  # blocks: a new layer is made from two neighbours, of which the next one wants the second again

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .alignment import merge_aligned
+from .blocks import CAST_BYTES, BlockPlan, PlannedTensor
 from .checkpoint.flat import FlatRows
 from .checkpoint.reader import TensorSource
 from .errors import CheckpointError, DeusMergeError
 from .intermediate import PlannedResult
 from .method import Flat, TensorTask
-from .plan import CAST_BYTES, BlockPlan, Plan, PlannedTensor
+from .plan import Plan
 from .recipe import methods
 from .units import dtype_name, torch_dtype
 from .vocabulary.permuted import PermutedCheckpoint

@@ -8,146 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .alignment import AlignTo, plan_memory
+from .blocks import BlockPlan, PlannedTensor, in_output_order
 from .checkpoint.header import read_small
 from .checkpoint.layout import ShardLayout
-from .checkpoint.reader import TensorInfo, TensorSource
-from .method import CopyOf, TensorTask, Zeros
+from .checkpoint.reader import TensorSource
 from .recipe import Recipe, methods
 from .source_model import SourceModel
-from .units import ITEMSIZE
 
 #: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones
 FORMAT = 1
 _TORCH_BYTES = 330_000_000  # anonymous memory of a process that has imported torch
 _PYTHON_BYTES = 50_000_000
 _TOKEN_BYTES = 2500  # of one token, while tokenizers are united
-CAST_BYTES = 64 << 20  # of a tensor that is only cast, this much is alive at once
 _COPY_RATE = 1e9  # bytes/s, a guess for the time estimate
 _MERGE_RATE = 3e8
-
-
-@dataclass(frozen=True)
-class BlockSource:
-    """One source of a block: a model (index into `Plan.models`) and a layer of it, None outside of layers."""
-
-    model: int
-    layer: int | None
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One output tensor.
-
-    Attributes:
-        task: What the method gets to know about it.
-        inputs: One stored tensor per source of its block.
-        dtype: safetensors code it is written in.
-        action: ``copy`` (file to file), ``cast`` (one source, in another dtype or derived), ``zeros``, or ``merge``.
-        source: For copy and cast: which source.
-    """
-
-    task: TensorTask
-    inputs: tuple[TensorInfo, ...]
-    dtype: str
-    action: str
-    source: int | None = None
-
-    @property
-    def kept(self) -> bool:
-        """Whether it is one source's tensor as it is, copied or derived."""
-        if self.action != "cast":
-            return self.action == "copy"
-        taken = self.inputs[self.source]
-        return taken.derived and taken.dtype == self.dtype
-
-    @property
-    def nbytes_read(self) -> int:
-        if self.action == "zeros" or (self.action == "merge" and self.task.slot):  # those of slot 0 serve all slots
-            return 0
-        return self.inputs[self.source].nbytes if self.source is not None else sum(i.nbytes for i in self.inputs)
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """One unit of work, of resume and of memory.
-
-    Attributes:
-        index: Its place in `Plan.blocks`.
-        title: ``layer 17``, ``embeddings``, ``final norm and head``.
-        layers: Output layers it makes; empty for embeddings and head.
-        method: The merge method's name.
-        sources: In the recipe's order.
-        base: Which source is the base model.
-        tensors: In the order they are written.
-        new: Whether its layers are new ones, to be trained.
-        align: How its sources are aligned before the method sees them; None: they are not.
-        module: Which module its layers are of; None where a recipe does not speak of modules.
-    """
-
-    index: int
-    title: str
-    layers: tuple[int, ...]
-    method: str
-    sources: tuple[BlockSource, ...]
-    base: int | None
-    tensors: tuple[PlannedTensor, ...]
-    new: bool = False
-    align: AlignTo | None = None
-    module: str | None = None
-
-    def sources_of(self, slot: int) -> tuple[BlockSource, ...]:
-        """What the layer of a slot comes from."""
-        between = next(t.task.between for t in self.tensors if t.task.slot == slot)
-        return self.sources if between is None else tuple(self.sources[i] for i in between)
-
-    def joined(self, other: BlockPlan) -> BlockPlan:
-        """This block, making the layers of another one, too."""
-        layers, slot = self.layers + other.layers, len(self.layers)
-        moved = tuple(replace(t, task=replace(t.task, slot=slot + t.task.slot)) for t in other.tensors)
-        title = f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
-        return replace(self, title=title, layers=layers, tensors=self.tensors + moved)
-
-    @property
-    def computes(self) -> bool:
-        return any(t.action in ("merge", "cast") for t in self.tensors)
-
-    @property
-    def kind(self) -> str:
-        """``copy``, ``derived``, ``cast``, ``fused`` or ``merged``, for tables."""
-        if any(t.action == "merge" for t in self.tensors):
-            return "fused" if self.new else "merged"
-        if self.new:
-            return "copy, zeroed" if any(t.action == "zeros" for t in self.tensors) else "copy"
-        actions = {t.action for t in self.tensors}
-        if "cast" in actions:
-            return "derived" if all(t.kept for t in self.tensors) else "cast"
-        return "copy" if actions == {"copy"} else "copy, zeroed"
-
-    @property
-    def nbytes(self) -> int:
-        """Of its outputs."""
-        return sum(math.prod(t.task.shape) * ITEMSIZE[t.dtype] for t in self.tensors)
-
-    def workspace(self, least: bool = False) -> int:
-        """Estimated bytes alive at once while this block is made; ``least``: when plans make their buffers again."""
-        merged = [t.task for t in self.tensors if t.action == "merge"]
-        casts = (t.inputs[t.source].nbytes for t in self.tensors if t.action == "cast")
-        widest = max((min(size, CAST_BYTES) * 3 for size in casts), default=0)
-        if not merged:
-            return widest
-        method = methods()[self.method]
-        made = method.least_workspace(merged) if least else method.workspace(merged)
-        if self.align:
-            made += plan_memory(self.align.values, [t.task for t in self.tensors])[least]
-        return max(widest, made)
 
 
 @dataclass(frozen=True)
@@ -373,7 +253,7 @@ class Plan:
         return {
             "format": FORMAT,
             "models": [m.checkpoint.fingerprint for m in self.models],
-            "blocks": [_block_identity(b) for b in self.blocks],
+            "blocks": [b.identity() for b in self.blocks],
             "shards": [[s.filename, digest] for s, digest in zip(self.shards, shards, strict=True)],
             "config": self.config,
             "files": files,
@@ -395,58 +275,5 @@ def _describe_document(document: DocumentPlan) -> dict:
     }
 
 
-def _block_identity(block: BlockPlan) -> list:
-    return [
-        block.method,
-        [[s.model, s.layer] for s in block.sources],
-        block.base,
-        *([block.module] if block.module else []),
-        *([[block.align.target, dict(block.align.values)]] if block.align else []),
-        [
-            [
-                t.task.name,
-                t.action,
-                t.source,
-                t.dtype,
-                [i.name for i in t.inputs],
-                dict(t.task.parameters),
-                [dict(p) for p in t.task.source_parameters],
-                *([t.task.between] if t.task.between else []),
-            ]
-            for t in block.tensors
-        ],
-    ]
-
-
-def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:
-    """Every tensor with its block, layers by their numbers: those of one block need not be neighbours."""
-    begins: dict[str | None, int] = {}  # module -> its first block of layers
-    for i, block in enumerate(blocks):
-        if block.layers:
-            begins.setdefault(block.module, i)
-
-    def place(output: tuple[int, BlockPlan, PlannedTensor]) -> tuple[int, int]:
-        i, block, tensor = output
-        return (begins[block.module], block.layers[tensor.task.slot]) if block.layers else (i, 0)
-
-    outputs = ((i, b, t) for i, b in enumerate(blocks) for t in b.tensors)
-    return tuple((b, t) for _, b, t in sorted(outputs, key=place))
-
-
 def _digest(content: bytes | Path) -> str:
     return hashlib.sha256(content if isinstance(content, bytes) else read_small(content)).hexdigest()
-
-
-def action_of(
-    task: TensorTask, method: str, inputs: tuple[TensorInfo, ...], dtype: str, align: AlignTo | None = None
-) -> tuple[str, int | None]:
-    """How an output tensor comes about, and from which source if from one alone."""
-    origin = methods()[method].origin(task)
-    if isinstance(origin, CopyOf) and align and align.moves(origin.source):
-        return "merge", None
-    if isinstance(origin, Zeros):
-        return "zeros", None
-    if isinstance(origin, CopyOf):
-        taken = inputs[origin.source]
-        return ("copy" if taken.dtype == dtype and not taken.derived else "cast"), origin.source
-    return "merge", None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from .alignment import AlignTo, cannot_align
 from .architecture import ModelView, TensorSpec, families, prefix_of
+from .blocks import BlockPlan, BlockSource, PlannedTensor, action_of, in_output_order, join_learned, mark_repeats
 from .checkpoint.layout import TensorEntry, plan_shards
 from .checkpoint.reader import TensorInfo, TensorSource
 from .checkpoint.source import PLAIN, Access
@@ -17,7 +18,7 @@ from .matching import Part, base_source, check_given, check_heads, check_like_do
 from .method import TensorTask
 from .model_files import extra_files
 from .modules import DEFAULT
-from .plan import BlockPlan, BlockSource, Plan, PlannedTensor, action_of, in_output_order
+from .plan import Plan
 from .presets import MAX_LAYERS, expand
 from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
 from .settings import Settings, filters, resolve_setting
@@ -104,8 +105,7 @@ class _Planner:
                 self._report_feature_layer(view)
         if self.module is not None:
             self._others()
-        self._mark_repeats()
-        self._join_learned()
+        self.blocks = join_learned(mark_repeats(self.blocks))
         self._report_idle_filters()
         config = self.vocabulary.config(config, donor.view.layers_path)
         sources = {str(m.ref): m.checkpoint for m in self.models}
@@ -433,25 +433,6 @@ class _Planner:
         for setting, place in (value for settings in levels for value in settings.values()):
             idle = [f for f in filters(setting) if not any(f in name for name in names)]
             self.warnings += [f"{place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)]
-
-    def _mark_repeats(self) -> None:
-        """A layer that stands a second time (solar, stack) is a new one."""
-        seen = set()
-        for i, block in enumerate(self.blocks):
-            key = block.module, block.method, block.sources
-            if block.layers and not block.new and len(block.sources) == 1:
-                if key in seen:
-                    self.blocks[i] = replace(block, new=True)
-                seen.add(key)
-
-    def _join_learned(self) -> None:
-        """New layers that are learned from the same layers with the same parameters are made in one block."""
-        joined: dict[object, BlockPlan] = {}
-        for block in self.blocks:
-            learned = block.module, block.method, block.sources, tuple(block.tensors[0].task.parameters.items())
-            key = learned if methods()[block.method].learns else block.index
-            joined[key] = joined[key].joined(block) if key in joined else block
-        self.blocks = [replace(block, index=i) for i, block in enumerate(joined.values())]
 
 
 def _copied(piece: OutputSlice) -> OutputSlice:

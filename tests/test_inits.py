@@ -35,7 +35,7 @@ def setting(tmp_path_factory) -> Setting:
     text = tmp_path_factory.mktemp("text") / "prose.txt"
     text.write_text(PROSE)
     return Setting(
-        "tiny", str(demo_models.tiny_model()), (str(text),), (str(text),), "text", steps=4, held_out=2, points=2
+        "tiny", str(demo_models.tiny_model()), (str(text),), (str(text),), "base", "text", steps=4, held_out=2, points=2
     )
 
 

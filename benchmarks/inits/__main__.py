@@ -9,6 +9,7 @@ sides; the best one is then run with every seed. Without a model only tables and
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,24 +22,26 @@ from .leads import ALL, LEADS
 from .places import places
 from .training import Scratch, Setting
 
+SUITES = {"inits": tuple(INITS), "leads": tuple(LEADS), "positions": ("copy_next", "opt_deus")}
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def setting_of(model: str, scratch: Path, prose: tuple[str, ...], code: tuple[str, ...]) -> Setting:
     """A model learns a text that it was not trained on: the tiny one prose, the others code."""
-    folder, marks = base.provide(model, scratch, prose), texts.fingerprint((*prose, *code))
+    folder = base.provide(model, scratch, prose)
+    marks = base.fingerprint(folder), texts.fingerprint((*prose, *code))
     if model == "tiny":
-        return Setting(model, folder, prose, code, marks, steps=96)
+        return Setting(model, folder, prose, code, *marks, steps=96)
     if model == "small":
-        return Setting(model, folder, code, prose, marks, steps=64)
+        return Setting(model, folder, code, prose, *marks, steps=64)
     top = {"count": 4, "where": "top"}
     lrs = (3e-4, 1e-3, 3e-3)
-    return Setting(model, folder, code, prose, marks, top, steps=40, points=2, held_out=8, lrs=lrs)
+    return Setting(model, folder, code, prose, *marks, top, steps=40, points=2, held_out=8, lrs=lrs)
 
 
 @click.command(help=__doc__)
 @click.argument("models", nargs=-1, type=click.Choice(["tiny", "small", "smollm2"]))
-@click.option("--suite", type=click.Choice(["inits", "leads", "positions"]), default="inits")
+@click.option("--suite", type=click.Choice(list(SUITES)), default="inits")
 @click.option("--init", "names", multiple=True, type=click.Choice(list(ALL)), help="Only these.")
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--workers", default=2, show_default=True)
@@ -54,13 +57,14 @@ def main(models, suite, names, seeds, workers, prose, code, scratch, out, pictur
         setting = setting_of(name, scratch, prose, code)
         setting = replace(setting, steps=steps or setting.steps)
         bench = Bench(scratch, out / f"{name}.jsonl", workers)
-        if suite in ("inits", "leads"):
-            chosen = names or tuple(INITS if suite == "inits" else LEADS)
-            bench.sweep(setting, chosen)
-            bench.seeds(setting, chosen, seeds)
-        elif suite == "positions":
+        if (Path(setting.folder) / base.FACTS).exists():
+            shutil.copy(Path(setting.folder) / base.FACTS, out / f"{name}-base.json")
+        chosen = names or SUITES[suite]
+        bench.sweep(setting, chosen)
+        bench.seeds(setting, chosen, seeds)
+        if suite == "positions":
             for place, insert in places(setting, Scratch(scratch, setting)).items():
-                bench.seeds(setting.at(insert, place), names or ("copy_next", "opt_deus"), seeds, like=setting)
+                bench.seeds(setting.at(insert, place), chosen, seeds, like=setting)
     report.write(out, pictures)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks import train_tiny
 from deus_merge import demo_models
@@ -15,7 +16,16 @@ from deus_merge import demo_models
 from . import texts
 
 VOCABULARY = 4096
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.05,
+}
 STEPS, BATCH, LEARNING_RATE = 1000, 16, 1e-2
+FACTS = "training.json"  # beside a model that was trained here
 
 
 def provide(name: str, scratch: Path, prose: Sequence[str]) -> str:
@@ -31,16 +41,24 @@ def provide(name: str, scratch: Path, prose: Sequence[str]) -> str:
     if name == "smollm2":
         return str(demo_models.smollm2(scratch))
     folder = scratch / f"small-base-{texts.fingerprint(prose)}"
-    if not (folder / "training.json").exists():  # the last file to be written
+    if not (folder / FACTS).exists():  # the last file to be written
         train_small(folder, prose)
     return str(folder)
+
+
+def fingerprint(folder: str) -> str:
+    """Eight hexadecimal digits of the weights."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def train_small(out: Path, sources: Sequence[str], steps: int = STEPS, seed: int = 0) -> None:
     """Train a Llama of 10.5 M parameters: 12 layers, d 256, f 768, 8 query heads on 4 key-value heads.
 
     Args:
-        out: Folder to write the checkpoint (bfloat16) and ``TRAINING.md`` to.
+        out: Folder to write the checkpoint (bfloat16) and `FACTS` to.
         sources: See `texts.pieces`.
         steps: Of 16 windows of 256 tokens.
         seed: Of the weights and the windows.
@@ -50,30 +68,14 @@ def train_small(out: Path, sources: Sequence[str], steps: int = STEPS, seed: int
     tokenizer = train_tiny.train_tokenizer(training, VOCABULARY)
     training_ids, held_out_ids = texts.tokens(tokenizer, training), texts.tokens(tokenizer, held_out)
     print(f"text: {len(training_ids)} training tokens, {len(held_out_ids)} held out", flush=True)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=12,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=train_tiny.CONTEXT,
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-5,
-            initializer_range=0.05,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = LlamaForCausalLM(train_tiny.tiny_config(tokenizer, **SIZES))
     curve = train_tiny.train(model, training_ids, held_out_ids, steps, seed, batch=BATCH, lr=LEARNING_RATE, mixed=True)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": f"{steps} of {BATCH} windows of {train_tiny.CONTEXT} tokens",
-        "training tokens": len(training_ids),
+        "tokens of the text": len(training_ids),
         "unigram entropy of the held-out text": train_tiny.unigram_entropy(held_out_ids),
-        "curve": curve,
+        "held-out loss, first 32 windows": curve[-1][2],
     }
     train_tiny.save(model, tokenizer, out)
-    (out / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    (out / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")

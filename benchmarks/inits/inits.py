@@ -46,6 +46,7 @@ def new_positions(model: str, insert: object) -> tuple[int, ...]:
 
 
 def preset(name: str, **parameters: object) -> Build:
+    """A preset of deus_merge, with parameters on top of its own."""
     return lambda model, insert: api.upscale_recipe(model, preset=name, insert=insert, parameters=parameters)
 
 
@@ -58,26 +59,28 @@ def _repeated(name: str) -> Build:
     return build
 
 
-def copies(new: Mapping[str, float], above: Mapping[str, float] | None = None) -> Build:
+def _copies(new: Mapping[str, float], above: Mapping[str, float] | None = None) -> Build:
     """Copies of the upper neighbour by mergekit's ``passthrough``, with factors of some weights of the copy, and of the
     neighbour itself."""
 
     def build(model: str, insert: object) -> Recipe:
-        slices, layer, new_layers = [], 0, set(new_positions(model, insert))
-        for position in range(api.plan(api.upscale_recipe(model, preset="copy_next", insert=insert)).num_layers):
-            factors = new if position in new_layers else (above or {}) if position - 1 in new_layers else {}
+        plan = api.plan(api.upscale_recipe(model, preset="copy_next", insert=insert))
+        slices, layer = [], 0
+        for position in range(plan.num_layers):
+            is_new, is_above = position in plan.new_layers, position - 1 in plan.new_layers
+            factors = new if is_new else (above or {}) if is_above else {}
             source: dict[str, object] = {"model": model, "layer_range": [layer, layer + 1]}
             if factors:
                 scale = [*({"filter": name, "value": value} for name, value in factors.items()), {"value": 1.0}]
                 source["parameters"] = {"scale": scale}
             slices.append({"sources": [source]})
-            layer += position not in new_layers
+            layer += not is_new
         return recipe_from(locate({"merge_method": "passthrough", "slices": slices}))
 
     return build
 
 
-def scaled(names: Sequence[str], factor: float) -> dict[str, float]:
+def _scaled(names: Sequence[str], factor: float) -> dict[str, float]:
     return dict.fromkeys(names, factor)
 
 
@@ -89,24 +92,24 @@ def _random(model: torch.nn.Module, new: Sequence[int], windows: torch.Tensor, g
                 parameter.data.normal_(0.0, float(parameter.data.std()), generator=generator)
 
 
-ZERO = scaled(_OUTPUTS, 0.0)
+_ZERO = _scaled(_OUTPUTS, 0.0)
 _FLOW = {"alignment": "transport_flow", "restore_norm": "none"}
 
 INITS: Mapping[str, Init] = {
     "copy_prev": Init("copy of the layer below, outputs zero (LLaMA Pro)", preset("llama_pro")),
     "copy_next": Init("copy of the layer above, outputs zero", preset("copy_next")),
     "copy_next_halved": Init(
-        "copy of the layer above, q k v gate up halved, outputs zero", copies(ZERO | scaled(_FEATURES, 0.5))
+        "copy of the layer above, q k v gate up halved, outputs zero", _copies(_ZERO | _scaled(_FEATURES, 0.5))
     ),
     "average_zero": Init("mean of the neighbours, outputs zero", preset("average_zero")),
     "average": Init("mean of the neighbours, outputs kept", preset("average")),
     "random_zero": Init("random at the neighbour's scale, outputs zero", preset("copy_next"), _random),
-    "outputs_0.05": Init("copy of the layer above, outputs times 0.05", copies(scaled(_OUTPUTS, 0.05))),
-    "outputs_0.1": Init("copy of the layer above, outputs times 0.1", copies(scaled(_OUTPUTS, 0.1))),
-    "outputs_0.3": Init("copy of the layer above, outputs times 0.3", copies(scaled(_OUTPUTS, 0.3))),
+    "outputs_0.05": Init("copy of the layer above, outputs times 0.05", _copies(_scaled(_OUTPUTS, 0.05))),
+    "outputs_0.1": Init("copy of the layer above, outputs times 0.1", _copies(_scaled(_OUTPUTS, 0.1))),
+    "outputs_0.3": Init("copy of the layer above, outputs times 0.3", _copies(_scaled(_OUTPUTS, 0.3))),
     "split": Init(
         "the layer above twice, outputs of both halved",
-        copies(scaled(_OUTPUTS, 0.5), scaled(_OUTPUTS, 0.5)),
+        _copies(_scaled(_OUTPUTS, 0.5), _scaled(_OUTPUTS, 0.5)),
     ),
     "lesa": Init("predicted from all layers (LESA), outputs kept", preset("lesa")),
     "lesa_zero": Init("predicted from all layers (LESA), outputs zero", preset("lesa", zero_init=True)),
@@ -131,7 +134,7 @@ INITS: Mapping[str, Init] = {
     "symmetry": Init("symmetry, mean", preset("opt_deus", alignment="symmetry", restore_norm="none"), ours=True),
     "opt_deus": Init(
         "our default: symmetry, mean, row norms restored",
-        preset("opt_deus", alignment="symmetry", restore_norm="row"),
+        preset("opt_deus"),
         ours=True,
     ),
     "symmetry_partial": Init(

@@ -14,16 +14,19 @@ from .inits import INITS
 from .leads import ALL, LEADS
 from .statistics import Interval, Runs
 
+_SETTING = ("model", "base", "texts", "steps", "batch")
+_OURS = "opt_deus"
 _MANY = 10  # no init needs so many times the tokens and is worth a figure
 #: What a plot shows, besides our default and the best peer.
 _SHOWN = ("copy_next", "copy_prev", "average_zero", "random_zero", "script", "paper", "opt_deus")
 
 
 def best_peer(runs: Mapping[str, Runs]) -> str:
-    """The init that is not ours with the lowest mean final loss, of those that were run with the most seeds."""
-    most = max(map(len, runs.values()))
-    means = {n: np.mean([r["final"] for r in of.values()]) for n, of in runs.items() if len(of) == most}
-    return min((n for n in means if not ALL[n].ours), key=means.get)
+    """The lowest mean final loss among inits with the most seeds; not one of ours, where there are others."""
+    peers = {name: of for name, of in runs.items() if not ALL[name].ours} or runs
+    most = max(map(len, peers.values()))
+    means = {name: np.mean([r["final"] for r in of.values()]) for name, of in peers.items() if len(of) == most}
+    return min(means, key=means.get)
 
 
 def write(out: Path, pictures: Path) -> None:
@@ -36,17 +39,19 @@ def write(out: Path, pictures: Path) -> None:
     parts = ["# Inits", "", _HEAD]
     for path in sorted(out.glob("*.jsonl")):
         results = [json.loads(line) for line in path.read_text().splitlines()]
-        results = [r for r in results if r["init"] in ALL]  # a lead may have been given up
-        settings: dict[str, list[dict]] = {}
+        settings: dict[tuple, list[dict]] = {}
         for result in results:
-            key = json.dumps([result[k] for k in ("model", "insert", "steps", "batch")])
-            settings.setdefault(key, []).append(result)
-        main = max(settings.values(), key=len)
-        parts += _section(path.stem, main)
-        _plot(path.stem, statistics.best_runs(main), pictures / f"inits-{path.stem}.svg")
-        others = [of for of in settings.values() if of is not main]
-        if others:
-            parts += _places(others, statistics.best_runs(main))
+            if result["init"] in ALL:  # a lead may have been given up
+                settings.setdefault(tuple(result[k] for k in _SETTING), []).append(result)
+        if not settings:
+            continue
+        most = max(settings.values(), key=len)  # others: trials, other texts
+        usual = [r for r in most if not r["place"]]
+        facts = out / f"{path.stem}-base.json"
+        told_of = json.loads(facts.read_text()) if facts.exists() else {}
+        parts += [*_section(path.stem, usual, told_of), *_against(usual)]
+        parts += _places([r for r in most if r["place"]], statistics.best_runs(usual))
+        _plot(path.stem, statistics.best_runs(usual), pictures / f"inits-{path.stem}.svg")
     (out / "RESULTS.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -58,7 +63,7 @@ over what the peer needs: the difference over the slope of the peer's curve (los
 italics are ideas of the search that are not in deus_merge."""
 
 
-def _section(model: str, results: list[dict]) -> list[str]:
+def _section(model: str, results: list[dict], base: Mapping[str, object]) -> list[str]:
     runs = statistics.best_runs(results)
     rates = statistics.by_init(results)
     peer, one = best_peer(runs), results[0]
@@ -70,6 +75,7 @@ def _section(model: str, results: list[dict]) -> list[str]:
         f"Insert {one['insert']}: new layers {', '.join(map(str, runs[peer][0]['new_layers']))};"
         f" {one['steps']} steps of {one['batch']} windows of 256 tokens, {tokens:,} tokens;"
         f" best peer: `{peer}`.",
+        *(["", "Base: " + "; ".join(f"{what} {value}" for what, value in base.items()) + "."] if base else []),
         "",
         "| init | what | lr | seeds | initial | final | difference | tokens | base's text | s | TFLOP |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -89,7 +95,37 @@ def _section(model: str, results: list[dict]) -> list[str]:
     return lines
 
 
-def _places(settings: list[list[dict]], usual: Mapping[str, Runs]) -> list[str]:
+def _against(results: list[dict]) -> list[str]:
+    """Our default against every other init, and how much the learning rate matters."""
+    runs, rates = statistics.best_runs(results), statistics.by_init(results)
+    if _OURS not in runs:
+        return []
+    lines = [
+        "",
+        f"`{_OURS}` against each, seed by seed: difference of final losses, and tokens over those of the other.",
+        "Sweep: final losses of seed 0 by learning rate.",
+        "",
+        f"| init | {_OURS}: difference | tokens | sweep |",
+        "|---|---|---|---|",
+    ]
+    for name, of in runs.items():
+        sweep = ", ".join(
+            f"{lr:.0e}: {found[0]['final']:.4f}" for lr, found in sorted(rates[name].items()) if 0 in found
+        )
+        apart, tokens = "", ""
+        if name != _OURS:
+            apart = told(statistics.difference(runs[_OURS], of), "+.4f")
+            tokens = told(statistics.token_ratio(runs[_OURS], of), ".2f")
+        lines.append(f"| {name} | {apart} | {tokens} | {sweep} |")
+    return lines
+
+
+def _places(results: list[dict], usual: Mapping[str, Runs]) -> list[str]:
+    settings: dict[str, list[dict]] = {}
+    for result in results:
+        settings.setdefault(result["place"], []).append(result)
+    if not settings:
+        return []
     lines = [
         "",
         "### Places",
@@ -99,14 +135,14 @@ def _places(settings: list[list[dict]], usual: Mapping[str, Runs]) -> list[str]:
         "| place | new layers | init | seeds | difference | base's text | TFLOP |",
         "|---|---|---|---|---|---|---|",
     ]
-    for results in settings:
-        for name, rates in statistics.by_init(results).items():
+    for place, found in settings.items():
+        for name, rates in statistics.by_init(found).items():
             of = max(rates.values(), key=len)
             apart = statistics.difference(of, usual[name])
             forgot = statistics.interval([r["base_after"] - r["base_before"] for r in of.values()])
             first = next(iter(of.values()))
             lines.append(
-                f"| {first['place']} | {', '.join(map(str, first['new_layers']))} | {name} | {len(of)}"
+                f"| {place} | {', '.join(map(str, first['new_layers']))} | {name} | {len(of)}"
                 f" | {told(apart, '+.4f')} | {forgot.mean:+.3f} | {first['tflop']:.1f} |"
             )
     return lines

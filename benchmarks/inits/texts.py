@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,11 +39,9 @@ def pieces(source: str) -> Iterator[str]:
 
 
 def _documents(source: str) -> Iterator[str]:
-    root = Path(sysconfig.get_path("stdlib"))
     if source == "stdlib":
-        for path in sorted(root.rglob("*.py")):
-            if train_tiny.LEFT_OUT.isdisjoint(path.relative_to(root).parts):
-                yield path.read_text(encoding="utf-8", errors="replace")
+        for path in train_tiny.modules():
+            yield path.read_text(encoding="utf-8", errors="replace")
     elif source == "stdlib-docs":
         for text in _documents("stdlib"):
             try:

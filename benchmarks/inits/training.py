@@ -37,7 +37,7 @@ class Setting:
         name: Of the model.
         folder: The base checkpoint.
         text, base_text: `texts.pieces` sources: what is learned, and what must not be forgotten.
-        texts: Fingerprint of both.
+        base, texts: Fingerprints of the weights, and of both texts.
         insert: Where new layers go.
         place: A name for that.
         steps: Of training.
@@ -51,6 +51,7 @@ class Setting:
     folder: str
     text: tuple[str, ...]
     base_text: tuple[str, ...]
+    base: str
     texts: str
     insert: object = "top_half"
     place: str = ""
@@ -74,7 +75,7 @@ class Setting:
 class Job:
     """One run. Its key tells its result from others."""
 
-    KEYS: ClassVar = ("model", "texts", "insert", "steps", "batch", "init", "lr", "seed")
+    KEYS: ClassVar = ("model", "base", "texts", "insert", "steps", "batch", "init", "lr", "seed")
     setting: Setting
     init: str
     lr: float
@@ -83,7 +84,7 @@ class Job:
     @property
     def key(self) -> dict[str, object]:
         s = self.setting
-        values = (s.name, s.texts, s.insert, s.steps, s.batch, self.init, self.lr, self.seed)
+        values = (s.name, s.base, s.texts, s.insert, s.steps, s.batch, self.init, self.lr, self.seed)
         return dict(zip(self.KEYS, values, strict=True))
 
 
@@ -92,7 +93,7 @@ class Scratch:
 
     def __init__(self, folder: Path, setting: Setting):
         self.root, self.setting = folder, setting
-        self.folder = folder / f"{setting.name}-{setting.texts}"
+        self.folder = folder / f"{setting.name}-{setting.base}-{setting.texts}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def windows(self, text: str, seed: int) -> dict[str, torch.Tensor]:
@@ -146,10 +147,11 @@ class Scratch:
 
     def deeper(self, name: str, init: Init) -> Path:
         """The deeper checkpoint of an init, made when it is first asked for."""
-        out = self.folder / "models" / f"{name}-{_file_name(self.setting.insert)}"
+        plan = api.plan(init.build(self.setting.folder, self.setting.insert))
+        out = self.folder / "models" / f"{name}-{plan.hash[:12]}"
         if not out.exists():
             out.parent.mkdir(exist_ok=True)
-            api.merge(init.build(self.setting.folder, self.setting.insert), out)
+            api.merge(plan, out)
         return out
 
 
@@ -158,10 +160,6 @@ def _drawn(ids: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor
     if len(whole) < count:
         raise SystemExit(f"the text has {len(whole)} windows of {CONTEXT} tokens, {count} are needed: give more text")
     return whole[torch.randperm(len(whole), generator=draw)[:count]]
-
-
-def _file_name(insert: object) -> str:
-    return "".join(c if c.isalnum() else "_" for c in str(insert))
 
 
 def _save(path: Path, values: np.ndarray) -> None:
@@ -227,7 +225,7 @@ def run(job: Job, init: Init, scratch: Path) -> dict:
     if init.edit is not None:
         init.edit(model, new, files.calibration(), torch.Generator().manual_seed(1000 + job.seed))
     optimizer = torch.optim.AdamW(trained, lr=job.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    points = {round(s.steps * (i + 1) / s.points) for i in range(s.points)}
+    points = [round(s.steps * (i + 1) / s.points) for i in range(s.points)]
     initial = _measured(model, layers, hidden["held_out"], data["held_out"])
     base_before = _measured(model, layers, hidden["base"], base)
     curve, online = [(0, initial)], []
@@ -242,7 +240,8 @@ def run(job: Job, init: Init, scratch: Path) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         online.append(round(loss.item(), 5))
-        if not np.isfinite(online[-1]):
+        if not np.isfinite(online[-1]):  # it diverged
+            curve += [(point * s.batch * CONTEXT, np.inf) for point in points if point > step]
             break
         if step + 1 in points:
             tokens = (step + 1) * s.batch * CONTEXT
@@ -251,7 +250,7 @@ def run(job: Job, init: Init, scratch: Path) -> dict:
         "place": s.place,
         "new_layers": list(new),
         "initial": round(initial, 5),
-        "final": curve[-1][1] if np.isfinite(online[-1]) else float("inf"),
+        "final": curve[-1][1],
         "curve": curve,
         "online": online,
         "base_before": round(base_before, 5),

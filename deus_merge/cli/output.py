@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import click
 
+from ..blocks import BlockPlan
 from ..errors import json_text, printable
-from ..plan import BlockPlan, Plan
+from ..plan import Plan
 from ..recipe import methods
 from ..units import format_size
 from ..verify import Verification

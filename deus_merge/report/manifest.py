@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import __version__
+from ..blocks import BlockPlan, PlannedTensor
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.reader import TensorSource
 from ..config import config_patch, layer_lists
 from ..errors import CheckpointError, VerifyError, json_text
-from ..plan import BlockPlan, Plan, PlannedTensor
+from ..plan import Plan
 from .shape import problem
 
 MANIFEST = "deus_merge.json"
