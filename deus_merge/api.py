@@ -26,7 +26,8 @@ from .located import locate
 from .plan import Plan
 from .planner import DEFAULT_SHARD_SIZE, build_plan
 from .preflight import RunOptions
-from .recipe import Recipe, read_recipe, recipe_from
+from .recipe import Recipe
+from .recipe_reader import read_recipe, recipe_from
 from .report.manifest import RECIPE, read_manifest
 from .strip import Stripped
 from .verify import Verification

@@ -70,7 +70,8 @@ class BlockPlan:
         tensors: In the order they are written.
         new: Whether its layers are new ones, to be trained.
         align: How its sources are aligned before the method sees them; None: they are not.
-        module: Which module its layers are of; None where a recipe does not speak of modules.
+        module: Which module its layers are of; None where a recipe does not speak of
+            modules, and for what is in none of them.
     """
 
     index: int

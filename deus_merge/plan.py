@@ -57,7 +57,7 @@ class Plan:
 
     Attributes:
         recipe: Expanded: slices only, presets spelled out.
-        models: Base (or first named) model first.
+        models: The donor first.
         blocks: In output order.
         shards: The output files with their exact headers.
         config: The output's config.json.
@@ -69,7 +69,6 @@ class Plan:
 
     recipe: Recipe
     models: tuple[SourceModel, ...]
-    donor: int
     blocks: tuple[BlockPlan, ...]
     shards: tuple[ShardLayout, ...]
     config: Mapping
@@ -77,6 +76,11 @@ class Plan:
     warnings: tuple[str, ...]
     documents: tuple[DocumentPlan, ...] = ()
     vocabulary: Mapping | None = None
+
+    @property
+    def donor(self) -> SourceModel:
+        """The base, or the first model named: whose config, tokenizer, embeddings and head the output takes."""
+        return self.models[0]
 
     @cached_property
     def modules(self) -> dict[str | None, tuple[BlockPlan, ...]]:
@@ -87,13 +91,13 @@ class Plan:
     @property
     def main_blocks(self) -> tuple[BlockPlan, ...]:
         """Blocks of the main stack's layers; none where the recipe leaves it to the donor."""
-        return self.modules.get(None) or self.modules.get(self.models[self.donor].main, ())
+        return self.modules.get(None) or self.modules.get(self.donor.main, ())
 
     @property
     def num_layers(self) -> int:
         """Of the main stack."""
         made = sum(len(b.layers) for b in self.main_blocks)
-        return made or self.models[self.donor].view.num_layers
+        return made or self.donor.view.num_layers
 
     @cached_property
     def outputs(self) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:
@@ -115,7 +119,7 @@ class Plan:
         """Whether the output computes what the base computes: its layers in order, and new ones that add nothing."""
         if self.vocabulary and not self.vocabulary["kept"]:
             return False
-        base = self.models[self.donor]
+        base = self.donor
         kept: dict[str | None, list] = {}
         for block in self.blocks:
             if block.new:
@@ -123,7 +127,7 @@ class Plan:
                 writers = {r for r in view.residual_writers() if r in {t.task.role for t in block.tensors}}
                 if not writers or any(t.action != "zeros" for t in block.tensors if t.task.role in writers):
                     return False
-            elif any(not t.kept or block.sources[t.source].model != self.donor for t in block.tensors):
+            elif any(not t.kept or block.sources[t.source].model != 0 for t in block.tensors):
                 return False
             elif block.layers:
                 kept.setdefault(block.module, []).append(block.sources[0].layer)
@@ -229,7 +233,7 @@ class Plan:
                 }
                 for m in self.models
             ],
-            "donor": str(self.models[self.donor].ref),
+            "donor": str(self.donor.ref),
             "num_layers": self.num_layers,
             "new_layers": list(self.new_layers),
             "function_preserving": self.function_preserving,

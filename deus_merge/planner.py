@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from .alignment import AlignTo, cannot_align
-from .architecture import ModelView, TensorSpec, families, prefix_of
-from .blocks import BlockPlan, BlockSource, PlannedTensor, action_of, in_output_order, join_learned, mark_repeats
+from .architecture import ModelView
+from .assembly import Assembly
+from .blocks import BlockPlan, in_output_order, join_learned, mark_repeats
 from .checkpoint.layout import TensorEntry, plan_shards
-from .checkpoint.reader import TensorInfo, TensorSource
+from .checkpoint.reader import TensorSource
 from .checkpoint.source import PLAIN, Access
-from .config import LayerOrigin, deeper_config, head_shape, layer_lists, typed_config, widened_config
-from .errors import PlanError, RecipeError, nearest
+from .config import deeper_config, typed_config, widened_config
+from .errors import nearest
 from .intermediate import PlannedResult, document_plans
-from .matching import Part, base_source, check_given, check_heads, check_like_donor, check_same
-from .method import TensorTask
+from .matching import check_heads
 from .model_files import extra_files
 from .modules import DEFAULT
 from .plan import Plan
 from .presets import MAX_LAYERS, expand
-from .recipe import ModelRef, OutputSlice, Recipe, SliceSource, methods
-from .settings import Settings, filters, resolve_setting
+from .recipe import OutputSlice, Recipe, SliceSource, methods
+from .settings import filters, resolve_setting
 from .source_model import SourceModel
 from .stacks import reads_senses
-from .units import FLOAT_DTYPES, dtype_name, parse_size, promoted
+from .units import parse_size
 from .vocabulary.blocks import plan_vocabulary
 from .vocabulary.files import TOKENIZER_FILES
 
 DEFAULT_SHARD_SIZE = "5GB"
-_FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
 
 
 def build_plan(
@@ -56,7 +54,7 @@ def build_plan(
     for document in recipe.documents:
         results.append(PlannedResult(_Planner(document, known, access).plan(size)))
         known[document.name] = results[-1]
-    plan = _Planner(recipe, known, access, copy_tokenizer).plan(size)
+    plan = _Planner(recipe, known, access).plan(size, copy_tokenizer)
     told = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
     return replace(
         plan,
@@ -66,74 +64,64 @@ def build_plan(
     )
 
 
-@dataclass
 class _Planner:
-    recipe: Recipe
-    known: dict[str, TensorSource]
-    access: Access
-    copy_tokenizer: bool = True
+    """Plans one document."""
 
-    def plan(self, max_shard_size: int) -> Plan:
-        refs = self.recipe.models()
-        self.models = [SourceModel.open(ref, self.known, self.access) for ref in refs]
-        self.index = {ref: i for i, ref in enumerate(refs)}
-        self.donor = self.index[self.recipe.donor]
-        self.warnings: list[str] = check_heads(self.models, self.models[self.donor])
-        sources = [(m.ref, m.checkpoint, m.view) for m in self.models]
-        self.vocabulary = plan_vocabulary(self.recipe.tokenizer, sources, self.access.cache_dir)
-        self.blocks: list[BlockPlan] = []
-        self.module: str | None = None
-        if self.recipe.upscale:
-            base = self.recipe.base_model
-            slices = expand(self.recipe.upscale, base, self._view(base).num_layers)
-            self.recipe = replace(self.recipe, slices=slices, upscale=None)
-        donor = self.models[self.donor]
-        config = typed_config(donor.checkpoint.config, self.recipe.out_dtype or self.recipe.dtype)
+    def __init__(self, recipe: Recipe, known: dict[str, TensorSource], access: Access):
+        models = [SourceModel.open(ref, known, access) for ref in recipe.models()]
+        self.donor = models[0]
+        warnings = check_heads(models, self.donor)
+        vocabulary = plan_vocabulary(
+            recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], access.cache_dir
+        )
+        if recipe.upscale:
+            slices = expand(recipe.upscale, recipe.base_model, self.donor.view.num_layers)
+            recipe = replace(recipe, slices=slices, upscale=None)
+        self.recipe = recipe
+        self.made = Assembly(recipe, models, vocabulary, warnings)
+
+    def plan(self, max_shard_size: int, copy_tokenizer: bool = True) -> Plan:
+        recipe, made, donor, vocabulary = self.recipe, self.made, self.donor, self.made.vocabulary
+        config = typed_config(donor.checkpoint.config, recipe.out_dtype or recipe.dtype)
         for name, slices in self._modules():
-            self.module = name
-            view = self._view(donor.ref)
-            self.origins: list[LayerOrigin] = []
-            layers = sum(len(self._range(piece.sources[0])) for piece in slices)
-            if layers > MAX_LAYERS:  # those between layers are counted when they are made
-                self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
-            self._outside("embeddings" if view.layers else "", "before", slices[0], 0.0)
-            for piece in slices:
-                self._slice(piece)
-            self._outside("final norm and head", "after", slices[-1], 0.0)
+            made.begin(name)
+            self._module(slices)
+            view = made.view(donor.ref)
             if view.layers:
-                config = deeper_config(config, view.layers_path, self.origins, str(donor.ref))
+                config = deeper_config(config, view.layers_path, made.origins, str(donor.ref))
                 self._report_feature_layer(view)
-        if self.module is not None:
+        if made.module is not None:
             self._others()
-        self.blocks = join_learned(mark_repeats(self.blocks))
-        self._report_idle_filters()
-        config = self.vocabulary.config(config, donor.view.layers_path)
-        sources = {str(m.ref): m.checkpoint for m in self.models}
-        files, told = extra_files(self.recipe, sources, donor.checkpoint, self.vocabulary.vocabulary)
-        if not self.copy_tokenizer and self.recipe.tokenizer is None:
+        blocks = join_learned(mark_repeats(made.blocks))
+        self._report_idle_filters(blocks)
+        config = vocabulary.config(config, donor.view.layers_path)
+        sources = {str(m.ref): m.checkpoint for m in made.models}
+        files, told = extra_files(recipe, sources, donor.checkpoint, vocabulary.vocabulary)
+        if not copy_tokenizer and recipe.tokenizer is None:
             files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
-        if not (self.recipe.out_dtype or self.recipe.dtype):
-            config = widened_config(config, {t.dtype for _, t in in_output_order(self.blocks) if t.action == "merge"})
-        entries = [TensorEntry(t.task.name, t.dtype, t.task.shape) for _, t in in_output_order(self.blocks)]
-        shards = plan_shards(entries, max_shard_size)
+        tensors = [tensor for _, tensor in in_output_order(blocks)]
+        if not (recipe.out_dtype or recipe.dtype):
+            config = widened_config(config, {t.dtype for t in tensors if t.action == "merge"})
+        shards = plan_shards([TensorEntry(t.task.name, t.dtype, t.task.shape) for t in tensors], max_shard_size)
+        warnings = (*made.warnings, *vocabulary.warnings, *told)
         return Plan(
-            self.recipe, tuple(self.models), self.donor, tuple(self.blocks), shards, config, files,
-            (*self.warnings, *self.vocabulary.warnings, *told), vocabulary=self.vocabulary.describe(),
-        )  # fmt: skip
+            recipe, tuple(made.models), tuple(blocks), shards, config, files, warnings, vocabulary=vocabulary.describe()
+        )
 
-    def _view(self, ref: ModelRef) -> ModelView:
-        """The module at hand, or all of a model."""
-        model = self.models[self.index[ref]]
-        if self.module is None:
-            return model.view
-        if self.module not in model.modules:
-            have = " | ".join(model.modules)
-            raise PlanError(f"{ref} has no module {self.module}", where=ref.place.where, expected=have)
-        return model.modules[self.module]
+    def _module(self, slices: Sequence[OutputSlice]) -> None:
+        """The blocks of a module, or of a whole model."""
+        layers = sum(len(self._range(piece.sources[0])) for piece in slices)
+        if layers > MAX_LAYERS:  # those between layers are counted when they are made
+            self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
+        has_layers = bool(self.made.view(self.donor.ref).layers)
+        self._outside("embeddings" if has_layers else "", "before", slices[0], 0.0)
+        for piece in slices:
+            self._slice(piece)
+        self._outside("final norm and head", "after", slices[-1], 0.0)
 
     def _modules(self) -> list[tuple[str | None, tuple[OutputSlice, ...]]]:
         """What the recipe makes, module by module in the model's order; None: all of a model at once."""
-        known, named = self.models[self.donor].modules, self.recipe.modules
+        known, named = self.donor.modules, self.recipe.modules
         for name, module in named.items():
             if name not in known:
                 hint = nearest(name, known)
@@ -150,11 +138,6 @@ class _Planner:
         if list(known) == [DEFAULT]:
             return [(None, named[DEFAULT].slices)]
         return [(name, named[name].slices) for name in known if name in named]
-
-    def _model(self, source: SliceSource) -> SourceModel:
-        return self.models[self.index[source.model]]
-
-    # one slice ---------------------------------------------------------------------------------------------------
 
     def _slice(self, piece: OutputSlice) -> None:
         method = methods()[piece.merge_method]
@@ -173,14 +156,14 @@ class _Planner:
         length = len(ranges[0])
         for j in range(length):
             position = j / (length - 1) if length > 1 else 1.0
-            self._layer_block(piece, piece.sources, [r[j] for r in ranges], position)
+            self.made.layers(piece, [r[j] for r in ranges], position)
 
     def _inserting(self, piece: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
-        first = ranges[0]
+        first, first_source = ranges[0], piece.sources[0]
         if len(piece.sources) == 1:
             if len(first) < 2:
-                piece.sources[0].place.fail(
+                first_source.place.fail(
                     f"a single layer has no gap for {piece.merge_method}",
                     expected="a layer_range of at least two layers",
                     got=f"[{first.start}, {first.stop}]",
@@ -198,18 +181,19 @@ class _Planner:
             pairs = list(zip(*ranges, strict=True))
             sources = piece.sources
         keeps = len(piece.sources) == 1
-        copy = _copied(piece)
+        learns = methods()[piece.merge_method].learns
+        copy, whole = _copied(piece), range(self.made.view(first_source.model).num_layers)
         for j, pair in enumerate(pairs):
             if keeps:
-                self._layer_block(copy, piece.sources, [pair[0]], 0.0, bare=True)
+                self.made.layers(copy, [pair[0]], 0.0, bare=True)
             position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
-            if methods()[piece.merge_method].learns:
-                every = range(self._view(piece.sources[0].model).num_layers)
-                self._layer_block(piece, piece.sources * len(every), list(every), position, new=True, between=pair)
-                continue
-            self._layer_block(piece, sources, list(pair), position, per_gap=self._per_gap(piece), new=True)
+            if learns:
+                every = replace(piece, sources=piece.sources * len(whole))
+                self.made.layers(every, whole, position, new=True, between=pair)
+            else:
+                self.made.layers(replace(piece, sources=sources), pair, position, count=self._per_gap(piece), new=True)
         if keeps:
-            self._layer_block(copy, piece.sources, [first[-1]], 0.0, bare=True)
+            self.made.layers(copy, [first[-1]], 0.0, bare=True)
 
     def _per_gap(self, piece: OutputSlice) -> int:
         known = {p.name: p for p in methods()[piece.merge_method].parameters}
@@ -219,9 +203,9 @@ class _Planner:
         return resolve_setting(known["layers_per_gap"], levels, None, 0.0)
 
     def _range(self, source: SliceSource) -> range:
-        depth = self._view(source.model).num_layers
+        depth = self.made.view(source.model).num_layers
         if not depth and source.layer_range:
-            source.place.fail(f"{self.module} has no layers", expected="models, not slices")
+            source.place.fail(f"{self.made.module} has no layers", expected="models, not slices")
         start, end = source.layer_range or (0, depth)
         if end > depth:
             place = source.place.value.get("layer_range") if isinstance(source.place.value, dict) else source.place
@@ -232,207 +216,58 @@ class _Planner:
             )
         return range(start, end)
 
-    # one block ---------------------------------------------------------------------------------------------------
-
-    def _layer_block(
-        self, piece, sources: Sequence[SliceSource], layers: list[int], position, per_gap=1, new=False, bare=False,
-        between: tuple[int, int] | None = None,
-    ):  # fmt: skip
-        views = [self._view(s.model) for s in sources]
-        roles = [v.layers[layer] for v, layer in zip(views, layers, strict=True)]
-        first_output = len(self.origins)
-        last = first_output + per_gap - 1
-        if last >= MAX_LAYERS:
-            piece.place.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got="more")
-        title = self._title(f"layers {first_output}-{last}" if per_gap > 1 else f"layer {last}")
-        parts = [
-            Part.of(s, self._model(s), f"layer {layer}", names)
-            for s, layer, names in zip(sources, layers, roles, strict=True)
-        ]
-        check_same(parts)
-        donor = self._view(self.recipe.donor)
-        check_like_donor(parts[0], self.models[self.donor], donor)
-        base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
-        made = []
-        for slot in range(per_gap):
-            prefix = prefix_of(first_output + slot, donor.layer_prefix)
-            for role in roles[0]:
-                spec = views[0].spec(role)
-                names = [r[role] for r in roles]
-                name = prefix + (spec.name if spec else role)
-                task, inputs = self._task(piece, sources, role, slot, name, spec, names, position, bare)
-                made.append((replace(task, between=between), inputs))
-        block_sources = tuple(BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True))
-        outputs = tuple(range(first_output, first_output + per_gap))
-        self._add(replace(piece, sources=tuple(sources)), title, outputs, block_sources, base, made, new)
-        neighbours = self.blocks[-1].sources_of(0)
-        which = neighbours[-1 if new else base or 0]
-        model = self.models[which.model]
-        origin = LayerOrigin(model.checkpoint.config, which.layer, str(model.ref), model.view.layers_path)
-        self.origins += [origin] * per_gap
-        if new:
-            self._report_types(title, neighbours)
-
     def _outside(self, title: str, part: str, piece: OutputSlice, position: float) -> None:
         """Embeddings follow the first slice, final norm and head the last, if these merge several models, or are the
         donor's layers; otherwise they are the donor's, copied."""
         refs = list(dict.fromkeys(s.model for s in piece.sources))
-        own = len(piece.sources) == 1 and refs == [self.recipe.donor]
+        own = len(piece.sources) == 1 and refs == [self.donor.ref]
         merges = (own or len(refs) > 1) and not methods()[piece.merge_method].inserts
         if merges:
             sources = tuple(next(s for s in piece.sources if s.model == ref) for ref in refs)
         else:
-            sources = (SliceSource(self.recipe.donor, place=piece.place),)
-        names = [getattr(self._view(s.model), part) for s in sources]
+            sources = (SliceSource(self.donor.ref, place=piece.place),)
+        names = [getattr(self.made.view(s.model), part) for s in sources]
         if not names[0]:
             return
-        title = self._title(title)
-        if not merges and self.recipe.donor not in refs and self.recipe.base_model is None:
-            self.warnings.append(
-                f"{title} come from {self.recipe.donor}, the first model named, not from {refs[0]}, whose layers"
-                " are next to them; set base_model to choose"
+        if not merges and self.donor.ref not in refs and self.recipe.base_model is None:
+            self.made.warnings.append(
+                f"{self.made.title(title)} come from {self.donor.ref}, the first model named, not from {refs[0]}, whose"
+                " layers are next to them; set base_model to choose"
             )
-        self._around(title, piece if merges else _copied(piece), sources, names, position, bare=not merges)
+        piece = replace(piece if merges else _copied(piece), sources=sources)
+        self.made.around(title, piece, names, position, bare=not merges)
 
     def _others(self) -> None:
         """What belongs to none of the recipe's modules is the donor's."""
-        donor = self.models[self.donor]
-        views = [donor.modules[name] for name in self.recipe.modules]
-        taken = {name for view in views for name in view.names()}
-        rest = tuple(name for name in donor.checkpoint.tensors if name not in taken)
+        self.made.begin(None)
+        taken = {name for module in self.recipe.modules for name in self.donor.modules[module].names()}
+        rest = tuple(name for name in self.donor.checkpoint.tensors if name not in taken)
         if rest:
             piece = self.recipe.pieces()[0]
-            source = SliceSource(self.recipe.donor, place=piece.place)
-            self._around("other modules", _copied(piece), (source,), [rest], 0.0, bare=True)
-
-    def _around(self, title: str, piece, sources: Sequence[SliceSource], names, position: float, bare: bool) -> None:
-        """A block of tensors that belong to no layer."""
-        base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
-        indices = [self.index[s.model] for s in sources]
-        for i, checkpoint in zip(indices, self.vocabulary.bring(indices, names[0], base, title), strict=True):
-            self.models[i] = replace(self.models[i], checkpoint=checkpoint)
-        parts = [Part.of(s, self._model(s), title, {n: n for n in own}) for s, own in zip(sources, names, strict=True)]
-        check_same(parts, self.vocabulary.hint(indices))
-        made = [
-            self._task(piece, sources, name, 0, name, None, [name] * len(sources), position, bare) for name in names[0]
-        ]
-        block_sources = tuple(BlockSource(self.index[s.model], None) for s in sources)
-        self._add(replace(piece, sources=tuple(sources)), title, (), block_sources, base, made)
-
-    def _title(self, title: str) -> str:
-        return ", ".join(part for part in (self.module, title) if part)
-
-    def _task(self, piece, sources, role, slot, name, spec: TensorSpec | None, names, position, bare=False):
-        """One output tensor as its method sees it, and what it is made from."""
-        inputs = tuple(self._model(s).checkpoint.tensors[n] for s, n in zip(sources, names, strict=True))
-        method = methods()[piece.merge_method]
-        glob: Settings = {} if bare else self.recipe.parameters
-        shared: Settings = {} if bare else piece.shared
-        parameters, per_source = {}, [{} for _ in sources]
-        for p in method.parameters:
-            filter_name = None if p.scope == "block" else name
-            if p.scope != "source":
-                levels = [piece.parameters, shared, glob]
-                parameters[p.name] = resolve_setting(p, levels, filter_name, position)
-                continue
-            for i, source in enumerate(sources):
-                levels = [source.parameters, piece.parameters, shared, glob]
-                per_source[i][p.name] = resolve_setting(p, levels, names[i], position)
-        model = self._model(sources[0])
-        heads = head_shape(model.checkpoint.config, self._view(model.ref)) if spec else None
-        shape = inputs[0].shape
-        return TensorTask(role, slot, name, spec, shape, parameters, tuple(per_source), heads=heads), inputs
-
-    def _planned(self, task: TensorTask, inputs: tuple[TensorInfo, ...], method: str, align: AlignTo | None):
-        dtype = self._dtype(inputs)
-        action, source = action_of(task, method, inputs, dtype, align)
-        if action in ("merge", "cast"):
-            self._castable(task.name, inputs, dtype, action)
-        return PlannedTensor(task, inputs, dtype, action, source)
-
-    def _dtype(self, inputs: Sequence[TensorInfo]) -> str:
-        """As the recipe says; else the dtype that holds those of all sources."""
-        stored = promoted([i.dtype for i in inputs])
-        wanted = self.recipe.out_dtype or self.recipe.dtype
-        return wanted if wanted and stored in _FLOATS else stored
-
-    def _castable(self, name: str, inputs: Sequence[TensorInfo], dtype: str, action: str) -> None:
-        for info in inputs:
-            if info.dtype not in _FLOATS and not (action == "cast" and info.dtype == dtype):
-                raise PlanError(
-                    f"{name} holds {dtype_name(info.dtype)}, which cannot be merged",
-                    where=info.file,
-                    expected="floating point weights",
-                    hint="quantised checkpoints can only pass through; use the original weights",
-                )
-            if promoted([info.dtype, dtype]) == dtype:
-                continue
-            kinds = f"{dtype_name(info.dtype)} weights are written as {dtype_name(dtype)}"
-            lost = f"{kinds}: this loses precision{' and range' if dtype == 'F16' else ''}"
-            if lost not in self.warnings:
-                self.warnings.append(lost)
-
-    def _add(self, piece: OutputSlice, title: str, outputs, sources: tuple[BlockSource, ...], base, made, new=False):
-        """The block, if its method can make it. Asked before anything else of the method."""
-        method = methods()[piece.merge_method]
-        made = [(replace(task, base=base), inputs) for task, inputs in made]
-        tasks = [task for task, _ in made]
-        align = None
-        if piece.align and outputs:
-            align = AlignTo(base if base is not None else len(sources) - 1, piece.align.values)
-            if problem := cannot_align(align.values, tasks):
-                raise RecipeError(problem, where=f"{piece.align.place.where}, {title} of the output")
-        if problem := method.check(tasks, len(sources)):
-            name = problem.partition(":")[0]  # a parameter, if one is to blame
-            levels = (piece.parameters, piece.shared, self.recipe.parameters)
-            place = next((level[name][1] for level in levels if name in level), piece.place)
-            views = [self._view(self.models[s.model].ref) for s in sources]
-            undescribed = [v.model_type for v in views if method.inserts and v.architecture is None]
-            raise RecipeError(
-                problem,
-                where=f"{place.where}, {title} of the output",
-                expected=f"a described family: {', '.join(families())}" if undescribed else None,
-                got=f"model_type {undescribed[0]}" if undescribed else None,
-            )
-        check_given(piece, base, tasks)
-        remark = method.remark(made[0][0])
-        if remark and remark not in self.warnings:
-            self.warnings.append(remark)
-        tensors = tuple(self._planned(task, inputs, piece.merge_method, align) for task, inputs in made)
-        index = len(self.blocks)
-        self.blocks.append(
-            BlockPlan(index, title, outputs, piece.merge_method, sources, base, tensors, new, align, self.module)
-        )
-
-    def _report_types(self, title: str, sources: Sequence[BlockSource]) -> None:
-        models = [self.models[s.model] for s in sources]
-        lists = [layer_lists(m.checkpoint.config, self._view(m.ref).layers_path) for m in models]
-        for key in lists[0]:
-            entries = [
-                values.get(key, [None] * (s.layer + 1))[s.layer] for values, s in zip(lists, sources, strict=True)
-            ]
-            if any(e != entries[-1] for e in entries):
-                self.warnings.append(f"{title} fuses layers whose {key} differ ({entries}); it takes {entries[-1]!r}")
+            sources = (SliceSource(self.donor.ref, place=piece.place),)
+            self.made.around("other modules", replace(_copied(piece), sources=sources), [rest], 0.0, bare=True)
 
     def _report_feature_layer(self, view: ModelView) -> None:
         """Vision-language models take their features from one layer of the tower, which they know by its number."""
-        feature = self.models[self.donor].checkpoint.config.get("vision_feature_layer")
-        if reads_senses(view.layers_path) and feature is not None and len(self.origins) != view.num_layers:
-            self.warnings.append(
-                f"config.json's vision_feature_layer is {feature}: it counts layers of {self.module}, which has now"
-                f" {len(self.origins)}"
+        feature, depth = self.donor.checkpoint.config.get("vision_feature_layer"), len(self.made.origins)
+        if reads_senses(view.layers_path) and feature is not None and depth != view.num_layers:
+            self.made.warnings.append(
+                f"config.json's vision_feature_layer is {feature}: it counts layers of {self.made.module}, which has"
+                f" now {depth}"
             )
 
-    def _report_idle_filters(self) -> None:
+    def _report_idle_filters(self, blocks: Sequence[BlockPlan]) -> None:
         """A filter that is part of no tensor's name is most likely misspelt."""
-        tensors = [t for block in self.blocks for t in block.tensors]
+        tensors = [t for block in blocks for t in block.tensors]
         names = {name for t in tensors for name in (t.task.name, *(i.name for i in t.inputs))}
         levels = [self.recipe.parameters]
         for piece in self.recipe.pieces():
             levels += [piece.parameters, piece.shared, *(s.parameters for s in piece.sources)]
         for setting, place in (value for settings in levels for value in settings.values()):
             idle = [f for f in filters(setting) if not any(f in name for name in names)]
-            self.warnings += [f"{place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)]
+            self.made.warnings += [
+                f"{place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)
+            ]
 
 
 def _copied(piece: OutputSlice) -> OutputSlice:

@@ -20,7 +20,7 @@ from support import make_model
 from deus_merge import api
 from deus_merge.errors import DeusMergeError
 from deus_merge.located import locate, parse
-from deus_merge.recipe import parse_recipe, recipe_from
+from deus_merge.recipe_reader import parse_recipe, recipe_from
 
 PASS = "merge_method: passthrough\n"
 SLICE = "slices:\n  - sources:\n      - {model: base, layer_range: [0, 2]}\n"

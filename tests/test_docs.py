@@ -47,7 +47,7 @@ def test_readme_training_snippet(run, workplace, monkeypatch):
 
 
 def test_readme_recipe_is_one(workplace, monkeypatch):
-    from deus_merge.recipe import parse_recipe
+    from deus_merge.recipe_reader import parse_recipe
 
     recipe = parse_recipe(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])
     assert [s.merge_method for s in recipe.slices] == ["slerp", "ot_fuse"]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from support import load, make_model, save_tokenizer, train_tokenizer, weights, write_recipe
 
 from deus_merge import making
-from deus_merge.recipe import parse_recipe
+from deus_merge.recipe_reader import parse_recipe
 from deus_merge.recipe_yaml import dump_recipe
 
 

@@ -17,7 +17,8 @@ from deus_merge import api
 from deus_merge.errors import RecipeError
 from deus_merge.located import Located, locate
 from deus_merge.presets import PRESETS, expand
-from deus_merge.recipe import ModelRef, Upscale, parse_recipe
+from deus_merge.recipe import ModelRef, Upscale
+from deus_merge.recipe_reader import parse_recipe
 from deus_merge.recipe_yaml import dump_recipe
 from deus_merge.settings import Filtered, Gradient, evaluate
 

@@ -41,7 +41,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     show_verification(checked)
     for name, folder in (("base", base), ("up-scaled", target)):
         click.echo(f"{name:>10}: {_continue(folder, *_PROMPTS[tiny])}")
-    depth = plan.models[plan.donor].view.num_layers
+    depth = plan.donor.view.num_layers
     click.echo(f"\n{depth} -> {plan.num_layers} layers")
     click.echo(f"base model       {base}\nup-scaled model  {target}\nrecipe           {target / 'deus_merge.yml'}")
     click.echo(f"report           {api.report(target, verification=checked)}")

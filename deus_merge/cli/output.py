@@ -98,7 +98,7 @@ def show_plan(plan: Plan) -> None:
     click.echo()
     if plan.vocabulary:
         click.echo("tokenizer {tokenizer}: {tokens} tokens, {rows} rows".format(**plan.vocabulary))
-    layers = f"{plan.models[plan.donor].view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
+    layers = f"{plan.donor.view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
     same = "; computes what the base computes" if plan.function_preserving else ""
     click.echo(f"{layers}{same}")
     click.echo(
@@ -115,7 +115,7 @@ def _layer_table(plan: Plan) -> None:
     for i, name in names.items():
         view = plan.models[i].view
         family = view.architecture.family if view.architecture else f"{view.model_type} (by tensor names)"
-        role = ", base" if i == plan.donor else ""
+        role = ", base" if plan.models[i] is plan.donor else ""
         echo(f"{short[i]} = {name}  [{family}, {view.num_layers} layers{role}]")
     click.echo()
     rows = []

@@ -14,7 +14,8 @@ from ..errors import DeusMergeError
 from ..located import parse
 from ..plan import Plan
 from ..preflight import preflight
-from ..recipe import Recipe, read_recipe
+from ..recipe import Recipe
+from ..recipe_reader import read_recipe
 from ..recipe_yaml import dump_recipe
 from ..units import parse_size
 from . import mergekit
@@ -174,6 +175,6 @@ def _run(
     if as_json:
         emit_json(result.describe())
     elif not quiet:
-        depth = whole.models[whole.donor].view.num_layers
+        depth = whole.donor.view.num_layers
         checked = f"{len(result.verification.checks)} checks passed" if result.verification else "not verified"
         say(f"{out}: {depth} -> {whole.num_layers} layers in {result.seconds:.1f} s, {checked}")

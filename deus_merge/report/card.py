@@ -33,8 +33,8 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) 
         "library_name": "transformers",
         "tags": ["merge", "deus_merge", *(["depth-up-scaling"] if plan.new_layers else [])],
     }
-    base = _markdown(_name(str(plan.models[plan.donor].ref)))
-    depth = plan.models[plan.donor].view.num_layers
+    base = _markdown(_name(str(plan.donor.ref)))
+    depth = plan.donor.view.num_layers
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),

@@ -52,7 +52,7 @@ def manifest(
         header of each safetensors file, ``donor_config``: a JSON merge patch that makes the donor's config.json of the
         output's, and ``lineage``, when there were growths before this one.
     """
-    donor = plan.models[plan.donor]
+    donor = plan.donor
     layers, modules = plan.layer_map(), plan.module_maps()
     told = [layers, *(part["layers"] for part in modules.values())]
     made = [plan.main_blocks, *(plan.modules[name] for name in modules)]
@@ -69,7 +69,7 @@ def manifest(
         "plan_hash": plan.hash,
         "versions": _versions(),
         "options": dict(options),
-        "donor": plan.donor,
+        "donor": plan.models.index(donor),
         "donor_config": config_patch(plan.config, donor.checkpoint.config),
         "layer_prefix": donor.view.layer_prefix,
         "sources": [
