@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from .blocks import BlockPlan
 from .checkpoint.header import read_small
+from .checkpoint.index import INDEX
 from .checkpoint.layout import index_json
-from .checkpoint.reader import INDEX
 from .checkpoint.shards import ShardWriter
 from .checkpoint.writer import OutputFolder
 from .errors import CheckpointError, DeusMergeError, MachineError, VerifyError, json_text

@@ -10,7 +10,7 @@ from pathlib import Path
 from .architecture import ModelView, prefix_of, view_model
 from .checkpoint import Checkpoint, OutputFolder, TensorEntry, TensorInfo, index_json, plan_shards
 from .checkpoint.header import read_small
-from .checkpoint.reader import INDEX
+from .checkpoint.index import INDEX
 from .config import LayerOrigin, check_config, deeper_config
 from .errors import CheckpointError, PlanError, VerifyError, json_text
 from .model_files import copied_files

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from ..errors import PlanError
 from ..units import ITEMSIZE
-from .reader import SINGLE
+from .index import SINGLE
 
 ALIGNMENT = 8  # bytes; the header's end, so that every dtype starts aligned
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointError
 from ..units import dtype_name, stored_dtypes
 from .header import FileHeader, TensorInfo, check_name, file_identity, open_regular, parse_json, read_small
-from .reader import Checkpoint, weight_map
+from .index import weight_map
+from .reader import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -5,23 +5,20 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import re
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CheckpointError, nearest, printable
 from ..units import ITEMSIZE, torch_dtype
 from .header import FileHeader, TensorInfo, file_identity, open_regular, parse_json, read_header, read_small
+from .index import INDEX, SINGLE, single_file, weight_map
 
 if TYPE_CHECKING:
     import torch
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 # Private writable mappings count against the commit limit unless told not to: a shard larger than the memory must map.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
@@ -125,7 +122,7 @@ class Checkpoint:
         raw_config = read_small(folder / "config.json")
         config = parse_json(raw_config, folder / "config.json", "config")
         promised = weight_map(folder, INDEX, SINGLE, (".safetensors",))
-        names = sorted(set(promised.values())) if promised is not None else [_single_file(folder)]
+        names = sorted(set(promised.values())) if promised is not None else [single_file(folder)]
         headers = [read_header(folder / name) for name in names]
         checkpoint = cls(folder, config, headers, _fingerprint(raw_config, names, headers))
         for name, file in (promised or {}).items():
@@ -279,78 +276,6 @@ class Checkpoint:
 def _close_all(fds: dict[Path, int]) -> None:
     while fds:
         os.close(fds.popitem()[1])
-
-
-def weight_map(folder: Path, index: str, single: str, suffixes: tuple[str, ...]) -> dict[str, str] | None:
-    """An index's map from tensor to file name; None without an index.
-
-    Args:
-        folder: The model.
-        index: The index's name.
-        single: The file that stands in a folder without an index.
-        suffixes: Of the files an index may name.
-
-    Raises:
-        CheckpointError: malformed, names files outside of the folder, or stands beside another checkpoint.
-    """
-    path = folder / index
-    if not os.path.lexists(path):
-        return None
-    files = parse_json(read_small(path), path, "index").get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError("the index has no weight_map", where=path, expected="tensor names -> file names")
-    for file in dict.fromkeys(v if isinstance(v, str) else repr(v) for v in files.values()):
-        _check_file_name(file, path, suffixes)
-    if not all(isinstance(v, str) for v in files.values()):
-        raise CheckpointError("weight_map is malformed", where=path, expected="tensor names -> file names")
-    if os.path.lexists(folder / single) and single not in files.values():
-        raise CheckpointError(
-            "two checkpoints in one folder",
-            where=folder,
-            expected=f"{single} or {index}",
-            got="both, and the index does not name the file",
-            hint="remove the one that is left over",
-        )
-    return files
-
-
-def _check_file_name(name: str, where: Path, suffixes: tuple[str, ...]) -> None:
-    parts = PurePosixPath(name).parts
-    leaves = name.startswith("/") or ".." in parts or "\\" in name or re.match(r"[A-Za-z]:", name)
-    if leaves or not parts or not name.isprintable():
-        raise CheckpointError("an entry leaves the folder", where=where, expected="a file name", got=repr(name[:200]))
-    if not name.endswith(suffixes):
-        kinds = " or ".join(f"*{suffix}" for suffix in suffixes)
-        raise CheckpointError("an entry is no file of weights", where=where, expected=kinds, got=name[:200])
-
-
-def _single_file(folder: Path) -> str:
-    if os.path.lexists(folder / SINGLE):
-        return SINGLE
-    names = sorted(entry.name for entry in os.scandir(folder))
-    found = [n for n in names if n.endswith(".safetensors")]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise CheckpointError(
-            "several safetensors files and no index",
-            where=folder,
-            expected=f"{SINGLE} or {INDEX}",
-            got=", ".join(found[:5]) + (" ..." if len(found) > 5 else ""),
-            hint=f"{INDEX} is missing; copy it from where the files came from",
-        )
-    others = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"))]
-    raise CheckpointError(
-        "no safetensors file",
-        where=folder,
-        expected=f"{SINGLE} or {INDEX}",
-        got=", ".join(others[:5]) or "neither",
-        hint="a pickle is a program: --allow-pickle reads its tensors and runs nothing else"
-        if any(n.endswith((".bin", ".pt", ".pth")) for n in others)
-        else "only safetensors is read; load the model with transformers and write it with .save_pretrained(new_folder)"
-        if others
-        else None,
-    )
 
 
 def _fingerprint(config: bytes, names: list[str], headers: list[FileHeader]) -> str:

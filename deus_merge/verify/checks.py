@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..architecture import ModelView, view_model
 from ..checkpoint.header import TensorInfo, parse_json, read_small
-from ..checkpoint.reader import INDEX, Checkpoint, TensorSource
+from ..checkpoint.index import INDEX
+from ..checkpoint.reader import Checkpoint, TensorSource
 from ..config import check_config
 from ..errors import DeusMergeError
 from ..modules import view_modules
