@@ -102,7 +102,7 @@ class Assembly:
         check_same(parts)
         donor = self.view(self.recipe.donor)
         check_like_donor(parts[0], self.models[0], donor)
-        base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
+        base = base_source(piece, piece.base_model or self.recipe.base_model)
         made = []
         for slot in range(count):
             prefix = prefix_of(first_output + slot, donor.layer_prefix)
@@ -128,7 +128,7 @@ class Assembly:
     ) -> None:
         """A block of tensors that belong to no layer, by their names in each source; `layers` tells of the rest."""
         sources, title = piece.sources, self.title(title)
-        base = base_source(piece, sources, piece.base_model or self.recipe.base_model)
+        base = base_source(piece, piece.base_model or self.recipe.base_model)
         indices = [self.index[s.model] for s in sources]
         for i, checkpoint in zip(indices, self.vocabulary.bring(indices, names[0], base, title), strict=True):
             self.models[i] = replace(self.models[i], checkpoint=checkpoint)

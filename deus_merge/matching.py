@@ -89,18 +89,17 @@ def check_like_donor(part: Part, donor: SourceModel, view: ModelView) -> None:
     _mismatch(part, f"the layers of {donor.ref}", _difference(part.shapes, donor.shapes(view.layers[0])))
 
 
-def base_source(piece: OutputSlice, sources: Sequence[SliceSource], ref: ModelRef | None) -> int | None:
+def base_source(piece: OutputSlice, ref: ModelRef | None) -> int | None:
     """Which source is the base model, None without one; and whether the method has what it needs beside it.
 
     Args:
-        piece: The slice.
-        sources: Of the block, in the recipe's order.
+        piece: The slice, its sources those of the block.
         ref: The base model that holds for the slice.
 
     Raises:
         RecipeError: the method needs a base model, or needs it among the sources, or takes another number of models.
     """
-    method, name = methods()[piece.merge_method], piece.merge_method
+    method, name, sources = methods()[piece.merge_method], piece.merge_method, piece.sources
     base = next((i for i, s in enumerate(sources) if s.model == ref), None)
     models = " or ".join(dict.fromkeys(str(s.model) for s in sources))
     if base is None and ref is not None and method.base != "ignored":

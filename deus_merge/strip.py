@@ -12,11 +12,11 @@ from .checkpoint import Checkpoint, OutputFolder, TensorEntry, TensorInfo, index
 from .checkpoint.header import read_small
 from .checkpoint.index import INDEX
 from .config import LayerOrigin, check_config, deeper_config
-from .errors import CheckpointError, PlanError, VerifyError, json_text
+from .errors import PlanError, VerifyError, json_text
 from .model_files import copied_files
 from .preflight import check_apart
-from .report.manifest import read_manifest
-from .units import dtype_name, parse_size
+from .report.manifest import MANIFEST, check_belongs, read_manifest, sealed
+from .units import dtype_name, parse_size, promoted
 from .verify.weights import Wanted, examine
 
 _AS_THEY_WERE = ("copy", "cast", "derived")  # kinds of layers that are one of the base's
@@ -33,8 +33,10 @@ class Stripped:
         removed: The output's layers that are not in it.
         tensors: How many it has.
         equal: How many are the base's, byte for byte; None when the base is not there to compare with.
+        widened: How many more have the base's values in a wider dtype.
         different: The others' names: trained since, cast when the output was made, or not in the base.
         same_files: Whether its config.json and its safetensors headers are the base's, too.
+        carried: Whether it has the manifest of an earlier growth; None: there was none.
     """
 
     folder: Path
@@ -42,8 +44,10 @@ class Stripped:
     removed: tuple[int, ...]
     tensors: int
     equal: int | None
+    widened: int
     different: tuple[str, ...]
     same_files: bool
+    carried: bool | None = None
 
     def describe(self) -> dict:
         """As JSON data."""
@@ -53,8 +57,10 @@ class Stripped:
             "removed_layers": list(self.removed),
             "tensors": self.tensors,
             "equal_to_base": self.equal,
+            "widened": self.widened,
             "different": list(self.different),
             "same_files": self.same_files,
+            "manifest": self.carried,
         }
 
 
@@ -83,8 +89,8 @@ def strip(
     folder = Path(folder)
     record = read_manifest(folder if manifest is None else Path(manifest), _NEEDED)
     checkpoint = Checkpoint.open(folder)
-    view = view_model(checkpoint.config, tuple(checkpoint.tensors), folder)
-    _check_manifest(record, view, folder)
+    _check_no_source(Path(out), record)
+    view = check_belongs(record, checkpoint, hint="name the right one with --manifest")
     kept = _kept_layers(record, view)
     sources = _renamed(checkpoint, view, kept)
     config = _base_config(checkpoint, view, kept, record, sources)
@@ -105,28 +111,46 @@ def strip(
             output.put(name, content)
         written = Checkpoint.open(output.folder)
         _check_written(written, sources)
-        equal, different = _compare(written, record)
+        equal, widened, different = _compare(written, record)
         base = record["sources"][record["donor"]]
+        same_files = written.fingerprint == base["fingerprint"]
+        earlier = _earlier(record)
+        if earlier is not None:
+            weights = {s.filename: {"bytes": s.size, "header_sha256": _sha256(s.header)} for s in shards}
+            digests = {name: _sha256(content) for name, content in sorted(files.items())}
+            trained = bool(earlier.get("trained")) or equal != len(sources)
+            output.put(MANIFEST, sealed({**earlier, "weights": weights, "files": digests, "trained": trained}))
         output.finish()
     removed = tuple(record["new_layers"])
-    same_files = written.fingerprint == base["fingerprint"]
-    return Stripped(Path(out), len(kept), removed, len(sources), equal, different, same_files)
+    carried = earlier is not None if len(record.get("lineage", [])) > 1 else None
+    return Stripped(Path(out), len(kept), removed, len(sources), equal, widened, different, same_files, carried)
 
 
-def _check_manifest(record: Mapping, view: ModelView, folder: Path) -> None:
-    """Whether the manifest tells of this checkpoint."""
-    head = record["layer_prefix"].split("{layer}")[0]
-    found = {name for layer in view.layers for name in layer.values()}
-    planned = {name for name in record["tensors"] if name.startswith(head)}
-    if view.num_layers != record["num_layers"] or found != planned:
-        odd = sorted(found ^ planned)
-        raise CheckpointError(
-            "the manifest is not this checkpoint's",
-            where=folder,
-            expected=f"{record['num_layers']} layers with {len(planned)} tensors",
-            got=f"{view.num_layers} layers with {len(found)} tensors" + (f", odd: {odd[0]}" if odd else ""),
-            hint="name the right one with --manifest",
-        )
+def _check_no_source(out: Path, record: Mapping) -> None:
+    """What is written is a base of its own: no model that the output was made from is replaced by it."""
+    for source in record["sources"]:
+        folder = Path(source.get("folder", ""))
+        if "folder" in source and folder.exists() and out.exists() and folder.samefile(out):
+            raise PlanError(
+                "this is a model that the output was made from",
+                where=out,
+                expected="a new folder, for the base that is taken out of the output",
+                hint="give a folder of its own: strip compares what it writes with this model by itself",
+            )
+
+
+def _earlier(record: Mapping) -> dict | None:
+    """The base's own manifest, if it came of a growth itself and is where it was."""
+    lineage = record.get("lineage", [])
+    folder = record["sources"][record["donor"]].get("folder")
+    if len(lineage) < 2 or folder is None or not (Path(folder) / MANIFEST).is_file():
+        return None
+    earlier = read_manifest(Path(folder))
+    return earlier if earlier["plan_hash"] == lineage[-2]["plan_hash"] else None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
@@ -196,21 +220,22 @@ def _check_written(written: Checkpoint, sources: Mapping[str, TensorInfo]) -> No
         raise VerifyError(f"{wrong[0]} is not what was read", where=sources[wrong[0]].file)
 
 
-def _compare(written: Checkpoint, record: Mapping) -> tuple[int | None, tuple[str, ...]]:
+def _compare(written: Checkpoint, record: Mapping) -> tuple[int | None, int, tuple[str, ...]]:
     """Against the base itself, where it still is as it was."""
     source = record["sources"][record["donor"]]
     folder = Path(source.get("folder", ""))
     if "folder" not in source or not folder.is_dir():
-        return None, ()
+        return None, 0, ()
     base = Checkpoint.open(folder)
     if base.fingerprint != source["fingerprint"]:
-        return None, ()
+        return None, 0, ()
     names = sorted(written.tensors.keys() | base.tensors.keys())
     alike = {}
     for name in names:
         ours, theirs = written.tensors.get(name), base.tensors.get(name)
-        if ours and theirs and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape):
+        if ours and theirs and ours.shape == theirs.shape and promoted([ours.dtype, theirs.dtype]) == ours.dtype:
             alike[name] = Wanted(ours, theirs)
     seen = examine(alike.values(), finite=False)
     different = tuple(name for name in names if name not in seen or not seen[name].same)
-    return len(names) - len(different), different
+    widened = sum(alike[name].widened for name in names if name not in different)
+    return len(names) - len(different) - widened, widened, different

@@ -187,7 +187,10 @@ def test_what_strip_does_not_take(run, tmp_path):
     biased = grow(make_model(tmp_path / "bias", "llama_bias"), tmp_path / "biased", "copy_next")
     assert "odd: model.layers.0." in run("strip", out, tmp_path / "back", "--manifest", biased, expect=2).err
     assert "must not contain each other" in run("strip", out, out / "inside", expect=2).err
-    assert "not empty" in run("strip", out, base, expect=2).err
+    before = (base / "model.safetensors").read_bytes()
+    for options in ((), ("--overwrite",)):
+        assert "a model that the output was made from" in run("strip", out, base, *options, expect=2).err
+    assert (base / "model.safetensors").read_bytes() == before
     plain = tmp_path / "plain.yml"
     plain.write_text(f"merge_method: passthrough\nmodels: [{{model: {base}}}]\n")
     api.merge(plain, tmp_path / "plain", QUIET)

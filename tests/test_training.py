@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import save_file
 from support import load, make_model, weights
 
 from deus_merge import api, training
@@ -168,6 +169,113 @@ STRANGERS = {
     "a tied new tensor": (sharing, "tied to one that must stay frozen"),
 }
 # fmt: on
+
+
+def test_new_layers_that_peft_is_to_save(run, deeper, tmp_path):
+    """Named in modules_to_save, the copies that peft trains and saves are the new layers; the adapter holds them, and
+    the deeper model with the adapter is the trained one."""
+    peft = pytest.importorskip("peft")
+    done = training.freeze_base(_lora(load(deeper)), deeper)
+    assert done.saved_by_peft is False and "modules_to_save=['layers.2', 'layers.4']" in str(done)
+    torch.manual_seed(0)
+    adapted, saved = r".*layers\.[01]\.self_attn\.q_proj", ["layers.2", "layers.4"]
+    model = peft.get_peft_model(load(deeper), peft.LoraConfig(target_modules=adapted, modules_to_save=saved))
+    done = training.freeze_base(model, deeper)
+    new = training.new_parameters(deeper)
+    assert (done.trained_tensors, done.added_tensors, done.saved_by_peft) == (len(new), 4, True)
+    groups = {g["name"]: g for g in training.optimizer_groups(model, deeper, lr=1e-2, zeroed_lr=2e-2)}
+    assert (len(groups["zeroed"]["params"]), len(groups["added"]["params"])) == (4, 4)
+    watch = training.Watch(model, deeper)
+    optimizer = torch.optim.AdamW(groups.values())
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        assert watch.gradient_norms()["new_layers/grad_norm"] > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    assert watch.norms()["new_layers/zeroed_norm"] > 0 and watch.check() == done.frozen_tensors
+    model.save_pretrained(tmp_path / "adapter")
+    recipe = tmp_path / "whole.yml"
+    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {deeper}+{tmp_path / 'adapter'}}}]\n")
+    run("merge", recipe, tmp_path / "whole")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        assert torch.allclose(load(tmp_path / "whole")(input_ids=IDS).logits, expected, atol=1e-5)
+
+
+def test_a_training_that_would_lose_or_forget_the_new_layers(deeper, tmp_path):
+    """Checkpoints of peft without them; a model that peft froze once more; an adapter in place of the model."""
+    model = _lora(load(deeper))
+    training.freeze_base(model, deeper)
+    made = trainer(model, tmp_path / "saves")
+    training.watch(made, deeper)
+    with pytest.raises(TrainingError, match="peft saves adapters alone") as caught:
+        made.train()
+    assert "modules_to_save=['layers.2', 'layers.4']" in str(caught.value)
+    made.args.save_strategy = "no"
+    made.train()
+    made.save_model(tmp_path / "adapter")
+    with pytest.raises(TrainingError, match="an adapter, not the model"):
+        training.carry_manifest(deeper, tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "whole")
+    training.carry_manifest(deeper, tmp_path / "whole")
+
+    model = load(deeper)
+    training.freeze_base(model, deeper)
+    with pytest.raises(TrainingError, match="none of the new layers trains"):
+        training.Watch(_lora(model), deeper)
+
+
+def test_a_manifest_of_another_place(deeper, tmp_path):
+    """As many layers, the new ones elsewhere: what is new in the model would be frozen, and is zero."""
+    other = grow(deeper.parent / "base", tmp_path / "other", insert={"after": [0, 1]})
+    checked = tmp_path / "checked"  # with checksums
+    api.merge(api.upscale_recipe(deeper.parent / "base", insert={"after": [0, 1]}), checked)
+    with pytest.raises(TrainingError, match="the manifest is another model's") as caught:
+        training.freeze_base(load(deeper), checked)
+    assert caught.value.where.startswith("model.layers.2.")
+    training.freeze_base(load(deeper), other)  # made with --no-verify: nothing to tell it by
+    for wrong in ("a folder", None):
+        with pytest.raises(TrainingError, match="not a model"):
+            training.freeze_base(wrong, deeper)
+
+
+def test_where_a_manifest_can_be_carried(deeper, tmp_path):
+    base, other = deeper.parent / "base", grow(deeper.parent / "base", tmp_path / "other", insert={"after": [0, 1]})
+    before = (other / "deus_merge.json").read_bytes()
+    with pytest.raises(CheckpointError, match="no model to carry a manifest to"):
+        training.carry_manifest(deeper, tmp_path / "mistyped")
+    with pytest.raises(CheckpointError, match="not this checkpoint's"):
+        training.carry_manifest(deeper, base)
+    with pytest.raises(TrainingError, match="the manifest of another model"):
+        training.carry_manifest(deeper, other)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="no model"):
+        training.carry_manifest(deeper, tmp_path / "file")
+    assert not (tmp_path / "mistyped").exists() and not (base / "deus_merge.json").exists()
+    assert (other / "deus_merge.json").read_bytes() == before
+
+
+def test_training_in_another_dtype(run, tmp_path):
+    """bfloat16 weights are told; a model saved in float32 holds its base's values, and in float16 it does not."""
+    out = grow(make_model(tmp_path / "base", tied=True, dtype=torch.bfloat16), tmp_path / "deeper")
+    model = load(out).to(torch.bfloat16)
+    assert "in bfloat16 small steps are lost" in str(training.freeze_base(model, out))
+    assert "small steps" not in str(training.freeze_base(load(out), out))
+    for dtype in (torch.float32, torch.float16):
+        model.to(dtype).save_pretrained(tmp_path / str(dtype))
+        training.carry_manifest(out, tmp_path / str(dtype))
+    wide, narrow = tmp_path / "torch.float32", tmp_path / "torch.float16"
+    checks = {c["name"]: c for c in run("verify", wide, "--json").json()["checks"]}
+    assert "in a wider dtype" in checks["copied tensors"]["detail"]
+    assert checks["tensors against the plan"]["detail"].endswith("names, shapes; now float32")
+    told = run("verify", narrow, expect=3).out
+    assert "it is float16, its source bfloat16" in told
+    done = run("strip", wide, tmp_path / "back", "--json").json()
+    assert (done["equal_to_base"], done["different"], done["widened"]) == (0, [], len(weights(tmp_path / "base")))
+    tensors = weights(wide)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] *= 1 + 2**-20
+    save_file(tensors, wide / "model.safetensors", {"format": "pt"})
+    assert "model.layers.0.mlp.up_proj.weight" in run("verify", wide, expect=3).out
 
 
 def test_too_late_for_distributed_training(deeper, tmp_path):
@@ -416,9 +524,13 @@ def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
     assert training.freeze_base(model, again, generation=0).layers == (5, 8)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(older)
     assert "layers 5, 8, then trained, by plan" in (again / "README.md").read_text()
-    run("strip", again, tmp_path / "once")
-    assert not changed(weights(trained), weights(tmp_path / "once"))
-    run("strip", tmp_path / "once", tmp_path / "twice", "--manifest", trained)
+    told = run("strip", again, tmp_path / "once").err
+    assert not changed(weights(trained), weights(tmp_path / "once")) and "can be stripped again" in told
+    assert run("verify", tmp_path / "once", "--json").json()["passed"]
+    told = run("strip", tmp_path / "once", tmp_path / "twice", "--json").json()
+    assert (told["equal_to_base"], told["manifest"]) == (len(weights(tiny)), None)
+    (trained / "deus_merge.json").unlink()
+    assert "name it with --manifest" in run("strip", again, tmp_path / "alone").err
     assert (tmp_path / "twice/model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 

@@ -41,9 +41,10 @@ def export_training(out: Path, trainer: str):
 @click.option("--overwrite", is_flag=True, help="Replace BASE once the new one is whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")  # fmt: skip
 def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, overwrite: bool, as_json: bool):
-    """Write OUT without the layers that its last growth put in to BASE: the base again, byte for byte.
+    """Take the layers that its last growth put in out of OUT, and write the base that is left to the new folder BASE.
 
-    OUT may have been trained since; its base layers are then written as they now are.
+    It is the base again, byte for byte. OUT may have been trained since: the base's layers are then written as they
+    are now.
 
     \b
     Example:
@@ -56,11 +57,17 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
     taken = ", ".join(map(str, done.removed))
     say(f"{base}: {done.num_layers} layers; taken out: {taken}")
     if done.equal is None:
-        say("the base is not where it was, or not as it was: nothing to compare with")
+        say("the base is no folder, not where it was, or not as it was: nothing to compare with")
     else:
         say(
             f"{done.equal} tensors equal to the base, byte for byte"
             + (", files and config too" if done.same_files else "")
         )
+    if done.widened:
+        say(f"{done.widened} equal to the base in a wider dtype")
     if done.different:
         say(f"{len(done.different)} not, first {done.different[0]}")
+    if done.carried:
+        say("the manifest of the growth before came along: this can be stripped again")
+    elif done.carried is False:
+        say("the manifest of the growth before is not where it was: to strip this again, name it with --manifest")

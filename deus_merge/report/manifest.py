@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import __version__
+from ..architecture import ModelView, view_model
 from ..blocks import BlockPlan, PlannedTensor
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.reader import TensorSource
@@ -25,6 +26,7 @@ MANIFEST = "deus_merge.json"
 RECIPE = "deus_merge.yml"
 #: 2 added ``weights``, ``dtype``, ``layer_lists``, checksums, dtype and shape of tensors, and the seal; 1 is still read
 FORMAT = 2
+_DAMAGED = "it was damaged or edited: take it from a backup, or make the output again"
 _SEAL = ' "sha256": "%s"\n}\n'
 
 
@@ -141,7 +143,8 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
     """
     path = folder if folder.is_file() else folder / MANIFEST
     if not path.exists():
-        raise CheckpointError("no manifest", where=path, hint="only folders that deus-merge wrote have one")
+        hint = "merge and upscale write one; training.carry_manifest takes it along to a trained model"
+        raise CheckpointError("no manifest", where=path, hint=hint)
     try:
         raw = read_small(path)
         data = parse_json(raw, path, "manifest")
@@ -153,7 +156,7 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
     if data["format"] == FORMAT:
         seal = len(_SEAL % "") + 64
         if raw[-seal:] != (_SEAL % hashlib.sha256(raw[:-seal]).hexdigest()).encode():
-            raise VerifyError("the manifest is not as it was written", where=path)
+            raise VerifyError("the manifest is not as it was written", where=path, hint=_DAMAGED)
     if wrong := problem(data):
         raise VerifyError(f"the manifest is malformed: {wrong}", where=path)
     if lacking := [key for key in needed if key not in data]:
@@ -161,6 +164,36 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
             f"the manifest lacks {lacking[0]!r}", where=path, hint="an earlier version wrote it: make the output again"
         )
     return {"layer_lists": [], "weights": {}, **data}
+
+
+def check_belongs(record: Mapping, checkpoint: TensorSource, hint: str) -> ModelView:
+    """Whether a manifest tells of this checkpoint: the same layers, with the same tensors.
+
+    Args:
+        record: With ``layer_prefix`` and ``num_layers``.
+        checkpoint: The output, or what became of it in training.
+        hint: What to do where it does not.
+
+    Returns:
+        The checkpoint by layer and role.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
+    head = record["layer_prefix"].split("{layer}")[0]
+    found = {name for layer in view.layers for name in layer.values()}
+    planned = {name for name in record["tensors"] if name.startswith(head)}
+    if view.num_layers != record["num_layers"] or found != planned:
+        odd = sorted(found ^ planned)
+        raise CheckpointError(
+            "the manifest is not this checkpoint's",
+            where=checkpoint.where,
+            expected=f"{record['num_layers']} layers with {len(planned)} tensors",
+            got=f"{view.num_layers} layers with {len(found)} tensors" + (f", odd: {odd[0]}" if odd else ""),
+            hint=hint,
+        )
+    return view
 
 
 def _origin(plan: Plan, block: BlockPlan, tensor: PlannedTensor, sources: Sequence[TensorSource]) -> dict:

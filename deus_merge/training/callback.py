@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
-from .freeze import carry_manifest
+from ..errors import DeusMergeError, TrainingError
+from .carry import carry_manifest
+from .freeze import UNSAVED, modules_to_save
 from .watching import Watch
 
 
@@ -24,7 +27,7 @@ class NewLayersCallback(TrainerCallback):
         generation: As given to `freeze_base`.
 
     Raises (while training):
-        CheckpointError, TrainingError: as `Watch`.
+        CheckpointError, TrainingError: as `Watch`; or checkpoints would be saved without the new layers, by peft.
     """
 
     def __init__(self, path: Path | str, *, check_every: int = 0, per_layer: bool = False, generation: int = -1):
@@ -33,6 +36,10 @@ class NewLayersCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._watch = Watch(model, self.path, self.generation)
+        if self._watch.saved_by_peft is False and args.save_strategy != "no":
+            layers = ", ".join(map(repr, modules_to_save(self._watch.layers)))
+            hint = "without checkpoints (save_strategy='no') the training may go on"
+            raise TrainingError(UNSAVED.format(layers), where=str(args.output_dir), hint=hint)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._gradients = self._watch.gradient_norms(self.per_layer)  # read only when logged: no wait for the device
@@ -50,8 +57,12 @@ class NewLayersCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._watch.check()
-        if state.is_world_process_zero:
-            carry_manifest(self.path, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and (folder / "config.json").is_file():  # not an adapter, not a shard
+            try:
+                carry_manifest(self.path, folder)
+            except DeusMergeError as error:  # the weights are saved, and the training may go on
+                warnings.warn(f"no manifest for {folder}: {error}", stacklevel=2)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._watch.check()

@@ -21,6 +21,7 @@ import yaml
 from ..architecture import families, prefix_of
 from ..checkpoint.header import parse_json, read_small
 from ..errors import TrainingError, nearest
+from ..vocabulary.files import TOKENIZER_FILES
 from .freeze import new_layers, new_names, read_training
 
 
@@ -48,17 +49,24 @@ def export(out: Path | str, trainer: str) -> str:
 
 
 def _trainer(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
+    given = load = save = ""
+    if any(name in TOKENIZER_FILES for name in record.get("files", ())):
+        load = "tokenizer = transformers.AutoTokenizer.from_pretrained(path)\n"
+        given, save = ", processing_class=tokenizer", "# tokenizer.save_pretrained(folder)\n"
     return f"""\
 # transformers' Trainer, and trl's, which are made of it: {_told(new)}
+import torch
 import transformers
 from deus_merge import training
 
-path = {str(out)!r}
-model = transformers.AutoModelForCausalLM.from_pretrained(path)
-print(training.freeze_base(model, path))
-trainer = transformers.Trainer(model=model)  # and your arguments and data
+path = {_absolute(out)!r}
+model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # bfloat16 loses small steps
+{load}print(training.freeze_base(model, path))
+trainer = transformers.Trainer(model=model{given})  # and your arguments and data
 training.watch(trainer, path)  # checks that the base stays as it is; logs the new layers
-# after trainer.train() and trainer.save_model(folder): training.carry_manifest(path, folder)
+# after trainer.train(), in the dtype that it had, so that the base keeps its bytes:
+# model.to(torch.{record.get("dtype") or "float32"}).save_pretrained(folder)
+{save}# training.carry_manifest(path, folder)
 """
 
 
@@ -67,20 +75,21 @@ def _axolotl(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
     patterns = ["^" + prefix_of(layer, record["layer_prefix"]) for layer in new]
     regexes = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     _check_choice("axolotl", record, lambda name: any(regex.match(name) for regex in regexes))
-    settings = {"base_model": str(out), "unfrozen_parameters": patterns}
+    settings = {"base_model": _absolute(out), "unfrozen_parameters": patterns}
     return (
         f"# axolotl (checked against 0.18.0): {_told(new)}\n"
         + yaml.safe_dump(settings, sort_keys=False)
         + "# no adapter: peft puts base_model.model. before every name, and the patterns match nothing\n"
         + "# with gradient_checkpointing: true also\n"
         + yaml.safe_dump({"gradient_checkpointing_kwargs": {"use_reentrant": False}})
+        + _after(out)
     )
 
 
 def _llama_factory(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
     _check_described(out)
     depth, count = record["num_layers"], len(new)
-    settings: dict[str, object] = {"model_name_or_path": str(out), "finetuning_type": "freeze"}
+    settings: dict[str, object] = {"model_name_or_path": _absolute(out), "finetuning_type": "freeze"}
     settings |= {"freeze_trainable_layers": count, "freeze_trainable_modules": "all"}
     stride = depth // count
     if new == tuple(range(depth - count, depth)):
@@ -102,9 +111,8 @@ def _llama_factory(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
         )
     parts = [f".{layer}." for layer in chosen]
     _check_choice("LLaMA-Factory", record, lambda name: any(part in name for part in parts))
-    return f"# LLaMA-Factory (checked against 0.9.6.dev0, without USE_V1): {_told(new)}\n" + yaml.safe_dump(
-        settings, sort_keys=False
-    )
+    head = f"# LLaMA-Factory (checked against 0.9.6.dev0, without USE_V1): {_told(new)}\n"
+    return head + yaml.safe_dump(settings, sort_keys=False) + _after(out)
 
 
 def _torchtune(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
@@ -122,6 +130,15 @@ TRAINERS: Mapping[str, Callable[[Path, Mapping, tuple[int, ...]], str]] = {
     "llama-factory": _llama_factory,
     "torchtune": _torchtune,
 }
+
+
+def _absolute(out: Path) -> str:
+    return str(out.absolute())
+
+
+def _after(out: Path) -> str:
+    """A comment: what verify, strip and the next growth need."""
+    return f"# then, in Python: deus_merge.training.carry_manifest({_absolute(out)!r}, FOLDER_OF_THE_TRAINED_MODEL)\n"
 
 
 def _told(new: tuple[int, ...]) -> str:

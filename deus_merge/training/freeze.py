@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..architecture import prefix_of
 from ..errors import TrainingError
 from ..report.lineage import generations
-from ..report.manifest import MANIFEST, RECIPE, read_manifest, sealed
-from .names import parameters_of
+from ..report.manifest import MANIFEST, read_manifest
+from ..units import ITEMSIZE
+from ..verify.weights import ALGORITHM
+from .names import Parameters, parameters_of
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -28,6 +32,8 @@ class Trainable:
         frozen_tensors: How many tensors stay as they are; tied ones count once.
         frozen_parameters: The numbers in them.
         added_tensors: Tensors that peft put on top; they were left as they are.
+        dtype: Of the weights that train.
+        saved_by_peft: Whether peft's ``save_pretrained`` writes the new layers; None without peft.
     """
 
     layers: tuple[int, ...]
@@ -36,6 +42,8 @@ class Trainable:
     frozen_tensors: int
     frozen_parameters: int
     added_tensors: int = 0
+    dtype: str = "float32"
+    saved_by_peft: bool | None = None
 
     def __str__(self) -> str:
         share = self.trained_parameters / max(1, self.trained_parameters + self.frozen_parameters)
@@ -43,8 +51,27 @@ class Trainable:
         return (
             f"layers {', '.join(map(str, self.layers))} train: {self.trained_tensors} tensors,"
             f" {self.trained_parameters:,} parameters ({share:.1%}); {self.frozen_tensors} tensors,"
-            f" {self.frozen_parameters:,} parameters are frozen{added}"
+            f" {self.frozen_parameters:,} parameters are frozen{added}{self._advice()}"
         )
+
+    def _advice(self) -> str:
+        told = ""
+        if self.dtype in ("bfloat16", "float16"):
+            told += f"; in {self.dtype} small steps are lost: load the model with dtype=torch.float32"
+        if self.saved_by_peft is False:
+            told += f"; {UNSAVED.format(', '.join(map(repr, modules_to_save(self.layers))))}"
+        return told
+
+
+UNSAVED = (
+    "peft saves adapters alone, without the new layers: give it modules_to_save=[{}], or save with"
+    " model.merge_and_unload().save_pretrained(folder)"
+)
+
+
+def modules_to_save(layers: Iterable[int]) -> list[str]:
+    """What peft's ``modules_to_save`` must name for these layers to be trained whole, and saved with an adapter."""
+    return [f"layers.{layer}" for layer in layers]
 
 
 def read_training(path: Path | str) -> dict:
@@ -116,7 +143,10 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
             (quantised weights, a new tensor tied to a frozen one), or it is too late for it.
     """
     record = read_training(path)
+    if not hasattr(model, "named_parameters"):
+        raise TrainingError("not a model", expected="a torch module, then its folder", got=repr(model))
     parameters = parameters_of(model, record)
+    _check_zeroed(parameters, record, path)
     new = parameters.base.keys() & new_names(record, generation)  # without buffers
     trained = {id(p): p for name, p in parameters.base.items() if name in new}
     frozen = {id(p): p for name, p in parameters.base.items() if name not in new}
@@ -142,7 +172,48 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
     for parameter, trains in wanted:
         parameter.requires_grad_(trains)
     counts = (n for part in (trained, frozen) for n in (len(part), sum(map(_size, part.values()))))
-    return Trainable(new_layers(record, generation), *counts, added_tensors=len(parameters.added))
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()}, key=_precise)
+    return Trainable(
+        new_layers(record, generation),
+        *counts,
+        added_tensors=len(parameters.added),
+        dtype=dtypes[0] if dtypes else "float32",
+        saved_by_peft=saved_by_peft(parameters, new),
+    )
+
+
+def saved_by_peft(parameters: Parameters, new: Iterable[str]) -> bool | None:
+    """Whether an adapter's save holds these new tensors; None without an adapter."""
+    return all(name in parameters.copies for name in new) if parameters.added or parameters.copies else None
+
+
+def _precise(dtype: str) -> int:
+    return ("float16", "bfloat16").index(dtype) if dtype in ("float16", "bfloat16") else 2
+
+
+def _check_zeroed(parameters: Parameters, record: Mapping, path: Path | str) -> None:
+    """A frozen output projection that is zero, and was not when the manifest was written: the manifest is another
+    model's, of as many layers with new ones at other places."""
+    import torch
+    import xxhash
+
+    tensors = record["tensors"]
+    ends = tuple({re.sub(r".*\.\d+\.", ".", name) for name, origin in tensors.items() if origin["action"] == "zeros"})
+    for name, parameter in parameters.base.items():
+        origin = tensors[name]
+        looked_at = name.endswith(ends) and origin["action"] != "zeros" and ALGORITHM in origin
+        if not looked_at or parameter.is_meta or not parameter.numel() or hasattr(parameter, "ds_tensor"):
+            continue
+        if torch.any(parameter[0]) or torch.any(parameter):
+            continue
+        zeros = bytes(prod(origin["shape"]) * ITEMSIZE[origin["dtype"]])
+        if xxhash.xxh3_128_hexdigest(zeros) != origin[ALGORITHM]:
+            raise TrainingError(
+                "the manifest is another model's: a weight that it would freeze is zero, as those of new layers are",
+                where=name,
+                expected=f"the folder that the model was loaded from, or trained from; not {path}",
+                hint="two outputs of as many layers differ in where the new ones are",
+            )
 
 
 def optimizer_groups(
@@ -189,23 +260,3 @@ def _group(origin: Mapping | None, ndim: int) -> str:
 
 def _size(parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's ZeRO-3 leaves an empty tensor behind
-
-
-def carry_manifest(source: Path | str, target: Path | str) -> None:
-    """Bring a manifest along to a folder that a trainer saved: the trained model can then be stripped, verified, and
-    made deeper again with its lineage.
-
-    Args:
-        source: The folder that was trained, or its manifest.
-        target: The folder of the trained model. Its manifest says that it was trained.
-
-    Raises:
-        CheckpointError: there is no manifest in the source.
-    """
-    source, target = Path(source), Path(target)
-    record = read_manifest(source) | {"trained": True}
-    target.mkdir(parents=True, exist_ok=True)
-    (target / MANIFEST).write_bytes(sealed(record))
-    recipe = (source.parent if source.is_file() else source) / RECIPE
-    if recipe.is_file() and not (target / RECIPE).exists():
-        (target / RECIPE).write_bytes(recipe.read_bytes())

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 from ..architecture import prefix_of
 from ..errors import TrainingError
+from ..report.lineage import generations
 
 if TYPE_CHECKING:
     from torch.nn import Module, Parameter
 
 # Modules that wrappers put between a model's own, anywhere: torch.compile, FSDP, activation checkpointing, and peft,
-# which keeps the tensor it adapts as base_layer and the module it trains a copy of as original_module.
+# which keeps the tensor it adapts as base_layer, and a module of which it trains (and saves) a copy as original_module.
 _BETWEEN = re.compile(
-    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module)\."
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module"
+    r"|modules_to_save\.[^.]+)\."
 )
+_COPY = re.compile(r"(?:\.|^)modules_to_save\.")
 _AROUND = re.compile(r"(?:module|base_model|model)\.")  # DistributedDataParallel and DeepSpeed; peft
 
 
@@ -37,12 +40,15 @@ class Parameters:
     """A model's parameters.
 
     Attributes:
-        base: Those of the manifest, by its names; a tied one under each of its names.
+        base: Those of the manifest, by its names; a tied one under each of its names. Of new layers that peft is to
+            save (``modules_to_save``) its copy, which is what the model computes with.
         added: What peft put on top.
+        copies: Names of those that are peft's copies.
     """
 
     base: Mapping[str, Parameter]
     added: Mapping[str, Parameter]
+    copies: frozenset[str]
 
 
 def parameters_of(model: Module, record: Mapping) -> Parameters:
@@ -52,17 +58,27 @@ def parameters_of(model: Module, record: Mapping) -> Parameters:
         TrainingError: the model is another one than the manifest's: it has parameters more, or fewer.
     """
     planned = record["tensors"].keys()
+    grown = tuple(
+        prefix_of(layer, record["layer_prefix"]) for growth in generations(record) for layer in growth["new_layers"]
+    )
     base: dict[str, Parameter] = {}
+    copies: dict[str, Parameter] = {}
     others: dict[str, Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = plain_name(name, planned)
-        if plain in planned:
+        if plain not in planned:
+            others[name] = parameter
+        elif not _COPY.search(name):
             base[plain] = parameter
+        elif plain.startswith(grown):
+            copies[plain] = parameter
         else:
             others[name] = parameter
+    base |= copies
     tied = {id(parameter) for parameter in base.values()}
     others = {name: parameter for name, parameter in others.items() if id(parameter) not in tied}
-    adapted = any("base_model." in name or ".base_layer." in name for name, _ in model.named_parameters())
+    marks = ("base_model.", ".base_layer.", ".modules_to_save.")
+    adapted = any(mark in name for name, _ in model.named_parameters() for mark in marks)
     beyond = prefix_of(record["num_layers"], record["layer_prefix"])  # the layer that would follow the last
     more = [name for name in others if not adapted or beyond in name]
     buffers = {plain_name(name, planned) for name, _ in model.named_buffers()}
@@ -79,4 +95,4 @@ def parameters_of(model: Module, record: Mapping) -> Parameters:
             ),
             hint="load it with AutoModelForCausalLM from the folder of the manifest, and freeze before FSDP shards it",
         )
-    return Parameters(base, others)
+    return Parameters(base, others, frozenset(copies))

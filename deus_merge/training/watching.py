@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..architecture import prefix_of
 from ..errors import TrainingError
-from .freeze import new_layers, new_names, read_training
+from .freeze import new_layers, new_names, read_training, saved_by_peft
 from .names import parameters_of
 
 if TYPE_CHECKING:
@@ -30,12 +30,17 @@ class Watch:
         generation: As given to `freeze_base`.
 
     Raises:
-        CheckpointError, TrainingError: as `freeze_base`; or a weight of the base would train.
+        CheckpointError, TrainingError: as `freeze_base`; or a weight of the base would train, or nothing new.
+
+    Attributes:
+        layers: The new layers.
+        saved_by_peft: As of `Trainable`.
     """
 
     def __init__(self, model: Module, path: Path | str, generation: int = -1):
         record = read_training(path)
-        base = parameters_of(model, record).base
+        parameters = parameters_of(model, record)
+        base = parameters.base
         new = base.keys() & new_names(record, generation)
         for name, parameter in base.items():
             if parameter.requires_grad and name not in new:
@@ -48,10 +53,19 @@ class Watch:
                     where=name,
                     hint="train without it, and let `deus-merge verify` compare the trained folder with the base",
                 )
+        if not any(base[name].requires_grad for name in new):
+            raise TrainingError(
+                "none of the new layers trains",
+                where=type(model).__name__,
+                hint="call freeze_base on the model; if peft wraps it (trl's peft_config does), then after that: peft"
+                " freezes all that is not its own",
+            )
+        self.layers = new_layers(record, generation)
+        self.saved_by_peft = saved_by_peft(parameters, new)
         self._frozen = {name: parameter for name, parameter in base.items() if not parameter.requires_grad}
         self._sums = _checksums(self._frozen)
         self._layers: dict[int, dict[str, Parameter]] = {}
-        for layer in new_layers(record, generation):
+        for layer in self.layers:
             prefix = prefix_of(layer, record["layer_prefix"])
             self._layers[layer] = {name: p for name, p in base.items() if name.startswith(prefix)}
         self._zeroed = [name for name in new if record["tensors"][name]["action"] == "zeros"]

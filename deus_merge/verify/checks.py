@@ -15,6 +15,7 @@ from ..config import check_config
 from ..errors import DeusMergeError
 from ..modules import view_modules
 from ..report.manifest import MANIFEST
+from ..units import dtype_name, promoted
 from . import logits, model
 from .weights import ALGORITHM, ZEROS, Seen, Wanted, examine
 
@@ -111,7 +112,11 @@ class Output:
             is_now, planned_as = f"{info.dtype} {list(info.shape)}", f"{origin.get('dtype')} {origin.get('shape')}"
             if "dtype" in origin and is_now != planned_as and not self.trained:
                 wrong.append(f"{name} in {info.file.name} is {is_now}, planned {planned_as}")
-        return (False, _some(wrong)) if wrong else (True, f"{len(found)} as planned: names, dtypes, shapes")
+        if wrong:
+            return False, _some(wrong)
+        other = sorted({i.dtype for i in found.values() if i.dtype != planned[i.name].get("dtype", i.dtype)})
+        dtypes = f"shapes; now {', '.join(map(dtype_name, other))}" if other else "dtypes, shapes"
+        return True, f"{len(found)} as planned: names, {dtypes}"
 
     def config(self) -> Found:
         """config.json, the tensors and the plan agree on family, depth, sizes and every list with an entry a layer."""
@@ -134,7 +139,7 @@ class Output:
             if not isinstance(entries, list) or len(entries) != view.num_layers:
                 return False, f"config.json: {key} is no list of {view.num_layers} entries, one a layer"
         dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        if dtype != record.get("dtype", dtype):
+        if dtype != record.get("dtype", dtype) and not self.trained:
             return False, f"config.json: dtype {dtype}, planned {record['dtype']}"
         lists = f", lists: {', '.join(record['layer_lists'])}" if record["layer_lists"] else ""
         return True, f"{view.num_layers} layers, {len(record['new_layers'])} new{lists}"
@@ -187,8 +192,16 @@ class Output:
         if wrong:
             changed = all(map(self._as_written, wrong))
             hint = " (the checksums fit, so it may be the source that has changed)" if changed else ""
+            theirs = self._sources[self.record["tensors"][wrong[0]]["model"]].tensors
+            was = theirs.get(self.record["tensors"][wrong[0]]["tensor"])
+            if was and was.dtype != self._dtype_of(wrong[0]):
+                now, then = dtype_name(self._dtype_of(wrong[0])), dtype_name(was.dtype)
+                hint = f" (it is {now}, its source {then}: save the model in a dtype that holds its base)"
             return False, self._places(wrong, "differs from its source") + hint
-        equal = f"{len(there)} equal to their sources, byte for byte"
+        widened = sum(self._source_of(self.checkpoint.tensors[name]).dtype != self._dtype_of(name) for name in there)
+        equal = f"{len(there)} equal to their sources, " + (
+            f"{widened} of them in a wider dtype" if widened else "byte for byte"
+        )
         return (True, equal) if len(there) == len(names) else (None, f"{equal}; {_some(gone.values())}")
 
     def finite_values(self) -> Found:
@@ -211,7 +224,13 @@ class Output:
         origin = self.record["tensors"][ours.name]
         source = self._sources[origin["model"]]
         theirs = None if isinstance(source, str) else source.tensors.get(origin["tensor"])
-        return theirs if theirs and theirs.nbytes == ours.nbytes and theirs.dtype == ours.dtype else None
+        if not theirs or theirs.shape != ours.shape:
+            return None
+        holds = theirs.dtype == ours.dtype or (self.trained and promoted([ours.dtype, theirs.dtype]) == ours.dtype)
+        return theirs if holds else None
+
+    def _dtype_of(self, name: str) -> str:
+        return self.checkpoint.tensors[name].dtype
 
     def _places(self, names: Sequence[str], what: str) -> str:
         return _some([f"{name} in {self.checkpoint.tensors[name].file.name} {what}" for name in names])

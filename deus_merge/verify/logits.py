@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..architecture import ModelView, prefix_of, view_model
 from ..checkpoint.reader import Checkpoint
+from ..vocabulary.files import TOKENIZER_FILES
 from .model import build
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def compare(base_folder: Path, folder: Path, text: str, *, equal: bool) -> tuple
     import torch
     import transformers
 
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None, "the folder has no tokenizer to read the text with", {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=_TOKENS)["input_ids"]  # (1, tokens)
     if ids.numel() < 2:

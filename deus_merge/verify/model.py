@@ -21,12 +21,14 @@ def tokenizer(checkpoint: Checkpoint, view: ModelView, record: Mapping) -> tuple
     """Whether every token has a row in the embeddings, and the id that was planned."""
     if not any(name in record["files"] for name in TOKENIZER_FILES):
         return True, "the output has none"
+    if not any((checkpoint.folder / name).exists() for name in TOKENIZER_FILES):
+        return None, "the folder has no tokenizer: tokenizer.save_pretrained(folder) puts it there"
     import transformers
 
     try:
         vocabulary = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False).get_vocab()
     except (ImportError, ValueError) as error:  # it may need a package that is not installed
-        return None, f"transformers cannot load it here: {str(error).splitlines()[0]}"
+        return None, f"transformers cannot load it here: {' '.join(str(error).split())}"
     planned = record.get("vocabulary")
     if planned and tokens_digest(vocabulary) != planned["digest"]:
         return False, f"its {len(vocabulary)} tokens are not the {planned['tokens']} planned, or have other ids"

@@ -19,6 +19,7 @@ import xxhash
 
 from ..checkpoint.header import TensorInfo, open_regular
 from ..errors import CheckpointError
+from ..units import torch_dtype
 
 ALGORITHM = "xxh3_128"
 ZEROS = "zeros"
@@ -37,11 +38,17 @@ class Wanted:
 
     Attributes:
         tensor: Where it lies.
-        like: A stored tensor of equal size whose bytes it must have; ``ZEROS``; None: nothing to compare with.
+        like: A stored tensor of equal shape whose bytes it must have, or, in a dtype that holds them, whose values;
+            ``ZEROS``; None: nothing to compare with.
     """
 
     tensor: TensorInfo
     like: TensorInfo | str | None
+
+    @property
+    def widened(self) -> bool:
+        """Whether it is to hold the values of a tensor in another dtype, which it holds without loss."""
+        return isinstance(self.like, TensorInfo) and self.like.dtype != self.tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def examine(wanted: Iterable[Wanted], *, finite: bool) -> dict[str, Seen]:
     """
     wanted = list(wanted)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        seen = pool.map(lambda w: _examine(w.tensor, w.like, finite), wanted)
+        seen = pool.map(lambda w: (_widened if w.widened else _examine)(w.tensor, w.like, finite), wanted)
         return {w.tensor.name: s for w, s in zip(wanted, seen, strict=True)}
 
 
@@ -100,6 +107,29 @@ def _examine(tensor: TensorInfo, like: TensorInfo | str | None, finite: bool) ->
         for fd in fds:
             os.close(fd)
     return Seen(digest.hexdigest(), None if like is None else same, finite)
+
+
+def _widened(tensor: TensorInfo, like: TensorInfo, finite: bool) -> Seen:
+    """`_examine` of a tensor whose values are those of ``like`` in a wider dtype."""
+    import torch
+
+    seen = _examine(tensor, None, finite)
+    ours, theirs = torch_dtype(tensor.dtype), torch_dtype(like.dtype)
+    count = _CHUNK // max(ours.itemsize, theirs.itemsize)  # elements at a time
+    total, same = tensor.nbytes // ours.itemsize, True
+    fds = [open_regular(tensor.file), open_regular(like.file)]
+    try:
+        for at in range(0, total, count):
+            size, parts = min(count, total - at), []
+            for fd, info, dtype in ((fds[0], tensor, ours), (fds[1], like, theirs)):
+                buffer = bytearray(size * dtype.itemsize)
+                _fill(fd, memoryview(buffer), info, at * dtype.itemsize)
+                parts.append(torch.frombuffer(buffer, dtype=dtype))
+            same = same and torch.equal(parts[0].view(torch.uint8), parts[1].to(ours).view(torch.uint8))
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return Seen(seen.checksum, same, seen.finite)
 
 
 def _fill(fd: int, buffer: memoryview, tensor: TensorInfo, at: int) -> None:

@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.out.absolute() == options.model.absolute():
+        parser.error("--out must be another folder than the model's")
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN

@@ -216,7 +216,7 @@ def test_what_cannot_be_looked_at_is_skipped_and_fails_only_strictly(run, tiny, 
 
 
 def test_a_folder_of_another_program_is_the_wrong_input(run, tiny):
-    assert "only folders that deus-merge wrote" in run("verify", tiny, expect=2).err
+    assert "merge and upscale write one" in run("verify", tiny, expect=2).err
 
 
 def test_a_manifest_of_format_1_is_still_read(run, out):
