@@ -27,6 +27,7 @@ def catalog() -> dict[str, dict[str, dict]]:
             n: {
                 "summary": p.summary + ("" if p.function_preserving else " (changes the function)"),
                 "reference": p.reference,
+                "method": p.method,
                 "insert": p.insert,
                 "settings": p.parameters,
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,12 +87,16 @@ def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
         yield {"layers": [i, i + 1], "roles": row}
 
 
+def check_plotting() -> None:
+    """Whether matplotlib, the ``plot`` extra, is there. Raises DeusMergeError."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise DeusMergeError("plots need matplotlib", hint='pip install "deus-merge[plot]"')
+
+
 def plot_similarity(rows: list[dict], path: Path) -> None:
-    """Draw `adjacent_similarity` with matplotlib (the ``plot`` extra): cosine by pair, before and after."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DeusMergeError("plots need matplotlib", hint='pip install "deus-merge[plot]"') from None
+    """Draw `adjacent_similarity` with matplotlib (see `check_plotting`): cosine by pair, before and after."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     pairs = [f"{a}–{b}" for a, b in (r["layers"] for r in rows)]

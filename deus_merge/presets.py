@@ -151,7 +151,9 @@ def _places(insert: Located, n: int, after_last: bool) -> list[int]:
     form = insert.value
     if isinstance(form, str):
         named = {"all": gaps, "top_half": gaps[n - 1 - n // 2 :], "bottom_half": gaps[: n // 2]}
-        places = named[insert.choice(named, "insert form")]
+        if form not in named:
+            insert.fail("unknown insert form", expected=_FORMS, got=form, hint=nearest(form, named))
+        places = named[form]
     elif not isinstance(form, dict):
         insert.fail("not an insert form", expected=_FORMS)
     elif len({"every", "after", "count"} & set(insert.mapping(("every", "after", "count", "where")))) != 1:
@@ -159,6 +161,8 @@ def _places(insert: Located, n: int, after_last: bool) -> list[int]:
     elif "every" in form:
         step = insert.mapping(("every",))["every"].integer(1)
         places = [i for i in range(step - 1, n, step) if after_last or i < n - 1]
+        if step == n and not places:
+            insert.fail("no new layer can stand after the last one, which has no upper neighbour", expected=_FORMS)
     elif "after" in form:
         places = _after(insert.mapping(("after",))["after"], n, after_last)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import yaml
 
 from .. import api
 from ..units import format_size
@@ -79,9 +80,11 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
     Example:
       deus-merge inspect ./SmolLM2-135M --similarity --plot similarity.png
     """
-    from ..inspection import adjacent_similarity, plot_similarity, summary
+    from ..inspection import adjacent_similarity, check_plotting, plot_similarity, summary
 
     tell_bus_errors()
+    if plot:
+        check_plotting()
     facts = summary(model, api.Access(allow_pickle))
     if similarity or plot:
         rows = []
@@ -128,6 +131,11 @@ def _similarity_table(rows: list[dict]) -> None:
     table(title, ["layers", *roles, "aligned"], body)
 
 
+def _flow(value: object) -> str:
+    """As it would stand in a recipe."""
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+
+
 @click.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
@@ -163,3 +171,7 @@ def methods(name: str | None, as_json: bool):
         if parameters := entry.get("parameters"):
             columns = ["parameter", "values", "default", "what"]
             table("", columns, [[p["name"], p["values"], str(p["default"]), p["help"]] for p in parameters])
+        if kind == "presets":
+            click.echo(f"insert, unless given: {_flow(entry['insert'] or 'as many layers as its paper adds')}")
+            if entry["settings"] is not None:
+                click.echo(f"parameters of {entry['method']}: {_flow(entry['settings'] or 'its defaults')}")
