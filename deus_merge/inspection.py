@@ -7,14 +7,18 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from .checkpoint.reader import TensorSource
 from .checkpoint.source import PLAIN, Access
 from .errors import ArchitectureError, DeusMergeError
 from .recipe import ModelRef
+from .report.lineage import generations
+from .report.manifest import MANIFEST, read_manifest
 from .source_model import SourceModel
 
 
 def summary(model: str, access: Access = PLAIN) -> dict:
-    """Family, depth, heads and sizes of a model (a folder or a hub id), as JSON data."""
+    """Family, depth, heads and sizes of a model (a folder or a hub id), and which of its layers growths put in, the
+    oldest first, as JSON data."""
     source = SourceModel.open(ModelRef(model), {}, access)
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
@@ -33,6 +37,7 @@ def summary(model: str, access: Access = PLAIN) -> dict:
         "parameters": parameters,
         "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
         "files": len(checkpoint.files),
+        "grown": _growths(checkpoint),
     }
     roles = []
     for role, name in view.layers[0].items():
@@ -47,6 +52,20 @@ def summary(model: str, access: Access = PLAIN) -> dict:
             }
         )
     return {k: v for k, v in facts.items() if v is not None} | {"roles": roles}
+
+
+def _growths(checkpoint: TensorSource) -> str | None:
+    if not isinstance(file := checkpoint.beside.get(MANIFEST), Path):
+        return None
+    try:
+        growths = generations(read_manifest(file))
+    except DeusMergeError as error:
+        return f"not known, its {MANIFEST} cannot be used: {error.message}"
+    told = []
+    for growth in growths:
+        layers = ", ".join(map(str, growth["new_layers"])) or "none"
+        told.append(f"{layers} (trained)" if growth["trained"] else layers)
+    return "; then ".join(told)
 
 
 def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:

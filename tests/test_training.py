@@ -520,6 +520,7 @@ def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
     assert training.new_parameters(again) == tuple(record["new_parameters"])
     older = training.new_parameters(again, generation=0)
     assert {name.split(".")[2] for name in older} == {"5", "8"} and len(older) == 18
+    assert run("inspect", again, "--json").json()["grown"] == "5, 8 (trained); then 1, 6"
     model = load(again)
     assert training.freeze_base(model, again, generation=0).layers == (5, 8)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(older)
