@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .architecture import ModelView, prefix_of, view_model
-from .checkpoint import Checkpoint, OutputFolder, TensorEntry, TensorInfo, index_json, plan_shards
+from .checkpoint import Checkpoint, OutputFolder, ShardLayout, TensorEntry, TensorInfo, index_json, plan_shards
 from .checkpoint.header import read_small
 from .checkpoint.index import INDEX
 from .config import LayerOrigin, check_config, deeper_config
-from .errors import PlanError, VerifyError, json_text
+from .errors import DeusMergeError, PlanError, VerifyError, json_text
 from .model_files import copied_files
 from .preflight import check_apart
 from .report.manifest import MANIFEST, check_belongs, read_manifest, sealed
@@ -94,8 +94,10 @@ def strip(
     kept = _kept_layers(record, view)
     sources = _renamed(checkpoint, view, kept)
     config = _base_config(checkpoint, view, kept, record, sources)
-    # sorted by name, as safetensors and transformers write a file
-    entries = [TensorEntry(name, sources[name].dtype, sources[name].shape) for name in sorted(sources)]
+    base = _base(record)
+    # in the base's order; else sorted by name, as safetensors and transformers write a file
+    order = base.tensors if base and base.tensors.keys() == sources.keys() else sorted(sources)
+    entries = [TensorEntry(name, sources[name].dtype, sources[name].shape) for name in order]
     shards = plan_shards(entries, parse_size(max_shard_size))
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in copied_files(checkpoint).items()}
     files["config.json"] = (json_text(config, indent=2) + "\n").encode()
@@ -111,15 +113,11 @@ def strip(
             output.put(name, content)
         written = Checkpoint.open(output.folder)
         _check_written(written, sources)
-        equal, widened, different = _compare(written, record)
-        base = record["sources"][record["donor"]]
-        same_files = written.fingerprint == base["fingerprint"]
-        earlier = _earlier(record)
+        equal, widened, different = _compare(written, base) if base else (None, 0, ())
+        same_files = written.fingerprint == record["sources"][record["donor"]]["fingerprint"]
+        earlier = _earlier_manifest(record, shards, files, unchanged=equal == len(sources))
         if earlier is not None:
-            weights = {s.filename: {"bytes": s.size, "header_sha256": _sha256(s.header)} for s in shards}
-            digests = {name: _sha256(content) for name, content in sorted(files.items())}
-            trained = bool(earlier.get("trained")) or equal != len(sources)
-            output.put(MANIFEST, sealed({**earlier, "weights": weights, "files": digests, "trained": trained}))
+            output.put(MANIFEST, earlier)
         output.finish()
     removed = tuple(record["new_layers"])
     carried = earlier is not None if len(record.get("lineage", [])) > 1 else None
@@ -139,14 +137,24 @@ def _check_no_source(out: Path, record: Mapping) -> None:
             )
 
 
-def _earlier(record: Mapping) -> dict | None:
-    """The base's own manifest, if it came of a growth itself and is where it was."""
+def _earlier_manifest(
+    record: Mapping, shards: Sequence[ShardLayout], files: Mapping[str, bytes], *, unchanged: bool
+) -> bytes | None:
+    """The base's own manifest, where it came of a growth itself and is still there, for the files written here."""
     lineage = record.get("lineage", [])
     folder = record["sources"][record["donor"]].get("folder")
-    if len(lineage) < 2 or folder is None or not (Path(folder) / MANIFEST).is_file():
+    if len(lineage) < 2 or folder is None:
         return None
-    earlier = read_manifest(Path(folder))
-    return earlier if earlier["plan_hash"] == lineage[-2]["plan_hash"] else None
+    try:
+        earlier = read_manifest(Path(folder))
+    except DeusMergeError:
+        return None
+    if earlier["plan_hash"] != lineage[-2]["plan_hash"]:
+        return None
+    weights = {s.filename: {"bytes": s.size, "header_sha256": _sha256(s.header)} for s in shards}
+    digests = {name: _sha256(content) for name, content in sorted(files.items())}
+    trained = bool(earlier.get("trained")) or not unchanged
+    return sealed({**earlier, "weights": weights, "files": digests, "trained": trained})
 
 
 def _sha256(content: bytes) -> str:
@@ -220,15 +228,18 @@ def _check_written(written: Checkpoint, sources: Mapping[str, TensorInfo]) -> No
         raise VerifyError(f"{wrong[0]} is not what was read", where=sources[wrong[0]].file)
 
 
-def _compare(written: Checkpoint, record: Mapping) -> tuple[int | None, int, tuple[str, ...]]:
-    """Against the base itself, where it still is as it was."""
+def _base(record: Mapping) -> Checkpoint | None:
+    """The base itself, where it still is as it was."""
     source = record["sources"][record["donor"]]
     folder = Path(source.get("folder", ""))
     if "folder" not in source or not folder.is_dir():
-        return None, 0, ()
+        return None
     base = Checkpoint.open(folder)
-    if base.fingerprint != source["fingerprint"]:
-        return None, 0, ()
+    return base if base.fingerprint == source["fingerprint"] else None
+
+
+def _compare(written: Checkpoint, base: Checkpoint) -> tuple[int, int, tuple[str, ...]]:
+    """How many tensors are the base's, byte for byte and in a wider dtype, and the names of the others."""
     names = sorted(written.tensors.keys() | base.tensors.keys())
     alike = {}
     for name in names:

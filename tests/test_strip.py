@@ -214,3 +214,16 @@ def test_strip_replaces_only_when_told(run, tmp_path):
     run("strip", out, tmp_path / "back", expect=2)
     run("strip", out, tmp_path / "back", "--overwrite")
     same_model(base, tmp_path / "back")
+
+
+def test_a_model_that_was_grown_twice_is_stripped_twice(run, tmp_path):
+    """The manifest of the first growth comes along, with what strip wrote; and every check of it passes."""
+    base = make_model(tmp_path / "base")
+    run("upscale", base, tmp_path / "once", "--preset", "copy_next", "--insert", "{after: [1]}")
+    run("upscale", tmp_path / "once", tmp_path / "twice", "--preset", "opt_deus", "--insert", "{after: [0, 3]}")
+    assert "can be stripped again" in run("strip", tmp_path / "twice", tmp_path / "again").err
+    same_model(tmp_path / "once", tmp_path / "again")
+    checks = {c["name"]: c["passed"] for c in run("verify", tmp_path / "again", "--json").json()["checks"]}
+    assert checks["checksums"] and checks["other files"] and checks["zeroed tensors"] and checks["files and headers"]
+    run("strip", tmp_path / "again", tmp_path / "back")
+    same_model(base, tmp_path / "back")

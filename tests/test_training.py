@@ -176,13 +176,13 @@ def test_new_layers_that_peft_is_to_save(run, deeper, tmp_path):
     the deeper model with the adapter is the trained one."""
     peft = pytest.importorskip("peft")
     done = training.freeze_base(_lora(load(deeper)), deeper)
-    assert done.saved_by_peft is False and "modules_to_save=['layers.2', 'layers.4']" in str(done)
+    assert done.unsaved == ("layers.2", "layers.4") and "modules_to_save=['layers.2', 'layers.4']" in str(done)
     torch.manual_seed(0)
     adapted, saved = r".*layers\.[01]\.self_attn\.q_proj", ["layers.2", "layers.4"]
     model = peft.get_peft_model(load(deeper), peft.LoraConfig(target_modules=adapted, modules_to_save=saved))
     done = training.freeze_base(model, deeper)
     new = training.new_parameters(deeper)
-    assert (done.trained_tensors, done.added_tensors, done.saved_by_peft) == (len(new), 4, True)
+    assert (done.trained_tensors, done.added_tensors, done.unsaved) == (len(new), 4, ())
     groups = {g["name"]: g for g in training.optimizer_groups(model, deeper, lr=1e-2, zeroed_lr=2e-2)}
     assert (len(groups["zeroed"]["params"]), len(groups["added"]["params"])) == (4, 4)
     watch = training.Watch(model, deeper)

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..errors import DeusMergeError, TrainingError
 from .carry import carry_manifest
-from .freeze import UNSAVED, modules_to_save
+from .freeze import UNSAVED
 from .watching import Watch
 
 
@@ -36,10 +36,9 @@ class NewLayersCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._watch = Watch(model, self.path, self.generation)
-        if self._watch.saved_by_peft is False and args.save_strategy != "no":
-            layers = ", ".join(map(repr, modules_to_save(self._watch.layers)))
+        if self._watch.unsaved and args.save_strategy != "no":
             hint = "without checkpoints (save_strategy='no') the training may go on"
-            raise TrainingError(UNSAVED.format(layers), where=str(args.output_dir), hint=hint)
+            raise TrainingError(UNSAVED.format(list(self._watch.unsaved)), where=str(args.output_dir), hint=hint)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._gradients = self._watch.gradient_norms(self.per_layer)  # read only when logged: no wait for the device

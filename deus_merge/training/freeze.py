@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,8 +32,8 @@ class Trainable:
         frozen_tensors: How many tensors stay as they are; tied ones count once.
         frozen_parameters: The numbers in them.
         added_tensors: Tensors that peft put on top; they were left as they are.
-        dtype: Of the weights that train.
-        saved_by_peft: Whether peft's ``save_pretrained`` writes the new layers; None without peft.
+        dtype: Of the weights that train, the least precise.
+        unsaved: New modules that peft's ``save_pretrained`` would leave out; `UNSAVED` tells what to do.
     """
 
     layers: tuple[int, ...]
@@ -43,7 +43,7 @@ class Trainable:
     frozen_parameters: int
     added_tensors: int = 0
     dtype: str = "float32"
-    saved_by_peft: bool | None = None
+    unsaved: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = self.trained_parameters / max(1, self.trained_parameters + self.frozen_parameters)
@@ -56,22 +56,18 @@ class Trainable:
 
     def _advice(self) -> str:
         told = ""
-        if self.dtype in ("bfloat16", "float16"):
+        if self.dtype in _COARSE:
             told += f"; in {self.dtype} small steps are lost: load the model with dtype=torch.float32"
-        if self.saved_by_peft is False:
-            told += f"; {UNSAVED.format(', '.join(map(repr, modules_to_save(self.layers))))}"
+        if self.unsaved:
+            told += f"; {UNSAVED.format(list(self.unsaved))}"
         return told
 
 
 UNSAVED = (
-    "peft saves adapters alone, without the new layers: give it modules_to_save=[{}], or save with"
+    "peft saves adapters alone, without the new layers: give it modules_to_save={}, or save with"
     " model.merge_and_unload().save_pretrained(folder)"
 )
-
-
-def modules_to_save(layers: Iterable[int]) -> list[str]:
-    """What peft's ``modules_to_save`` must name for these layers to be trained whole, and saved with an adapter."""
-    return [f"layers.{layer}" for layer in layers]
+_COARSE = ("float16", "bfloat16")
 
 
 def read_training(path: Path | str) -> dict:
@@ -172,23 +168,21 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
     for parameter, trains in wanted:
         parameter.requires_grad_(trains)
     counts = (n for part in (trained, frozen) for n in (len(part), sum(map(_size, part.values()))))
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()}, key=_precise)
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in trained.values()}
     return Trainable(
         new_layers(record, generation),
         *counts,
         added_tensors=len(parameters.added),
-        dtype=dtypes[0] if dtypes else "float32",
-        saved_by_peft=saved_by_peft(parameters, new),
+        dtype=next((d for d in _COARSE if d in dtypes), "float32"),
+        unsaved=unsaved(parameters, record, generation),
     )
 
 
-def saved_by_peft(parameters: Parameters, new: Iterable[str]) -> bool | None:
-    """Whether an adapter's save holds these new tensors; None without an adapter."""
-    return all(name in parameters.copies for name in new) if parameters.added or parameters.copies else None
-
-
-def _precise(dtype: str) -> int:
-    return ("float16", "bfloat16").index(dtype) if dtype in ("float16", "bfloat16") else 2
+def unsaved(parameters: Parameters, record: Mapping, generation: int = -1) -> tuple[str, ...]:
+    """`Trainable.unsaved`: new layers of which peft, where it is there, has no copy to save."""
+    prefixes = [prefix_of(layer, record["layer_prefix"]) for layer in new_layers(record, generation)]
+    left_out = [p for p in prefixes if not any(name.startswith(p) for name in parameters.copies)]
+    return tuple(".".join(p.split(".")[-3:-1]) for p in left_out) if parameters.added or parameters.copies else ()
 
 
 def _check_zeroed(parameters: Parameters, record: Mapping, path: Path | str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..architecture import prefix_of
 from ..errors import TrainingError
-from .freeze import new_layers, new_names, read_training, saved_by_peft
+from .freeze import new_layers, new_names, read_training, unsaved
 from .names import parameters_of
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class Watch:
         CheckpointError, TrainingError: as `freeze_base`; or a weight of the base would train, or nothing new.
 
     Attributes:
-        layers: The new layers.
-        saved_by_peft: As of `Trainable`.
+        unsaved: As of `Trainable`.
     """
 
     def __init__(self, model: Module, path: Path | str, generation: int = -1):
@@ -60,12 +59,11 @@ class Watch:
                 hint="call freeze_base on the model; if peft wraps it (trl's peft_config does), then after that: peft"
                 " freezes all that is not its own",
             )
-        self.layers = new_layers(record, generation)
-        self.saved_by_peft = saved_by_peft(parameters, new)
+        self.unsaved = unsaved(parameters, record, generation)
         self._frozen = {name: parameter for name, parameter in base.items() if not parameter.requires_grad}
         self._sums = _checksums(self._frozen)
         self._layers: dict[int, dict[str, Parameter]] = {}
-        for layer in self.layers:
+        for layer in new_layers(record, generation):
             prefix = prefix_of(layer, record["layer_prefix"])
             self._layers[layer] = {name: p for name, p in base.items() if name.startswith(prefix)}
         self._zeroed = [name for name in new if record["tensors"][name]["action"] == "zeros"]
