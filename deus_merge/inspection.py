@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .checkpoint.reader import TensorSource
 from .checkpoint.source import PLAIN, Access
-from .errors import ArchitectureError, DeusMergeError
+from .errors import ArchitectureError, CheckpointError, DeusMergeError
 from .recipe import ModelRef
 from .report.lineage import generations
 from .report.manifest import MANIFEST, read_manifest
@@ -37,7 +37,7 @@ def summary(model: str, access: Access = PLAIN) -> dict:
         "parameters": parameters,
         "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
         "files": len(checkpoint.files),
-        "grown": _growths(checkpoint),
+        "grown": _growths(checkpoint, view.num_layers),
     }
     roles = []
     for role, name in view.layers[0].items():
@@ -54,18 +54,21 @@ def summary(model: str, access: Access = PLAIN) -> dict:
     return {k: v for k, v in facts.items() if v is not None} | {"roles": roles}
 
 
-def _growths(checkpoint: TensorSource) -> str | None:
+def _growths(checkpoint: TensorSource, layers: int) -> str | None:
     if not isinstance(file := checkpoint.beside.get(MANIFEST), Path):
         return None
     try:
-        growths = generations(read_manifest(file))
+        record = read_manifest(file)
+        if record.get("num_layers") != layers:
+            raise CheckpointError(f"it tells of {record.get('num_layers')} layers")
+        growths = generations(record)
     except DeusMergeError as error:
         return f"not known, its {MANIFEST} cannot be used: {error.message}"
     told = []
     for growth in growths:
         layers = ", ".join(map(str, growth["new_layers"])) or "none"
         told.append(f"{layers} (trained)" if growth["trained"] else layers)
-    return "; then ".join(told)
+    return "; then ".join(told) if any(growth["new_layers"] for growth in growths) else None
 
 
 def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:

@@ -160,17 +160,18 @@ class _Planner:
 
     def _inserting(self, piece: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
-        first, first_source = ranges[0], piece.sources[0]
-        if len(piece.sources) == 1:
+        first, base = ranges[0], piece.sources[0]
+        keeps, learns = len(piece.sources) == 1, methods()[piece.merge_method].learns
+        if keeps:
             if len(first) < 2:
-                first_source.place.fail(
+                base.place.fail(
                     f"a single layer has no gap for {piece.merge_method}",
                     expected="a layer_range of at least two layers",
                     got=f"[{first.start}, {first.stop}]",
                 )
             pairs = list(zip(first, first[1:], strict=False))
             sources = piece.sources * 2
-        elif methods()[piece.merge_method].learns:
+        elif learns:
             piece.place.fail(
                 f"{piece.merge_method} learns from the layers of one model",
                 expected="one source, whose gaps are filled",
@@ -180,9 +181,7 @@ class _Planner:
         else:
             pairs = list(zip(*ranges, strict=True))
             sources = piece.sources
-        keeps = len(piece.sources) == 1
-        learns = methods()[piece.merge_method].learns
-        copy, whole = _copied(piece), range(self.made.view(first_source.model).num_layers)
+        copy, whole = _copied(piece), range(self.made.view(base.model).num_layers)
         for j, pair in enumerate(pairs):
             if keeps:
                 self.made.layers(copy, [pair[0]], 0.0, bare=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .architecture import ModelView, prefix_of, view_model
@@ -15,7 +15,8 @@ from .config import LayerOrigin, check_config, deeper_config
 from .errors import DeusMergeError, PlanError, VerifyError, json_text
 from .model_files import copied_files
 from .preflight import check_apart
-from .report.manifest import MANIFEST, check_belongs, read_manifest, sealed
+from .report.lineage import generations
+from .report.manifest import MANIFEST, RECIPE, check_belongs, read_manifest, sealed
 from .units import dtype_name, parse_size, promoted
 from .verify.weights import Wanted, examine
 
@@ -89,7 +90,7 @@ def strip(
     folder = Path(folder)
     record = read_manifest(folder if manifest is None else Path(manifest), _NEEDED)
     checkpoint = Checkpoint.open(folder)
-    _check_no_source(Path(out), record)
+    _check_no_source(Path(out), record, *([] if manifest is None else [Path(manifest)]))
     view = check_belongs(record, checkpoint, hint="name the right one with --manifest")
     kept = _kept_layers(record, view)
     sources = _renamed(checkpoint, view, kept)
@@ -103,6 +104,9 @@ def strip(
     files["config.json"] = (json_text(config, indent=2) + "\n").encode()
     if len(shards) > 1:
         files[INDEX] = index_json(shards)
+    earlier = _Earlier.of(record)
+    if earlier.recipe is not None:
+        files[RECIPE] = earlier.recipe
 
     identity = hashlib.sha256(f"strip {record['plan_hash']}".encode()).hexdigest()
     output = OutputFolder(out, plan_hash=identity, overwrite=overwrite)
@@ -115,46 +119,71 @@ def strip(
         _check_written(written, sources)
         equal, widened, different = _compare(written, base) if base else (None, 0, ())
         same_files = written.fingerprint == record["sources"][record["donor"]]["fingerprint"]
-        earlier = _earlier_manifest(record, shards, files, unchanged=equal == len(sources))
-        if earlier is not None:
-            output.put(MANIFEST, earlier)
+        unchanged = equal is not None and not different and not widened
+        content = earlier.sealed(shards, files, written, unchanged) if earlier.there else None
+        if content is not None:
+            output.put(MANIFEST, content)
         output.finish()
     removed = tuple(record["new_layers"])
-    carried = earlier is not None if len(record.get("lineage", [])) > 1 else None
+    carried = None if earlier.there is None else content is not None
     return Stripped(Path(out), len(kept), removed, len(sources), equal, widened, different, same_files, carried)
 
 
-def _check_no_source(out: Path, record: Mapping) -> None:
-    """What is written is a base of its own: no model that the output was made from is replaced by it."""
-    for source in record["sources"]:
-        folder = Path(source.get("folder", ""))
-        if "folder" in source and folder.exists() and out.exists() and folder.samefile(out):
+def _check_no_source(out: Path, record: Mapping, *others: Path) -> None:
+    """What is written is a base of its own: it replaces no model that the output, or what it was grown from, was made
+    from."""
+    sources = [s for growth in generations(record) for s in growth["sources"] if isinstance(s, Mapping)]
+    folders = [Path(s["folder"]) for s in sources if isinstance(s.get("folder"), str)]
+    for folder in (*folders, *others):
+        if folder.exists() and out.exists() and folder.samefile(out):
             raise PlanError(
                 "this is a model that the output was made from",
                 where=out,
                 expected="a new folder, for the base that is taken out of the output",
-                hint="give a folder of its own: strip compares what it writes with this model by itself",
+                hint="give a folder of its own: strip compares what it writes with the base by itself",
             )
 
 
-def _earlier_manifest(
-    record: Mapping, shards: Sequence[ShardLayout], files: Mapping[str, bytes], *, unchanged: bool
-) -> bytes | None:
-    """The base's own manifest, where it came of a growth itself and is still there, for the files written here."""
-    lineage = record.get("lineage", [])
-    folder = record["sources"][record["donor"]].get("folder")
-    if len(lineage) < 2 or folder is None:
-        return None
-    try:
-        earlier = read_manifest(Path(folder))
-    except DeusMergeError:
-        return None
-    if earlier["plan_hash"] != lineage[-2]["plan_hash"]:
-        return None
-    weights = {s.filename: {"bytes": s.size, "header_sha256": _sha256(s.header)} for s in shards}
-    digests = {name: _sha256(content) for name, content in sorted(files.items())}
-    trained = bool(earlier.get("trained")) or not unchanged
-    return sealed({**earlier, "weights": weights, "files": digests, "trained": trained})
+@dataclass(frozen=True)
+class _Earlier:
+    """What the base has of its own growth, where that is still to be found.
+
+    Attributes:
+        there: None: the base came of no growth.
+        record: Its manifest.
+        recipe: Its recipe's bytes.
+    """
+
+    there: bool | None
+    record: Mapping = field(default_factory=dict)
+    recipe: bytes | None = None
+
+    @classmethod
+    def of(cls, record: Mapping) -> _Earlier:
+        growths = {entry["plan_hash"]: entry for entry in generations(record)[:-1]}
+        folder = Path(record["sources"][record["donor"]].get("folder", ""))
+        if not growths or (folder.is_dir() and not (folder / MANIFEST).is_file()):
+            return cls(None)
+        try:
+            earlier = read_manifest(folder)
+            growth = growths[earlier["plan_hash"]]
+        except (DeusMergeError, KeyError):
+            return cls(False)
+        recipe = read_small(folder / RECIPE) if (folder / RECIPE).is_file() else b""
+        return cls(True, earlier, recipe if _sha256(recipe) == growth["recipe"] else None)
+
+    def sealed(
+        self, shards: Sequence[ShardLayout], files: Mapping[str, bytes], written: Checkpoint, unchanged: bool
+    ) -> bytes | None:
+        """Its manifest for what was written; None where that was cast to a dtype that does not hold its tensors."""
+        planned = {name: origin.get("dtype") for name, origin in self.record["tensors"].items()}
+        dtypes = [(t.dtype, planned.get(name) or t.dtype) for name, t in written.tensors.items()]
+        if any(now != then and promoted([now, then]) != now for now, then in dtypes):
+            return None
+        weights = {s.filename: {"bytes": s.size, "header_sha256": _sha256(s.header)} for s in shards}
+        digests = {name: _sha256(content) for name, content in sorted(files.items())}
+        trained = bool(self.record.get("trained")) or not unchanged
+        return sealed({**self.record, "weights": weights, "files": digests, "trained": trained})
 
 
 def _sha256(content: bytes) -> str:
@@ -164,7 +193,7 @@ def _sha256(content: bytes) -> str:
 def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
     """The output's layers that are the base's, all of them and in order."""
     if not record["new_layers"]:
-        raise PlanError("there is no new layer to take out", hint="the model was merged, not made deeper")
+        raise PlanError("there is no new layer to take out", hint="nothing was put into its main stack")
     base = record["sources"][record["donor"]]["model"]
     for name, module in record.get("modules", {}).items():
         if any(e["new"] or len(e["sources"]) > 1 or e["kind"] not in _AS_THEY_WERE for e in module["layers"]):
@@ -234,7 +263,10 @@ def _base(record: Mapping) -> Checkpoint | None:
     folder = Path(source.get("folder", ""))
     if "folder" not in source or not folder.is_dir():
         return None
-    base = Checkpoint.open(folder)
+    try:
+        base = Checkpoint.open(folder)
+    except DeusMergeError:  # pickled, or damaged since
+        return None
     return base if base.fingerprint == source["fingerprint"] else None
 
 

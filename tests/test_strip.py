@@ -222,8 +222,27 @@ def test_a_model_that_was_grown_twice_is_stripped_twice(run, tmp_path):
     run("upscale", base, tmp_path / "once", "--preset", "copy_next", "--insert", "{after: [1]}")
     run("upscale", tmp_path / "once", tmp_path / "twice", "--preset", "opt_deus", "--insert", "{after: [0, 3]}")
     assert "can be stripped again" in run("strip", tmp_path / "twice", tmp_path / "again").err
-    same_model(tmp_path / "once", tmp_path / "again")
+    same_model(tmp_path / "once", tmp_path / "again", ("config.json", "model.safetensors", "deus_merge.yml"))
     checks = {c["name"]: c["passed"] for c in run("verify", tmp_path / "again", "--json").json()["checks"]}
     assert checks["checksums"] and checks["other files"] and checks["zeroed tensors"] and checks["files and headers"]
     run("strip", tmp_path / "again", tmp_path / "back")
     same_model(base, tmp_path / "back")
+    before = (base / "model.safetensors").read_bytes()
+    for source in (base, tmp_path / "once"):  # also what it was grown from before, and where the manifest is
+        options = ("--manifest", tmp_path / "twice", "--overwrite")
+        assert "was made from" in run("strip", tmp_path / "twice", source, *options, expect=2).err
+    assert "was made from" in run("strip", tmp_path / "again", tmp_path / "twice", *options, expect=2).err
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_a_base_that_cannot_be_compared_or_was_cast(run, tmp_path):
+    """Weights that are not read are as good as gone; a manifest is carried only to weights that it is true of."""
+    base = make_model(tmp_path / "base")
+    torch.save(weights(base), base / "pytorch_model.bin")
+    (base / "model.safetensors").rename(tmp_path / "weights")
+    run("upscale", base, tmp_path / "once", "--preset", "copy_next", "--allow-pickle")
+    assert "nothing to compare with" in run("strip", tmp_path / "once", tmp_path / "back").err
+    once = tmp_path / "once"
+    run("upscale", once, tmp_path / "half", "--insert", "{after: [0]}", "--dtype", "bfloat16")
+    assert "no manifest of the growth before" in run("strip", tmp_path / "half", tmp_path / "cast").err
+    assert not (tmp_path / "cast/deus_merge.json").exists()

@@ -65,6 +65,11 @@ def _lora(model, *_):
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
 
 
+def _token_lora(model, *_):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+
+
 def _own_lora(model, *_):
     peft = pytest.importorskip("peft")
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
@@ -92,6 +97,7 @@ WRAPPERS = {
     "lora": [_lora],
     "own lora": [_own_lora],
     "prompt": [_prompt],
+    "lora, and some tokens": [_token_lora],
     "all at once": [_lora, _frozen, _compiled, _distributed],
 }
 
@@ -176,7 +182,8 @@ def test_new_layers_that_peft_is_to_save(run, deeper, tmp_path):
     the deeper model with the adapter is the trained one."""
     peft = pytest.importorskip("peft")
     done = training.freeze_base(_lora(load(deeper)), deeper)
-    assert done.unsaved == ("layers.2", "layers.4") and "modules_to_save=['layers.2', 'layers.4']" in str(done)
+    assert done.unsaved == ("model.layers.2", "model.layers.4")
+    assert "modules_to_save=['model.layers.2', 'model.layers.4']" in str(done)
     torch.manual_seed(0)
     adapted, saved = r".*layers\.[01]\.self_attn\.q_proj", ["layers.2", "layers.4"]
     model = peft.get_peft_model(load(deeper), peft.LoraConfig(target_modules=adapted, modules_to_save=saved))
@@ -202,6 +209,20 @@ def test_new_layers_that_peft_is_to_save(run, deeper, tmp_path):
         assert torch.allclose(load(tmp_path / "whole")(input_ids=IDS).logits, expected, atol=1e-5)
 
 
+def test_copies_of_peft_that_are_not_all_or_not_used(deeper):
+    """Of layers that are saved in part the rest is told; of several adapters the one in use counts."""
+    peft = pytest.importorskip("peft")
+    part = peft.get_peft_model(load(deeper), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]))
+    assert training.freeze_base(part, deeper).unsaved == ("model.layers.2", "model.layers.4")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["layers.2", "layers.4"])
+    both = peft.get_peft_model(load(deeper), config)
+    both.add_adapter("other", config)
+    assert training.freeze_base(both, deeper).unsaved == ()
+    watch = training.Watch(both, deeper)
+    both(input_ids=IDS, labels=IDS).loss.backward()
+    assert watch.gradient_norms()["new_layers/grad_norm"] > 0
+
+
 def test_a_training_that_would_lose_or_forget_the_new_layers(deeper, tmp_path):
     """Checkpoints of peft without them; a model that peft froze once more; an adapter in place of the model."""
     model = _lora(load(deeper))
@@ -210,7 +231,7 @@ def test_a_training_that_would_lose_or_forget_the_new_layers(deeper, tmp_path):
     training.watch(made, deeper)
     with pytest.raises(TrainingError, match="peft saves adapters alone") as caught:
         made.train()
-    assert "modules_to_save=['layers.2', 'layers.4']" in str(caught.value)
+    assert "modules_to_save=['model.layers.2', 'model.layers.4']" in str(caught.value)
     made.args.save_strategy = "no"
     made.train()
     made.save_model(tmp_path / "adapter")
@@ -234,6 +255,10 @@ def test_a_manifest_of_another_place(deeper, tmp_path):
         training.freeze_base(load(deeper), checked)
     assert caught.value.where.startswith("model.layers.2.")
     training.freeze_base(load(deeper), other)  # made with --no-verify: nothing to tell it by
+    empty = load(deeper)
+    for parameter in empty.parameters():
+        parameter.data.zero_()
+    training.freeze_base(empty, checked)  # weights that are to come from another process
     for wrong in ("a folder", None):
         with pytest.raises(TrainingError, match="not a model"):
             training.freeze_base(wrong, deeper)
@@ -253,6 +278,46 @@ def test_where_a_manifest_can_be_carried(deeper, tmp_path):
         training.carry_manifest(deeper, tmp_path / "file")
     assert not (tmp_path / "mistyped").exists() and not (base / "deus_merge.json").exists()
     assert (other / "deus_merge.json").read_bytes() == before
+
+
+def test_a_manifest_replaces_another_where_the_model_did(run, deeper, tmp_path):
+    """Two trainings into one folder, and one in place: the manifest is that of the weights."""
+    other = grow(deeper.parent / "base", tmp_path / "other", insert={"after": [0, 1]})
+    for out in (deeper, other):
+        model = load(out)
+        training.freeze_base(model, out)
+        made = trainer(model, tmp_path / "runs")
+        training.watch(made, out)
+        made.train()
+    saved = tmp_path / "runs/checkpoint-4"
+    assert training.new_parameters(saved) == training.new_parameters(other)
+    assert (saved / "deus_merge.yml").read_bytes() == (other / "deus_merge.yml").read_bytes()
+    model.save_pretrained(other, max_shard_size="60KB")  # many files now
+    (other / "model.safetensors").unlink()
+    training.carry_manifest(other, other)
+    assert run("verify", other, "--json").json()["passed"]
+    (other / "deus_merge.json").write_text("{}")
+    training.carry_manifest(saved, other)  # a damaged one says nothing
+
+
+def test_an_earlier_growth_is_trained_and_a_tied_head_saved_once(run, deeper, tmp_path):
+    """What any growth put in may have changed; the copy of the embeddings that a base had as its head may be gone."""
+    base = make_model(tmp_path / "base", tied=True)
+    tensors = weights(base)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    once = grow(base, tmp_path / "once", insert={"after": [1]})
+    twice = grow(once, tmp_path / "twice", insert={"after": [0]})
+    model = load(twice)
+    training.freeze_base(model, twice, generation=0)
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight += 0.1
+    model.save_pretrained(tmp_path / "trained")
+    assert "lm_head.weight" in weights(twice) and "lm_head.weight" not in weights(tmp_path / "trained")
+    training.carry_manifest(twice, tmp_path / "trained")
+    assert run("verify", tmp_path / "trained", "--json").json()["passed"]
+    told = run("strip", tmp_path / "trained", tmp_path / "back", "--json").json()
+    assert told["manifest"] is True and json.loads((tmp_path / "back/deus_merge.json").read_text())["trained"] is True
+    assert run("verify", tmp_path / "back", "--json").json()["passed"]
 
 
 def test_training_in_another_dtype(run, tmp_path):
@@ -530,8 +595,8 @@ def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
     assert run("verify", tmp_path / "once", "--json").json()["passed"]
     told = run("strip", tmp_path / "once", tmp_path / "twice", "--json").json()
     assert (told["equal_to_base"], told["manifest"]) == (len(weights(tiny)), None)
-    (trained / "deus_merge.json").unlink()
-    assert "name it with --manifest" in run("strip", again, tmp_path / "alone").err
+    trained.rename(tmp_path / "moved")
+    assert "name one with --manifest" in run("strip", again, tmp_path / "alone").err
     assert (tmp_path / "twice/model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 

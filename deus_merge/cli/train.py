@@ -70,4 +70,4 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
     if done.carried:
         say("the manifest of the growth before came along: this can be stripped again")
     elif done.carried is False:
-        say("the manifest of the growth before is not where it was: to strip this again, name it with --manifest")
+        say("no manifest of the growth before that fits: to strip this again, name one with --manifest")

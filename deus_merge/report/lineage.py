@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..architecture import prefix_of
 from ..errors import CheckpointError, DeusMergeError
 from ..intermediate import PlannedResult
 from ..plan import Plan
@@ -33,6 +34,13 @@ def generations(record: Mapping) -> list[dict]:
         ]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError("the manifest is not complete", where=MANIFEST) from None
+
+
+def grown_names(record: Mapping) -> frozenset[str]:
+    """Names of the tensors that any growth of a manifest put in."""
+    earlier = [layer for growth in generations(record)[:-1] for layer in growth["new_layers"]]
+    prefixes = tuple(prefix_of(layer, record["layer_prefix"]) for layer in earlier)
+    return frozenset(record["new_parameters"]) | {name for name in record["tensors"] if name.startswith(prefixes)}
 
 
 def ancestors(plan: Plan) -> tuple[list[dict], tuple[str, ...]]:

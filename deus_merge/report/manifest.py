@@ -71,7 +71,7 @@ def manifest(
         "plan_hash": plan.hash,
         "versions": _versions(),
         "options": dict(options),
-        "donor": plan.models.index(donor),
+        "donor": 0,
         "donor_config": config_patch(plan.config, donor.checkpoint.config),
         "layer_prefix": donor.view.layer_prefix,
         "sources": [

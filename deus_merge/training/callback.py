@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 
 from ..errors import DeusMergeError, TrainingError
+from ..report.manifest import MANIFEST
 from .carry import carry_manifest
 from .freeze import UNSAVED
 from .watching import Watch
@@ -59,8 +60,9 @@ class NewLayersCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (folder / "config.json").is_file():  # not an adapter, not a shard
             try:
-                carry_manifest(self.path, folder)
+                carry_manifest(self.path, folder, replace=True)
             except DeusMergeError as error:  # the weights are saved, and the training may go on
+                (folder / MANIFEST).unlink(missing_ok=True)  # an earlier model's
                 warnings.warn(f"no manifest for {folder}: {error}", stacklevel=2)
 
     def on_train_end(self, args, state, control, **kwargs):

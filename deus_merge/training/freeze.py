@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,7 @@ from ..architecture import prefix_of
 from ..errors import TrainingError
 from ..report.lineage import generations
 from ..report.manifest import MANIFEST, read_manifest
-from ..units import ITEMSIZE
-from ..verify.weights import ALGORITHM
-from .names import Parameters, parameters_of
+from .names import Parameters, check_zeroed, parameters_of
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -64,10 +61,11 @@ class Trainable:
 
 
 UNSAVED = (
-    "peft saves adapters alone, without the new layers: give it modules_to_save={}, or save with"
-    " model.merge_and_unload().save_pretrained(folder)"
+    "peft saves adapters alone, without the new layers: give it modules_to_save={}, or merge the"
+    " adapter into the model before that is saved"
 )
-_COARSE = ("float16", "bfloat16")
+_COARSE = ("bfloat16", "float16")
+_LAYER = re.compile(r".*?\.\d+(?=\.)")  # the module of a layer, at the beginning of a tensor's name
 
 
 def read_training(path: Path | str) -> dict:
@@ -92,7 +90,7 @@ def new_layers(record: Mapping, generation: int = -1) -> tuple[int, ...]:
         )
     layers = tuple(grown[generation]["new_layers"])
     if not layers:
-        hint = "name an earlier growth by its generation" if len(grown) > 1 else "the model was merged, not made deeper"
+        hint = "nothing was put into the main stack" + ("; name an earlier growth" if len(grown) > 1 else "")
         raise TrainingError("there is no new layer to train", where=MANIFEST, hint=hint)
     return layers
 
@@ -142,7 +140,7 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
     if not hasattr(model, "named_parameters"):
         raise TrainingError("not a model", expected="a torch module, then its folder", got=repr(model))
     parameters = parameters_of(model, record)
-    _check_zeroed(parameters, record, path)
+    check_zeroed(parameters, record, path)
     new = parameters.base.keys() & new_names(record, generation)  # without buffers
     trained = {id(p): p for name, p in parameters.base.items() if name in new}
     frozen = {id(p): p for name, p in parameters.base.items() if name not in new}
@@ -173,41 +171,17 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
         new_layers(record, generation),
         *counts,
         added_tensors=len(parameters.added),
-        dtype=next((d for d in _COARSE if d in dtypes), "float32"),
-        unsaved=unsaved(parameters, record, generation),
+        dtype=next((d for d in _COARSE if d in dtypes), ", ".join(sorted(dtypes))),
+        unsaved=unsaved(parameters, new),
     )
 
 
-def unsaved(parameters: Parameters, record: Mapping, generation: int = -1) -> tuple[str, ...]:
-    """`Trainable.unsaved`: new layers of which peft, where it is there, has no copy to save."""
-    prefixes = [prefix_of(layer, record["layer_prefix"]) for layer in new_layers(record, generation)]
-    left_out = [p for p in prefixes if not any(name.startswith(p) for name in parameters.copies)]
-    return tuple(".".join(p.split(".")[-3:-1]) for p in left_out) if parameters.added or parameters.copies else ()
-
-
-def _check_zeroed(parameters: Parameters, record: Mapping, path: Path | str) -> None:
-    """A frozen output projection that is zero, and was not when the manifest was written: the manifest is another
-    model's, of as many layers with new ones at other places."""
-    import torch
-    import xxhash
-
-    tensors = record["tensors"]
-    ends = tuple({re.sub(r".*\.\d+\.", ".", name) for name, origin in tensors.items() if origin["action"] == "zeros"})
-    for name, parameter in parameters.base.items():
-        origin = tensors[name]
-        looked_at = name.endswith(ends) and origin["action"] != "zeros" and ALGORITHM in origin
-        if not looked_at or parameter.is_meta or not parameter.numel() or hasattr(parameter, "ds_tensor"):
-            continue
-        if torch.any(parameter[0]) or torch.any(parameter):
-            continue
-        zeros = bytes(prod(origin["shape"]) * ITEMSIZE[origin["dtype"]])
-        if xxhash.xxh3_128_hexdigest(zeros) != origin[ALGORITHM]:
-            raise TrainingError(
-                "the manifest is another model's: a weight that it would freeze is zero, as those of new layers are",
-                where=name,
-                expected=f"the folder that the model was loaded from, or trained from; not {path}",
-                hint="two outputs of as many layers differ in where the new ones are",
-            )
+def unsaved(parameters: Parameters, new: Iterable[str]) -> tuple[str, ...]:
+    """`Trainable.unsaved`: layers with new tensors of which peft, where it is there, has no copy to save."""
+    if not parameters.added and not parameters.copies:
+        return ()
+    left_out = sorted(set(new) - parameters.copies)
+    return tuple(dict.fromkeys(_LAYER.match(name)[0] for name in left_out))
 
 
 def optimizer_groups(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..architecture import prefix_of
 from ..errors import TrainingError
-from ..report.lineage import generations
+from ..report.lineage import grown_names
+from ..units import ITEMSIZE
+from ..verify.weights import ALGORITHM
 
 if TYPE_CHECKING:
     from torch.nn import Module, Parameter
@@ -17,10 +21,10 @@ if TYPE_CHECKING:
 # Modules that wrappers put between a model's own, anywhere: torch.compile, FSDP, activation checkpointing, and peft,
 # which keeps the tensor it adapts as base_layer, and a module of which it trains (and saves) a copy as original_module.
 _BETWEEN = re.compile(
-    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module"
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module|token_adapter"
     r"|modules_to_save\.[^.]+)\."
 )
-_COPY = re.compile(r"(?:\.|^)modules_to_save\.")
+_COPY = re.compile(r"(.*)\.modules_to_save\.([^.]+)\.")  # which module of peft, for which adapter
 _AROUND = re.compile(r"(?:module|base_model|model)\.")  # DistributedDataParallel and DeepSpeed; peft
 
 
@@ -58,19 +62,15 @@ def parameters_of(model: Module, record: Mapping) -> Parameters:
         TrainingError: the model is another one than the manifest's: it has parameters more, or fewer.
     """
     planned = record["tensors"].keys()
-    grown = tuple(
-        prefix_of(layer, record["layer_prefix"]) for growth in generations(record) for layer in growth["new_layers"]
-    )
+    grown = grown_names(record)
     base: dict[str, Parameter] = {}
     copies: dict[str, Parameter] = {}
     others: dict[str, Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        plain = plain_name(name, planned)
-        if plain not in planned:
-            others[name] = parameter
-        elif not _COPY.search(name):
+        plain, copy = plain_name(name, planned), _COPY.match(name)
+        if copy is None and plain in planned:
             base[plain] = parameter
-        elif plain.startswith(grown):
+        elif copy is not None and plain in grown and copy[2] in _active(model.get_submodule(copy[1])):
             copies[plain] = parameter
         else:
             others[name] = parameter
@@ -96,3 +96,44 @@ def parameters_of(model: Module, record: Mapping) -> Parameters:
             hint="load it with AutoModelForCausalLM from the folder of the manifest, and freeze before FSDP shards it",
         )
     return Parameters(base, others, frozenset(copies))
+
+
+def _active(wrapper: Module) -> tuple[str, ...]:
+    """The adapters whose copy a wrapper of peft computes with."""
+    active = wrapper.active_adapter
+    return (active,) if isinstance(active, str) else tuple(active)
+
+
+def check_zeroed(parameters: Parameters, record: Mapping, path: Path | str) -> None:
+    """A frozen output projection that is zero, and was not when the manifest was written, beside new ones that are not:
+    the manifest is another model's, of as many layers with new ones at other places.
+
+    Raises:
+        TrainingError: it is.
+    """
+    import torch
+    import xxhash
+
+    def weighs(name: str) -> bool:
+        parameter = parameters.base[name]
+        return bool(parameter.numel()) and not parameter.is_meta and bool(torch.any(parameter))
+
+    tensors = record["tensors"]
+    zeroed = [name for name in parameters.base if tensors[name]["action"] == "zeros"]
+    if not any(map(weighs, zeroed)):  # untrained, or without weights as yet
+        return
+    ends = tuple({re.sub(r".*\.\d+\.", ".", name) for name in zeroed})
+    for name, parameter in parameters.base.items():
+        origin = tensors[name]
+        if origin["action"] == "zeros" or not name.endswith(ends) or ALGORITHM not in origin:
+            continue
+        if hasattr(parameter, "ds_tensor") or weighs(name):
+            continue
+        zeros = bytes(prod(origin["shape"]) * ITEMSIZE[origin["dtype"]])
+        if xxhash.xxh3_128_hexdigest(zeros) != origin[ALGORITHM]:
+            raise TrainingError(
+                "the manifest is another model's: a weight that it would freeze is zero, as those of new layers are",
+                where=name,
+                expected=f"the folder that the model was loaded from, or trained from; not {path}",
+                hint="two outputs of as many layers differ in where the new ones are",
+            )

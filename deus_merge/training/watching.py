@@ -59,7 +59,7 @@ class Watch:
                 hint="call freeze_base on the model; if peft wraps it (trl's peft_config does), then after that: peft"
                 " freezes all that is not its own",
             )
-        self.unsaved = unsaved(parameters, record, generation)
+        self.unsaved = unsaved(parameters, new)
         self._frozen = {name: parameter for name, parameter in base.items() if not parameter.requires_grad}
         self._sums = _checksums(self._frozen)
         self._layers: dict[int, dict[str, Parameter]] = {}

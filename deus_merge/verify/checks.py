@@ -14,6 +14,7 @@ from ..checkpoint.reader import Checkpoint, TensorSource
 from ..config import check_config
 from ..errors import DeusMergeError
 from ..modules import view_modules
+from ..report.lineage import grown_names
 from ..report.manifest import MANIFEST
 from ..units import dtype_name, promoted
 from . import logits, model
@@ -105,7 +106,9 @@ class Output:
     def tensors(self) -> Found:
         """Names, dtypes and shapes as planned."""
         planned, found = self.record["tensors"], self.checkpoint.tensors
-        wrong = [f"{name} is missing" for name in planned if name not in found]
+        tied = self.trained and self.checkpoint.config.get("tie_word_embeddings") is True
+        dropped = {"lm_head.weight"} if tied else set()  # transformers saves a tied head once, as the embeddings
+        wrong = [f"{name} is missing" for name in planned if name not in found and name not in dropped]
         wrong += [f"{name} in {found[name].file.name} was not planned" for name in found if name not in planned]
         for name, info in found.items():
             origin = planned.get(name, {})
@@ -194,7 +197,7 @@ class Output:
             hint = " (the checksums fit, so it may be the source that has changed)" if changed else ""
             theirs = self._sources[self.record["tensors"][wrong[0]]["model"]].tensors
             was = theirs.get(self.record["tensors"][wrong[0]]["tensor"])
-            if was and was.dtype != self._dtype_of(wrong[0]):
+            if was and was.dtype != self._dtype_of(wrong[0]) and self.trained:
                 now, then = dtype_name(self._dtype_of(wrong[0])), dtype_name(was.dtype)
                 hint = f" (it is {now}, its source {then}: save the model in a dtype that holds its base)"
             return False, self._places(wrong, "differs from its source") + hint
@@ -210,7 +213,7 @@ class Output:
         return (False, self._places(wrong, "holds NaN or infinity")) if wrong else (True, f"{looked_at} tensors")
 
     def _made_by(self, action: str) -> list[str]:
-        tensors, new = self.record["tensors"], self.record["new_parameters"] if self.trained else ()
+        tensors, new = self.record["tensors"], grown_names(self.record) if self.trained else ()
         names = (name for name in self.checkpoint.tensors if tensors.get(name, {}).get("action") == action)
         return [name for name in names if name not in new]
 

@@ -1,4 +1,5 @@
-"""One pass over an output's weights: each byte is read once, hashed, and compared with what it should be.
+"""One pass over an output's weights: each byte is read once, hashed, and compared with what it should be. (Twice where
+a trainer saved a tensor in a wider dtype, whose values are compared.)
 
 Copies never pass through this process when they are written (the kernel makes them), so their bytes are seen here for
 the first time: beside those of their source, 256 KiB at a time, small enough to stay in the processor's cache.
