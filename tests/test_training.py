@@ -603,7 +603,7 @@ def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
 def test_supervised_fine_tuning(run, tiny, tmp_path):
     pytest.importorskip("trl")
     trained = check_example(run, "sft", tiny, tmp_path, "--steps", 12, "--context", 96, "--lr", 5e-3)
-    assert "assistant: " in transformers.AutoTokenizer.from_pretrained(trained).chat_template
+    assert "assistant:" in transformers.AutoTokenizer.from_pretrained(trained).chat_template
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from deus_merge import training
 PLAIN = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
 
