@@ -29,7 +29,7 @@ bench: oracle  ## the figures in the README
 	$(BIN)/python benchmarks/run_all.py
 
 inits: $(VENV)/.test  ## which new layers learn fastest: hours; goes on where it was stopped
-	$(BIN)/python -m benchmarks.inits small smollm2
+	$(BIN)/python -m benchmarks.inits tiny small smollm2
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
