@@ -162,7 +162,7 @@ def _places(insert: Located, n: int, after_last: bool) -> list[int]:
         step = insert.mapping(("every",))["every"].integer(1)
         places = [i for i in range(step - 1, n, step) if after_last or i < n - 1]
         if step == n and not places:
-            insert.fail("no new layer can stand after the last one, which has no upper neighbour", expected=_FORMS)
+            insert.fail("this inserts no layer at all: the last one has no upper neighbour", expected=_FORMS)
     elif "after" in form:
         places = _after(insert.mapping(("after",))["after"], n, after_last)
     else:

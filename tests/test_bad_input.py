@@ -170,7 +170,7 @@ RECIPES = {
                            "choose a preset inside upscale"),
     "upscale and parameters": (f"{upscale('{}')}parameters: {{reg: 1}}\n", "parameters (line 3)", "inside upscale"),
     "insert name": (insert("tophalf"), "upscale.insert (line 2): unknown insert form", "did you mean 'top_half'?"),
-    "insert behind the last": (insert("{every: 4}"), "no new layer can stand after the last one", INSERT),
+    "insert behind the last": (insert("{every: 4}"), "no layer at all: the last one has no upper neighbour"),
     "insert number": (insert("3"), "upscale.insert (line 2): not an insert form", INSERT, "got:      3"),
     "insert list": (insert("[1, 2]"), "upscale.insert (line 2): not an insert form", INSERT, "got:      [1, 2]"),
     "insert nothing": (insert(""), "upscale.insert (line 2): not an insert form", INSERT, "got:      nothing"),

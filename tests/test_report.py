@@ -101,6 +101,6 @@ def test_names_and_recipes_stay_text(run, tmp_path):
 
 def test_a_damaged_manifest_makes_no_page(run, tiny, tmp_path):
     out = Path(shutil.copytree(tiny, tmp_path / "out"))
-    assert "only folders that deus-merge wrote" in run("report", out, expect=2).err
+    assert "merge and upscale write one" in run("report", out, expect=2).err
     (out / "deus_merge.json").write_text("{")
     assert "not strict JSON" in run("report", out, expect=3).err and not (out / "report.html").exists()
