@@ -28,7 +28,7 @@ def stopped(kill: signal.Signals, out: Path, *arguments) -> tuple[int, str]:
     for _ in range(10):
         process = start(*arguments)
         for line in process.stderr:
-            if line.startswith("[6/"):  # long before the end
+            if line.startswith("[3/"):  # long before the end
                 break
         process.send_signal(kill)
         _, told = process.communicate(timeout=60)
@@ -44,7 +44,7 @@ def model_bytes(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path, kill):
-    base = make_model(tmp_path / "base", layers=24, hidden_size=64, intermediate_size=640)
+    base = make_model(tmp_path / "base", layers=24, hidden_size=64, intermediate_size=1280)
     run("upscale", base, tmp_path / "whole", "--insert", "all", "--threads", "1")
     command = ("upscale", base, tmp_path / "out", "--insert", "all", "--threads", "1")
     code, told = stopped(kill, tmp_path / "out", *command)
@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path, kill):
 
 
 def test_resume_refuses_another_recipe(run, tmp_path):
-    base = make_model(tmp_path / "base", layers=24, hidden_size=64, intermediate_size=640)
+    base = make_model(tmp_path / "base", layers=24, hidden_size=64, intermediate_size=1280)
     stopped(signal.SIGINT, tmp_path / "out", "upscale", base, tmp_path / "out", "--insert", "all")
     done = run("upscale", base, tmp_path / "out", "--insert", "top_half", "--resume", expect=2)
     assert "resume" in done.err and not (tmp_path / "out").exists()
