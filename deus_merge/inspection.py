@@ -66,8 +66,8 @@ def _growths(checkpoint: TensorSource, layers: int) -> str | None:
         return f"not known, its {MANIFEST} cannot be used: {error.message}"
     told = []
     for growth in growths:
-        layers = ", ".join(map(str, growth["new_layers"])) or "none"
-        told.append(f"{layers} (trained)" if growth["trained"] else layers)
+        new = ", ".join(map(str, growth["new_layers"])) or "none"
+        told.append(f"{new} (trained)" if growth["trained"] else new)
     return "; then ".join(told) if any(growth["new_layers"] for growth in growths) else None
 
 

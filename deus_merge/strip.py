@@ -88,9 +88,10 @@ def strip(
         VerifyError: what was written is not what was read.
     """
     folder = Path(folder)
-    record = read_manifest(folder if manifest is None else Path(manifest), _NEEDED)
+    told_by = folder if manifest is None else Path(manifest)
+    record = read_manifest(told_by, _NEEDED)
     checkpoint = Checkpoint.open(folder)
-    _check_no_source(Path(out), record, *([] if manifest is None else [Path(manifest)]))
+    _check_no_source(Path(out), record, told_by.parent if told_by.is_file() else told_by)
     view = check_belongs(record, checkpoint, hint="name the right one with --manifest")
     kept = _kept_layers(record, view)
     sources = _renamed(checkpoint, view, kept)
@@ -129,15 +130,15 @@ def strip(
     return Stripped(Path(out), len(kept), removed, len(sources), equal, widened, different, same_files, carried)
 
 
-def _check_no_source(out: Path, record: Mapping, *others: Path) -> None:
+def _check_no_source(out: Path, record: Mapping, grown: Path) -> None:
     """What is written is a base of its own: it replaces no model that the output, or what it was grown from, was made
     from."""
     sources = [s for growth in generations(record) for s in growth["sources"] if isinstance(s, Mapping)]
     folders = [Path(s["folder"]) for s in sources if isinstance(s.get("folder"), str)]
-    for folder in (*folders, *others):
+    for folder in (*folders, grown):
         if folder.exists() and out.exists() and folder.samefile(out):
             raise PlanError(
-                "this is a model that the output was made from",
+                "this is the output itself, or a model that it was made from",
                 where=out,
                 expected="a new folder, for the base that is taken out of the output",
                 hint="give a folder of its own: strip compares what it writes with the base by itself",

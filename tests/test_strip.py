@@ -189,7 +189,7 @@ def test_what_strip_does_not_take(run, tmp_path):
     assert "must not contain each other" in run("strip", out, out / "inside", expect=2).err
     before = (base / "model.safetensors").read_bytes()
     for options in ((), ("--overwrite",)):
-        assert "a model that the output was made from" in run("strip", out, base, *options, expect=2).err
+        assert "a model that it was made from" in run("strip", out, base, *options, expect=2).err
     assert (base / "model.safetensors").read_bytes() == before
     plain = tmp_path / "plain.yml"
     plain.write_text(f"merge_method: passthrough\nmodels: [{{model: {base}}}]\n")
