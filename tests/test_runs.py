@@ -16,9 +16,14 @@ from support import make_model, token_ids, write_recipe
 COMMAND = [sys.executable, "-m", "deus_merge"]
 
 
-def start(*arguments, **kwargs) -> subprocess.Popen:
+def start(*arguments) -> subprocess.Popen:
+    """A run that Ctrl-C reaches, also where the tests themselves were started in the background, which ignores it."""
     return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
