@@ -29,7 +29,7 @@ def main() -> None:
         print(_logits(*options.logits))
         return
     if options.model is None:
-        from deus_merge.demo_models import smollm2, tiny_model
+        from deus_merge.models.demo import smollm2, tiny_model
 
         options.model = tiny_model() if options.small else smollm2(options.scratch.resolve())
     stripped = _strip(options)

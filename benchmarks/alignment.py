@@ -45,7 +45,7 @@ def main() -> None:
     figures, details = [], {}
     if not options.pair:
         if options.model is None:
-            from deus_merge.demo_models import smollm2
+            from deus_merge.models.demo import smollm2
 
             options.model = smollm2(options.scratch.resolve())
         model = Layers(options.model)
@@ -61,9 +61,9 @@ class Layers:
     """The layers of a checkpoint by role."""
 
     def __init__(self, folder: Path):
-        from deus_merge.config import head_shape
-        from deus_merge.recipe import ModelRef
-        from deus_merge.source_model import SourceModel
+        from deus_merge.models.config_rules import head_shape
+        from deus_merge.models.reference import ModelRef
+        from deus_merge.models.source import SourceModel
 
         self.folder = folder
         self.source = SourceModel.open(ModelRef(str(folder)), {})

@@ -30,8 +30,8 @@ from common import (
 
 _STAGES = """
 import json, sys, threading, time
-from deus_merge import execute
-from deus_merge.checkpoint import shards, writer
+from deus_merge.run import executor as execute
+from deus_merge.checkpoint import shards, output_folder as writer
 from deus_merge.cli import main
 spent = {}
 def watch(owner, name, stage):

@@ -24,7 +24,7 @@ def main() -> None:
     options.add_argument("--plain-runs", type=int, default=1)
     options = options.parse_args()
     if options.model is None:
-        from deus_merge.demo_models import smollm2
+        from deus_merge.models.demo import smollm2
 
         options.model = smollm2(options.scratch.resolve())
     out = options.scratch.resolve() / "smollm2-out"

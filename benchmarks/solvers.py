@@ -60,7 +60,7 @@ def solve(name: str, problem, options: dict) -> tuple[object, dict]:
     """Our solver, or a peer of ours: the plan, and what it tells."""
     import torch
 
-    from deus_merge.discover import plugins
+    from deus_merge.core.plugins import plugins
     from deus_merge.ot.problem import SolverOptions
 
     ours = plugins("deus_merge.ot.solvers", "SOLVER").get(name)
@@ -236,7 +236,7 @@ def main() -> None:
     if options.small:
         options.sizes = [1100]
     if options.model is None and "real" in options.problems:
-        from deus_merge.demo_models import smollm2
+        from deus_merge.models.demo import smollm2
 
         options.model = smollm2(options.scratch.resolve())
     print(_ROW.format("problem", "solver", "seconds", "MB", "L1 error", "<T, C>", "ratio"))

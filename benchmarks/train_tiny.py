@@ -1,6 +1,6 @@
-"""Trains the tiny Llama that ships as ``deus_merge/tiny/``, on the text of Python's standard library.
+"""Trains the tiny Llama that ships as ``deus_merge/models/tiny/``, on the text of Python's standard library.
 
-    python benchmarks/train_tiny.py --out deus_merge/tiny
+    python benchmarks/train_tiny.py --out deus_merge/models/tiny
 
 Question it answers: what loss does the shipped model have, and on what text. The run depends on the seed, the Python
 version (its standard library is the text) and the versions of torch and tokenizers; it uses one core and no clock:

@@ -17,19 +17,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .blocks import BlockPlan
 from .checkpoint.header import read_small
-from .checkpoint.source import PLAIN, Access
-from .errors import DeusMergeError, VerifyError
-from .execute import execute
-from .located import locate
-from .plan import Plan
-from .planner import DEFAULT_SHARD_SIZE, build_plan
-from .preflight import RunOptions
-from .recipe import Recipe
-from .recipe_reader import read_recipe, recipe_from
+from .checkpoint.storage import PLAIN, Access
+from .core.errors import DeusMergeError, VerifyError
+from .core.located import locate
+from .plan.blocks import BlockPlan
+from .plan.build import DEFAULT_SHARD_SIZE, build_plan
+from .plan.types import Plan
+from .recipe.reader import read_recipe, recipe_from
+from .recipe.types import Recipe
 from .report.manifest import RECIPE, read_manifest
-from .strip import Stripped
+from .run.executor import execute
+from .run.preflight import RunOptions
+from .run.strip import Stripped
 from .verify import Verification
 
 __all__ = [
@@ -233,11 +233,11 @@ def strip(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Stripped:
-    """Take the new layers out again; see `deus_merge.strip.strip`.
+    """Take the new layers out again; see `deus_merge.run.strip.strip`.
 
     Raises:
         DeusMergeError: as there.
     """
-    from .strip import strip as run
+    from .run.strip import strip as run
 
     return run(out, base, manifest=manifest, max_shard_size=max_shard_size, overwrite=overwrite)

@@ -16,7 +16,7 @@ import torch
 from fuzz.workshop import Workshop
 
 from deus_merge.cli.main import _run
-from deus_merge.demo_models import smollm2, tiny_model
+from deus_merge.models.demo import smollm2, tiny_model
 
 torch.set_num_threads(1)  # tests run side by side
 

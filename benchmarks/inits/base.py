@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks import train_tiny
-from deus_merge import demo_models
+from deus_merge.models import demo as demo_models
 
 from . import texts
 

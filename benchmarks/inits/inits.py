@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from deus_merge import api
-from deus_merge.located import locate
-from deus_merge.recipe import Recipe
-from deus_merge.recipe_reader import recipe_from
+from deus_merge.core.located import locate
+from deus_merge.recipe.reader import recipe_from
+from deus_merge.recipe.types import Recipe
 
 Build = Callable[[str, object], Recipe]
 #: (deeper model, indices of its new layers, calibration windows (w, t), generator): changes the new layers in place

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..architecture import TensorSpec
+from ..models.family import TensorSpec
 from .fusion import Fused
 from .options import AlignOptions
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..discover import plugins
-from ..errors import SolverError
+from ..core.errors import SolverError
+from ..core.plugins import plugins
 from ..ot.problem import OTProblem
 from .options import AlignOptions
 

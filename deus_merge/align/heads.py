@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..architecture import Heads
-from ..errors import SolverError
+from ..core.errors import SolverError
+from ..models.family import Heads
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..architecture import Heads
-from ..discover import plugins
-from ..errors import SolverError, nearest
+from ..core.errors import SolverError, nearest
+from ..core.plugins import plugins
+from ..models.family import Heads
 from ..ot.problem import SolverOptions
 
 #: The alignments a recipe can name: name -> (summary, reference).

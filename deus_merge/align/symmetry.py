@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..architecture import RESIDUAL, Heads, TensorSpec
-from ..errors import SolverError
+from ..core.errors import SolverError
+from ..models.family import RESIDUAL, Heads, TensorSpec
 from ..ot.coupling import PermutationCoupling, TransportMap
 from .fusion import Fused, PlanDiagnostics, check_fit, choose, cosines, mix, plan_between, read
 from .heads import AttentionAlignment, align_heads

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..architecture import RESIDUAL, TensorSpec
-from ..errors import SolverError
+from ..core.errors import SolverError
+from ..models.family import RESIDUAL, TensorSpec
 from ..ot.coupling import Coupling, TransportMap
 from .fusion import Fused, check_fit, choose, cosines, mix, plan_between, read
 from .options import AlignOptions

@@ -5,11 +5,11 @@ from __future__ import annotations
 from .header import TensorInfo
 from .hub import resolve
 from .layout import ShardLayout, TensorEntry, index_json, plan_shards
+from .output_folder import OutputFolder
 from .reader import Checkpoint
 from .shards import ShardWriter
-from .source import Access, open_source
+from .storage import Access, open_source
 from .system import free_space
-from .writer import OutputFolder
 
 __all__ = [
     "Access",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import CheckpointError
+from ..core.errors import CheckpointError
 from .header import TensorInfo, parse_json, read_header, read_small
 
 CONFIG = "adapter_config.json"

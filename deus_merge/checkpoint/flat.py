@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..units import torch_dtype
+from ..core.units import torch_dtype
 from .header import TensorInfo
 
 if TYPE_CHECKING:

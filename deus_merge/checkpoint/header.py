@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import CheckpointError
-from ..units import ITEMSIZE
+from ..core.errors import CheckpointError
+from ..core.units import ITEMSIZE
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 MAX_JSON = 100_000_000  # bytes of config.json or an index

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-from ..errors import CheckpointError
+from ..core.errors import CheckpointError
 from .header import parse_json, read_small
 
 SINGLE = "model.safetensors"

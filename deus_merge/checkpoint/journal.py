@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import PlanError
+from ..core.errors import PlanError
 
 FILENAME = "journal.jsonl"
 FORMAT = 2

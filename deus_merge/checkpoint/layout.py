@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..errors import PlanError
-from ..units import ITEMSIZE
+from ..core.errors import PlanError
+from ..core.units import ITEMSIZE
 from .index import SINGLE
 
 ALIGNMENT = 8  # bytes; the header's end, so that every dtype starts aligned

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError
+from ..core.errors import CheckpointError
 from .adapter import CONFIG, Adapted, Adapter
 from .header import TensorInfo
 from .reader import Checkpoint, TensorSource

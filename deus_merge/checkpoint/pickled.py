@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError
-from ..units import dtype_name, stored_dtypes
+from ..core.errors import CheckpointError
+from ..core.units import dtype_name, stored_dtypes
 from .header import FileHeader, TensorInfo, check_name, file_identity, open_regular, parse_json, read_small
 from .index import weight_map
 from .reader import Checkpoint

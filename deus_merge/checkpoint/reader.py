@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import CheckpointError, nearest, printable
-from ..units import ITEMSIZE, torch_dtype
+from ..core.errors import CheckpointError, nearest, printable
+from ..core.units import ITEMSIZE, torch_dtype
 from .header import FileHeader, TensorInfo, file_identity, open_regular, parse_json, read_header, read_small
 from .index import INDEX, SINGLE, single_file, weight_map
 

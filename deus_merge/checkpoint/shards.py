@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PlanError, printable
-from ..units import dtype_name, format_size
+from ..core.errors import PlanError, printable
+from ..core.units import dtype_name, format_size
 from .header import TensorInfo, open_regular
 from .layout import ShardLayout, TensorEntry
 from .system import allocate, copy_range, disk_told, free_space, sync_path, write_all

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from ..errors import CheckpointError, MachineError, PlanError
-from ..units import format_size
+from ..core.errors import CheckpointError, MachineError, PlanError
+from ..core.units import format_size
 
 # EPERM is what old container sandboxes say to calls they do not know.
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}

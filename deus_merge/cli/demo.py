@@ -25,7 +25,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     Example:
       deus-merge demo --tiny
     """
-    from ..demo_models import smollm2, tiny_model
+    from ..models.demo import smollm2, tiny_model
 
     hush_transformers()
     base = tiny_model() if tiny else smollm2(out)

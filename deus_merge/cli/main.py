@@ -9,18 +9,18 @@ import sys
 import click
 
 from .. import __version__
-from ..errors import DeusMergeError, printable
+from ..core.errors import DeusMergeError, printable
 
 _COMMANDS = {  # name -> module with a click command of that name; imported when used, so that --help is quick
-    "merge": "run",
-    "plan": "run",
-    "upscale": "run",
-    "verify": "look",
-    "report": "look",
-    "inspect": "look",
-    "methods": "look",
-    "export-training": "train",
-    "strip": "train",
+    "merge": "merge",
+    "plan": "merge",
+    "upscale": "merge",
+    "verify": "inspect",
+    "report": "inspect",
+    "inspect": "inspect",
+    "methods": "inspect",
+    "export-training": "training",
+    "strip": "training",
     "demo": "demo",
 }
 _HELP = {
@@ -50,7 +50,7 @@ class _Lazy(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            from ..errors import nearest
+            from ..core.errors import nearest
 
             hint = nearest(args[0], _COMMANDS) or f"known: {', '.join(_COMMANDS)}"
             raise click.UsageError(f"{error.format_message()} ({hint})", ctx) from None

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import click
 
-from ..blocks import BlockPlan
-from ..errors import json_text, printable
-from ..plan import Plan
-from ..recipe import methods
-from ..units import format_size
+from ..core.errors import json_text, printable
+from ..core.units import format_size
+from ..methods.registry import methods
+from ..plan.blocks import BlockPlan
+from ..plan.types import Plan
 from ..verify import Verification
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..method import Made
-from ._pieces import Pieces, total
+from ._runs import Pieces, total
+from .base import Made
 
 if TYPE_CHECKING:
     import torch

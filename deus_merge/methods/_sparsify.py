@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ._pieces import Pieces, total
 from ._random import Draws
 from ._ranks import cuts, keys
+from ._runs import Pieces, total
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..method import REQUIRED, Compute, CopyOf, Parameter
-from ._pieces import PieceMethod, Pieces, others
+from ..core.parameters import REQUIRED, Parameter
+from ._runs import PieceMethod, Pieces, others
 from ._sparsify import Begin, restoring_factor
+from .base import Compute, CopyOf
 
 if TYPE_CHECKING:
     import torch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..method import Parameter
-from ._pieces import PieceMethod, Pieces
+from ..core.parameters import Parameter
 from ._ranks import cuts, keys
+from ._runs import PieceMethod, Pieces
 
 if TYPE_CHECKING:
     import torch

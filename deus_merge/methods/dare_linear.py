@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ..method import AT_ONCE
 from ._sparsify import by_chance
 from ._task_vectors import TaskVectorMethod, family_parameters
+from .base import AT_ONCE
 
 
 class DareLinear(TaskVectorMethod):

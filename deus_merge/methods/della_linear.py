@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..method import Parameter
-from ._pieces import others, row_length
+from ..core.parameters import Parameter
+from ._runs import others, row_length
 from ._sparsify import by_ranked_chance
 from ._task_vectors import TaskVectorMethod, family_parameters
 

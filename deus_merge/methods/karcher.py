@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..method import Compute, CopyOf, Parameter
-from ._pieces import PieceMethod
+from ..core.parameters import Parameter
+from ._runs import PieceMethod
 from ._spans import combined, gram
+from .base import Compute, CopyOf
 
 if TYPE_CHECKING:
     import torch

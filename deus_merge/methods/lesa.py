@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError
-from ..method import Block, Compute, Made, MergeMethod, Parameter, TensorTask, Zeros, parse_roles
+from ..core.errors import CheckpointError
+from ..core.parameters import Parameter, parse_roles
 from ._predictor import BATCH, Training, learn, predict
 from ._stacked import decompose, decomposing_memory, group_size
+from .base import Block, Compute, Made, MergeMethod, TensorTask, Zeros
 from .ot_fuse import is_zeroed, zero_problem
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..method import REQUIRED, Compute, CopyOf, Parameter
-from ._pieces import PieceMethod, weighted_sum
+from ..core.parameters import REQUIRED, Parameter
+from ._runs import PieceMethod, weighted_sum
+from .base import Compute, CopyOf
 
 
 class Linear(PieceMethod):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from ..method import Parameter
-from ._pieces import PieceMethod
+from ..core.parameters import Parameter
+from ._runs import PieceMethod
 from ._spans import combined, gram
 
 if TYPE_CHECKING:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from ..errors import PlanError
-from ..method import REQUIRED, Compute, CopyOf, Parameter
-from ._pieces import PieceMethod, others
+from ..core.errors import PlanError
+from ..core.parameters import REQUIRED, Parameter
+from ._runs import PieceMethod, others
 from ._spans import combined, gram
+from .base import Compute, CopyOf
 
 
 class MultiSlerp(PieceMethod):

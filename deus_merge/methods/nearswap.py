@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..method import REQUIRED, Parameter
-from ._pieces import PieceMethod
+from ..core.parameters import REQUIRED, Parameter
+from ._runs import PieceMethod
 
 if TYPE_CHECKING:
     import torch

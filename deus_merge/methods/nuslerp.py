@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..method import REQUIRED, Parameter
-from ._pieces import PieceMethod, Pieces, row_length
+from ..core.parameters import REQUIRED, Parameter
+from ._runs import PieceMethod, Pieces, row_length
 from ._spans import combined, gram
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ..align import fuse_layer
-from ..alignment import (
+from ..align.parameters import (
     ALIGNMENT,
     Layer,
     align_options,
@@ -16,7 +16,8 @@ from ..alignment import (
     plan_memory,
     solver_memory,
 )
-from ..method import Block, Compute, CopyOf, Made, MergeMethod, Parameter, TensorTask, Zeros, as_number, parse_roles
+from ..core.parameters import Parameter, as_number, parse_roles
+from .base import Block, Compute, CopyOf, Made, MergeMethod, TensorTask, Zeros
 
 _MIXED = ("match", "match_fraction", "match_score", "restore_norm", "output_scale")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..method import Compute, CopyOf, Parameter, Zeros
-from ._pieces import PieceMethod
+from ..core.parameters import Parameter
+from ._runs import PieceMethod
+from .base import Compute, CopyOf, Zeros
 
 
 class Passthrough(PieceMethod):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..method import Parameter
-from ._pieces import PieceMethod, Pieces
+from ..core.parameters import Parameter
+from ._runs import PieceMethod, Pieces
 
 if TYPE_CHECKING:
     import torch

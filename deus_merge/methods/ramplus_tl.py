@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..method import Parameter
+from ..core.parameters import Parameter
 from .ram import EPSILON, Ram, changes
 
 

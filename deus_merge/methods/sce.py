@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..method import Parameter
-from ._pieces import PieceMethod, Pieces, total
+from ..core.parameters import Parameter
 from ._ranks import cuts, keys
+from ._runs import PieceMethod, Pieces, total
 
 if TYPE_CHECKING:
     import torch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..method import REQUIRED, Parameter
-from ._pieces import PieceMethod
+from ..core.parameters import REQUIRED, Parameter
+from ._runs import PieceMethod
 from ._spans import combined, gram
 
 _COLINEAR = 0.9995  # above this cosine the arc is a chord

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..errors import SolverError, nearest
+from ..core.errors import SolverError, nearest
 from .coupling import product_blocks, row_blocks
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import SolverError
+from ..core.errors import SolverError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

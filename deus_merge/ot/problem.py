@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from ..errors import SolverError
+from ..core.errors import SolverError
 from .costs import PointCost
 from .coupling import Coupling, product_blocks
 

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..architecture import prefix_of
-from ..errors import CheckpointError, DeusMergeError
-from ..intermediate import PlannedResult
-from ..plan import Plan
-from ..recipe_yaml import dump_recipe
-from ..source_model import SourceModel
+from ..core.errors import CheckpointError, DeusMergeError
+from ..models.source import SourceModel
+from ..models.view import prefix_of
+from ..plan.documents import PlannedResult
+from ..plan.types import Plan
+from ..recipe.writer import dump_recipe
 from .manifest import MANIFEST, growth, read_manifest
 
 

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..architecture import ModelView, view_model
-from ..blocks import BlockPlan, PlannedTensor
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.reader import TensorSource
-from ..config import config_patch, layer_lists
-from ..errors import CheckpointError, VerifyError, json_text
-from ..plan import Plan
+from ..core.errors import CheckpointError, VerifyError, json_text
+from ..models.config_rules import config_patch, layer_lists
+from ..models.view import ModelView, view_model
+from ..plan.blocks import BlockPlan, PlannedTensor
+from ..plan.types import Plan
 from .shape import problem
 
 MANIFEST = "deus_merge.json"

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import printable
-from ..units import format_size
+from ..core.errors import printable
+from ..core.units import format_size
 
 REPORT = "report.html"
 #: a layer's kind -> CSS class

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
-from ..errors import DeusMergeError, TrainingError
+from ..core.errors import DeusMergeError, TrainingError
 from ..report.manifest import MANIFEST
 from .carry import carry_manifest
 from .freeze import UNSAVED

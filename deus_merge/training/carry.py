@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.adapter import CONFIG as ADAPTER
 from ..checkpoint.reader import Checkpoint
-from ..errors import CheckpointError, TrainingError, VerifyError
+from ..core.errors import CheckpointError, TrainingError, VerifyError
 from ..report.manifest import MANIFEST, RECIPE, check_belongs, read_manifest, sealed
 
 

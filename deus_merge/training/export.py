@@ -18,10 +18,11 @@ from pathlib import Path
 
 import yaml
 
-from ..architecture import families, prefix_of
 from ..checkpoint.header import parse_json, read_small
-from ..errors import TrainingError, nearest
-from ..vocabulary.files import TOKENIZER_FILES
+from ..core.errors import TrainingError, nearest
+from ..models.family import families
+from ..models.tokenizer.files import TOKENIZER_FILES
+from ..models.view import prefix_of
 from .freeze import new_layers, new_names, read_training
 
 

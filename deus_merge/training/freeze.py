@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..architecture import prefix_of
-from ..errors import TrainingError
+from ..core.errors import TrainingError
+from ..models.view import prefix_of
 from ..report.lineage import generations
 from ..report.manifest import MANIFEST, read_manifest
 from .names import Parameters, check_zeroed, parameters_of

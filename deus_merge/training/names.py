@@ -9,10 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..architecture import prefix_of
-from ..errors import TrainingError
+from ..core.errors import TrainingError
+from ..core.units import ITEMSIZE
+from ..models.view import prefix_of
 from ..report.lineage import grown_names
-from ..units import ITEMSIZE
 from ..verify.weights import ALGORITHM
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..architecture import prefix_of
-from ..errors import TrainingError
+from ..core.errors import TrainingError
+from ..models.view import prefix_of
 from .freeze import new_layers, new_names, read_training, unsaved
 from .names import parameters_of
 

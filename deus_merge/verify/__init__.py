@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoint.reader import TensorSource
-from ..errors import DeusMergeError, VerifyError, printable
+from ..core.errors import DeusMergeError, VerifyError, printable
 from ..report.manifest import read_manifest
 from .checks import CHECKS, Output, Skipped
 

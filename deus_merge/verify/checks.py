@@ -7,17 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..architecture import ModelView, view_model
 from ..checkpoint.header import TensorInfo, parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.reader import Checkpoint, TensorSource
-from ..config import check_config
-from ..errors import DeusMergeError
-from ..modules import view_modules
+from ..core.errors import DeusMergeError
+from ..core.units import dtype_name, promoted
+from ..models.config_rules import check_config
+from ..models.modules import view_modules
+from ..models.view import ModelView, view_model
 from ..report.lineage import grown_names
 from ..report.manifest import MANIFEST
-from ..units import dtype_name, promoted
-from . import logits, model
+from . import logits
+from . import transformers_model as model
 from .weights import ALGORITHM, ZEROS, Seen, Wanted, examine
 
 #: files that change what is loaded from a folder: none may stand there that the run did not write

@@ -11,10 +11,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..architecture import ModelView, prefix_of, view_model
 from ..checkpoint.reader import Checkpoint
-from ..vocabulary.files import TOKENIZER_FILES
-from .model import build
+from ..models.tokenizer.files import TOKENIZER_FILES
+from ..models.view import ModelView, prefix_of, view_model
+from .transformers_model import build
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import xxhash
 
 from ..checkpoint.header import TensorInfo, open_regular
-from ..errors import CheckpointError
-from ..units import torch_dtype
+from ..core.errors import CheckpointError
+from ..core.units import torch_dtype
 
 ALGORITHM = "xxh3_128"
 ZEROS = "zeros"

@@ -13,7 +13,7 @@ from support import make_model
 from deus_merge.align import align_layer
 from deus_merge.align.heads import AttentionAlignment
 from deus_merge.align.options import STEPS, AlignOptions
-from deus_merge.architecture import Heads, families
+from deus_merge.models.family import Heads, families
 
 H, G, SIZE, D, F = 8, 4, 6, 24, 40  # query heads, key-value groups, head size, hidden size, neurons
 OPTIONS = AlignOptions(alignment="symmetry", compute_dtype="float64", zero=frozenset())

@@ -11,9 +11,9 @@ import torch
 from deus_merge.align import fuse_layer
 from deus_merge.align.options import AlignOptions
 from deus_merge.align.transport_flow import push_columns, push_rows
-from deus_merge.architecture import TensorSpec
-from deus_merge.discover import plugins
-from deus_merge.errors import SolverError
+from deus_merge.core.errors import SolverError
+from deus_merge.core.plugins import plugins
+from deus_merge.models.family import TensorSpec
 from deus_merge.ot.coupling import Coupling, TransportMap
 from deus_merge.ot.problem import SolverOptions
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from deus_merge.checkpoint.header import parse_json, read_header
-from deus_merge.errors import CheckpointError
+from deus_merge.core.errors import CheckpointError
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -17,7 +17,7 @@ import pytest
 
 from deus_merge.checkpoint import hub as hub_module
 from deus_merge.checkpoint import resolve
-from deus_merge.errors import CheckpointError
+from deus_merge.core.errors import CheckpointError
 
 OLD, NEW = "a" * 40, "b" * 40
 FILES = {
@@ -110,7 +110,7 @@ CHILD = """
 import json, sys
 from deus_merge.checkpoint import hub as hub_module
 from deus_merge.checkpoint import resolve
-from deus_merge.errors import CheckpointError
+from deus_merge.core.errors import CheckpointError
 answers = []
 for ref, options in json.loads(sys.argv[1]):
     try:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from deus_merge.checkpoint import TensorEntry, index_json, plan_shards
-from deus_merge.errors import PlanError
-from deus_merge.units import ITEMSIZE
+from deus_merge.core.errors import PlanError
+from deus_merge.core.units import ITEMSIZE
 
 ENTRIES = (
     TensorEntry("embed", "BF16", (3, 2)),

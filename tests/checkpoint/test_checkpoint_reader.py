@@ -13,7 +13,7 @@ from checkpoint_files import random_tensors, raw_file, write_model
 from safetensors.torch import load_file, save, save_file
 
 from deus_merge.checkpoint import Checkpoint
-from deus_merge.errors import CheckpointError
+from deus_merge.core.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from deus_merge.checkpoint import Checkpoint, ShardWriter, TensorEntry, free_space, plan_shards
 from deus_merge.checkpoint.system import disk_told, write_all
-from deus_merge.errors import CheckpointError, MachineError, PlanError
-from deus_merge.units import ITEMSIZE, torch_dtype
+from deus_merge.core.errors import CheckpointError, MachineError, PlanError
+from deus_merge.core.units import ITEMSIZE, torch_dtype
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import interrupted_child
 import pytest
 
-from deus_merge.checkpoint import OutputFolder, TensorEntry, plan_shards, writer
-from deus_merge.checkpoint import place as placing
-from deus_merge.errors import DeusMergeError, MachineError, PlanError
+from deus_merge.checkpoint import OutputFolder, TensorEntry, plan_shards
+from deus_merge.checkpoint import output_folder as writer
+from deus_merge.checkpoint import staging as placing
+from deus_merge.core.errors import DeusMergeError, MachineError, PlanError
 
 LAYOUTS = plan_shards([TensorEntry("a", "U8", (3,)), TensorEntry("b", "U8", (3,))], 100)
 

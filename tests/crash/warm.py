@@ -28,10 +28,10 @@ import scipy.optimize  # noqa: F401
 import torch  # noqa: F401
 from faults import Faults
 
-from deus_merge.checkpoint import writer
-from deus_merge.cli import run as commands  # noqa: F401
+from deus_merge.checkpoint import output_folder as writer
+from deus_merge.cli import merge as commands  # noqa: F401
 from deus_merge.cli.main import _run
-from deus_merge.recipe import methods
+from deus_merge.methods.registry import methods
 
 
 def child(request: dict, told: list[int], result: int) -> None:

@@ -13,9 +13,9 @@ from deus_merge import api
 from deus_merge.checkpoint import Checkpoint
 from deus_merge.checkpoint.header import read_header
 from deus_merge.cli.main import _run
-from deus_merge.errors import DeusMergeError
-from deus_merge.recipe_reader import parse_recipe
-from deus_merge.recipe_yaml import dump_recipe
+from deus_merge.core.errors import DeusMergeError
+from deus_merge.recipe.reader import parse_recipe
+from deus_merge.recipe.writer import dump_recipe
 from deus_merge.training.export import TRAINERS
 
 from . import cases

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deus_merge.errors import SolverError
+from deus_merge.core.errors import SolverError
 from deus_merge.ot.costs import COSTS, PointCost, cost_matrix, unit_rows
 
 

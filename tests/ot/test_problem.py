@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deus_merge.errors import SolverError
+from deus_merge.core.errors import SolverError
 from deus_merge.ot.coupling import Coupling, TransportMap
 from deus_merge.ot.problem import OTProblem
 

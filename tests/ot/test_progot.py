@@ -9,7 +9,7 @@ import ot
 import pytest
 import torch
 
-from deus_merge.errors import SolverError
+from deus_merge.core.errors import SolverError
 from deus_merge.ot.costs import PointCost
 from deus_merge.ot.problem import OTProblem, SolverOptions
 from deus_merge.ot.solvers.progot import SOLVER

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from deus_merge.discover import plugins
+from deus_merge.core.plugins import plugins
 from deus_merge.ot.costs import PointCost
 from deus_merge.ot.coupling import Coupling, LazyCoupling
 from deus_merge.ot.problem import OTProblem, SolverOptions
@@ -70,7 +70,7 @@ def test_a_plan_made_on_demand_is_that_matrix_in_all_it_does(name, many_blocks):
 _PEAK = """
 import json, sys, threading
 import torch
-from deus_merge.discover import plugins
+from deus_merge.core.plugins import plugins
 from deus_merge.ot.costs import PointCost
 from deus_merge.ot.problem import OTProblem, SolverOptions
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deus_merge.discover import plugins
-from deus_merge.errors import SolverError
+from deus_merge.core.errors import SolverError
+from deus_merge.core.plugins import plugins
 from deus_merge.ot.costs import PointCost, cost_matrix
 from deus_merge.ot.problem import OTProblem, SolverOptions
 

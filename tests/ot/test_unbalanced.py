@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deus_merge.errors import SolverError
+from deus_merge.core.errors import SolverError
 from deus_merge.ot.costs import cost_matrix
 from deus_merge.ot.problem import OTProblem, SolverOptions
 from deus_merge.ot.solvers import sinkhorn

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from support import load, make_model, weights
 
 from deus_merge import training
-from deus_merge.errors import CheckpointError, TrainingError
+from deus_merge.core.errors import CheckpointError, TrainingError
 
 
 def test_where_a_manifest_can_be_carried(deeper, tmp_path):

@@ -14,7 +14,7 @@ from grown import IDS, changed, grow, lora
 from support import load, make_model
 
 from deus_merge import api, training
-from deus_merge.errors import CheckpointError, TrainingError
+from deus_merge.core.errors import CheckpointError, TrainingError
 
 
 @pytest.fixture(autouse=True)

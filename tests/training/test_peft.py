@@ -8,7 +8,7 @@ from grown import IDS, lora, trainer
 from support import load
 
 from deus_merge import training
-from deus_merge.errors import TrainingError
+from deus_merge.core.errors import TrainingError
 
 
 def test_new_layers_that_peft_is_to_save(run, deeper, tmp_path):

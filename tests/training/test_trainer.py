@@ -9,7 +9,7 @@ from grown import changed, trainer
 from support import load, weights
 
 from deus_merge import training
-from deus_merge.errors import TrainingError
+from deus_merge.core.errors import TrainingError
 
 
 class Listener(transformers.TrainerCallback):

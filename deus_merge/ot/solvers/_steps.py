@@ -15,7 +15,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ...errors import SolverError
+from ...core.errors import SolverError
 from ..coupling import Coupling
 from ..problem import OTProblem, SolverOptions
 from ._semidual import Kernel, State, tiny

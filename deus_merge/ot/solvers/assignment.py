@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ...errors import SolverError
+from ...core.errors import SolverError
 from ..coupling import PermutationCoupling
 from ..problem import OTProblem, OTSolution, SolverOptions
 from ._pruning import Passes

@@ -30,7 +30,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ...errors import SolverError, nearest
+from ...core.errors import SolverError, nearest
 from ..costs import PointCost
 from ..coupling import Coupling
 from ..problem import OTProblem, OTSolution, SolverOptions

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 
-from ...errors import SolverError
+from ...core.errors import SolverError
 from ..coupling import row_blocks
 from ..problem import OTProblem, OTSolution, SolverOptions
 from ._semidual import Kernel

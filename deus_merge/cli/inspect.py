@@ -1,0 +1,177 @@
+"""``verify``, ``report``, ``inspect`` and ``methods``: they look, and change no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import yaml
+
+from .. import api
+from ..core.units import format_size
+from .failures import tell_bus_errors
+from .output import echo, emit_json, hush_transformers, say, show_verification, table
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--logits", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TEXT",
+              help="A text file: also compare logits of base and output on it.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Leave out finite values, the tokenizer, and building the model.")
+@click.option("--strict", is_flag=True, help="Fail also where a check cannot be made (a source is gone).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.pass_context
+def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, strict: bool, as_json: bool):
+    """Check every byte of OUT against its manifest, its sources and transformers. Exit code 3 when a check fails.
+
+    \b
+    Example:
+      deus-merge verify ./deeper --logits text.txt
+    """
+    text = None
+    if logits:
+        with logits.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(20_000)
+    hush_transformers()
+    tell_bus_errors()
+    result = api.verify(out, quick=quick, logits_text=text, strict=strict)
+    if as_json:
+        emit_json(result.describe())
+    else:
+        show_verification(result)
+    if not result.passed:
+        say(f"{out} failed verification: {', '.join(c.name for c in result.failed)}")
+        ctx.exit(3)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="The page to write; by default report.html in OUT.")  # fmt: skip
+@click.option("--verify", "full", is_flag=True, help="Verify in full first; by default as verify --quick does.")
+@click.pass_context
+def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
+    """Write one self-contained HTML page about OUT: layer map, alignment, times, what was verified, recipe.
+
+    \b
+    Example:
+      deus-merge report ./deeper --html deeper.html
+    """
+    hush_transformers()
+    result = api.verify(out, quick=not full)
+    echo(str(api.report(out, html, verification=result)))
+    if not result.passed:
+        say(f"{out} failed verification")
+        ctx.exit(3)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--similarity", is_flag=True, help="Transport cost and alignment of each adjacent pair of layers.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the similarity into a file (png, svg, pdf)."
+)
+@click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
+def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool, as_json: bool):
+    """Show MODEL's family, layers, heads and sizes.
+
+    \b
+    Example:
+      deus-merge inspect ./SmolLM2-135M --similarity --plot similarity.png
+    """
+    from ..report.inspection import adjacent_similarity, check_plotting, plot_similarity, summary
+
+    tell_bus_errors()
+    if plot:
+        check_plotting()
+    facts = summary(model, api.Access(allow_pickle))
+    if similarity or plot:
+        rows = []
+        for row in adjacent_similarity(model, api.Access(allow_pickle)):
+            rows.append(row)
+            say(f"layers {row['layers'][0]} and {row['layers'][1]} done")
+        facts["similarity"] = rows
+    if plot:
+        plot_similarity(facts["similarity"], plot)
+    if as_json:
+        emit_json(facts)
+        return
+    shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles")}
+    shown["bytes"] = format_size(shown["bytes"])
+    table("", ["", ""], [[k.replace("_", " "), str(v)] for k, v in shown.items()])
+    click.echo()
+    table(
+        "one layer",
+        ["role", "tensor", "shape", "reads", "writes"],
+        [list(map(str, r.values())) for r in facts["roles"]],
+    )
+    if "similarity" in facts:
+        click.echo()
+        _similarity_table(facts["similarity"])
+
+
+def _cosine(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # adding zero turns -0.0 into 0.0
+
+
+def _similarity_table(rows: list[dict]) -> None:
+    roles = list(rows[0]["roles"])
+    top = max(max(r["aligned"] for r in row["roles"].values()) for row in rows) or 1.0
+    body = []
+    for row in rows:
+        means = [r["aligned"] for r in row["roles"].values()]
+        bar = "█" * round(20 * sum(means) / len(means) / top)
+        cells = [
+            f"{row['roles'][r]['cost']:.3f} {_cosine(row['roles'][r]['plain'])}→{_cosine(row['roles'][r]['aligned'])}"
+            for r in roles
+        ]
+        body.append([f"{row['layers'][0]}–{row['layers'][1]}", *cells, bar])
+    title = "adjacent layers: transport cost, and cosine before → after alignment (rows of A against rows of B)"
+    table(title, ["layers", *roles, "aligned"], body)
+
+
+def _flow(value: object) -> str:
+    """As it would stand in a recipe."""
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
+def methods(name: str | None, as_json: bool):
+    """List merge methods, solvers, families and presets; with NAME, one with its parameters and defaults.
+
+    \b
+    Example:
+      deus-merge methods ot_fuse
+    """
+    from ..recipe.catalog import catalog
+
+    everything = catalog()
+    if name is None:
+        if as_json:
+            emit_json(everything)
+            return
+        for kind, entries in everything.items():
+            table(kind, ["name", "what"], [[n, e["summary"]] for n, e in entries.items()])
+            click.echo()
+        return
+    found = {kind: entries[name] for kind, entries in everything.items() if name in entries}
+    if not found:
+        from ..core.errors import DeusMergeError, nearest
+
+        known = [n for entries in everything.values() for n in entries]
+        raise DeusMergeError(f"nothing is called {name!r}", expected=", ".join(known), hint=nearest(name, known))
+    if as_json:
+        emit_json(found)
+        return
+    for kind, entry in found.items():
+        click.echo(f"{name} ({kind.rstrip('s')}): {entry['summary']}\nreference: {entry['reference']}\n")
+        if parameters := entry.get("parameters"):
+            columns = ["parameter", "values", "default", "what"]
+            table("", columns, [[p["name"], p["values"], str(p["default"]), p["help"]] for p in parameters])
+        if kind == "presets":
+            click.echo(f"insert, unless given: {_flow(entry['insert'] or 'as many layers as its paper adds')}")
+            if entry["settings"] is not None:
+                click.echo(f"parameters of {entry['method']}: {_flow(entry['settings'] or 'its defaults')}")

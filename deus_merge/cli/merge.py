@@ -1,0 +1,180 @@
+"""``merge``, ``plan`` and ``upscale``."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import click
+import yaml
+
+from .. import api
+from ..checkpoint.system import keep_freed_memory
+from ..core.errors import DeusMergeError
+from ..core.located import parse
+from ..core.units import parse_size
+from ..plan.types import Plan
+from ..recipe.reader import read_recipe
+from ..recipe.types import Recipe
+from ..recipe.writer import dump_recipe
+from ..run.preflight import preflight
+from . import mergekit_options as mergekit
+from .failures import tell_bus_errors
+from .output import emit_json, progress, say, show_plan, warn
+
+
+class Size(click.ParamType):
+    """``8GiB``, ``5GB``, or bytes."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        try:
+            return parse_size(value)
+        except DeusMergeError as error:
+            self.fail(f"{value!r} is not a size: expected {error.expected}", param, ctx)
+
+
+def _all(options):
+    """Several options as one decorator."""
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+plan_options = _all([
+    click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
+    click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True,
+                 help="Put the tokenizer into the output."),
+    click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run."),
+    click.option("--cache-dir", "--transformers-cache", type=click.Path(path_type=Path, file_okay=False),
+                 help="Where models of the hub are kept."),
+])  # fmt: skip
+
+
+def run_options(command):
+    """The options of every command that writes a checkpoint."""
+    options = [
+        click.option("--device", show_default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option("--cuda/--no-cuda", default=None, hidden=True),
+        click.option("--max-memory", type=Size(), help="Refuse to start if more memory would be needed, e.g. 8GiB."),
+        plan_options,
+        click.option("--dry-run", is_flag=True, help="Do all checks and stop before writing."),
+        click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is whole."),
+        click.option("--verify/--no-verify", "verify_output", default=True, show_default=True,
+                     help="Check the result before it gets its name."),
+        click.option("--seed", "--random-seed", type=int, default=0, show_default=True,
+                     help="For methods that draw random numbers."),
+        click.option("--threads", "--num-threads", "-j", type=click.IntRange(1, 1024),
+                     help="CPU threads for arithmetic."),
+        click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
+                     help="Put a README.md into the output."),
+        click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Say nothing but errors and warnings."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+        *mergekit.options(),
+    ]  # fmt: skip
+    return _all(options)(command)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@run_options
+def merge(recipe: Path, out: Path, **options):
+    """Run RECIPE and write the checkpoint to OUT.
+
+    \b
+    Example:
+      deus-merge merge recipes/opt_deus.yml ./deeper --device cuda
+    """
+    _run(read_recipe(recipe), out, **options)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--preset", default="opt_deus", show_default=True, help="How new layers are made: deus-merge methods.")
+@click.option("--insert", help="Where: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...")
+@click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
+@click.option("--dtype", help="Of the output: bfloat16, float16, float32; the model's own by default.")
+@run_options
+def upscale(
+    model: str, out: Path, preset: str, insert: str | None, params: tuple[str, ...], dtype: str | None, **options
+):
+    """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT.
+
+    \b
+    Example:
+      deus-merge upscale ./SmolLM2-135M ./SmolLM2-45-layers --preset opt_deus --insert top_half
+    """
+    parameters = {}
+    for item in params:
+        name, _, value = item.partition("=")
+        if not name or not value.strip():
+            raise click.BadParameter(f"{item!r} is not NAME=VALUE", param_hint="--param")
+        if name in parameters:
+            raise click.BadParameter(f"{name!r} is given twice", param_hint="--param")
+        parameters[name] = parse(value, f"--param {name}").plain()
+    where = parse(insert, "--insert").plain() if insert is not None else None
+    recipe = api.upscale_recipe(model, preset=preset, insert=where, dtype=dtype, parameters=parameters)
+    _run(recipe, out, **options)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@plan_options
+@click.option("--expand", is_flag=True, help="Print the recipe with presets spelled out as slices.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
+def plan(recipe: Path, expand: bool, as_json: bool, **options):
+    """Show what RECIPE would do: layer map, bytes, memory, time, warnings. Reads no tensor.
+
+    \b
+    Example:
+      deus-merge plan recipes/opt_deus.yml --expand
+    """
+    result = _plan(recipe, **options)
+    if expand and as_json:
+        documents = list(yaml.safe_load_all(dump_recipe(result.recipe)))
+        emit_json(documents if len(documents) > 1 else documents[0])
+    elif expand:
+        click.echo(dump_recipe(result.recipe), nl=False)
+    elif as_json:
+        emit_json(result.describe())
+    else:
+        show_plan(result)
+    warn(result.warnings)
+
+
+def _plan(recipe: Recipe | Path, *, allow_pickle: bool, cache_dir: Path | None, **options) -> Plan:
+    return api.plan(recipe, access=api.Access(allow_pickle, cache_dir), **options)
+
+
+def _run(
+    recipe: Recipe, out: Path, *, device, cuda, gpu_rich, max_shard_size, out_shard_size, copy_tokenizer, allow_pickle,
+    cache_dir, dry_run, quiet, as_json, verify_output, **options,
+):  # fmt: skip
+    if device is None:  # as in mergekit, where --device goes before --cuda
+        device = "cuda" if cuda or gpu_rich else "auto" if cuda is None else "cpu"
+    tell_bus_errors()
+    run = api.RunOptions(verify=verify_output, device=device, **options)
+    whole = _plan(
+        recipe,
+        max_shard_size=out_shard_size or max_shard_size,
+        copy_tokenizer=copy_tokenizer,
+        allow_pickle=allow_pickle,
+        cache_dir=cache_dir,
+    )
+    if dry_run:
+        ready = preflight(whole, out, run)
+        emit_json(whole.describe()) if as_json else show_plan(whole)
+        warn(whole.warnings + ready.warnings)
+        return
+    keep_freed_memory()
+    with progress(whole, quiet) as on_block:
+        result = api.merge(whole, out, run, on_block=on_block)
+    warn(result.warnings)
+    if as_json:
+        emit_json(result.describe())
+    elif not quiet:
+        depth = whole.donor.view.num_layers
+        checked = f"{len(result.verification.checks)} checks passed" if result.verification else "not verified"
+        say(f"{out}: {depth} -> {whole.num_layers} layers in {result.seconds:.1f} s, {checked}")

@@ -1,0 +1,96 @@
+"""One parameter of a merge method, an alignment or a solver, as recipes set it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+#: the default of a parameter that a recipe must set
+REQUIRED = "required"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as recipes set it.
+
+    Attributes:
+        name: Its key under ``parameters``.
+        kind: ``number``, ``integer``, ``boolean``, ``choice``, or ``other`` with a ``parse`` of its own.
+        default: The best known setting, or `REQUIRED`.
+        help: One line for ``deus-merge methods``.
+        scope: ``tensor``: a value per tensor, so filters and gradients apply; ``source``: that, and one per source;
+            ``block``: one value for a whole layer (gradients apply, filters do not).
+        choices: For ``choice``.
+        minimum, maximum: Bounds of a number, inclusive.
+        parse: For ``other``: plain value -> value, raising ValueError with what is expected.
+    """
+
+    name: str
+    kind: str
+    default: object
+    help: str
+    scope: str = "tensor"
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    parse: Callable[[object], object] | None = None
+
+    def read(self, value: object) -> object:
+        """A recipe's plain value as this parameter's value.
+
+        Raises:
+            ValueError: with a description of what is expected.
+        """
+        if self.parse is not None:
+            return self.parse(value)
+        if self.kind == "boolean":
+            if value in (0, 1):  # also the numbers: older recipes have them
+                return bool(value)
+        elif self.kind == "choice":
+            if value in self.choices:
+                return value
+        elif (number := as_number(value)) is not None:
+            low = self.minimum is None or number >= self.minimum
+            high = self.maximum is None or number <= self.maximum
+            if low and high and (self.kind == "number" or number == int(number)):
+                return number if self.kind == "number" else int(number)
+        raise ValueError(self.expected)
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.parse is not None:
+            return str(self.parse.__doc__).strip()
+        if self.kind == "boolean":
+            return "true or false"
+        if self.kind == "choice":
+            return " | ".join(self.choices)
+        name = "a number" if self.kind == "number" else "a whole number"
+        if self.minimum is not None and self.maximum is not None:
+            return f"{name} from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"{name} of at least {self.minimum:g}"
+        return name
+
+
+def as_number(value: object) -> float | int | None:
+    """A finite number, also one that YAML 1.1 reads as text (``1e-3``); None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, int | float) and abs(value) < 1e308:  # also whole numbers that no float can hold
+        return value
+    return None
+
+
+def parse_roles(value: object) -> object:
+    """true, false, or a list of roles like [o, down]"""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise ValueError(parse_roles.__doc__)

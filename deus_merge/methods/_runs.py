@@ -1,0 +1,159 @@
+"""One output tensor in runs of elements: a run is widened, merged and given away before the next is read.
+
+What makes this fast on a CPU: runs that stay in the cache; a sum with a narrower tensor widens it on the way; and
+comparisons answer with 0 and 1 in their operands' own dtype, since torch takes ten times as long for bool.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .base import AT_ONCE, Block, Compute, Flat, Made, MergeMethod, TensorTask
+
+if TYPE_CHECKING:
+    import torch
+
+RUN = 1 << 18  # elements: enough work for a few threads, little enough for the cache
+_RUN_ON_DEVICE = 1 << 24
+_ROW = 1024  # elements that one thread adds up
+_BYTES = 40  # of one element of a run while it is made, beside 16 for each source
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The inputs of one output tensor, flat.
+
+    Attributes:
+        task: The output.
+        block: Whose output it is.
+        stored: One vector per source, (n,), in its stored dtype. Never written to.
+        dtype: Of the arithmetic: float32, or float64 where a source is stored so.
+        step: No run ends within a multiple of this: the length of a row, where rows belong together.
+    """
+
+    task: TensorTask
+    block: Block
+    stored: Sequence[Flat]
+    dtype: torch.dtype
+    step: int = 1
+
+    @property
+    def base(self) -> int | None:
+        """Which source is the base model."""
+        return self.task.base
+
+    @property
+    def others(self) -> list[int]:
+        """The sources that are not the base model."""
+        return others(self.task)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.task.shape)
+
+    def source(self, i: int, run: slice) -> torch.Tensor:
+        """A source's run, (m,), in the arithmetic's dtype; it may be the stored memory, so only to be read."""
+        return self.stored[i][run].to(self.dtype)
+
+    def addend(self, i: int, run: slice) -> torch.Tensor:
+        """A source's run, (m,), to be added to or converted to what is at least as wide; only to be read."""
+        stored = self.stored[i][run]
+        return stored if stored.element_size() > 1 else stored.to(self.dtype)  # sums do not widen float8
+
+    def own(self, i: int, run: slice) -> torch.Tensor:
+        """A source's run, (m,), in memory of its own."""
+        return self.stored[i][run].to(self.dtype, copy=True)
+
+    def delta(self, i: int, run: slice) -> torch.Tensor:
+        """What a source adds to the base model, or the source itself where there is none, (m,), in its own memory."""
+        own = self.own(i, run)
+        return own if self.base is None else own.sub_(self.addend(self.base, run))
+
+    def deltas(self, run: slice) -> torch.Tensor:
+        """`delta` of every source but the base model, (s, m)."""
+        import torch
+
+        return torch.stack([self.delta(i, run) for i in self.others])
+
+    @property
+    def run_length(self) -> int:
+        wanted = RUN if self.stored[0].device.type == "cpu" else _RUN_ON_DEVICE
+        return max(1, wanted // self.step) * self.step
+
+    def runs(self) -> Iterator[slice]:
+        """The output's runs, in order."""
+        length = self.run_length
+        for start in range(0, self.numel, length):
+            yield slice(start, min(start + length, self.numel))
+
+    def made(self, merge: Callable[[slice], torch.Tensor]) -> Iterator[Made]:
+        """The output, run by run; ``merge`` is called with its runs in order and returns their values, (m,)."""
+        for run in self.runs():
+            yield Made(self.task, merge(run), start=run.start)
+
+
+class PieceMethod(MergeMethod):
+    """A merge method whose outputs are made one tensor at a time, in runs."""
+
+    tensorwise = True
+
+    def step(self, task: TensorTask) -> int:
+        """How many neighbouring elements belong together."""
+        return 1
+
+    @abstractmethod
+    def make(self, pieces: Pieces) -> Iterator[Made]:
+        """One output."""
+
+    def merge(self, block):
+        import torch
+
+        for task in block.tasks:
+            if isinstance(self.origin(task), Compute):
+                stored = [block.flat(task.role, i) for i in range(len(task.source_parameters))]  # (n,) each
+                double = any(s.dtype == torch.float64 for s in stored)
+                yield from self.make(
+                    Pieces(task, block, stored, torch.float64 if double else torch.float32, self.step(task))
+                )
+
+    def origin(self, task):
+        return Compute()
+
+    def workspace(self, tasks):
+        """A run of every source, those in the making and those on their way to the disk, of each output at work."""
+        sizes = (
+            min(math.prod(t.shape), max(RUN, self.step(t))) * (_BYTES + 16 * len(t.source_parameters)) for t in tasks
+        )
+        return AT_ONCE * max(sizes, default=0)
+
+
+def others(task: TensorTask) -> list[int]:
+    """The sources of an output that are not the base model."""
+    return [i for i in range(len(task.source_parameters)) if i != task.base]
+
+
+def row_length(shape: tuple[int, ...]) -> int:
+    """How many elements stand under one index of the first axis; a vector is one row."""
+    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a vector (m,), a float64 scalar: by rows, so that it does not depend on the number of threads."""
+    import torch
+
+    whole = len(values) // _ROW * _ROW
+    rows = values[:whole].view(-1, _ROW).sum(dim=1)  # (m / _ROW,)
+    return rows.sum(dtype=torch.float64) + values[whole:].sum(dtype=torch.float64)
+
+
+def weighted_sum(pieces: Pieces, weights: Sequence[float], run: slice) -> torch.Tensor:
+    """``Σ w_i x_i`` over a run, (m,); sources of weight 0 are not read."""
+    used = [(i, w) for i, w in enumerate(weights) if w != 0] or [(0, 0.0)]
+    result = pieces.own(used[0][0], run).mul_(used[0][1])
+    for i, weight in used[1:]:
+        result.add_(pieces.addend(i, run), alpha=weight)
+    return result

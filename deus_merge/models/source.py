@@ -1,0 +1,102 @@
+"""A model that a recipe reads: its tensors, and what they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..checkpoint.hub import resolve, split_adapter
+from ..checkpoint.lora import LoraSource
+from ..checkpoint.reader import TensorSource
+from ..checkpoint.storage import PLAIN, Access, open_source
+from ..core.errors import CheckpointError, DeusMergeError, nearest
+from .config_rules import check_config
+from .modules import view_modules
+from .reference import ModelRef
+from .view import ModelView, view_model
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model the plan reads.
+
+    Attributes:
+        ref: As the recipe names it.
+        checkpoint: Its tensors.
+        view: Its tensors by layer and role.
+        stamp: Of its files when they were opened: see `stamp`.
+    """
+
+    ref: ModelRef
+    checkpoint: TensorSource
+    view: ModelView
+    stamp: list
+
+    @cached_property
+    def modules(self) -> dict[str, ModelView]:
+        """Its modules, by the names that recipes use."""
+        return view_modules(self.checkpoint.config, tuple(self.checkpoint.tensors), self.view)
+
+    @property
+    def main(self) -> str:
+        """The module that `view` shows the layers of."""
+        return next(name for name, view in self.modules.items() if view.layer_prefix == self.view.layer_prefix)
+
+    @classmethod
+    def open(cls, ref: ModelRef, known: dict[str, TensorSource], access: Access = PLAIN) -> SourceModel:
+        """Find a model, and its adapter if it has one; read configs and headers, and check that they agree.
+
+        Args:
+            ref: As the recipe names it.
+            known: Sources by their names; a folder (or a hub's) that is opened joins them.
+            access: What may be read.
+
+        Raises:
+            CheckpointError, ArchitectureError: with the place in the recipe that names the model.
+        """
+        try:
+            name, adapter = split_adapter(ref.text)
+            if name not in known:
+                known[name] = open_source(name, access)
+            checkpoint = known[name]
+            if adapter is not None:
+                checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=access.cache_dir))
+            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
+            shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+            check_config(checkpoint.config, view, shapes, checkpoint.where)
+        except DeusMergeError as error:
+            error.hint = error.hint or nearest(ref.text, known)
+            if ref.place.path:
+                error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
+            raise
+        return cls(ref, checkpoint, view, stamp(checkpoint.files))
+
+    def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+        """Role -> shape, for role -> tensor name."""
+        return {role: self.checkpoint.tensors[name].shape for role, name in names.items()}
+
+    @cached_property
+    def _layer_kinds(self) -> dict[str, frozenset]:
+        return {}
+
+    def layer_kinds(self, view: ModelView) -> frozenset:
+        """The shapes that layers of one of its stacks have: what an output layer must look like."""
+        key = view.layer_prefix
+        if key not in self._layer_kinds:
+            self._layer_kinds[key] = frozenset(frozenset(self.shapes(layer).items()) for layer in view.layers)
+        return self._layer_kinds[key]
+
+
+def stamp(files: Iterable[Path]) -> list:
+    """Name, size and time of each file: what tells, between runs, that weights have changed. JSON values.
+
+    Raises:
+        CheckpointError: a file is gone.
+    """
+    try:
+        return [[f.name, status.st_size, status.st_mtime_ns] for f in files for status in [os.stat(f)]]
+    except OSError as error:
+        raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None

@@ -1,0 +1,260 @@
+"""All tokenizers of a recipe -> the output's, and where each model keeps each of its tokens. Reads no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...checkpoint.hub import resolve
+from ...checkpoint.reader import TensorSource
+from ...core.errors import CheckpointError, PlanError, nearest
+from ...core.located import Located
+from . import union
+from .files import KEPT_FILES, TOKENIZER_FILES, Files, as_json, beyond_rows, has_tokenizer, present, read_json
+from .settings import SOURCES, WORDS, TokenizerSettings, TokenSetting
+from .tokenizer import Tokenizer, identity, load, tokens_digest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CONFIG = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of the recipe.
+
+    Attributes:
+        model: As the recipe names it.
+        checkpoint: Its tensors.
+        tensors: Names of its embeddings and head, as far as they are stored.
+    """
+
+    model: object
+    checkpoint: TensorSource
+    tensors: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many tokens it has embeddings for."""
+        return self.checkpoint.tensors[self.tensors[0]].shape[0]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token whose embedding the recipe chooses.
+
+    Attributes:
+        model: Whose row it is (an index into the members); None for zeros.
+        row: That row.
+        force: Whether models with an embedding of their own take this one all the same.
+    """
+
+    model: int | None
+    row: int
+    force: bool
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The output's tokens.
+
+    Attributes:
+        source: ``union``, ``base``, or the name of the model whose tokenizer it is.
+        tokens: Token -> id.
+        roles: ``bos_token_id`` and the like -> id.
+        rows: Of the output's embeddings.
+        own: (models, rows): the row a member keeps for the token of an output row; -1 for none.
+        chosen: By output id: tokens whose embedding the recipe chooses.
+        moves: Id of the donor's token -> id in the output.
+        files: The output's tokenizer: name -> bytes, or a file to copy.
+        warnings: What the user should know.
+    """
+
+    source: str
+    tokens: Mapping[str, int]
+    roles: Mapping[str, int]
+    rows: int
+    own: np.ndarray
+    chosen: Mapping[int, Chosen]
+    moves: Mapping[int, int]
+    files: Files
+    warnings: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of the tokens and their ids."""
+        return tokens_digest(self.tokens)
+
+
+def build_vocabulary(
+    settings: TokenizerSettings, members: Sequence[Member], cache_dir: Path | None = None
+) -> Vocabulary:
+    """Load every tokenizer and unite them as the recipe says.
+
+    Args:
+        settings: What it says.
+        members: Its models, the base model (or the first one named) first.
+        cache_dir: The hub's cache, for a tokenizer of another model; None for where huggingface_hub keeps it.
+
+    Raises:
+        RecipeError, PlanError, CheckpointError: whatever does not go together, with the place in the recipe.
+    """
+    import numpy as np
+
+    warnings: list[str] = []
+    loaded = _load_all(settings, members, warnings)
+    kept = []  # what each member has a row for
+    for member, tokenizer in zip(members, loaded, strict=True):
+        stored = member.rows
+        if beyond := [token for token, i in tokenizer.tokens.items() if i >= stored]:
+            warnings.append(f"{beyond_rows(member.model, beyond, stored)}: it counts as if it lacked them")
+        kept.append({token: i for token, i in tokenizer.tokens.items() if i < stored})
+    made, files = _output(settings, members, loaded, cache_dir)
+    rows = max(len(made.tokens), max(made.tokens.values(), default=0) + 1)
+    rows += -rows % (settings.pad_to_multiple_of or 1)
+    own = np.full((len(members), rows), -1, dtype=np.int64)  # (models, rows)
+    for i, tokens in enumerate(kept):
+        pairs = np.array([(at, tokens[t]) for t, at in made.tokens.items() if t in tokens], dtype=np.int64)  # (n, 2)
+        if len(pairs):
+            own[i, pairs[:, 0]] = pairs[:, 1]
+    chosen = {}
+    for token, setting in settings.tokens.items():
+        if setting.kind != "default":
+            chosen[made.tokens[token]] = _choice(token, setting, members, kept)
+        if not any(token in tokenizer.tokens for tokenizer in loaded):
+            hint = _nearest(token, made.tokens.keys() - {token})
+            if setting.kind == "default":
+                setting.place.fail(f"no model's tokenizer has a token {token!r}", expected=SOURCES, hint=hint)
+            warnings.append(f"{token!r} is in no model's tokenizer: it is added" + (f" ({hint})" if hint else ""))
+    moves = {i: made.tokens[token] for token, i in loaded[0].tokens.items() if token in made.tokens}
+    source = settings.source if settings.source in WORDS else str(settings.source)
+    return Vocabulary(source, made.tokens, made.roles, rows, own, chosen, moves, files, tuple(warnings))
+
+
+def _load_all(settings: TokenizerSettings, members: Sequence[Member], warnings: list[str]) -> list[Tokenizer]:
+    """Each member's tokenizer; a member without one is taken to have the first one's."""
+    found: dict[str, Tokenizer] = {}
+    loaded: list[Tokenizer] = []
+    for member in members:
+        source = member.checkpoint
+        files = present(source.beside, TOKENIZER_FILES)
+        if not has_tokenizer(files):
+            _assume(settings, member, members[0], warnings)
+            loaded.append(loaded[0])
+            continue
+        key = identity(files, source.config)
+        if key not in found:
+            with _at(settings.place):
+                found[key] = load(files, source.config, source.where)
+        loaded.append(found[key])
+    return loaded
+
+
+def _assume(settings: TokenizerSettings, member: Member, first: Member, warnings: list[str]) -> None:
+    if member is first or member.rows != first.rows:
+        settings.place.fail(
+            f"{member.model} has no tokenizer",
+            expected="tokenizer.json, or another file that transformers makes a tokenizer of",
+            got=f"none of them, and {member.rows} rows of embeddings" + f", not {first.rows}" * (member is not first),
+        )
+    warnings.append(f"{member.model} has no tokenizer: it is taken to have that of {first.model}")
+
+
+def _output(
+    settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer], cache_dir: Path | None
+) -> tuple[Tokenizer, Files]:
+    """The output's tokenizer and its files: those of one model as they are where nothing has to change."""
+    files, tokenizer, rows = _one(settings, members, loaded, cache_dir)
+
+    def become(data: Mapping) -> None:
+        """What transformers makes of a changed tokenizer.json: it adds special tokens that other files name."""
+        nonlocal tokenizer, files
+        if data is not tokenizer.data:
+            files = _changed(files, data)
+            tokenizer = load(files, members[0].checkpoint.config, "the output")
+
+    with _at(settings.place):
+        if rows is not None:
+            become(union.limited(tokenizer.data, rows))
+        if settings.source == "union":
+            others = [
+                union.Named(m.model, union.limited(t.data, m.rows))
+                for m, t in zip(members[1:], loaded[1:], strict=True)
+            ]
+            become(union.united([union.Named(members[0].model, tokenizer.data), *others]))
+        become(union.with_tokens(tokenizer.data, list(settings.tokens)))
+    return tokenizer, files
+
+
+def _changed(files: Files, data: Mapping) -> Files:
+    """A tokenizer's files with another tokenizer.json, which alone has the vocabulary."""
+    files = {name: file for name, file in files.items() if name in KEPT_FILES} | {"tokenizer.json": as_json(data)}
+    config = read_json(files[_CONFIG], _CONFIG) if _CONFIG in files else {}
+    if "added_tokens_decoder" in config:
+        entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in data["added_tokens"]}
+        files[_CONFIG] = as_json(config | {"added_tokens_decoder": entries}, indent=2)
+    return files
+
+
+def _one(
+    settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer], cache_dir: Path | None
+) -> tuple[Files, Tokenizer, int | None]:
+    """The model whose tokenizer the output takes or begins with: files, tokenizer, and its rows if it is a member."""
+    for member, tokenizer in zip(members, loaded, strict=True):
+        if settings.source in (*WORDS, member.model):
+            return present(member.checkpoint.beside, TOKENIZER_FILES), tokenizer, member.rows
+    names = [*WORDS, *(str(m.model) for m in members)]
+    with _at(settings.place, nearest(str(settings.source), names)):
+        folder = resolve(str(settings.source), cache_dir=cache_dir, weights=False)
+        files = present({path.name: path for path in folder.iterdir() if path.is_file()}, TOKENIZER_FILES)
+        config = read_json(folder / "config.json", "config") if (folder / "config.json").is_file() else {}
+        return files, load(files, config, folder), None
+
+
+def _choice(token: str, setting: TokenSetting, members: Sequence[Member], kept: Sequence[Mapping[str, int]]) -> Chosen:
+    """Where the recipe takes a token's embedding from."""
+    if setting.kind == "zero":
+        return Chosen(None, 0, setting.force)
+    names = [str(m.model) for m in members]
+    model = next((i for i, m in enumerate(members) if m.model == setting.model), None)
+    if model is None:
+        setting.place.fail(
+            f"the embedding of {token!r} comes from a model that is not in the recipe",
+            expected=" or ".join(names),
+            got=str(setting.model),
+            hint=nearest(str(setting.model), names),
+        )
+    wanted = token if setting.kind == "model" else setting.token
+    row = setting.token_id if wanted is None else kept[model].get(wanted)
+    if row is None:
+        setting.place.fail(
+            f"{names[model]} has no embedding for a token {wanted!r}",
+            expected=f"one of its {len(kept[model])} tokens",
+            got=wanted,
+            hint=_nearest(wanted, kept[model]),
+        )
+    if row >= members[model].rows:
+        setting.place.fail(
+            f"{names[model]} has no row {row}", expected=f"a token_id below {members[model].rows}", got=row
+        )
+    return Chosen(model, row, setting.force)
+
+
+def _nearest(token: str, known: Iterable[str]) -> str | None:
+    """A hint with the closest token; of a large vocabulary only those that may be meant are compared."""
+    return nearest(token, [t for t in known if t[:1] == token[:1] and abs(len(t) - len(token)) < 4])
+
+
+@contextmanager
+def _at(place: Located, hint: str | None = None) -> Iterator[None]:
+    """Errors about a file also name the place in the recipe that made us look at it."""
+    try:
+        yield
+    except (CheckpointError, PlanError) as error:
+        error.where = f"{place.where}: {error.where}"
+        error.hint = error.hint or hint
+        raise

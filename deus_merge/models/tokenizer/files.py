@@ -1,0 +1,144 @@
+"""Tokenizers as files, and what can be told of them without transformers: which ids their tokens have."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...checkpoint.header import parse_json, read_small
+from ...core.errors import CheckpointError, json_text
+
+#: what makes up a tokenizer, beside what is said about chats
+_JSON = "tokenizer.json"
+_VOCABULARY = (_JSON, "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CHAT_FILES = ("chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (*_VOCABULARY, *_SETTINGS, *CHAT_FILES)
+#: of a tokenizer that was changed: its vocabulary stands in tokenizer.json alone
+KEPT_FILES = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_FILES)
+
+Files = Mapping[str, "bytes | Path"]
+
+
+def present(files: Files, names: Sequence[str]) -> dict[str, bytes | Path]:
+    """Those of a model's files that have one of these names, to be copied or told of in an output.
+
+    Raises:
+        CheckpointError: a link that leads out of the model's folder.
+    """
+    found = {name: files[name] for name in names if name in files}
+    for path in found.values():
+        if isinstance(path, Path):
+            _check_link(path)
+    return found
+
+
+def _check_link(path: Path) -> None:
+    """These files go into the output as they are, so no link may fetch somebody's private files into it.
+
+    A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or to a file of the
+    same name (but for code, whose names are the model's own). Weights and config.json may be links to anywhere: they
+    are parsed.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
+    if not homes & set(real.parents) and (real.name != path.name or path.suffix == ".py"):
+        raise CheckpointError(
+            "a link leads out of the model's folder",
+            where=path,
+            expected="a file, since it is copied into the output",
+            got=f"a link to {real}",
+            hint="put a copy of the file in its place, if you want it to be part of the output: cp -L",
+        )
+
+
+def has_tokenizer(files: Files) -> bool:
+    return bool(present(files, _VOCABULARY))
+
+
+def content(file: bytes | Path) -> bytes:
+    """The bytes of a file that stands somewhere, or was made."""
+    return file if isinstance(file, bytes) else read_small(file)
+
+
+def read_json(file: bytes | Path, name: str) -> dict:
+    """A JSON file. Raises CheckpointError where it is none."""
+    return parse_json(content(file), file if isinstance(file, Path) else Path(name), name)
+
+
+def as_json(data: Mapping, indent: int | None = None) -> bytes:
+    """The bytes of a JSON file; without ``indent`` of a large one that a library wrote before."""
+    text = json.dumps(data, ensure_ascii=False) if indent is None else json_text(data, indent)
+    return f"{text}\n".encode()
+
+
+def model_tokens(model: Mapping) -> dict[str, int]:
+    """Token -> id of the ``model`` of a tokenizer.json; a list (Unigram) counts its pieces."""
+    tokens = model["vocab"]
+    return {piece[0]: i for i, piece in enumerate(tokens)} if isinstance(tokens, list) else tokens
+
+
+def token_ids(file: bytes | Path) -> dict[str, int]:
+    """Token -> id as a tokenizer.json has them.
+
+    Raises:
+        CheckpointError: not a tokenizer.json.
+    """
+    data = read_json(file, _JSON)
+    try:
+        found = dict(model_tokens(data["model"])) | {t["content"]: t["id"] for t in data.get("added_tokens") or ()}
+        if all(type(i) is int and i >= 0 for i in found.values()):
+            return found
+    except (KeyError, TypeError, IndexError, ValueError):
+        pass
+    raise CheckpointError("not a tokenizer", where=file if isinstance(file, Path) else _JSON, expected="tokens and ids")
+
+
+def misfit(model: object, files: Files, rows: int) -> str | None:
+    """What is wrong with a tokenizer beside embeddings of so many rows, as a warning; None where nothing is."""
+    if _JSON not in files:
+        return None
+    try:
+        beyond = [token for token, i in token_ids(files[_JSON]).items() if i >= rows]
+    except CheckpointError as error:
+        return f"the tokenizer of {model} was not checked: {error.message} ({error.where})"
+    return beyond_rows(model, beyond, rows) if beyond else None
+
+
+def beyond_rows(model: object, tokens: Sequence[str], rows: int) -> str:
+    """The warning about tokens whose id is beyond the embeddings."""
+    return f"the tokenizer of {model} has {some(tokens)} beyond the {rows} rows of its embeddings"
+
+
+def difference(models: Sequence[Files]) -> tuple[int, list[str]] | None:
+    """Which of these models' tokenizers means other tokens by its ids than the first one: its index, and its tokens.
+
+    Only what stands in tokenizer.json is looked at; files that are equal byte for byte are not read twice.
+    """
+    found = [files.get(_JSON) for files in models]
+    if found[0] is None:
+        return None
+    known, first = content(found[0]), None
+    for i, file in enumerate(found):
+        if i == 0 or file is None or content(file) == known:
+            continue
+        try:
+            first = first or token_ids(found[0])
+            theirs = token_ids(file)
+        except CheckpointError:
+            continue  # the model's own check says so
+        names = {at: token for token, at in first.items()}
+        if others := [t for t, at in theirs.items() if first.get(t, at) != at or names.get(at, t) != t]:
+            return i, others
+    return None
+
+
+def some(tokens: Sequence[str]) -> str:
+    """``3 tokens ('<a>', '<b>', ...)``"""
+    shown = ", ".join(map(repr, tokens[:3])) + (", ..." if len(tokens) > 3 else "")
+    return f"{len(tokens)} token{'s' if len(tokens) != 1 else ''} ({shown})"

@@ -1,0 +1,275 @@
+"""Recipe + configs + headers -> `Plan`. Reads no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..checkpoint.layout import TensorEntry, plan_shards
+from ..checkpoint.reader import TensorSource
+from ..checkpoint.storage import PLAIN, Access
+from ..core.errors import nearest
+from ..core.units import parse_size
+from ..methods.registry import methods
+from ..models.config_rules import deeper_config, typed_config, widened_config
+from ..models.modules import DEFAULT
+from ..models.side_files import extra_files
+from ..models.source import SourceModel
+from ..models.stacks import reads_senses
+from ..models.tokenizer.blocks import plan_vocabulary
+from ..models.tokenizer.files import TOKENIZER_FILES
+from ..models.view import ModelView
+from ..recipe.parameters import filters, resolve_setting
+from ..recipe.presets import MAX_LAYERS, expand
+from ..recipe.types import OutputSlice, Recipe, SliceSource
+from .block_builder import Assembly
+from .blocks import BlockPlan, in_output_order, join_learned, mark_repeats
+from .compatibility import check_heads
+from .documents import PlannedResult, document_plans
+from .types import Plan
+
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+def build_plan(
+    recipe: Recipe,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    access: Access = PLAIN,
+    copy_tokenizer: bool = True,
+) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        recipe: As read.
+        max_shard_size: Upper bound of an output file in bytes, or like ``"5GB"``.
+        access: What may be read of the models.
+        copy_tokenizer: Take a tokenizer along; one that the recipe asks for comes anyway.
+
+    Raises:
+        RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
+    """
+    size = parse_size(max_shard_size)
+    known: dict[str, TensorSource] = {}
+    results: list[PlannedResult] = []
+    for document in recipe.documents:
+        results.append(PlannedResult(_Planner(document, known, access).plan(size)))
+        known[document.name] = results[-1]
+    plan = _Planner(recipe, known, access).plan(size, copy_tokenizer)
+    told = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
+    return replace(
+        plan,
+        recipe=replace(plan.recipe, documents=tuple(r.plan.recipe for r in results)),
+        warnings=(*told, *plan.warnings),
+        documents=document_plans(plan, results),
+    )
+
+
+class _Planner:
+    """Plans one document."""
+
+    def __init__(self, recipe: Recipe, known: dict[str, TensorSource], access: Access):
+        models = [SourceModel.open(ref, known, access) for ref in recipe.models()]
+        self.donor = models[0]
+        warnings = check_heads(models, self.donor)
+        vocabulary = plan_vocabulary(
+            recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], access.cache_dir
+        )
+        if recipe.upscale:
+            slices = expand(recipe.upscale, recipe.base_model, self.donor.view.num_layers)
+            recipe = replace(recipe, slices=slices, upscale=None)
+        self.recipe = recipe
+        self.made = Assembly(recipe, models, vocabulary, warnings)
+
+    def plan(self, max_shard_size: int, copy_tokenizer: bool = True) -> Plan:
+        recipe, made, donor, vocabulary = self.recipe, self.made, self.donor, self.made.vocabulary
+        config = typed_config(donor.checkpoint.config, recipe.out_dtype or recipe.dtype)
+        for name, slices in self._modules():
+            made.begin(name)
+            self._module(slices)
+            view = made.view(donor.ref)
+            if view.layers:
+                config = deeper_config(config, view.layers_path, made.origins, str(donor.ref))
+                self._report_feature_layer(view)
+        if made.module is not None:
+            self._others()
+        blocks = join_learned(mark_repeats(made.blocks))
+        self._report_idle_filters(blocks)
+        config = vocabulary.config(config, donor.view.layers_path)
+        sources = {str(m.ref): m.checkpoint for m in made.models}
+        files, told = extra_files(recipe, sources, donor.checkpoint, vocabulary.vocabulary)
+        if not copy_tokenizer and recipe.tokenizer is None:
+            files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
+        tensors = [tensor for _, tensor in in_output_order(blocks)]
+        if not (recipe.out_dtype or recipe.dtype):
+            config = widened_config(config, {t.dtype for t in tensors if t.action == "merge"})
+        shards = plan_shards([TensorEntry(t.task.name, t.dtype, t.task.shape) for t in tensors], max_shard_size)
+        warnings = (*made.warnings, *vocabulary.warnings, *told)
+        return Plan(
+            recipe, tuple(made.models), tuple(blocks), shards, config, files, warnings, vocabulary=vocabulary.describe()
+        )
+
+    def _module(self, slices: Sequence[OutputSlice]) -> None:
+        """The blocks of a module, or of a whole model."""
+        layers = sum(len(self._range(piece.sources[0])) for piece in slices)
+        if layers > MAX_LAYERS:  # those between layers are counted when they are made
+            self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
+        has_layers = bool(self.made.view(self.donor.ref).layers)
+        self._outside("embeddings" if has_layers else "", "before", slices[0], 0.0)
+        for piece in slices:
+            self._slice(piece)
+        self._outside("final norm and head", "after", slices[-1], 0.0)
+
+    def _modules(self) -> list[tuple[str | None, tuple[OutputSlice, ...]]]:
+        """What the recipe makes, module by module in the model's order; None: all of a model at once."""
+        known, named = self.donor.modules, self.recipe.modules
+        for name, module in named.items():
+            if name not in known:
+                hint = nearest(name, known)
+                module.place.fail(f"the model has no module {name!r}", expected=" | ".join(known), got=name, hint=hint)
+        if not named:
+            deepens = [p for p in self.recipe.slices if any(s.layer_range for s in p.sources)]
+            if deepens and {"encoder", "decoder"} <= set(known):
+                self.recipe.source.fail(
+                    "the model has several stacks of layers",
+                    expected="modules: {encoder: {slices: ...}, decoder: {slices: ...}}",
+                    got="slices of neither",
+                )
+            return [(None, self.recipe.slices)]
+        if list(known) == [DEFAULT]:
+            return [(None, named[DEFAULT].slices)]
+        return [(name, named[name].slices) for name in known if name in named]
+
+    def _slice(self, piece: OutputSlice) -> None:
+        method = methods()[piece.merge_method]
+        ranges = [self._range(s) for s in piece.sources]
+        lengths = {len(r) for r in ranges}
+        if len(lengths) > 1:
+            piece.place.fail(
+                "sources of a slice must have equally many layers",
+                expected=f"{len(ranges[0])} layers each",
+                got=", ".join(f"{s.model}: {len(r)}" for s, r in zip(piece.sources, ranges, strict=True)),
+                hint="give each source a layer_range" + (" (in slices)" if piece.place.path == "models" else ""),
+            )
+        if method.inserts:
+            self._inserting(piece, ranges)
+            return
+        length = len(ranges[0])
+        for j in range(length):
+            position = j / (length - 1) if length > 1 else 1.0
+            self.made.layers(piece, [r[j] for r in ranges], position)
+
+    def _inserting(self, piece: OutputSlice, ranges: list[range]) -> None:
+        """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
+        first, base = ranges[0], piece.sources[0]
+        keeps, learns = len(piece.sources) == 1, methods()[piece.merge_method].learns
+        if keeps:
+            if len(first) < 2:
+                base.place.fail(
+                    f"a single layer has no gap for {piece.merge_method}",
+                    expected="a layer_range of at least two layers",
+                    got=f"[{first.start}, {first.stop}]",
+                )
+            pairs = list(zip(first, first[1:], strict=False))
+            sources = piece.sources * 2
+        elif learns:
+            piece.place.fail(
+                f"{piece.merge_method} learns from the layers of one model",
+                expected="one source, whose gaps are filled",
+                got=f"{len(piece.sources)} sources",
+                hint="ot_fuse fuses the layers of two sources in pairs",
+            )
+        else:
+            pairs = list(zip(*ranges, strict=True))
+            sources = piece.sources
+        copy, whole = _copied(piece), range(self.made.view(base.model).num_layers)
+        for j, pair in enumerate(pairs):
+            if keeps:
+                self.made.layers(copy, [pair[0]], 0.0, bare=True)
+            position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
+            if learns:
+                every = replace(piece, sources=piece.sources * len(whole))
+                self.made.layers(every, whole, position, new=True, between=pair)
+            else:
+                self.made.layers(replace(piece, sources=sources), pair, position, count=self._per_gap(piece), new=True)
+        if keeps:
+            self.made.layers(copy, [first[-1]], 0.0, bare=True)
+
+    def _per_gap(self, piece: OutputSlice) -> int:
+        known = {p.name: p for p in methods()[piece.merge_method].parameters}
+        if "layers_per_gap" not in known:
+            return 1
+        levels = [piece.parameters, piece.shared, self.recipe.parameters]
+        return resolve_setting(known["layers_per_gap"], levels, None, 0.0)
+
+    def _range(self, source: SliceSource) -> range:
+        depth = self.made.view(source.model).num_layers
+        if not depth and source.layer_range:
+            source.place.fail(f"{self.made.module} has no layers", expected="models, not slices")
+        start, end = source.layer_range or (0, depth)
+        if end > depth:
+            place = source.place.value.get("layer_range") if isinstance(source.place.value, dict) else source.place
+            (place or source.place).fail(
+                f"layer_range goes beyond the {depth} layers of {source.model}",
+                expected=f"[first, last + 1] within [0, {depth}]",
+                got=f"[{start}, {end}]",
+            )
+        return range(start, end)
+
+    def _outside(self, title: str, part: str, piece: OutputSlice, position: float) -> None:
+        """Embeddings follow the first slice, final norm and head the last, if these merge several models, or are the
+        donor's layers; otherwise they are the donor's, copied."""
+        refs = list(dict.fromkeys(s.model for s in piece.sources))
+        own = len(piece.sources) == 1 and refs == [self.donor.ref]
+        merges = (own or len(refs) > 1) and not methods()[piece.merge_method].inserts
+        if merges:
+            sources = tuple(next(s for s in piece.sources if s.model == ref) for ref in refs)
+        else:
+            sources = (SliceSource(self.donor.ref, place=piece.place),)
+        names = [getattr(self.made.view(s.model), part) for s in sources]
+        if not names[0]:
+            return
+        if not merges and self.donor.ref not in refs and self.recipe.base_model is None:
+            self.made.warnings.append(
+                f"{self.made.title(title)} come from {self.donor.ref}, the first model named, not from {refs[0]}, whose"
+                " layers are next to them; set base_model to choose"
+            )
+        piece = replace(piece if merges else _copied(piece), sources=sources)
+        self.made.around(title, piece, names, position, bare=not merges)
+
+    def _others(self) -> None:
+        """What belongs to none of the recipe's modules is the donor's."""
+        self.made.begin(None)
+        taken = {name for module in self.recipe.modules for name in self.donor.modules[module].names()}
+        rest = tuple(name for name in self.donor.checkpoint.tensors if name not in taken)
+        if rest:
+            piece = self.recipe.pieces()[0]
+            sources = (SliceSource(self.donor.ref, place=piece.place),)
+            self.made.around("other modules", replace(_copied(piece), sources=sources), [rest], 0.0, bare=True)
+
+    def _report_feature_layer(self, view: ModelView) -> None:
+        """Vision-language models take their features from one layer of the tower, which they know by its number."""
+        feature, depth = self.donor.checkpoint.config.get("vision_feature_layer"), len(self.made.origins)
+        if reads_senses(view.layers_path) and feature is not None and depth != view.num_layers:
+            self.made.warnings.append(
+                f"config.json's vision_feature_layer is {feature}: it counts layers of {self.made.module}, which has"
+                f" now {depth}"
+            )
+
+    def _report_idle_filters(self, blocks: Sequence[BlockPlan]) -> None:
+        """A filter that is part of no tensor's name is most likely misspelt."""
+        tensors = [t for block in blocks for t in block.tensors]
+        names = {name for t in tensors for name in (t.task.name, *(i.name for i in t.inputs))}
+        levels = [self.recipe.parameters]
+        for piece in self.recipe.pieces():
+            levels += [piece.parameters, piece.shared, *(s.parameters for s in piece.sources)]
+        for setting, place in (value for settings in levels for value in settings.values()):
+            idle = [f for f in filters(setting) if not any(f in name for name in names)]
+            self.made.warnings += [
+                f"{place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)
+            ]
+
+
+def _copied(piece: OutputSlice) -> OutputSlice:
+    """The slice's sources as they are."""
+    return replace(piece, merge_method="passthrough", parameters={}, shared={})

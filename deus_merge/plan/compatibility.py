@@ -1,0 +1,160 @@
+"""Whether models fit together and fit their method, told by configs and headers before any tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ..core.errors import PlanError
+from ..core.parameters import REQUIRED
+from ..methods.base import TensorTask
+from ..methods.registry import methods
+from ..models.config_rules import heads
+from ..models.reference import ModelRef
+from ..models.source import SourceModel
+from ..models.view import ModelView
+from ..recipe.types import OutputSlice, SliceSource
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a block takes from one source: a layer, the embeddings, or the head.
+
+    Attributes:
+        source: The source, as the recipe has it.
+        what: In words, for messages.
+        shapes: Role -> shape of each tensor.
+    """
+
+    source: SliceSource
+    what: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, source: SliceSource, model: SourceModel, what: str, names: Mapping[str, str]) -> Part:
+        return cls(source, f"{what} of {source.model}", model.shapes(names))
+
+
+def check_heads(models: Sequence[SourceModel], donor: SourceModel) -> list[str]:
+    """What the donor's config.json says of heads must be true of every model's layers.
+
+    Returns:
+        Warnings about models of another type.
+
+    Raises:
+        PlanError: another number of heads, which the shapes would not show.
+    """
+    wanted = heads(donor.checkpoint.config, donor.view)
+    for model in models:
+        got = heads(model.checkpoint.config, model.view)
+        for key in (k for k in wanted if got[k] != wanted[k]):
+            raise PlanError(
+                f"models do not match: {key}",
+                where=model.ref.place.where,
+                expected=f"{wanted[key]}, as in {donor.ref}",
+                got=f"{got[key]} in {model.ref}",
+            )
+    kind = donor.view.model_type
+    others = [m for m in models if m.view.model_type != kind]
+    return [f"{m.ref} is of model_type {m.view.model_type}; the output is of {donor.ref}'s, {kind}" for m in others]
+
+
+def check_same(parts: Sequence[Part], hint: str | None = None) -> None:
+    """The sources of a block must have the same tensors, in the same shapes.
+
+    Args:
+        parts: What the block takes from each.
+        hint: What to do where they have not.
+
+    Raises:
+        PlanError: they have not.
+    """
+    for part in parts[1:]:
+        if difference := _difference(part.shapes, parts[0].shapes):
+            _mismatch(part, parts[0].what, difference, hint)
+
+
+def check_like_donor(part: Part, donor: SourceModel, view: ModelView) -> None:
+    """A layer must look like one of the donor's, or nobody could load the output.
+
+    Args:
+        part: The layer.
+        donor: The donor.
+        view: Its module that the layer goes to.
+
+    Raises:
+        PlanError: it looks like none.
+    """
+    kinds = donor.layer_kinds(view)
+    if part.source.model == donor.ref or frozenset(part.shapes.items()) in kinds:
+        return
+    _mismatch(part, f"the layers of {donor.ref}", _difference(part.shapes, donor.shapes(view.layers[0])))
+
+
+def base_source(piece: OutputSlice, ref: ModelRef | None) -> int | None:
+    """Which source is the base model, None without one; and whether the method has what it needs beside it.
+
+    Args:
+        piece: The slice, its sources those of the block.
+        ref: The base model that holds for the slice.
+
+    Raises:
+        RecipeError: the method needs a base model, or needs it among the sources, or takes another number of models.
+    """
+    method, name, sources = methods()[piece.merge_method], piece.merge_method, piece.sources
+    base = next((i for i, s in enumerate(sources) if s.model == ref), None)
+    models = " or ".join(dict.fromkeys(str(s.model) for s in sources))
+    if base is None and ref is not None and method.base != "ignored":
+        ref.place.fail(f"{name} starts from the base model, but no source of the slice is it", expected=models)
+    if base is None and method.base == "required":
+        nowhere = "no base_model in the slice or at the top level"
+        piece.place.fail(f"{name} needs a base model", expected=f"base_model: {models}", got=nowhere)
+    low, high = method.others
+    count = len(sources) - (base is not None and method.base != "ignored")
+    if count < low or (high is not None and count > high):
+        wanted = f"exactly {low}" if low == high else f"at least {low}" if count < low else f"at most {high}"
+        beside = " beside the base model" if method.base != "ignored" else ""
+        piece.place.fail(f"{name} takes {wanted} {'model' if low == 1 else 'models'}{beside}, not {count}")
+    return base
+
+
+def check_given(piece: OutputSlice, base: int | None, tasks: Sequence[TensorTask]) -> None:
+    """Parameters without a default must be set for every tensor, and every source, that they act on.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    method = methods()[piece.merge_method]
+    needed = [p for p in method.parameters if p.default is REQUIRED]
+    for task in tasks if needed else ():
+        holders = [(piece.place, task.parameters)]
+        for i, source in enumerate(piece.sources):
+            if i != base or method.base == "ignored":  # a base model has no weight of its own
+                holders.append((source.place, task.source_parameters[i]))
+        for place, values in holders:
+            for p in needed:
+                if values.get(p.name) is REQUIRED:
+                    place.fail(
+                        f"{piece.merge_method} needs {p.name}, which has no default",
+                        expected=f"parameters: {{{p.name}: {p.expected}}}",
+                        got=f"no value for {task.name}",
+                    )
+
+
+def _difference(own: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """What sets tensors (role -> shape) apart from others, in words; empty when nothing does."""
+    lacks, more = ([r for r in a if r not in b] for a, b in ((wanted, own), (own, wanted)))
+    shapes = [f"{r} {list(own[r])}, not {list(wanted[r])}" for r in own if r in wanted and own[r] != wanted[r]]
+    told = (("lacks", lacks), ("has also", more), ("has", shapes))
+    return "; ".join(f"{verb} {', '.join(what[:5])}" for verb, what in told if what)
+
+
+def _mismatch(part: Part, like: str, difference: str, hint: str | None = None) -> NoReturn:
+    raise PlanError(
+        "models do not match",
+        where=part.source.place.where,
+        expected=f"the same tensors and shapes as {like}",
+        got=f"{part.what} {difference}",
+        hint=hint,
+    )

@@ -1,0 +1,44 @@
+"""What there is: methods, solvers, families and presets, with parameters, defaults and references."""
+
+from __future__ import annotations
+
+from ..align.options import ALIGNMENTS
+from ..core.plugins import plugins
+from ..methods.registry import methods
+from ..models.family import families
+from .presets import PRESETS
+
+
+def catalog() -> dict[str, dict[str, dict]]:
+    """Kind -> name -> ``summary``, ``reference`` and, for methods, ``parameters``. JSON data."""
+    solvers = plugins("deus_merge.ot.solvers", "SOLVER")
+    return {
+        "methods": {n: _method(m) for n, m in methods().items()},
+        "alignments": {n: {"summary": summary, "reference": ref} for n, (summary, ref) in ALIGNMENTS.items()},
+        "solvers": {n: {"summary": s.summary, "reference": s.reference} for n, s in solvers.items()},
+        "families": {
+            n: {
+                "summary": f"model_type {', '.join(a.model_types)}",
+                "reference": f"roles: {' '.join(s.role for s in a.layer)}",
+            }
+            for n, a in families().items()
+        },
+        "presets": {
+            n: {
+                "summary": p.summary + ("" if p.function_preserving else " (changes the function)"),
+                "reference": p.reference,
+                "method": p.method,
+                "insert": p.insert,
+                "settings": p.parameters,
+            }
+            for n, p in PRESETS.items()
+        },
+    }
+
+
+def _method(method) -> dict:
+    parameters = [
+        {"name": p.name, "values": p.expected, "default": p.default, "scope": p.scope, "help": p.help}
+        for p in method.parameters
+    ]
+    return {"summary": method.summary, "reference": method.reference, "parameters": parameters}

@@ -1,0 +1,284 @@
+"""The ``upscale:`` shorthand -> slices: named inits, and where new layers go.
+
+Reference: "Progressive Depth Up-scaling via Optimal Transport", arXiv 2508.08011 (opt_deus and its placement);
+LLaMA Pro, arXiv 2401.02415; SOLAR, arXiv 2312.15166; G_stack, arXiv 2405.15319.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..core.errors import nearest
+from ..core.located import Located, locate
+from ..methods.registry import methods
+from ..models.reference import ModelRef
+from .parameters import check_setting
+from .types import OutputSlice, SliceSource, Upscale
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named init.
+
+    Attributes:
+        summary: What a new layer is.
+        reference: Where it comes from.
+        function_preserving: Whether the deeper model computes what the base computes.
+        insert: Where new layers go when the recipe does not say.
+        parameters: Of the method; None for presets that only repeat layers.
+        after_last: Whether a new layer may stand behind the last base layer (it needs no upper neighbour).
+        method: What makes the new layers.
+    """
+
+    summary: str
+    reference: str
+    function_preserving: bool
+    insert: object
+    parameters: Mapping[str, object] | None = field(default_factory=dict)
+    after_last: bool = False
+    method: str = "ot_fuse"
+
+
+_PAPER = "Cao, Wang, Aletras, arXiv 2508.08011"
+_FLOW = {"alignment": "transport_flow", "unit_rows": False, "cost_scale": "none", "reg": 0.06, "restore_norm": "none"}
+_PLAIN = {"alignment": "none", "restore_norm": "none"}
+
+PRESETS: Mapping[str, Preset] = {
+    "opt_deus": Preset(
+        "two neighbours fused after one was aligned by symmetries that keep its function: our best settings",
+        _PAPER,
+        True,
+        "top_half",
+    ),
+    "opt_deus_paper": Preset(
+        "as the paper's text: barycentric plans, reg 0.06, cost as it is, stable solver",
+        _PAPER,
+        True,
+        "top_half",
+        {**_FLOW, "plan_scale": "barycentric"},
+    ),
+    "opt_deus_script": Preset(
+        "as the authors' script: the coupling is applied unscaled, which leaves about half of the upper neighbour",
+        _PAPER,
+        True,
+        "top_half",
+        {**_FLOW, "plan_scale": "coupling"},
+    ),
+    "llama_pro": Preset(
+        "copy of the layer below, output projections zero",
+        "Wu et al., LLaMA Pro, arXiv 2401.02415",
+        True,
+        {"every": 4},
+        {**_PLAIN, "t": 0.0},
+        after_last=True,
+    ),
+    "copy_next": Preset(
+        "copy of the layer above, output projections zero", "baseline", True, "top_half", {**_PLAIN, "t": 1.0}
+    ),
+    "average": Preset(
+        "mean of two neighbours, outputs kept",
+        _PAPER + " (baseline)",
+        False,
+        "top_half",
+        {**_PLAIN, "t": 0.5, "zero_init": False},
+    ),
+    "average_zero": Preset(
+        "mean of two neighbours, output projections zero", "baseline", True, "top_half", {**_PLAIN, "t": 0.5}
+    ),
+    "lesa": Preset(
+        "predicted from two neighbours by a network that learned from all layers of the model, outputs kept",
+        "Yang et al., LESA, arXiv 2502.13794",
+        False,
+        "top_half",
+        method="lesa",
+    ),
+    "solar": Preset(
+        "layers [0, n-m) then [m, n): the middle stands twice",
+        "Kim et al., SOLAR, arXiv 2312.15166",
+        False,
+        None,
+        None,
+    ),
+    "stack": Preset(
+        "the whole model (or a block of it) repeated",
+        "Du et al., G_stack, arXiv 2405.15319; Saunshi et al., MIDAS, arXiv 2409.19044",
+        False,
+        None,
+        None,
+    ),
+}
+
+_FORMS = "top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
+MAX_LAYERS = 5000  # of an output
+_WHERE = ("top", "middle", "bottom", "even", "sandwich")
+
+
+def expand(upscale: Upscale, base: ModelRef, num_layers: int) -> tuple[OutputSlice, ...]:
+    """The slices an ``upscale:`` section stands for.
+
+    Args:
+        upscale: The section.
+        base: The base model.
+        num_layers: Its depth.
+
+    Raises:
+        RecipeError: an unknown preset, parameter or insert form, or a place that the base does not have.
+    """
+    if upscale.preset not in PRESETS:
+        upscale.place.value["preset"].fail(
+            "unknown preset", expected=" | ".join(PRESETS), hint=nearest(upscale.preset, PRESETS)
+        )
+    preset = PRESETS[upscale.preset]
+    if preset.parameters is None:
+        if upscale.parameters:
+            upscale.place.value["parameters"].fail(f"{upscale.preset} has no parameters", expected="none")
+        ranges = (_solar if upscale.preset == "solar" else _stack)(upscale, num_layers)
+        return tuple(_copy(base, start, end, upscale.place) for start, end in ranges if start < end)
+    known = {p.name: p for p in methods()[preset.method].parameters}
+    for name, (setting, place) in upscale.parameters.items():
+        if name not in known:
+            names, what = ", ".join(sorted(known)), f"{preset.method} has no parameter {name!r}"
+            place.fail(what, expected=names, got=name, hint=nearest(name, known))
+        check_setting(known[name], setting, place)
+    settings = {name: (value, upscale.place) for name, value in preset.parameters.items()} | upscale.parameters
+    insert = upscale.insert or locate(preset.insert, "upscale.insert")
+    places = _places(insert, num_layers, preset.after_last)
+    return tuple(_filled_slices(base, places, num_layers, preset.method, settings, upscale.place))
+
+
+def _places(insert: Located, n: int, after_last: bool) -> list[int]:
+    """Base layers behind which a new layer goes, ascending. Layer i's gap lies between i and i+1."""
+    gaps = list(range(n - 1))
+    form = insert.value
+    if isinstance(form, str):
+        named = {"all": gaps, "top_half": gaps[n - 1 - n // 2 :], "bottom_half": gaps[: n // 2]}
+        if form not in named:
+            insert.fail("unknown insert form", expected=_FORMS, got=form, hint=nearest(form, named))
+        places = named[form]
+    elif not isinstance(form, dict):
+        insert.fail("not an insert form", expected=_FORMS)
+    elif len({"every", "after", "count"} & set(insert.mapping(("every", "after", "count", "where")))) != 1:
+        insert.fail("an insert form has one of every, after, count", expected=_FORMS)
+    elif "every" in form:
+        step = insert.mapping(("every",))["every"].integer(1)
+        places = [i for i in range(step - 1, n, step) if after_last or i < n - 1]
+        if step == n and not places:
+            insert.fail("this inserts no layer at all: the last one has no upper neighbour", expected=_FORMS)
+    elif "after" in form:
+        places = _after(insert.mapping(("after",))["after"], n, after_last)
+    else:
+        places = _count(insert, gaps)
+    if not places:
+        insert.fail("this inserts no layer at all", expected=f"a place among the {n - 1} gaps of {n} layers")
+    return places
+
+
+def _after(node: Located, n: int, after_last: bool) -> list[int]:
+    last = n - 1 if after_last else n - 2
+    places = []
+    for item in node.sequence("a list of layers"):
+        layer = item.integer()
+        if layer > last:
+            reason = "the model ends there" if layer >= n else "the last layer has no upper neighbour to fuse with"
+            item.fail(f"no new layer can stand after layer {layer}: {reason}", expected=f"0 to {last}")
+        if layer in places:
+            item.fail(f"layer {layer} is named twice", expected="each once", hint="parameters: {layers_per_gap: 2}")
+        places.append(layer)
+    return sorted(places)
+
+
+def _count(insert: Located, gaps: list[int]) -> list[int]:
+    keys = insert.mapping(("count", "where"))
+    m, total = keys["count"].integer(1), len(gaps)
+    where = keys["where"].choice(_WHERE, "place") if "where" in keys else "top"
+    if m > total:
+        keys["count"].fail(
+            f"{m} new layers do not fit into {total} gaps",
+            expected=f"1 to {total}",
+            hint="for several in one gap: parameters: {layers_per_gap: 2}",
+        )
+    start = (total - m) // 2
+    return {
+        "top": gaps[total - m :],
+        "bottom": gaps[:m],
+        "middle": gaps[start : start + m],
+        "even": [int((j + 0.5) * total / m) for j in range(m)],
+        "sandwich": gaps[: m // 2] + gaps[total - (m - m // 2) :],
+    }[where]
+
+
+def _filled_slices(base: ModelRef, places: list[int], n: int, method: str, settings, place: Located):
+    """Runs of neighbouring gaps become one single-source slice of the method; what lies between is copied."""
+    cursor = 0
+    for start, end in _runs([p for p in places if p < n - 1]):
+        if start > cursor:
+            yield _copy(base, cursor, start, place)
+        sources = (SliceSource(base, (start, end + 2), place=place),)
+        yield OutputSlice(sources, method, parameters=settings, place=place)
+        cursor = end + 2
+    if cursor < n:
+        yield _copy(base, cursor, n, place)
+    if places[-1] == n - 1:  # behind the last layer: it is its own neighbour
+        sources = (SliceSource(base, (n - 1, n), place=place),) * 2
+        yield OutputSlice(sources, method, parameters=settings, place=place)
+
+
+def _runs(places: list[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for gap in places:
+        if runs and gap == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], gap)
+        else:
+            runs.append((gap, gap))
+    return runs
+
+
+def _copy(base: ModelRef, start: int, end: int, place: Located) -> OutputSlice:
+    return OutputSlice((SliceSource(base, (start, end), place=place),), "passthrough", place=place)
+
+
+def _extra(upscale: Upscale, default: int, allowed: tuple[str, ...]) -> tuple[int, Located]:
+    """How many layers a repeating preset adds: ``insert: {count: m}``, or the default."""
+    if upscale.insert is None:
+        return default, upscale.place
+    if not isinstance(upscale.insert.value, dict) or "count" not in upscale.insert.value:
+        upscale.insert.fail(f"{upscale.preset} takes only a count", expected="{count: number of layers to add}")
+    keys = upscale.insert.mapping(allowed)
+    added = keys["count"].integer(1)
+    if added > MAX_LAYERS:
+        keys["count"].fail("the output has too many layers", expected=f"at most {MAX_LAYERS}")
+    return added, keys["count"]
+
+
+def _solar(upscale: Upscale, n: int) -> list[tuple[int, int]]:
+    """[0, n-m) and [m, n) with n - 2m added layers; m = n/4 by default, so that 32 -> 48."""
+    added, place = _extra(upscale, n - 2 * (n // 4), ("count",))
+    if added > n or (n - added) % 2:
+        place.fail(
+            "solar cannot add this many layers",
+            expected=f"at most {n}, and {'an even' if n % 2 == 0 else 'an odd'} number",
+            got=added,
+        )
+    m = (n - added) // 2
+    return [(0, n - m), (m, n)]
+
+
+def _stack(upscale: Upscale, n: int) -> list[tuple[int, int]]:
+    """The whole model repeated, or with ``where`` one block of ``count`` layers repeated in its place."""
+    added, place = _extra(upscale, n, ("count", "where"))
+    keys = upscale.insert.value if upscale.insert else {}
+    if "where" not in keys:
+        if added % n:
+            place.fail(
+                "stack repeats whole models",
+                expected=f"a multiple of {n}",
+                got=added,
+                hint="with where: top | middle | bottom a block of that many layers is repeated",
+            )
+        return [(0, n)] * (added // n + 1)
+    where = keys["where"].choice(("top", "middle", "bottom"), "place")
+    if added > n:
+        place.fail(f"a block of {added} layers is more than the model has", expected=f"1 to {n}", got=added)
+    start = {"bottom": 0, "middle": (n - added) // 2, "top": n - added}[where]
+    return [(0, start + added), (start, n)]

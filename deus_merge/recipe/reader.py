@@ -1,0 +1,279 @@
+"""YAML -> `Recipe`: what a recipe says, checked as far as it can be without looking at a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..align.parameters import ALIGNMENT
+from ..checkpoint.hub import split_adapter
+from ..core.errors import DeusMergeError, RecipeError, nearest
+from ..core.located import MAX_BYTES, Located, parse_documents
+from ..core.units import dtype_code
+from ..methods.registry import methods
+from ..models.reference import ModelRef
+from ..models.tokenizer.settings import read_tokenizer
+from .documents import Document, in_order
+from .parameters import Settings, check_setting, read_settings
+from .types import Align, Module, OutputSlice, Recipe, SliceSource, Upscale
+
+_TOP = (
+    "name", "slices", "models", "modules", "upscale", "merge_method", "base_model", "align", "parameters", "dtype",
+    "out_dtype", "tokenizer_source", "tokenizer", "chat_template",
+)  # fmt: skip
+_SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
+_SOURCE = ("model", "layer_range", "parameters")
+_UPSCALE = ("preset", "insert", "parameters")
+_MODULE = ("slices", "models", "parameters")
+_NOT_WITH_UPSCALE = {
+    "align": "new layers are aligned by themselves; set parameters: {alignment: ...} inside upscale",
+    "merge_method": "choose a preset inside upscale, or write slices",
+    "parameters": "they may stand inside upscale",
+}
+_A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: with the recipe path, the line, what was expected and what came.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RecipeError(f"the recipe cannot be read: {reason}", where=path) from None
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, file: str = "recipe") -> Recipe:
+    """The text of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
+    recipes = [recipe_from(root) for root in parse_documents(text, file)]
+    if len(recipes) == 1:
+        return replace(recipes[0], name=None)
+    uses = [{split_adapter(ref.text)[0]: ref.place for ref in recipe.models()} for recipe in recipes]
+    order = in_order([Document(r.source, r.name, models) for r, models in zip(recipes, uses, strict=True)])
+    *before, last = (recipes[i] for i in order)
+    return replace(last, documents=tuple(before))
+
+
+def recipe_from(root: Located) -> Recipe:
+    """The values of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
+    top = root.mapping(_TOP, "a recipe")
+    form = [k for k in ("slices", "models", "modules", "upscale") if k in top]
+    if len(form) != 1:
+        root.fail("a recipe has exactly one of slices, models, modules, upscale", got=", ".join(form) or "none of them")
+    method = _method(top["merge_method"]) if "merge_method" in top else None
+    base = _model(top["base_model"]) if "base_model" in top else None
+    align = _align(top["align"]) if "align" in top else None
+    parameters = read_settings(top.get("parameters"))
+    common = {
+        "base_model": base,
+        "parameters": parameters,
+        "dtype": _dtype(top.get("dtype")),
+        "out_dtype": _dtype(top.get("out_dtype")),
+        "tokenizer": read_tokenizer(top, _model),
+        "chat_template": _chat_template(top.get("chat_template")),
+        "name": _name(top["name"]) if "name" in top else None,
+        "source": root,
+    }
+    if form == ["upscale"]:
+        if base is None:
+            root.fail("upscale needs base_model", expected="base_model: a folder or org/name", got="no base_model")
+        for key, hint in _NOT_WITH_UPSCALE.items():
+            if key in top:
+                top[key].fail(f"upscale does not go with {key}", hint=hint)
+        return Recipe(upscale=_upscale(top["upscale"]), **common)
+    if form == ["modules"]:
+        recipe = Recipe(modules=_modules(top["modules"], method, base, align), **common)
+    else:
+        recipe = Recipe(slices=_either(top, method, base, align), **common)
+    _check_names(parameters, [s.merge_method for s in recipe.pieces()])
+    for module in recipe.modules.values():
+        _check_names(module.parameters, [s.merge_method for s in module.slices])
+    for piece in recipe.pieces():
+        _check_names(piece.parameters, [piece.merge_method])
+        for source in piece.sources:
+            _check_names(source.parameters, [piece.merge_method], scope="source")
+    return recipe
+
+
+def _modules(node: Located, method: str | None, base: ModelRef | None, align: Align | None) -> dict[str, Module]:
+    """mergekit's ``modules:``; which names a model has is seen when it is opened."""
+    modules = {}
+    for name, item in node.mapping(what="a mapping of modules").items():
+        keys = item.mapping(_MODULE, "a module")
+        form = [key for key in ("slices", "models") if key in keys]
+        if len(form) != 1:
+            item.fail("a module has exactly one of slices and models", got=", ".join(form) or "neither")
+        shared = read_settings(keys.get("parameters"))
+        pieces = tuple(replace(piece, shared=shared) for piece in _either(keys, method, base, align))
+        modules[name] = Module(pieces, shared, item)
+    if not modules:
+        node.fail("no module", expected="modules: {name: {slices: [...]}}")
+    return modules
+
+
+def _either(
+    keys: Mapping[str, Located], method: str | None, base: ModelRef | None, align: Align | None
+) -> tuple[OutputSlice, ...]:
+    """``slices``, or ``models``, which is one slice."""
+    if "slices" in keys:
+        return _slices(keys["slices"], method, align)
+    return (_with_align(_models(keys["models"], method, base), align),)
+
+
+def _slices(node: Located, method: str | None, align: Align | None) -> tuple[OutputSlice, ...]:
+    return tuple(_with_align(_slice(item, method), align) for item in node.sequence("a list of slices"))
+
+
+def _with_align(piece: OutputSlice, align: Align | None) -> OutputSlice:
+    """The recipe's ``align`` stands for every slice that could have one of its own."""
+    takes = len(piece.sources) > 1 and not methods()[piece.merge_method].inserts
+    return replace(piece, align=align) if takes and piece.align is None else piece
+
+
+def _slice(node: Located, method: str | None) -> OutputSlice:
+    keys = node.mapping(_SLICE, "a slice")
+    if "sources" not in keys:
+        node.fail("a slice needs sources", expected="sources: [{model: ..., layer_range: [a, b]}]")
+    name = _method(keys["merge_method"]) if "merge_method" in keys else method
+    if name is None:
+        node.fail("no merge_method", expected="merge_method in the slice or at the top level", got="neither")
+    sources = tuple(_source(item) for item in keys["sources"].sequence("a list of sources"))
+    first = sources[0]
+    for source in sources[1:]:
+        if first.layer_range and source.layer_range and source.num_layers != first.num_layers:
+            source.place.value["layer_range"].fail(
+                "sources of a slice must have equally many layers",
+                expected=f"{first.num_layers} layers, as in sources[0]",
+                got=f"{source.num_layers} layers: {list(source.layer_range)}",
+            )
+    base = _model(keys["base_model"]) if "base_model" in keys else None
+    align = _align(keys["align"]) if "align" in keys else None
+    if align and methods()[name].inserts:
+        align.place.fail(f"{name} aligns by itself", hint=f"parameters: {{alignment: {align.given['alignment']}}}")
+    if align and len(sources) == 1:
+        align.place.fail("align needs at least two sources", expected="a source to align, and one to align it to")
+    return OutputSlice(sources, name, base, align, read_settings(keys.get("parameters")), node)
+
+
+def _align(node: Located) -> Align:
+    """``align: symmetry``, or a mapping with ``alignment`` and its parameters."""
+    names = [p.name for p in ALIGNMENT]
+    keys = node.mapping(names, "an align section") if isinstance(node.value, dict) else {"alignment": node}
+    given = {}
+    for parameter in ALIGNMENT:
+        if parameter.name in keys:
+            place = keys[parameter.name]
+            check_setting(parameter, place.plain(), place)
+            given[parameter.name] = place.plain()
+    values = {p.name: p.read(given[p.name]) if p.name in given else p.default for p in ALIGNMENT}
+    return Align({"alignment": values["alignment"]} | given, values, node)
+
+
+def _source(node: Located) -> SliceSource:
+    keys = node.mapping(_SOURCE, "a source")
+    if "model" not in keys:
+        node.fail("a source needs a model", expected="model: a folder or org/name")
+    layers = _layer_range(keys["layer_range"]) if "layer_range" in keys else None
+    return SliceSource(_model(keys["model"]), layers, read_settings(keys.get("parameters")), node)
+
+
+def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputSlice:
+    """``models:`` is one slice of whole models."""
+    if method is None:
+        node.fail("no merge_method", expected="merge_method at the top level", got="none")
+    sources = []
+    for item in node.sequence("a list of models"):
+        keys = item.mapping(("model", "parameters"), "an entry of models")
+        if "model" not in keys:
+            item.fail("an entry of models needs a model", expected="model: a folder or org/name")
+        sources.append(SliceSource(_model(keys["model"]), None, read_settings(keys.get("parameters")), item))
+    if base and methods()[method].adds_base and base not in [s.model for s in sources]:
+        sources.append(SliceSource(base, place=base.place))
+    return OutputSlice(tuple(sources), method, place=node)
+
+
+def _name(node: Located) -> str:
+    text = node.string("a name for other documents to use")
+    if "+" in text or "@" in text:
+        node.fail("not a name a document can have", expected="no + and no @, which mean something in model references")
+    return text
+
+
+def _model(node: Located) -> ModelRef:
+    return ModelRef(_reference(node), node)
+
+
+def _reference(node: Located) -> str:
+    """A model reference as text, also mergekit's long forms."""
+    if not isinstance(node.value, dict):
+        return node.string(_A_MODEL)
+    if "model" in node.value:
+        parts = node.mapping(("model", "lora"), "a model reference")
+        adapter = parts.get("lora", Located(None))
+        return _reference(parts["model"]) + (f"+{_reference(adapter)}" if adapter.value is not None else "")
+    parts = node.mapping(("path", "revision"), "a model reference")
+    if "path" not in parts:
+        node.fail("a model reference needs a path", expected="path: a folder or org/name")
+    revision = parts.get("revision", Located(None))
+    at = f"@{revision.string('a branch, tag or commit')}" if revision.value is not None else ""
+    return parts["path"].string("a folder or org/name") + at
+
+
+def _layer_range(node: Located) -> tuple[int, int]:
+    items = node.sequence("a layer_range", "[first, last + 1]")
+    if len(items) != 2:
+        node.fail("a layer_range has two numbers", expected="[first, last + 1]")
+    start, end = (item.integer() for item in items)
+    if start >= end:
+        node.fail(
+            "empty layer_range" if start == end else "reversed layer_range",
+            expected="[first, last + 1] with first <= last",
+            hint=f"did you mean [{end}, {start}]?" if start > end else f"did you mean [{start}, {end + 1}]?",
+        )
+    return start, end
+
+
+def _method(node: Located) -> str:
+    return node.choice(methods(), "merge method")
+
+
+def _chat_template(node: Located | None) -> str | None:
+    return None if node is None else node.string("auto, the name of a template, or a Jinja template")
+
+
+def _dtype(node: Located | None) -> str | None:
+    if node is None:
+        return None
+    try:
+        return dtype_code(node.string("a dtype"))
+    except DeusMergeError as error:
+        node.fail(error.message, expected=error.expected, hint=error.hint)
+
+
+def _upscale(node: Located) -> Upscale:
+    keys = node.mapping(_UPSCALE, "an upscale section")
+    preset = keys["preset"].string("the name of a preset") if "preset" in keys else "opt_deus"
+    return Upscale(preset, keys.get("insert"), read_settings(keys.get("parameters")), node)
+
+
+def _check_names(settings: Settings, names: list[str], scope: str | None = None) -> None:
+    """Every setting must be a parameter of one of the methods it can apply to, with values of its kind."""
+    for name, (setting, place) in settings.items():
+        known = [p for m in names for p in methods()[m].parameters if p.name == name and scope in (None, p.scope)]
+        if not known:
+            every = {p.name: p for m in names for p in methods()[m].parameters}
+            here = sorted(n for n, p in every.items() if scope in (None, p.scope))
+            place.fail(
+                f"{', '.join(dict.fromkeys(names))} has no parameter {name!r}{' of a source' if scope else ''}",
+                expected=", ".join(here) or "no parameters here",
+                got=name,
+                hint=f"{name} is a parameter of the whole slice" if name in every else nearest(name, here),
+            )
+        for parameter in known:
+            check_setting(parameter, setting, place)

@@ -1,0 +1,121 @@
+"""The model card of an output: front matter for the hub, layer map, recipe. The same plan gives the same card."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import yaml
+
+from .. import __version__
+from ..checkpoint.hub import split_adapter
+from ..core.errors import printable
+from ..plan.types import Plan
+
+
+def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) -> str:
+    """Markdown with YAML front matter.
+
+    Args:
+        plan: What was run.
+        recipe_yaml: The resolved recipe.
+        ancestors: Earlier growths of the sources (`lineage.ancestors`).
+    """
+    sources = _sources(plan)
+    names = ["+".join(parts) for parts in sources]
+    for folder in (f for m in plan.models for f in m.checkpoint.folders):
+        recipe_yaml = recipe_yaml.replace(str(folder), folder.name)  # a card names no folder of its author
+    front = {
+        "base_model": list(dict.fromkeys(part for parts in sources for part in parts)),
+        "library_name": "transformers",
+        "tags": ["merge", "deus_merge", *(["depth-up-scaling"] if plan.new_layers else [])],
+    }
+    base = _markdown(_name(str(plan.donor.ref)))
+    depth = plan.donor.view.num_layers
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {base}, {plan.num_layers} layers",
+        "",
+    ]
+    lines.append(
+        f"Made by deus_merge {__version__} from {_markdown(', '.join(names))}: {depth} → {plan.num_layers} layers."
+    )
+    if plan.function_preserving and plan.new_layers:
+        lines.append(f"It computes exactly what {base} computes: the new layers add nothing until they are trained.")
+    elif plan.new_layers:
+        lines.append(f"It does not compute what {base} computes: expect a worse loss until it is trained.")
+    lines += [f"\nNote: {_markdown(warning)}." for warning in plan.warnings]
+    if ancestors:
+        told = "; ".join(f"{_grown(a)} by plan {_markdown(a['plan_hash'][:8])}" for a in ancestors)
+        lines += ["", f"Grown before, oldest first (layers as numbered here): {told}."]
+    if plan.new_layers:
+        new = ", ".join(map(str, plan.new_layers))
+        lines += ["", "## Training", "", f"New layers: {new}. `deus_merge.json` lists the exact names of their"]
+        lines.append(
+            "tensors under `new_parameters`. `deus_merge.training.freeze_base(model, folder)` freezes all others;"
+        )
+        lines.append("`deus-merge export-training` prints settings for trainers.")
+    maps = [(f"Layers of {d.name}", d.plan.layer_map()) for d in plan.documents] + [("Layers", plan.layer_map())]
+    maps += [(f"Layers of {name}", part["layers"]) for name, part in plan.module_maps().items()]
+    for title, entries in ((t, e) for t, e in maps if e):
+        lines += ["", f"## {_markdown(title)}", "", "| layer | from | how |", "|---|---|---|"]
+        lines += [f"| {layers} | {_markdown(origin)} | {how} |" for layers, origin, how in _layer_rows(entries)]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_yaml)), default=0))
+    lines += ["", "## Recipe", "", f"{fence}yaml", recipe_yaml.strip(), fence, ""]
+    return "\n".join(lines)
+
+
+def _sources(plan: Plan) -> list[tuple[str, ...]]:
+    """What it was made from, each with its adapter; of a document, what that was made from."""
+    documents = {d.name for d in plan.documents}
+    found: dict[tuple[str, ...], None] = {}
+    for part in (*(d.plan for d in plan.documents), plan):
+        for model, adapter in (split_adapter(str(m.ref)) for m in part.models):
+            names = (None if model in documents else model, adapter)
+            found[tuple(_name(name) for name in names if name)] = None
+    return [parts for parts in found if parts]
+
+
+def _grown(ancestor: Mapping) -> str:
+    layers = ", ".join(map(str, ancestor["new_layers"])) or "none left"
+    return f"layers {layers}, then trained," if ancestor["trained"] else f"layers {layers}"
+
+
+def _layer_rows(layer_map: Sequence[Mapping]) -> Iterator[tuple[str, str, str]]:
+    """The layer map, with runs of copied layers on one line."""
+
+    def source(entry: Mapping) -> tuple | None:
+        """What neighbours must share to stand on one line."""
+        only = entry["sources"][0]
+        shift = entry["layer"] - only["layer"]
+        kind = entry["kind"]
+        return None if entry["new"] or kind not in ("copy", "derived") else (only["model"], shift, kind)
+
+    for key, group in groupby(layer_map, source):
+        entries = list(group)
+        first, last = entries[0], entries[-1]
+        if key is not None and len(entries) > 1:
+            begin, end = first["sources"][0]["layer"], last["sources"][0]["layer"]
+            yield f"{first['layer']}–{last['layer']}", f"{_name(key[0])} {begin}–{end}", key[2]
+            continue
+        for entry in entries:
+            origin = " + ".join(f"{_name(s['model'])} {s['layer']}" for s in entry["sources"])
+            yield str(entry["layer"]), origin, f"{entry['method']}, new" if entry["new"] else entry["kind"]
+
+
+def _name(ref: str) -> str:
+    """A model's name without the folders of whoever ran the merge."""
+    parts = [part for part in split_adapter(ref) if part is not None]
+    name = "+".join(Path(part).name if Path(part).exists() else part for part in parts)
+    return printable(name)
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown and HTML leave as it is: a name may be anybody's."""
+    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", html.escape(printable(text), quote=False))

@@ -1,0 +1,245 @@
+"""Everything that can be known to go wrong with a run, before a byte is written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..checkpoint.output_folder import OutputFolder
+from ..checkpoint.reader import TensorSource
+from ..checkpoint.system import existing
+from ..core.errors import CheckpointError, DeusMergeError, PlanError
+from ..core.units import format_size
+from ..models.source import stamp
+from ..plan.types import Plan
+from ..report.manifest import MANIFEST, read_manifest
+from .limits import allow_open_files, memory
+
+if TYPE_CHECKING:
+    import torch
+
+_SLACK = 1 << 18  # bytes of disk for model card, recipe, journal and folders
+_TOLD = 2 << 10  # bytes of manifest, index and journal a tensor
+_MORE_FILES = 16  # inodes for everything beside weights and copied files
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what.
+
+    Attributes:
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        max_memory: Bytes the process may take: plans then work in row blocks; too few are refused.
+        resume: Go on with an interrupted run.
+        overwrite: Replace an existing output, once the new one is whole.
+        verify: Check the result before it gets its name.
+        seed: For methods that draw random numbers.
+        threads: CPU threads for arithmetic; None for torch's own choice.
+        model_card: Write a README.md.
+    """
+
+    device: str = "auto"
+    max_memory: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    verify: bool = True
+    seed: int = 0
+    threads: int | None = None
+    model_card: bool = True
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that nothing stands in the way of.
+
+    Attributes:
+        output: Its output folder, not entered yet.
+        device: Where it computes; None when it only copies.
+        told: What the manifest says of the options.
+        warnings: What the user should know of this machine.
+        complete: OUT is already what this run would make, and it is a resumed one: nothing is left to do.
+    """
+
+    output: OutputFolder
+    device: torch.device | None
+    told: dict[str, object]
+    warnings: tuple[str, ...]
+    complete: bool
+
+
+def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
+    """Check everything that can be known to go wrong; nothing on the disk is touched.
+
+    Raises:
+        PlanError: no room on the disk, too little memory, OUT in the way or in or around a source, another run at work
+            or interrupted there, no such device.
+        CheckpointError: a source has changed since it was planned with.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
+        raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
+    check_sources(plan)
+    warnings = _check_memory(plan, options)
+    computes = any(b.computes for b in plan.blocks)
+    device = _device(options.device) if computes else None
+    told = {
+        "device": device.type if device else "none",
+        "threads": _set_threads(options.threads) if computes else 0,
+        "seed": options.seed,
+    }
+    identity = {"deus_merge": __version__, **told, "sources": [m.stamp for m in plan.models]}
+    output = OutputFolder(
+        out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
+    )
+    check_apart(output.out, [m.checkpoint for m in plan.models])
+    complete = options.resume and not output.place.unfinished and _complete(plan, output.out, told)
+    if complete:
+        warnings += ("the output is already complete: nothing was left to do",)
+    else:
+        output.check()
+        _check_disk(plan, output)
+    return Ready(output, device, told, warnings, complete)
+
+
+def check_sources(plan: Plan) -> None:
+    """Whether all sources are as they were when the plan was made.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for model in plan.models:
+        for old, new, file in zip(model.stamp, stamp(model.checkpoint.files), model.checkpoint.files, strict=True):
+            if old != new:
+                raise CheckpointError("the file has changed since the plan was made", where=file)
+
+
+def check_apart(out: Path, sources: Iterable[TensorSource]) -> None:
+    """OUT and the sources must not contain each other, by whatever names: links, bind mounts, upper and lower case.
+
+    Raises:
+        PlanError: they do.
+    """
+    above = set(_folders(out))
+    for source in sources:
+        for folder in source.folders:
+            files = {f.resolve().parent for f in (*folder.iterdir(), *source.files)}  # links may lead elsewhere
+            inside = _identity(folder) in above
+            if inside or (os.path.exists(out) and any(_identity(out) in _folders(f) for f in (folder, *files))):
+                raise PlanError(
+                    "the output and a source must not contain each other",
+                    where=out,
+                    expected="a folder beside the models",
+                    got=f"source {folder.resolve()}",
+                )
+
+
+def _folders(path: Path) -> Iterator[tuple[int, int]]:
+    """Identities of a path and of the folders above it, as far as they are there."""
+    path = path.resolve()
+    return (_identity(folder) for folder in (path, *path.parents) if os.path.exists(folder))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _complete(plan: Plan, out: Path, told: dict[str, object]) -> bool:
+    """Whether a finished output is what this run would make."""
+    try:
+        record, written = read_manifest(out), os.stat(out / MANIFEST).st_mtime_ns
+    except (DeusMergeError, OSError):
+        return False
+    options = {key: record.get("options", {}).get(key) for key in told}
+    same = (record.get("plan_hash"), record.get("deus_merge"), options) == (plan.hash, __version__, told)
+    return same and all(changed <= written for m in plan.models for _, _, changed in m.stamp)
+
+
+def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
+    least, limit = plan.least_memory, options.max_memory
+    if limit is not None and least > limit:
+        raise PlanError(
+            "the plan needs more memory than allowed",
+            where="--max-memory",
+            expected=f"at least {format_size(least)}",
+            got=format_size(limit),
+        )
+    if (found := memory()) is None:
+        return ()
+    available, total = found
+    if limit is None and least > total:
+        raise PlanError(
+            "the plan needs more memory than there is",
+            expected=f"at least {format_size(least)}",
+            got=f"{format_size(total)}, swap included",
+            hint=f"--max-memory {_megabytes(least)} tries nevertheless",
+        )
+    peak = plan.peak_memory if limit is None else min(plan.peak_memory, limit)
+    if peak <= available:
+        return ()
+    less = f"; it can do with less: --max-memory {_megabytes(max(least, available))}" if least < peak else ""
+    return (f"about {format_size(peak)} of memory will be needed, {format_size(available)} are available{less}",)
+
+
+def _megabytes(size: int) -> str:
+    return f"{-(-size // 10**6)}MB"
+
+
+def _check_disk(plan: Plan, output: OutputFolder) -> None:
+    """Room for the new folder beside the old one; what an interrupted run has left counts, used again or removed."""
+    sizes = [s.size for s in plan.shards]
+    sizes += [len(c) if isinstance(c, bytes) else c.stat().st_size for c in plan.files.values()]
+    system = os.statvfs(existing(output.out.parent))
+    left = [os.lstat(p) for p in output.place.new.rglob("*")]
+    needed = sum(-(-size // system.f_frsize) * system.f_frsize for size in sizes)
+    needed += _SLACK + _TOLD * sum(len(b.tensors) for b in plan.blocks)
+    free = system.f_bavail * system.f_frsize + sum(s.st_blocks * 512 for s in left)
+    if needed > free:
+        raise PlanError(
+            "too little space on the disk",
+            where=output.out,
+            expected=format_size(needed),
+            got=f"{format_size(free)} free",
+            hint="the folder that will be replaced stays until the new one is whole" if output.out.exists() else None,
+        )
+    files = len(sizes) + _MORE_FILES
+    if system.f_files and files > system.f_favail + len(left):
+        raise PlanError(
+            "too few inodes on the file system",
+            where=output.out,
+            expected=f"{files} files",
+            got=f"{system.f_favail + len(left)} free",
+            hint="a larger --max-shard-size makes fewer files",
+        )
+    opened = len(plan.shards) + sum(len(m.checkpoint.files) for m in plan.models)
+    if not allow_open_files(opened):
+        raise PlanError(
+            "too many files would be open at once",
+            expected=f"a limit of more than {opened} open files (ulimit -n)",
+            hint="a larger --max-shard-size makes fewer files",
+        )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PlanError(
+            "no such CUDA device", where="--device", expected=f"{torch.cuda.device_count()} devices", got=name
+        )
+    if device.type == "cuda":  # plans need all of float32's digits
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def _set_threads(threads: int | None) -> int:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

@@ -1,0 +1,507 @@
+"""Wrong input, as a newcomer would give it: told with its place, what was expected and what came; nothing is written.
+
+A row is a recipe (or a command line) and the fragments that its message must contain.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from string import Template
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support import make_model
+
+from deus_merge import api
+from deus_merge.core.errors import DeusMergeError
+from deus_merge.core.located import locate, parse
+from deus_merge.recipe.reader import parse_recipe, recipe_from
+
+PASS = "merge_method: passthrough\n"
+SLICE = "slices:\n  - sources:\n      - {model: base, layer_range: [0, 2]}\n"
+INSERT = "top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
+
+
+def source(keys: str, method: str = PASS) -> str:
+    return f"{method}slices:\n  - sources:\n      - {{{keys}}}\n"
+
+
+def pair(one: str, other: str, method: str = "karcher") -> str:
+    return f"merge_method: {method}\nslices:\n  - sources:\n      - {{{one}}}\n      - {{{other}}}\n"
+
+
+def models(*names: str, method: str = "karcher") -> str:
+    return f"merge_method: {method}\nmodels:\n" + "".join(f"  - model: {name}\n" for name in names)
+
+
+def scale(value: str) -> str:
+    return f"{PASS}{SLICE}parameters:\n  scale: {value}\n"
+
+
+def upscale(section: str, base: str = "base") -> str:
+    return f"base_model: {base}\nupscale: {section}\n"
+
+
+def insert(form: str) -> str:
+    return upscale(f"{{insert: {form}}}")
+
+
+def parameter(text: str) -> str:
+    return upscale(f"\n  parameters:\n    {text}")
+
+
+_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+# fmt: off
+RECIPES = {
+    # the file
+    "missing file": (None, "recipe.yml: the recipe cannot be read: No such file"),
+    "empty file": ("", "recipe.yml: there is nothing in it"),
+    "only a comment": ("# later\n", "there is nothing in it"),
+    "a list": ("- base\n- other\n", "recipe.yml (line 1): must be a recipe", "key: value pairs", "['base', 'other']"),
+    "text": ("hello\n", "(line 1): must be a recipe", "the keys align, base_model", "got:      'hello'"),
+    "not utf-8": (b"merge_method: passthrough # \xe9\n", "recipe.yml: the recipe cannot be read: not UTF-8 text"),
+    "nul byte": (b"merge_method: a\0\n", "not valid YAML", "unacceptable character #x0000"),
+    "tab": ("slices:\n\t- sources: []\n", "(line 2): not valid YAML", "hint:     indent with spaces, not tabs"),
+    "unclosed list": (f"{PASS}slices: [a\n", "(line 3): not valid YAML", "expected ',' or ']'"),
+    "documents": ("a: 1\n---\nb: 2\n", "a (line 1): unknown key 'a'"),
+    "undefined alias": ("slices: *all\n", "(line 1): not valid YAML", "undefined alias 'all'"),
+    "double key": (PASS + SLICE + PASS, "(line 5): key 'merge_method' stands twice", "each key once"),
+    "double inner key": (source("model: base, model: other"), "sources[0] (line 4): key 'model' stands twice"),
+    "list as key": ("? [a, b]\n: c\n", "(line 1): a key must be text"),
+    "merge key": (f"x: &x {{a: 1}}\n<<: *x\n{PASS}", "(line 2): merge keys (<<) are not supported", "write the keys"),
+    "billion laughs": (_LAUGHS, "the recipe's anchors make it too large", "at most 200000 values"),
+    "endless anchor": ("slices: &a [*a]\n", "the recipe is nested too deeply", "at most 32 levels"),
+    "nested": (f"slices: {'[' * 2000}{']' * 2000}\n", "the recipe is nested too deeply"),
+    "python tag": ("slices: !!python/object/apply:os.system [ls]\n",
+                   "slices (line 1): a tag is not supported", "!!python/object/apply:os.system"),
+    "scalar tag": (scale("!!bool nay"), "parameters.scale (line 6): not a plain value", "!!bool nay"),
+    "endless number": (scale("9" * 400), "parameters.scale (line 6): not a plain value", "!!int 999"),
+    "huge text": ('slices: {x: [&a "' + "x" * 100_000 + '", ' + ", ".join(["*a"] * 10_000) + "]}\n",
+                  "slices (line 1): must be a list of slices", "got:      {x: ['xxx", "xxx..."),
+
+    # keys and their kinds, from the top down
+    "top key": (f"{PASS}{SLICE}dtyp: bfloat16\n", "dtyp (line 5): unknown key 'dtyp'", "did you mean 'dtype'?"),
+    "slice key": (f"{PASS}slices:\n  - source: []\n", "slices[0].source (line 3): unknown key", "mean 'sources'?"),
+    "source key": (source("model: base, layer-range: [0, 2]"), "slices[0].sources[0].layer-range (line 4)",
+                   "did you mean 'layer_range'?"),
+    "models key": (f"{models('base')}    weight: 1\n", "models[0].weight (line 4): unknown key", "model, parameters"),
+    "upscale key": (upscale("{presett: solar}"), "upscale.presett (line 2): unknown key", "did you mean 'preset'?"),
+    "modules": (f"{PASS}modules: {{}}\n", "modules (line 2): no module", "modules: {name: {slices: [...]}}"),
+    "neither form": (PASS, "exactly one of slices, models, modules, upscale", "got:      none of them"),
+    "both forms": (f"{PASS}{SLICE}models: [{{model: base}}]\n", "exactly one of slices, models", "slices, models"),
+    "slices a mapping": (f"{PASS}slices:\n  sources: []\n", "slices (line 3): must be a list of slices"),
+    "slices empty": (f"{PASS}slices:\n", "slices (line 2): must be a list of slices", "got:      nothing"),
+    "slice a name": (f"{PASS}slices: [base]\n", "slices[0] (line 2): must be a slice", "the keys align, base_model"),
+    "no sources": (f"{PASS}slices:\n  - parameters: {{}}\n", "slices[0] (line 3): a slice needs sources", "model: ..."),
+    "sources empty": (f"{PASS}slices:\n  - sources: []\n", "slices[0].sources (line 3): must be a list of sources"),
+    "source a name": (f"{PASS}slices:\n  - sources: [base]\n", "slices[0].sources[0] (line 3): must be a source"),
+    "no model": (source("layer_range: [0, 2]"), "slices[0].sources[0] (line 4): a source needs a model"),
+    "no method": (SLICE, "slices[0] (line 2): no merge_method", "merge_method in the slice or at the top level"),
+    "method": (f"merge_method: passthru\n{SLICE}", "merge_method (line 1): unknown merge method", "'passthrough'?"),
+    "method of a slice": ("slices:\n  - merge_method: otfuse\n    sources: [{model: base}]\n",
+                          "slices[0].merge_method (line 2): unknown merge method", "did you mean 'ot_fuse'?"),
+    "method a list": (f"merge_method: [linear]\n{SLICE}", "merge_method (line 1)", "linear | model", "['linear']"),
+    "dtype": (f"{PASS}{SLICE}dtype: bflot16\n", "dtype (line 5): unknown dtype", "did you mean 'bfloat16'?"),
+    "out_dtype": (f"{PASS}{SLICE}out_dtype: int8\n", "out_dtype (line 5)", "float64 | float32 | float16 | bfloat16"),
+    "dtype a number": (f"{PASS}{SLICE}dtype: 16\n", "dtype (line 5): wrong value", "got:      16"),
+
+    # layer ranges
+    "reversed": (source("model: base, layer_range: [3, 1]"), "slices[0].sources[0].layer_range (line 4): reversed",
+                 "[first, last + 1]", "got:      [3, 1]", "did you mean [1, 3]?"),
+    "empty": (source("model: base, layer_range: [2, 2]"), "empty layer_range", "did you mean [2, 3]?"),
+    "beyond": (source("model: base, layer_range: [2, 9]"), "slices[0].sources[0].layer_range (line 4): layer_range goes"
+               " beyond the 4 layers of base", "[first, last + 1] within [0, 4]", "got:      [2, 9]"),
+    "one number": (source("model: base, layer_range: [2]"), "a layer_range has two numbers", "[first, last + 1]"),
+    "range as text": (source("model: base, layer_range: 0-2"), "must be a layer_range", "got:      '0-2'"),
+    "negative": (source("model: base, layer_range: [-1, 2]"), "layer_range[0] (line 4): wrong value", "at least 0"),
+    "fraction": (source("model: base, layer_range: [0, 2.5]"), "layer_range[1] (line 4): wrong value", "whole number"),
+    "unequal": (pair("model: base, layer_range: [0, 4]", "model: other, layer_range: [0, 3]"),
+                "slices[0].sources[1].layer_range (line 5): sources of a slice must have equally many layers",
+                "4 layers, as in sources[0]", "3 layers: [0, 3]"),
+    "unequal depth": (pair("model: base", "model: deep"), "slices[0] (line 3): sources of a slice must have equally",
+                      "base: 4, deep: 6", "give each source a layer_range"),
+    "unequal models": (models("base", "deep"), "models (line 3)", "base: 4, deep: 6", "layer_range (in slices)"),
+
+    # parameters
+    "parameter": (source("model: base, parameters: {scal: 1}"), "sources[0].parameters.scal (line 4): passthrough has"
+                  " no parameter 'scal' of a source", "did you mean 'scale'?"),
+    "another's parameter": (f"{PASS}{SLICE}parameters: {{t: 1}}\n", "parameters.t (line 5): passthrough has no"),
+    "slice's parameter": (pair("model: base, parameters: {t: 1}", "model: other", "slerp"),
+                          "slices[0].sources[0].parameters.t (line 4)", "t is a parameter of the whole slice"),
+    "parameters a list": (f"{PASS}{SLICE}parameters: [scale]\n", "parameters (line 5): must be a mapping of"),
+    "number": (scale("big"), "parameters.scale (line 6): not a value of scale", "a number", "got:      'big'"),
+    "true": (scale("true"), "parameters.scale (line 6)", "expected: a number", "got:      true"),
+    "infinity": (scale("1e999"), "parameters.scale (line 6): not a value of scale", "'1e999'"),
+    "gradient with a word": (scale("[0, half, 1]"), "parameters.scale[1] (line 6): a gradient is a list of numbers"),
+    "gradient of a boolean": (f"{models('base', method='linear')}parameters: {{normalize: [0, 1]}}\n",
+                              "parameters.normalize (line 4): normalize takes no gradient", "true or false"),
+    "filter without value": (scale("[{filter: mlp}, {value: 1}]"), "parameters.scale[0] (line 6): a filter entry needs",
+                             "value: ...", "{filter: 'mlp'}"),
+    "filter key": (scale("[{filtr: mlp, value: 1}]"), "scale[0].filtr (line 6): unknown key", "mean 'filter'?"),
+    "filter list": (scale("[{filter: [q, k], value: 1}]"), "scale[0].filter (line 6)", "part of a tensor name"),
+    "filtered value": (scale("[{filter: q, value: big}]"), "parameters.scale[0].value (line 6)", "expected: a number"),
+    "filters and numbers": (scale("[{filter: q, value: 1}, 2]"), "parameters.scale (line 6): mixed list"),
+    "reg": (parameter("reg: -1"), "upscale.parameters.reg (line 4): not a value of reg", "a number above 0, or auto"),
+    "reg nothing": (parameter("reg:"), "upscale.parameters.reg (line 4)", "got:      nothing"),
+    "solver": (parameter("solver: sinkhron"), "not a value of solver", "| sinkhorn", "did you mean 'sinkhorn'?"),
+    "zero_init": (parameter("zero_init: [q]"), "upscale.parameters.zero_init (line 4), layer 2 of the output",
+                  "'q' does not write to the residual stream; these do: o, down"),
+    "no layers per gap": (parameter("layers_per_gap: 0"), "layers_per_gap (line 4)", "a whole number from 1 to 64"),
+    "layers per gap list": (parameter("layers_per_gap: [1, 2]"), "layers_per_gap takes no gradient", "whole number"),
+    "filter on a layer": (parameter("t: [{filter: mlp, value: 0.5}]"), "t stands for a whole layer: filters do not"),
+    "yes": (parameter("unit_rows: 'yes'"), "upscale.parameters.unit_rows (line 4)", "true or false", "got:      'yes'"),
+    "upscale's parameter": (parameter("rge: 1"), "upscale.parameters.rge (line 4): ot_fuse has no", "mean 'reg'?"),
+
+    # upscale
+    "preset": (upscale("{preset: opt_dues}"), "upscale.preset (line 2): unknown preset", "did you mean 'opt_deus'?"),
+    "preset a list": (upscale("{preset: [solar]}"), "upscale.preset (line 2)", "the name of a preset", "['solar']"),
+    "upscale a name": (upscale("opt_deus"), "upscale (line 2): must be an upscale section", "keys insert, parameters"),
+    "upscale nothing": (upscale(""), "upscale (line 2): must be an upscale section", "got:      nothing"),
+    "upscale what": ("upscale: {preset: solar}\n", "upscale needs base_model", "base_model: a folder or org/name"),
+    "upscale and method": (f"{upscale('{}')}merge_method: linear\n", "merge_method (line 3): upscale does not go with",
+                           "choose a preset inside upscale"),
+    "upscale and parameters": (f"{upscale('{}')}parameters: {{reg: 1}}\n", "parameters (line 3)", "inside upscale"),
+    "insert name": (insert("tophalf"), "upscale.insert (line 2): unknown insert form", "did you mean 'top_half'?"),
+    "insert behind the last": (insert("{every: 4}"), "no layer at all: the last one has no upper neighbour"),
+    "insert number": (insert("3"), "upscale.insert (line 2): not an insert form", INSERT, "got:      3"),
+    "insert list": (insert("[1, 2]"), "upscale.insert (line 2): not an insert form", INSERT, "got:      [1, 2]"),
+    "insert nothing": (insert(""), "upscale.insert (line 2): not an insert form", INSERT, "got:      nothing"),
+    "insert key": (insert("{evry: 2}"), "upscale.insert.evry (line 2): unknown key", "did you mean 'every'?"),
+    "insert two": (insert("{every: 2, after: [1]}"), "upscale.insert (line 2): an insert form has one of every, after"),
+    "insert where": (insert("{where: top}"), "an insert form has one of every, after, count", INSERT),
+    "every 0": (insert("{every: 0}"), "upscale.insert.every (line 2)", "a whole number of at least 1", "got:      0"),
+    "every true": (insert("{every: true}"), "upscale.insert.every (line 2)", "a whole number", "got:      true"),
+    "every 9": (insert("{every: 9}"), "upscale.insert (line 2): this inserts no layer", "the 3 gaps of 4 layers"),
+    "after a number": (insert("{after: 2}"), "upscale.insert.after (line 2): must be a list of layers"),
+    "after the last": (insert("{after: [3]}"), "upscale.insert.after[0] (line 2): no new layer can stand after layer 3:"
+                       " the last layer has no upper neighbour", "0 to 2"),
+    "after the end": (insert("{after: [1, 9]}"), "insert.after[1] (line 2)", "layer 9: the model ends there", "0 to 2"),
+    "after twice": (insert("{after: [1, 1]}"), "insert.after[1] (line 2): layer 1 is named twice", "layers_per_gap"),
+    "too many": (insert("{count: 9}"), "insert.count (line 2): 9 new layers do not fit into 3 gaps", "1 to 3"),
+    "count where": (insert("{count: 1, where: upper}"), "insert.where (line 2): unknown place", "bottom | even |"),
+    "solar's insert": (upscale("{preset: solar, insert: all}"), "upscale.insert (line 2): solar takes only a count"),
+    "solar odd": (upscale("{preset: solar, insert: {count: 3}}"), "insert.count (line 2)", "at most 4, and an even"),
+    "solar's parameter": (upscale("{preset: solar, parameters: {reg: 1}}"), "solar has no parameters"),
+    "stack part": (upscale("{preset: stack, insert: {count: 3}}"), "a multiple of 4", "with where: top | middle"),
+
+    # model references and the files beside
+    "model a list": (source("model: [a, b]"), "slices[0].sources[0].model (line 4)", "a folder or org/name[@revision]"),
+    "model nothing": (source("model: "), "slices[0].sources[0].model (line 4)", "got:      nothing"),
+    "model key": (source("model: {pth: base}"), "model.pth (line 4): unknown key", "did you mean 'path'?"),
+    "no path": (source("model: {revision: main}"), "model (line 4): a model reference needs a path"),
+    "adapter": (source("model: base+adapter"), "slices[0].sources[0].model (line 4): adapter: no such folder"),
+    "adapter key": (source("model: {model: base, lora: a}"), "slices[0].sources[0].model (line 4): a: no such folder"),
+    "adapter misspelt": (source("model: {model: base, lor: a}"), "model.lor (line 4): unknown key 'lor'", "'lora'"),
+    "no adapter": (source("model: base+other"), "other: no adapter: it has no adapter_config.json"),
+    "endless name": (source(f"model: {'x' * 5000}+y"), "slices[0].sources[0].model (line 4): xxx", "no such folder"),
+    "no such folder": (source("model: ./bse"), "slices[0].sources[0].model (line 4): ./bse: no such folder"),
+    "no such model": (source("model: nobody/nothing"), "nobody/nothing: no such folder, and not in the hub's cache"),
+    "revision of a folder": (source("model: base@main"), "base@main: a local folder has no revisions", "leave @main"),
+    "a file": (source("model: base/config.json"), "a model is a folder, this is a file", "name its folder: base"),
+    "base_model a list": (f"{PASS}{SLICE}base_model: [a]\n", "base_model (line 5): wrong value", "got:      ['a']"),
+    "no tokenizer": (f"{PASS}{SLICE}tokenizer_source: union\n", "tokenizer_source (line 5): base has no tokenizer",
+                     "tokenizer.json, or another file", "none of them, and 128 rows of embeddings"),
+    "tokenizer number": (f"{PASS}{SLICE}tokenizer_source: 3\n", "tokenizer_source (line 5): wrong value"),
+    "chat_template": (f"{PASS}{SLICE}chat_template: chatlm\n", "chat_template (line 5): not a chat template",
+                      "auto, alpaca, chatml, exaone, llama3, mistral, or a Jinja template", "did you mean 'chatml'?"),
+    "chat_template list": (f"{PASS}{SLICE}chat_template: []\n", "chat_template (line 5)", "or a Jinja template"),
+    "broken Jinja": (f"{PASS}{SLICE}chat_template: '{{% for m in messages %}}'\n", "chat_template (line 5): not a",
+                     "Jinja template", "Unexpected end of template"),
+
+    # how many sources, and whether they fit each other
+    "two passed through": (models("base", "other", method="passthrough"), "models (line 3)", "one source, not 2"),
+    "slerp of one": (models("base", method="slerp"), "models (line 3)", "slerp takes exactly two models, not 1"),
+    "ot_fuse of three": (models("base", "other", "other", method="ot_fuse"), "ot_fuse takes one source", "not 3"),
+    "no gap": (source("model: base, layer_range: [1, 2]", "merge_method: ot_fuse\n"),
+               "slices[0].sources[0] (line 4): a single layer has no gap for ot_fuse", "at least two layers"),
+    "foreign base": (pair("model: base", "model: other", "slerp") + "base_model: deep\n",
+                     "base_model (line 6): slerp starts from the base model, but no source", "base or other", "'deep'"),
+    "ties without base": (models("base", "other", method="ties") + "parameters: {weight: 1}\n",
+                          "models (line 3): ties needs a base model", "base_model: base or other", "no base_model"),
+    "ties without weight": (models("base", "other", method="ties") + "base_model: base\n",
+                            "models[1] (line 4): ties needs weight, which has no default", "{weight: a number}",
+                            "no value for model.embed_tokens.weight"),
+    "weight of some tensors": (
+        models("base", "other", method="linear") + "parameters: {weight: [{filter: mlp, value: 1}]}\n",
+        "models[0] (line 3): linear needs weight", "no value for model.embed_tokens.weight"),
+    "nuslerp of three": (models("base", "other", "wide", method="nuslerp"), "nuslerp takes exactly 2 models", "not 3"),
+    "density": (models("base", "other", method="ties") + "parameters: {density: 1.5}\n", "parameters.density (line 5)",
+                "a number from 0 to 1", "got:      1.5"),
+    "epsilon": (models("other", method="della") + "base_model: base\nparameters: {density: 0.9, weight: 1}\n",
+                "models (line 3)", "density - epsilon to density + epsilon, here 0.75 to 1.05", "between 0 and 1"),
+    "cancelling weights": (
+        "merge_method: multislerp\nmodels:\n  - {model: base, parameters: {weight: 1}}\n"
+        "  - {model: other, parameters: {weight: -1}}\n", "the weights sum to 0 for model.embed_tokens.weight"),
+    "other shapes": (models("base", "wide"), "models[1] (line 4): models do not match", "as layer 0 of base",
+                     "layer 0 of wide has gate [64, 32], not [48, 32]"),
+    "other tensors": (models("base", "qwen3"), "models[1] (line 4): models do not match", "has also q_norm, k_norm"),
+    "other heads": (models("base", "heads"), "models[1].model (line 4): models do not match: num_attention_heads",
+                    "4, as in base", "2 in heads"),
+    "other vocabulary": (models("base", "vocabulary"), "models[1] (line 4): models do not match", "embeddings of base",
+                         "model.embed_tokens.weight [130, 32], not [128, 32]"),
+    "layers of another kind": (
+        f"{PASS}slices:\n  - sources: [{{model: base}}]\n  - sources: [{{model: qwen3, layer_range: [1, 2]}}]\n",
+        "slices[1].sources[0] (line 4): models do not match", "the layers of base", "layer 1 of qwen3 has also q_norm"),
+    "undescribed family": (upscale("{}", "mystery"), "upscale (line 2), layer 2 of the output: ot_fuse does not know",
+                           "a described family: ", "llama", "model_type mystery"),
+    "layers differ": (upscale("{insert: all}", "extra"), "layer 1 of extra has also mlp.strange.weight"),
+    "integers": (upscale("{}", "integers"), "integers/model.safetensors", "int8, which cannot be merged", "quantised"),
+}
+
+# A model folder, and the fragments; all begin with `base_model (line 1): <folder>`.
+MODELS = {
+    "pickled": ("no safetensors file", "got:      pytorch_model.bin", "a pickle is a program: --allow-pickle"),
+    "hollow": ("config.json: the file is missing",),
+    "list_config": ("config.json: the config is not a JSON object",),
+    "cut_config": ("config.json: the config is not strict JSON",),
+    "no_type": ("config.json has no model_type",),
+    "deeper": ("config.json's num_hidden_layers does not fit the tensors", "expected: 5 layers", "got:      4 layers"),
+    "shallower": ("num_hidden_layers does not fit the tensors", "expected: 3 layers, 0 to 2", "got:      4 layers"),
+    "text_depth": ("num_hidden_layers is no depth", "a whole number of at least 1", "got:      '4'"),
+    "mystery_depth": ("unknown family 'mystery': no depth in config.json fits its 4 layers", "num_hidden_layers or"),
+    "layer_types": ("layer_types does not fit the depth", "expected: 4 entries, one a layer", "got:      3 entries"),
+    "hole": ("layer 2 lacks its 'up' tensor", "expected: model.layers.2.mlp.up_proj.weight"),
+    "no_embeddings": ("the checkpoint lacks model.embed_tokens.weight",),
+    "no_head": ("the checkpoint lacks lm_head.weight", "tie_word_embeddings: false"),
+    "five_heads": ("config.json does not fit model.layers.0.self_attn.q_proj.weight", "expected: shape [40, 32]",
+                   "got:      [32, 32]", "num_attention_heads: 5"),
+    "kv_heads": ("does not fit model.layers.0.self_attn.k_proj.weight", "expected: shape [24, 32]"),
+    "hidden_size": ("config.json does not fit", "hidden_size: 64"),
+    "vocab_size": ("does not fit model.embed_tokens.weight", "expected: shape [99, 32]", "got:      [128, 32]"),
+    "odd_layer": ("does not fit model.layers.2.mlp.up_proj.weight", "expected: shape [48, 32]", "got:      [40, 32]"),
+}
+
+UP = ("upscale", "base", "$out")
+COMMANDS = {
+    "command": (("upscal", "base", "$out"), "No such command 'upscal'", "did you mean 'upscale'?"),
+    "no arguments": (("merge",), "Missing argument 'RECIPE'", "deus-merge merge --help"),
+    "no OUT": (("merge", "$recipe"), "Missing argument 'OUT'"),
+    "one too many": (("merge", "$recipe", "$out", "more"), "unexpected extra argument (more)"),
+    "option": ((*UP, "--overwrit"), "No such option", "--overwrite"),
+    "recipe a folder": (("merge", "base", "$out"), "base: the recipe cannot be read: Is a directory"),
+    "plan of nothing": (("plan", "nothing.yml"), "nothing.yml: the recipe cannot be read: No such file"),
+    "model": (("upscale", "./bse", "$out"), "base_model: ./bse: no such folder"),
+    "no model": (("upscale", "", "$out"), "base_model: wrong value", "a folder or org/name"),
+    "preset": ((*UP, "--preset", "solr"), "upscale.preset: unknown preset", "did you mean 'solar'?"),
+    "dtype": ((*UP, "--dtype", "bf16"), "dtype: unknown dtype", "did you mean 'bfloat16'?"),
+    "insert no YAML": ((*UP, "--insert", "{every: 2"), "--insert (line 1): not valid YAML", "expected ',' or '}'"),
+    "insert twice": ((*UP, "--insert", "all\n---\nall"), "--insert (line 3): a second document", "one YAML document"),
+    "insert word": ((*UP, "--insert", "top"), "upscale.insert: unknown insert form", INSERT),
+    "insert empty": ((*UP, "--insert", ""), "--insert: there is nothing in it"),
+    "insert 0": ((*UP, "--insert", "{count: 0}"), "upscale.insert.count: wrong value", "at least 1", "got:      0"),
+    "param": ((*UP, "-p", "reg"), "--param: 'reg' is not NAME=VALUE"),
+    "param without name": ((*UP, "-p", "=3"), "--param: '=3' is not NAME=VALUE"),
+    "param without value": ((*UP, "-p", "reg="), "--param: 'reg=' is not NAME=VALUE"),
+    "param twice": ((*UP, "-p", "t=1", "-p", "t=0"), "--param: 't' is given twice"),
+    "param no YAML": ((*UP, "-p", "zero_init=[o"), "--param zero_init (line 1): not valid YAML"),
+    "param name": ((*UP, "-p", "rge=3"), "upscale.parameters.rge: ot_fuse has no parameter", "did you mean 'reg'?"),
+    "param value": ((*UP, "-p", "reg=-1"), "upscale.parameters.reg: not a value of reg", "a number above 0, or auto"),
+    "size": ((*UP, "--max-memory", "8 gigs"), "'--max-memory'", "'8 gigs' is not a size", "like 5GB or 8GiB"),
+    "size 0": ((*UP, "--max-shard-size", "0"), "'--max-shard-size'", "at least 1 byte"),
+    "memory": ((*UP, "--max-memory", "1MB"), "--max-memory: the plan needs more memory", "got:      1.00 MB"),
+    "threads": ((*UP, "--threads", "100000000"), "'--threads'", "not in the range"),
+    "seed": ((*UP, "--seed", "x"), "'--seed'", "'x' is not a valid integer"),
+    "device": ((*UP, "--device", "gpu"), "--device: unknown device", "auto, cpu, cuda or cuda:N", "got:      gpu"),
+    "device number": ((*UP, "--device", "cuda:99"), "--device: no such CUDA device", "got:      cuda:99"),
+    "OUT = source": (("upscale", "base", "base"), "base: the output and a source must not contain each other"),
+    "OUT in source": (("upscale", "base", "base/deeper"), "must not contain each other", "a folder beside the models"),
+    "OUT around source": (("upscale", "base", "."), "must not contain each other", "a folder beside the models"),
+    "OUT a file": (("upscale", "base", "$recipe"), "recipe.yml: the output is not a folder", "choose another output"),
+    "OUT under a file": (("upscale", "base", "$recipe/out"), "recipe.yml", "Not a directory"),
+    "OUT not empty": (("upscale", "base", "$full"), "the output folder is not empty", "keep.txt", "--overwrite"),
+    "OUT no model": (("upscale", "base", "$full", "--overwrite"), "holds no model: it will not be overwritten"),
+    "verify": (("verify", "base"), "base/deus_merge.json: no manifest", "merge and upscale write one"),
+    "inspect": (("inspect", "./bse"), "./bse: no such folder"),
+    "methods": (("methods", "ot_fues"), "nothing is called 'ot_fues'", "did you mean 'ot_fuse'?"),
+    "json": ((*UP, "--json", "--preset", "solr"), "upscale.preset: unknown preset"),
+}
+# fmt: on
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Path:
+    """A folder of small models, most of them broken in one way each."""
+    root = tmp_path_factory.mktemp("workshop")
+    make_model(root / "base")
+    make_model(root / "other", seed=1)
+    make_model(root / "deep", layers=6)
+    make_model(root / "wide", intermediate_size=64)
+    make_model(root / "qwen3", "qwen3")
+    make_model(root / "heads", num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    make_model(root / "vocabulary", vocab_size=130)
+    config = json.loads((root / "base/config.json").read_text())
+    tensors = load_file(root / "base/model.safetensors")
+
+    def broken(name: str, new_config: object = config, new_tensors: dict = tensors) -> None:
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(new_config))
+        save_file(new_tensors, root / name / "model.safetensors", {"format": "pt"})
+
+    def without(name: str) -> dict:
+        return {k: v for k, v in tensors.items() if k != name}
+
+    broken("mystery", config | {"model_type": "mystery"})
+    broken("mystery_depth", config | {"model_type": "mystery", "num_hidden_layers": 9})
+    broken("no_type", {k: v for k, v in config.items() if k != "model_type"})
+    broken("list_config", [config])
+    broken("deeper", config | {"num_hidden_layers": 5})
+    broken("shallower", config | {"num_hidden_layers": 3})
+    broken("text_depth", config | {"num_hidden_layers": "4"})
+    broken("layer_types", config | {"layer_types": ["full_attention"] * 3})
+    broken("five_heads", config | {"num_attention_heads": 5})
+    broken("kv_heads", config | {"num_key_value_heads": 3})
+    broken("hidden_size", config | {"hidden_size": 64})
+    broken("vocab_size", config | {"vocab_size": 99})
+    up = "model.layers.2.mlp.up_proj.weight"
+    broken("hole", new_tensors=without(up))
+    broken("odd_layer", new_tensors=tensors | {up: torch.zeros(40, 32)})
+    broken("no_embeddings", new_tensors=without("model.embed_tokens.weight"))
+    broken("no_head", new_tensors=without("lm_head.weight"))
+    broken("extra", new_tensors=tensors | {"model.layers.1.mlp.strange.weight": torch.zeros(4)})
+    integers = {k: v.to(torch.int8) if "proj" in k else v for k, v in tensors.items()}
+    broken("integers", new_tensors=integers)
+    broken("cut_config")
+    (root / "cut_config/config.json").write_text('{"model_type": ')
+    broken("pickled")
+    (root / "pickled/model.safetensors").rename(root / "pickled/pytorch_model.bin")
+    (root / "hollow").mkdir()
+    shutil.copytree(root / "base", root / "base@v2")
+    return root
+
+
+def census(folder: Path) -> dict:
+    return {p.relative_to(folder): p.lstat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(run, workshop, tmp_path, monkeypatch):
+    """Run a command that must be refused: exit code 2, a message with the fragments, and not a file touched."""
+    monkeypatch.chdir(workshop)
+
+    def call(arguments, fragments):
+        before = census(tmp_path), census(workshop)
+        done = run(*arguments, expect=2)
+        assert done.out == ""
+        for fragment in fragments:
+            assert fragment in done.err, done.err
+        for leak in ("Traceback", "Located(", "ModelRef(", "None", "object at 0x"):
+            assert leak not in done.err, done.err
+        assert (census(tmp_path), census(workshop)) == before
+
+    return call
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_wrong_recipes(refused, tmp_path, name):
+    text, *fragments = RECIPES[name]
+    recipe = tmp_path / "recipe.yml"
+    if text is not None:
+        recipe.write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(("merge", recipe, tmp_path / "out"), fragments)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_models(refused, tmp_path, workshop, name):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(upscale("{preset: average}", name))
+    refused(("merge", recipe, tmp_path / "out"), (f"base_model (line 1): {workshop / name}", *MODELS[name]))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_wrong_command_lines(refused, tmp_path, name):
+    arguments, *fragments = COMMANDS[name]
+    recipe, full = tmp_path / "recipe.yml", tmp_path / "full"
+    recipe.write_text(upscale("{}"))
+    full.mkdir()
+    (full / "keep.txt").write_text("mine")
+    refused([Template(a).substitute(out=tmp_path / "out", recipe=recipe, full=full) for a in arguments], fragments)
+
+
+def test_an_existing_output_outlives_wrong_input(run, refused, tmp_path):
+    out = tmp_path / "out"
+    run("upscale", "base", out, "--preset", "copy_next")
+    refused(("upscale", "base", out), ("the output folder is not empty", "--overwrite"))
+    refused(("upscale", "base", out, "--overwrite", "--preset", "solr"), ("did you mean 'solar'?",))
+    refused(("upscale", "base", out, "--overwrite", "--max-memory", "1MB"), ("needs more memory",))
+
+
+# whatever is given, the answer is a recipe or a message ---------------------------------------------------------------
+
+GOOD = {
+    "base_model": "base",
+    "dtype": "bfloat16",
+    "slices": [
+        {"merge_method": "passthrough", "sources": [{"model": "base", "layer_range": [0, 2]}]},
+        {
+            "merge_method": "slerp",
+            "sources": [{"model": "base"}, {"model": "other", "layer_range": [0, 4]}],
+            "parameters": {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]},
+        },
+        {"merge_method": "ot_fuse", "sources": [{"model": "base"}], "parameters": {"reg": 0.1, "zero_init": ["o"]}},
+    ],
+}
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text("ab:{}[]&*!-#\t 01", max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def spots(data, path=()):
+    """The path of every value in nested data."""
+    yield path
+    if isinstance(data, dict | list):
+        for key in data if isinstance(data, dict) else range(len(data)):
+            yield from spots(data[key], (*path, key))
+
+
+def put(data, path, value):
+    """The data with another value at a path."""
+    if not path:
+        return value
+    new = data.copy()
+    new[path[0]] = put(data[path[0]], path[1:], value)
+    return new
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(list(spots(GOOD))), ANYTHING)
+def test_any_value_anywhere(workshop, monkeypatch, spot, value):
+    monkeypatch.chdir(workshop)
+    try:
+        api.plan(recipe_from(locate(put(GOOD, spot, value))))
+    except DeusMergeError as error:
+        assert str(error).isascii() and "Located(" not in str(error)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_typing_error(data):
+    """A recipe's text with a few characters gone, doubled or put in."""
+    text = upscale("{preset: opt_deus, insert: {after: [1, 2]}, parameters: {reg: 1e-3, t: [0, 0.5]}}")
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text)))
+        text = text[:at] + data.draw(st.text("&*!{}[]:-,#'\"\t\n <?1e.~a\0\u2028", max_size=3)) + text[at + 1 :]
+    try:
+        parse_recipe(text)
+    except DeusMergeError as error:
+        assert len(str(error).splitlines()) <= 5
+
+
+@given(ANYTHING)
+def test_values_are_shown_on_one_short_line(value):
+    shown = locate(value).shown()
+    assert len(shown) <= 80 and len(shown.splitlines()) == 1
+
+
+def test_values_know_their_lines():
+    tree = parse("a: 1\nb:\n  - x\n  - {c: [2,\n       3]}\n")
+    assert tree.value["b"].value[1].value["c"].value[1].where == "b[1].c[1] (line 5)"

@@ -1,0 +1,80 @@
+"""The README's commands run, its table and tree name what there is, and the command-line page is up to date."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from support import make_model
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("deus-merge")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as a user has it after ``make demo``, with small models under the names the README uses."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("demo/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        make_model(folder / name, layers=30, tied=True)
+    return folder
+
+
+def test_readme_commands_run_in_order(run, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    assert len(commands()) >= 5
+    for command in commands():
+        run(*command[1:])
+
+
+def test_readme_training_snippet(run, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    run("upscale", "demo/SmolLM2-135M-Instruct", "deeper", "--insert", "all", "--preset", "copy_next", "--overwrite")
+    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    scope: dict = {}
+    exec(snippet, scope)
+    trained = {n for n, p in scope["model"].named_parameters() if p.requires_grad}
+    assert trained == scope["new"] and len(trained) == 29 * 9
+
+
+def test_readme_recipe_is_one(workplace, monkeypatch):
+    from deus_merge.recipe.reader import parse_recipe
+
+    recipe = parse_recipe(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])
+    assert [s.merge_method for s in recipe.slices] == ["slerp", "ot_fuse"]
+
+
+def test_readme_names_every_preset_and_package_part():
+    from deus_merge.recipe.presets import PRESETS
+
+    assert all(f"`{name}`" in README for name in PRESETS)
+    tree = README.split("## Where things are")[1]
+    parts = {p.name for p in (ROOT / "deus_merge").iterdir() if not p.name.startswith("_")}
+    assert [p for p in sorted(parts) if p not in tree] == []
+
+
+def test_page_for_mergekit_users_names_every_method_with_its_parameters():
+    from deus_merge.methods.registry import methods
+
+    page = (ROOT / "docs/coming-from-mergekit.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", page, re.MULTILINE))
+    assert rows.keys() == methods().keys()
+    task_vectors = page.split("Task vectors are")[1]
+    for name, method in methods().items():
+        row = rows[name] + (rows[alike[1]] if (alike := re.search(r"as `(\w+)`", rows[name])) else "")
+        known = row + task_vectors if "task vectors" in row else row
+        assert name == "ot_fuse" or [p.name for p in method.parameters if f"`{p.name}`" not in known] == []
+
+
+def test_command_line_page_is_up_to_date():
+    page = runpy.run_path(str(ROOT / "docs/make_cli.py"))
+    assert page["PAGE"].read_text(encoding="utf-8") == page["render"](), "run: python docs/make_cli.py"

@@ -1,0 +1,200 @@
+"""mergekit's methods without mergekit: published formulas in float64, laws, and independence of runs and threads."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import make_model, weights, write_recipe
+
+from deus_merge.methods import _runs as _pieces
+from deus_merge.methods._random import Draws
+from deus_merge.methods._ranks import cuts, keys
+from deus_merge.methods.karcher import mean_coefficients
+
+TASK_VECTORS = "weight: [0.4, 0.9], density: 0.55"
+PARAMETERS = {
+    "task_arithmetic": "weight: 0.4",
+    "ties": TASK_VECTORS,
+    "dare_linear": TASK_VECTORS,
+    "dare_ties": TASK_VECTORS,
+    "breadcrumbs": f"{TASK_VECTORS}, gamma: 0.1",
+    "breadcrumbs_ties": f"{TASK_VECTORS}, gamma: 0.1, rescale: true",
+    "della": TASK_VECTORS,
+    "della_linear": TASK_VECTORS,
+    "linear": "weight: 0.3",
+    "multislerp": "weight: 0.3",
+    "nuslerp": "weight: 0.5",
+    "model_stock": "filter_wise: true",
+    "sce": "select_topk: 0.3",
+    "ram": "epsilon: 0.01",
+    "ramplus_tl": "epsilon: 0.01, r: 1, alpha: 5",
+    "karcher": "max_iter: 10",
+    "arcee_fusion": "",
+    "nearswap": "t: 0.01",
+    "slerp": "t: 0.3",
+}
+RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
+ALONE = ("arcee_fusion", "nearswap", "slerp")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A base model, and two models beside it."""
+    root = tmp_path_factory.mktemp("family")
+    return [make_model(root / name, layers=2, seed=seed) for seed, name in enumerate(("base", "a", "b"))]
+
+
+def merge(run, out, family, method, parameters, *options, count=2):
+    base, *others = family
+    models = "".join(f"  - model: {m}\n" for m in others[:count])
+    text = f"merge_method: {method}\nbase_model: {base}\nmodels:\n{models}"
+    text += f"parameters: {{{parameters}}}\n" if parameters else ""
+    out.mkdir(exist_ok=True)
+    run("merge", write_recipe(out / "recipe.yml", text), out / "model", *options)
+    return weights(out / "model")
+
+
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_runs_and_threads_change_nothing(run, family, tmp_path, monkeypatch, method):
+    """Tensors are larger than a run, so cuts by rank, sums and rows go across runs; draws are those of the seed."""
+    count = 1 if method in ALONE else 2
+    whole = merge(run, tmp_path / "whole", family, method, PARAMETERS[method], "--threads", 1, count=count)
+    if method in RANDOM:
+        again = merge(run, tmp_path / "again", family, method, PARAMETERS[method], "--threads", 2)
+        assert all(again[name].equal(tensor) for name, tensor in whole.items())
+        torch.set_num_threads(1)
+    monkeypatch.setattr(_pieces, "RUN", 100)
+    pieces = merge(run, tmp_path / "pieces", family, method, PARAMETERS[method], count=count)
+    base = weights(family[0])
+    for name, tensor in whole.items():
+        if method not in RANDOM:
+            torch.testing.assert_close(pieces[name], tensor, rtol=1e-6, atol=1e-6)
+        elif tensor.numel() > 1000:  # as many kept, by the same factor: the same sums
+            changed = [float((t != base[name]).double().mean()) for t in (tensor, pieces[name])]
+            assert changed[0] == pytest.approx(changed[1], abs=0.08), name
+
+
+def test_ties_by_the_book(run, family, tmp_path):
+    base, *tuned = (weights(m) for m in family)
+    ours = merge(run, tmp_path, family, "ties", "weight: 0.7, density: 0.4, lambda: 1.5")
+    for name, made in ours.items():
+        b = base[name].double().numpy()
+        deltas = [t[name].double().numpy() - b for t in tuned]
+        trimmed = []
+        for d in deltas:
+            smallest = np.sort(np.abs(d), axis=None)[-max(1, int(0.4 * d.size))]
+            trimmed.append(np.where(np.abs(d) >= smallest, d, 0))
+        sign = np.where(sum(trimmed) >= 0, 1, -1)
+        agreeing = [np.where(np.sign(d) == sign, d, 0) for d in trimmed]
+        count = np.maximum(sum((d != 0).astype(float) for d in agreeing), 1)
+        np.testing.assert_allclose(made.double().numpy(), b + 1.5 * sum(agreeing) / count, rtol=1e-6, atol=1e-6)
+
+
+def test_model_stock_by_the_book(run, family, tmp_path):
+    base, a, b = (weights(m) for m in family)
+    for name, made in merge(run, tmp_path, family, "model_stock", "").items():
+        w = base[name].double()
+        one, two = a[name].double() - w, b[name].double() - w
+        cosine = torch.sum(one * two) / one.norm() / two.norm()
+        t = 2 * cosine / (1 + cosine)
+        torch.testing.assert_close(made.double(), w + t * (one + two) / 2, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_that_changed_nothing(run, family, tmp_path):
+    """Task vectors of zeros, for every method that has some: the base model comes back."""
+    base = weights(family[0])
+    for method in (m for m in PARAMETERS if m not in ("linear", "karcher", "multislerp")):
+        same = family[0].with_name("same")
+        if not same.exists():
+            make_model(same, layers=2, seed=0)
+            make_model(same.with_name("same_too"), layers=2, seed=0)
+        models = [family[0], same, same.with_name("same_too")]
+        count = 1 if method in ALONE else 2
+        made = merge(run, tmp_path / method, models, method, PARAMETERS[method], count=count)
+        for name, tensor in made.items():
+            torch.testing.assert_close(tensor, base[name], rtol=1e-6, atol=1e-7)
+
+
+def test_karcher_mean_is_where_the_arcs_balance():
+    """At the mean the tangent vectors to the points add up to nothing; two points meet halfway."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(4, 50, generator=generator, dtype=torch.float64) + 0.3  # (4, 50)
+    points *= torch.tensor([[1.0], [2], [0.5], [3]])
+    mean = mean_coefficients(points @ points.T, 200, 1e-13) @ points  # (50,)
+    assert float(mean.norm()) == pytest.approx(float(points.norm(dim=1).mean()))
+    unit, units = mean / mean.norm(), points / points.norm(dim=1, keepdim=True)
+    dots = (units @ unit).clamp(-1, 1)  # (4,)
+    logs = (dots.arccos() / (1 - dots**2).sqrt())[:, None] * (units - dots[:, None] * unit)  # (4, 50)
+    assert float(logs.sum(dim=0).norm()) < 1e-9
+    pair = torch.tensor([[1.0, 0], [0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(mean_coefficients(pair, 10, 1e-5), torch.tensor([0.5, 0.5]).double().sqrt())
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1e-40, 0.5, -0.5, 1.0, 1.0000001, -3e38, 7.25]), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.booleans(),
+    st.data(),
+)
+def test_cuts_are_those_of_a_stable_sort(numbers, length, descending, data):
+    values = torch.tensor(numbers)
+    ranks = data.draw(st.lists(st.integers(0, len(numbers)), min_size=1, max_size=3))
+    order = values.abs().sort(stable=True, descending=descending).indices
+    runs = [keys(v, descending=descending) for v in values.split(length)]
+    for rank, cut in zip(ranks, cuts(lambda: runs, ranks), strict=True):
+        below = cut.begin()
+        got = torch.cat([below(r) for r in runs])
+        assert sorted(order[:rank].tolist()) == got.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("probability", [0.0, 1e-5, 0.1, 0.5, 1 - 1e-6, 1.0])
+def test_coins_fall_as_often_as_they_should(probability):
+    draws = Draws(torch.Generator().manual_seed(3))
+    count = sum(int(draws.coins(probability, 999_983).sum()) for _ in range(10))
+    # independent coins, and one unit of 16 bits by chance in each of the ten throws
+    deviation = (9_999_830 * probability * (1 - probability) + 10 * (999_983 / 65536) ** 2 / 4) ** 0.5
+    assert abs(count - 9_999_830 * probability) <= 5 * deviation if 0 < probability < 1 else count in (0, 9_999_830)
+
+
+def test_random_methods_resume_to_the_same_bytes(run, family, tmp_path, monkeypatch):
+    """Each draw is of its tensor and source alone, so a block that is made later is made alike."""
+    whole = merge(run, tmp_path / "whole", family, "dare_ties", TASK_VECTORS, "--seed", 5)
+    from deus_merge.methods.dare_linear import DareLinear
+
+    calls = []
+    sparsify = DareLinear.sparsify
+
+    def stops(self, pieces, source):
+        calls.append(pieces.task.name)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return sparsify(self, pieces, source)
+
+    out = tmp_path / "cut"
+    out.mkdir()
+    recipe = write_recipe(out / "recipe.yml", (tmp_path / "whole/recipe.yml").read_text())
+    monkeypatch.setattr(DareLinear, "sparsify", stops)
+    run("merge", recipe, out / "model", "--seed", 5, expect=130)
+    run("merge", recipe, out / "model", "--seed", 5, "--resume")
+    assert calls.count("model.embed_tokens.weight") == 2  # one per source: it was not made again
+    assert all(tensor.equal(whole[name]) for name, tensor in weights(out / "model").items())
+
+
+def test_config_holds_the_dtype_of_what_is_written(run, tmp_path):
+    """A bfloat16 model merged with a float32 one: float32 tensors, and a config.json that says so."""
+    narrow = make_model(tmp_path / "narrow", layers=2, seed=0, dtype=torch.bfloat16)
+    wide = make_model(tmp_path / "wide", layers=2, seed=1, dtype=torch.float32)
+    for base, models, dtype in ((narrow, (narrow, wide), "float32"), (narrow, (narrow, narrow), "bfloat16")):
+        text = f"merge_method: linear\nbase_model: {base}\nmodels:\n" + "".join(
+            f"  - {{model: {m}, parameters: {{weight: 0.5}}}}\n" for m in models
+        )
+        run("merge", write_recipe(tmp_path / "recipe.yml", text), tmp_path / "out", "--overwrite")
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert {config.get("dtype"), config.get("torch_dtype")} - {None} == {dtype}
+        assert {str(t.dtype) for t in weights(tmp_path / "out").values()} == {f"torch.{dtype}"}
