@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..core.tensors import OutputChunk
 from ..models.family import TensorSpec
-from .fusion import Fused
 from .options import AlignOptions
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def fuse_layer(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions
-) -> Iterator[Fused]:
+) -> Iterator[OutputChunk]:
     """Align layer A to layer B and fuse them.
 
     Args:
@@ -26,7 +26,7 @@ def fuse_layer(
         options: See there.
 
     Yields:
-        One `Fused` a role, in the order of ``specs``.
+        The chunks of each role, a slot for every t, in the order of ``specs``.
 
     Raises:
         SolverError: naming the role: shapes that do not fit, weights that are not finite, nothing that matches, or
@@ -40,7 +40,7 @@ def fuse_layer(
 
 def align_layer(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions
-) -> Iterator[Fused]:
+) -> Iterator[OutputChunk]:
     """Layer A in the order of layer B and nothing fused: `fuse_layer` at t = 0, in full, with no zeros."""
     alone = replace(options, t=0.0, zero=frozenset(), match="full", restore_norm="none", output_scale=1.0)
     return fuse_layer(a, b, specs, alone)

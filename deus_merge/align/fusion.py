@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
 from ..core.plugins import plugins
+from ..core.tensors import Diagnostics, OutputChunk
 from ..ot.problem import OTProblem
 from .options import AlignOptions
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from ..ot.coupling import Coupling
 
 
-@dataclass(frozen=True)
-class PlanDiagnostics:
+@dataclass(frozen=True, kw_only=True)
+class PlanDiagnostics(Diagnostics):
     """How one plan came about, and how alike it makes the two sides; the solver's fields are those of `OTSolution`.
 
     Attributes:
@@ -27,7 +28,6 @@ class PlanDiagnostics:
         fused: How many rows (neurons) are fused; less than all of them only under ``match: partial``.
     """
 
-    role: str
     solver: str
     iterations: int
     marginal_error: float
@@ -41,18 +41,13 @@ class PlanDiagnostics:
     fused: int | None = None
 
 
-class Fused(NamedTuple):
-    """One finished role.
-
-    Attributes:
-        role: Which.
-        tensors: One a value of t, in the compute dtype; empty for a role of zeros.
-        diagnostics: A dataclass that tells of its plan; None if it has none of its own.
-    """
-
-    role: str
-    tensors: tuple[Tensor, ...]
-    diagnostics: object | None
+def chunks(role: str, tensors: Sequence[Tensor], diagnostics: Diagnostics | None = None) -> Iterator[OutputChunk]:
+    """One finished role: a chunk for each value of t, in the compute dtype. The first one carries the diagnostics; for
+    a role of zeros it carries nothing else."""
+    if not tensors and diagnostics is not None:
+        yield OutputChunk(role, None, diagnostics=diagnostics)
+    for slot, tensor in enumerate(tensors):
+        yield OutputChunk(role, tensor, slot, diagnostics=diagnostics if slot == 0 else None)
 
 
 def read(layer: Mapping[str, Tensor], role: str, options: AlignOptions) -> Tensor:

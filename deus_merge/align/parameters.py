@@ -1,25 +1,20 @@
-"""What recipes say about alignment: the parameters that `ot_fuse` and ``align:`` of a slice share, and blocks whose
-sources are aligned before any method sees them."""
+"""What recipes say about alignment: the parameters that `ot_fuse` and ``align:`` of a slice share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from ..core.parameters import Parameter, as_number
 from ..core.plugins import plugins
-from ..methods.base import Block, CopyOf, Made, MergeMethod, TensorTask
+from ..models.family import Heads, TensorSpec
 from ..ot.costs import COST_SCALES, COSTS
 from ..ot.problem import SolverOptions
 from ..ot.solvers.progot import SCHEDULES
-from . import Fused, align_layer
 from .options import ALIGNMENTS, STEPS, AlignOptions
-from .symmetry import problem
-
-if TYPE_CHECKING:
-    import torch
+from .symmetry import missing_for_symmetry
 
 
 def parse_reg(value: object) -> object:
@@ -57,7 +52,8 @@ def _block(name: str, kind: str, default: object, help: str, **more) -> Paramete
     return Parameter(name, kind, default, help, "block", **more)
 
 
-ALIGNMENT = (
+#: what ``ot_fuse`` and ``align:`` of a slice can set
+PARAMETERS = (
     _block("alignment", "choice", "symmetry", "how A is brought to B: by symmetries that keep A's function, by the"
            " paper's plans, or not at all", choices=tuple(ALIGNMENTS)),
     _block("symmetry", "other", STEPS, "steps of alignment symmetry", parse=parse_steps),
@@ -83,14 +79,51 @@ _SOLVER = ("max_iterations", "tolerance", "progot_steps", "progot_schedule", "ma
 _DIRECT = ("alignment", "plan_scale", "cost", "unit_rows", "cost_scale", "solver", "compute_dtype")
 
 
-def align_options(
-    values: Mapping[str, object], tasks: Sequence[TensorTask], memory: int | None, **more
-) -> AlignOptions:
-    """The parameters of `ALIGNMENT` as `AlignOptions`.
+@dataclass(frozen=True)
+class AlignmentProblem:
+    """Why layers cannot be aligned.
+
+    Attributes:
+        message: What is wrong.
+        parameter: The parameter to blame.
+    """
+
+    message: str
+    parameter: str
+
+
+class PlannedRole(Protocol):
+    """What the estimates of memory need to know of an output tensor."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def spec(self) -> TensorSpec | None: ...
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An estimate in bytes.
+
+    Attributes:
+        full: With every buffer in memory.
+        minimum: With n x n buffers computed again in row blocks.
+    """
+
+    full: int
+    minimum: int
+
+
+def align_options(values: Mapping[str, Any], heads: Heads | None, memory: int | None, **more) -> AlignOptions:
+    """The values of `PARAMETERS` as `AlignOptions`.
 
     Args:
         values: By name.
-        tasks: Of the block, which know the model's heads.
+        heads: The model's attention heads.
         memory: Bytes for the buffers of a plan; None for as many as it takes.
         more: Fields that are about the fusion.
     """
@@ -102,136 +135,64 @@ def align_options(
     )
     return AlignOptions(
         symmetry=frozenset(values["symmetry"]),
-        heads=tasks[0].heads,
+        heads=heads,
         solver_options=solver,
         **{key: values[key] for key in _DIRECT},
         **more,
     )
 
 
-def cannot_align(values: Mapping[str, object], tasks: Sequence[TensorTask]) -> str | None:
-    """Why these outputs cannot be made from aligned sources, after the name of the parameter to blame; None if they
-    can."""
+def check_alignment(
+    values: Mapping[str, Any], specs: Sequence[TensorSpec | None], heads: Heads | None
+) -> AlignmentProblem | None:
+    """Why layers of these roles cannot be aligned; None if they can."""
     if values["alignment"] == "none":
         return None
-    if unknown := [t.role for t in tasks if t.spec is None]:
-        return (
-            f"alignment: nobody described what {unknown[0]!r} does in a layer of this family. Describe it in"
-            " architectures/, or merge without alignment"
+    described = [spec for spec in specs if spec is not None]
+    if len(described) < len(specs):
+        message = (
+            "nobody described what every tensor of a layer does in this family. Describe it in models/families/, or"
+            " merge without alignment"
         )
+        return AlignmentProblem(message, "alignment")
     if values["alignment"] == "symmetry":
         if values["plan_scale"] == "coupling":
-            return "plan_scale: coupling belongs to alignment: transport_flow; symmetry permutes and turns"
-        if wrong := problem([t.spec for t in tasks], frozenset(values["symmetry"]), tasks[0].heads):
-            return f"alignment: {wrong}"
+            message = "coupling belongs to alignment: transport_flow; symmetry permutes and turns"
+            return AlignmentProblem(message, "plan_scale")
+        if missing := missing_for_symmetry(described, frozenset(values["symmetry"]), heads):
+            return AlignmentProblem(missing, "alignment")
     return None
 
 
-def plan_memory(values: Mapping[str, object], tasks: Sequence[TensorTask]) -> tuple[int, int]:
-    """Bytes that aligning two layers takes at most, and the least it can do with: (all, without n x n buffers)."""
+def alignment_memory(values: Mapping[str, Any], outputs: Sequence[PlannedRole]) -> Memory:
+    """Bytes that aligning two layers takes."""
     width = 8 if values["compute_dtype"] == "float64" else 4
-    shapes = [t.shape for t in tasks if len(t.shape) == 2]
+    matrices = [o for o in outputs if len(o.shape) == 2]
+    shapes = [o.shape for o in matrices]
     if not shapes:
-        return 0, 0
+        return Memory(0, 0)
     weights = 5 * width * max(s[0] * s[1] for s in shapes)
     if values["alignment"] == "none":
-        return weights, weights
-    # POT's simplex takes a stored cost, in float64, and gives a stored plan; others can do with row blocks.
+        return Memory(weights, weights)
+    # POT's simplex takes a stored cost, in float64, and gives a stored plan; the others can work in row blocks.
     stored = (width + 2 * 8) if values["solver"] == "emd" else 0
     if values["alignment"] == "transport_flow":
-        flow = width * min(max(s) for s in shapes) ** 2  # the plan of the residual stream is kept
+        flow = width * min(max(s) for s in shapes) ** 2  # the plan of the residual stream stays in memory
         count = max(s[0] for s in shapes)
-        least = weights + flow + stored * count**2
-        return max(least, weights + flow + 2 * width * count**2), least
-    matrices = [t for t in tasks if len(t.shape) == 2]
-    reads = [t.shape for t in matrices if t.spec.in_space == "neurons"]  # (d, f)
-    makes = [t.shape for t in matrices if t.spec.out_space == "neurons"]  # (f, d)
+        minimum = weights + flow + stored * count**2
+        return Memory(max(minimum, weights + flow + 2 * width * count**2), minimum)
+    reads = [o.shape for o in matrices if o.spec and o.spec.in_space == "neurons"]  # (d, f)
+    makes = [o.shape for o in matrices if o.spec and o.spec.out_space == "neurons"]  # (f, d)
     features = 2 * width * sum(map(math.prod, reads + makes))
     attention = 2 * width * sum(map(math.prod, shapes)) - features
-    heads = 4 * width * max((max(t.shape) ** 2 for t in matrices if t.role == "o"), default=0)
+    heads = 4 * width * max((max(o.shape) ** 2 for o in matrices if o.role == "o"), default=0)
     count = max([s[1] for s in reads] + [s[0] for s in makes], default=0)
     plans = features + weights // 5
-    least = max(features + 2 * width * max(map(math.prod, shapes)), attention + heads, weights)
-    least = max(least, plans + stored * count**2)
-    return max(least, plans + 2 * width * count**2), least
+    minimum = max(features + 2 * width * max(map(math.prod, shapes)), attention + heads, weights)
+    minimum = max(minimum, plans + stored * count**2)
+    return Memory(max(minimum, plans + 2 * width * count**2), minimum)
 
 
-class Layer(Mapping):
-    """One source of a block as a mapping from role to tensor that reads when asked."""
-
-    def __init__(self, block: Block, source: int):
-        self.block, self.source = block, source
-
-    def __getitem__(self, role: str) -> torch.Tensor:
-        return self.block.read(role, self.source)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(t.role for t in self.block.tasks if t.slot == 0)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-@dataclass(frozen=True)
-class AlignTo:
-    """What ``align:`` of a slice asks for.
-
-    Attributes:
-        target: The source that the others are aligned to.
-        values: Of the parameters of `ALIGNMENT`.
-    """
-
-    target: int
-    values: Mapping[str, object]
-
-    def moves(self, source: int) -> bool:
-        """Whether tensors of this source change."""
-        return source != self.target and self.values["alignment"] != "none"
-
-
-class AlignedBlock:
-    """A block whose sources were aligned to one of them (`method.Block`). Tensors are aligned as they are asked for,
-    role by role, and each can be read once."""
-
-    def __init__(self, block: Block, align: AlignTo):
-        self.tasks, self.base, self.memory, self.generator = block.tasks, block.base, block.memory, block.generator
-        self._block, self._align = block, align
-        self._made: dict[int, Iterator[Fused]] = {}
-        self._waiting: dict[tuple[int, str], torch.Tensor] = {}
-        self.told: list[Made] = []
-
-    def read(self, role: str, source: int) -> torch.Tensor:
-        if not self._align.moves(source):
-            return self._block.read(role, source)
-        if source not in self._made:
-            specs = [t.spec for t in self.tasks]
-            memory = solver_memory(self._align.values, self.tasks, self.memory)
-            options = align_options(self._align.values, self.tasks, memory)
-            sides = Layer(self._block, source), Layer(self._block, self._align.target)
-            self._made[source] = align_layer(*sides, specs, options)
-        while (source, role) not in self._waiting:
-            made = next(self._made[source])
-            self._waiting[source, made.role] = made.tensors[0]
-            if made.diagnostics is not None:
-                task = next(t for t in self.tasks if t.role == made.role)
-                self.told.append(Made(task, None, {"source": source, **asdict(made.diagnostics)}))
-        return self._waiting.pop((source, role))
-
-    def flat(self, role: str, source: int) -> torch.Tensor:
-        return self.read(role, source).reshape(-1)
-
-
-def merge_aligned(method: MergeMethod, block: Block, align: AlignTo) -> Iterator[Made]:
-    """`MergeMethod.merge` of a block whose sources are aligned first; copies of what moved are made here."""
-    aligned = AlignedBlock(block, align)
-    for task in block.tasks:
-        origin = method.origin(task)
-        if isinstance(origin, CopyOf) and align.moves(origin.source):
-            yield Made(task, aligned.read(task.role, origin.source))
-    yield from method.merge(aligned)
-    yield from aligned.told
-
-
-def solver_memory(values: Mapping[str, object], tasks: Sequence[TensorTask], memory: int | None) -> int | None:
+def solver_memory(values: Mapping[str, Any], outputs: Sequence[PlannedRole], memory: int | None) -> int | None:
     """What is left of a block's memory for n x n buffers."""
-    return None if memory is None else max(0, memory - plan_memory(values, tasks)[1])
+    return None if memory is None else max(0, memory - alignment_memory(values, outputs).minimum)

@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
+from ..core.tensors import Diagnostics, OutputChunk
 from ..models.family import RESIDUAL, Heads, TensorSpec
 from ..ot.coupling import PermutationCoupling, TransportMap
-from .fusion import Fused, PlanDiagnostics, check_fit, choose, cosines, mix, plan_between, read
+from .fusion import PlanDiagnostics, check_fit, choose, chunks, cosines, mix, plan_between, read
 from .heads import AttentionAlignment, align_heads
 from .options import AlignOptions
 
@@ -35,8 +36,8 @@ _ATTENTION["o"] = ("value_heads", RESIDUAL)
 _ROWS = 1024  # neurons compared at once after the plan: bounds a (rows, 3d) buffer
 
 
-@dataclass(frozen=True)
-class HeadDiagnostics:
+@dataclass(frozen=True, kw_only=True)
+class HeadDiagnostics(Diagnostics):
     """Which of A's heads came where, and how alike the matched ones are (1 is the same function).
 
     Attributes:
@@ -46,7 +47,6 @@ class HeadDiagnostics:
         fused: How many groups are fused.
     """
 
-    role: str
     groups: tuple[int, ...]
     queries: tuple[int, ...]
     value_cosine: float
@@ -54,7 +54,7 @@ class HeadDiagnostics:
     fused: int
 
 
-def problem(specs: Sequence[TensorSpec], steps: frozenset[str], heads: Heads | None) -> str | None:
+def missing_for_symmetry(specs: Sequence[TensorSpec], steps: frozenset[str], heads: Heads | None) -> str | None:
     """Why layers of these roles cannot be aligned by these steps; None when they can."""
     found = {_spaces(s) for s in specs if s.in_space}
     lacking = []
@@ -74,7 +74,7 @@ def problem(specs: Sequence[TensorSpec], steps: frozenset[str], heads: Heads | N
 
 def fuse(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions
-) -> Iterator[Fused]:
+) -> Iterator[OutputChunk]:
     """Align layer A to layer B by the symmetries of its function and fuse them; see `align.fuse_layer`.
 
     Memory: for the attention its weights, for the MLP the neurons of both sides side by side, (f, 3d) each, and what
@@ -83,11 +83,11 @@ def fuse(
     Raises:
         SolverError: the layers lack roles that the steps need, or the heads do not divide.
     """
-    if wrong := problem(specs, options.symmetry, options.heads):
-        raise SolverError(wrong)
+    if missing := missing_for_symmetry(specs, options.symmetry, options.heads):
+        raise SolverError(missing)
     layer = _Layer(a, b, specs, options)
     for spec in specs:
-        yield layer.step(spec)
+        yield from layer.step(spec)
 
 
 class _Layer:
@@ -102,23 +102,24 @@ class _Layer:
         self.chosen_groups: Tensor | None = None  # (G,) bool
         self.chosen_neurons: Tensor | None = None  # (f,) bool
 
-    def step(self, spec: TensorSpec) -> Fused:
+    def step(self, spec: TensorSpec) -> Iterator[OutputChunk]:
         role, options = spec.role, self.options
-        told = None
+        diagnostics = None
         if self.attention is None and options.symmetry - {"neurons"} and _spaces(spec) in _ATTENTION.values():
-            told = self._align_attention(role)
+            diagnostics = self._align_attention(role)
         elif self.neurons is None and "neurons" in options.symmetry and "neurons" in _spaces(spec) and spec.in_space:
-            told = self._align_neurons(role)
+            diagnostics = self._align_neurons(role)
         if role in options.zero:
             self._drop(spec)
-            return Fused(role, (), told)
+            return chunks(role, (), diagnostics)
         wa, wb = read(self.a, role, options), read(self.b, role, options)
         check_fit(role, wa, wb)
         self._drop(spec)
         moved, norm_a, chosen, axis = self._move(spec, wa)
         del wa
         scale = options.output_scale if spec.writes_residual else 1.0
-        return Fused(role, mix(moved, wb, options, norm_a=norm_a, chosen=chosen, axis=axis, scale=scale), told)
+        mixed = mix(moved, wb, options, norm_a=norm_a, chosen=chosen, axis=axis, scale=scale)
+        return chunks(role, mixed, diagnostics)
 
     def _move(self, spec: TensorSpec, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         """A's tensor where B has it; A's norms if the move changes them; what of it is fused, along which axis."""
@@ -170,12 +171,12 @@ class _Layer:
         self.attention = found
         self.chosen_groups = choose(found.scores, "key-value group", role, self.options)
         return HeadDiagnostics(
-            role,
-            tuple(found.groups.tolist()),
-            tuple(found.queries.tolist()),
-            found.value_cosine,
-            found.query_key_cosine,
-            len(found.groups) if self.chosen_groups is None else int(self.chosen_groups.sum()),
+            role=role,
+            groups=tuple(found.groups.tolist()),
+            queries=tuple(found.queries.tolist()),
+            value_cosine=found.value_cosine,
+            query_key_cosine=found.query_key_cosine,
+            fused=len(found.groups) if self.chosen_groups is None else int(self.chosen_groups.sum()),
         )
 
     def _role(self, spaces: tuple[str, str]) -> str:

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
+from ..core.tensors import OutputChunk
 from ..models.family import RESIDUAL, TensorSpec
 from ..ot.coupling import Coupling, TransportMap
-from .fusion import Fused, check_fit, choose, cosines, mix, plan_between, read
+from .fusion import check_fit, choose, chunks, cosines, mix, plan_between, read
 from .options import AlignOptions
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 def fuse(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions
-) -> Iterator[Fused]:
+) -> Iterator[OutputChunk]:
     """Align layer A to layer B role by role and fuse them; see `align.fuse_layer`.
 
     Memory holds about one role: two weights, cost, kernel, and the flow's plan.
@@ -41,7 +42,7 @@ def fuse(
     needed = _plans_needed(specs, options.zero) if options.alignment != "none" else frozenset()
     walk = _Walk(a, b, options, needed, _followed(specs, options.zero))
     for spec in specs:
-        yield walk.step(spec)
+        yield from walk.step(spec)
 
 
 @dataclass
@@ -57,17 +58,17 @@ class _Walk:
     plans: dict[str, TransportMap | Coupling] = field(default_factory=dict)
     chosen: dict[str, Tensor | None] = field(default_factory=dict)
 
-    def step(self, spec: TensorSpec) -> Fused:
+    def step(self, spec: TensorSpec) -> Iterator[OutputChunk]:
         role, zero = spec.role, spec.role in self.options.zero
         if zero and role not in self.needed:
-            return Fused(role, (), None)
+            return chunks(role, ())
         wa, wb = read(self.a, role, self.options), read(self.b, role, self.options)
         if role not in self.needed or wa.shape[1:] != wb.shape[1:]:
             check_fit(role, wa, wb)
         if spec.in_space is None:
-            return Fused(role, self._mix(spec, self._move_vector(wa, spec), wb), None)
+            return chunks(role, self._mix(spec, self._move_vector(wa, spec), wb))
         if role not in self.needed:
-            return Fused(role, self._mix(spec, wa, wb), None)
+            return chunks(role, self._mix(spec, wa, wb))
         moved = wa
         if self.flow is not None and spec.in_space == RESIDUAL:
             moved = push_columns(self.flow, wa, self.options.plan_scale)  # W_A T_in
@@ -78,18 +79,18 @@ class _Walk:
         if spec.out_space == RESIDUAL:
             self.flow = plan
         if zero:
-            return Fused(role, (), diagnostics)
+            return chunks(role, (), diagnostics)
         norms = self._norms(wa, coupling)
         del wa
         moved = push_rows(plan, moved, self.options.plan_scale)  # T_outᵀ W_A
         scores = cosines(moved, wb)  # (m,)
         self.chosen[role] = chosen = choose(scores, "row", role, self.options)
-        told = replace(
+        diagnostics = replace(
             diagnostics,
             cosine=scores.mean().item(),
             fused=len(scores) if chosen is None else int(chosen.sum()),
         )
-        return Fused(role, self._mix(spec, moved, wb, norms), told)
+        return chunks(role, self._mix(spec, moved, wb, norms), diagnostics)
 
     def _move_vector(self, vector: Tensor, spec: TensorSpec) -> Tensor:
         """A 1-D tensor of A in the order of B, (n,) or for per-head norms (h,)."""

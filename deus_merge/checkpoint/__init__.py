@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .header import TensorInfo
+from ..core.tensors import StoredTensor
 from .hub import resolve
 from .layout import ShardLayout, TensorEntry, index_json, plan_shards
 from .output_folder import OutputFolder
@@ -18,7 +18,7 @@ __all__ = [
     "ShardLayout",
     "ShardWriter",
     "TensorEntry",
-    "TensorInfo",
+    "StoredTensor",
     "free_space",
     "index_json",
     "open_source",

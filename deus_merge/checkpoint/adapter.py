@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..core.errors import CheckpointError
-from .header import TensorInfo, parse_json, read_header, read_small
+from ..core.tensors import StoredTensor
+from .header import parse_json, read_header, read_small
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -98,7 +99,7 @@ class Adapter:
         self.header = read_header(folder / WEIGHTS)
         self.shapes = {tensor.name: tensor.shape for tensor in self.header.tensors}
 
-    def changes(self, tensors: Mapping[str, TensorInfo], where: object) -> dict[str, Change]:
+    def changes(self, tensors: Mapping[str, StoredTensor], where: object) -> dict[str, Change]:
         """What it does to a model.
 
         Args:
@@ -183,7 +184,7 @@ class Adapter:
             else "save the adapter again with path_initial_model_for_weight_conversion",
         )
 
-    def _shape_of(self, module: Adapted, info: TensorInfo) -> None:
+    def _shape_of(self, module: Adapted, info: StoredTensor) -> None:
         """Check a module's low-rank weights, and tell from them how its weight is stored."""
         shapes = {part: self.shapes[name] for part, name in module.parts.items()}
         embedding = "lora_embedding_A" in shapes or "lora_embedding_B" in shapes
@@ -207,7 +208,7 @@ class Adapter:
         if embedding or (turned and (rows != columns or self.options.get("fan_in_fan_out"))):
             module.kind = "embedding" if embedding else "transposed"
 
-    def _check_shape(self, what: str, shape: tuple[int, ...], info: TensorInfo) -> None:
+    def _check_shape(self, what: str, shape: tuple[int, ...], info: StoredTensor) -> None:
         if shape != info.shape:
             self._refuse(
                 "the adapter is for a model of other shapes",
@@ -220,7 +221,7 @@ class Adapter:
         raise CheckpointError(message, where=self.folder / WEIGHTS, **told)
 
 
-def _find(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+def _find(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
     """A model's tensor by its name in an adapter, which may have been trained with the whole model's class, or with
     that of its body; also a head that is tied to the embeddings."""
     if name == _HEAD and _HEAD not in tensors and _embeddings(tensors):
@@ -229,15 +230,15 @@ def _find(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     return next((n for n in (name, inner, f"model.{name}", f"transformer.{name}") if n in tensors), None)
 
 
-def _base(name: str, tensors: Mapping[str, TensorInfo]) -> str:
+def _base(name: str, tensors: Mapping[str, StoredTensor]) -> str:
     return name if name in tensors else _embeddings(tensors)
 
 
-def _tensor(name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+def _tensor(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
     return tensors[_base(name, tensors)]
 
 
-def _embeddings(tensors: Mapping[str, TensorInfo]) -> str | None:
+def _embeddings(tensors: Mapping[str, StoredTensor]) -> str | None:
     """The token embeddings, where names leave no doubt."""
     found = [name for name in tensors if _EMBEDDINGS.fullmatch(name)]
     return found[0] if len(found) == 1 else None

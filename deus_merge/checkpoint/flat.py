@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..core.tensors import StoredTensor
 from ..core.units import torch_dtype
-from .header import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ class FlatRows:
         device: Where runs are: the CPU.
     """
 
-    def __init__(self, source: TensorSource, info: TensorInfo):
+    def __init__(self, source: TensorSource, info: StoredTensor):
         import torch
 
         self.dtype, self.device = torch_dtype(info.dtype), torch.device("cpu")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..core.errors import CheckpointError
+from ..core.tensors import StoredTensor
 from ..core.units import ITEMSIZE
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
@@ -27,30 +28,6 @@ MAX_DIMS = 64
 MAX_DEPTH = 64  # lists and objects inside each other
 MAX_DIGITS = 100  # of a whole number: a tokenizer's "no limit" has 31
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one stored tensor lies.
-
-    Attributes:
-        name: Its name.
-        dtype: safetensors dtype code: ``"BF16"``.
-        shape: Its sizes; ``()`` for a scalar.
-        file: The file it is in.
-        offset: Its first byte, counted from the file's start.
-        nbytes: Its size in bytes.
-        derived: Its bytes stand in no file but are made when it is read; ``file`` is what it is made from, and
-            ``offset`` means nothing.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
-    derived: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +46,7 @@ class FileHeader:
     file: Path
     size: int
     identity: tuple[int, ...]
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[StoredTensor, ...]
     metadata: Mapping[str, str]
     digest: bytes
 
@@ -123,7 +100,7 @@ def check_name(name: str, path: Path) -> None:
         _refuse(path, "a tensor's name is empty or has control characters", got=repr(name[:200]))
 
 
-def _tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
+def _tensor(name: str, entry: object, path: Path, data_start: int) -> StoredTensor:
     check_name(name, path)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _refuse(
@@ -151,10 +128,10 @@ def _tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo
             expected=f"{nbytes} bytes for {dtype} {shape}",
             got=f"{end - begin} bytes, [{begin}, {end}]",
         )
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, nbytes)
+    return StoredTensor(name, dtype, tuple(shape), path, data_start + begin, nbytes)
 
 
-def _check_cover(tensors: list[TensorInfo], path: Path, data_start: int, size: int) -> None:
+def _check_cover(tensors: list[StoredTensor], path: Path, data_start: int, size: int) -> None:
     """The tensors, in order of their offsets, must cover the rest of the file exactly once."""
     at, before = data_start, "the header"
     for tensor in tensors:

@@ -50,38 +50,56 @@ class ShardLayout:
     size: int
 
 
-def plan_shards(entries: Iterable[TensorEntry], max_shard_size: int) -> tuple[ShardLayout, ...]:
+def plan_shards(blocks: Iterable[Sequence[TensorEntry]], max_shard_size: int) -> tuple[ShardLayout, ...]:
     """Split tensors into files, in the given order.
 
-    A file takes tensors until the next would lift their sum over the limit; a tensor larger than the limit has a file
-    of its own. Within a file wider dtypes come first (otherwise the order is kept), so each tensor is aligned to its
-    element size.
+    Files end where blocks end, so that a file belongs to whole blocks: a file takes blocks until the next would lift
+    its tensors over the limit. A block larger than the limit has files of its own, which take its tensors until the
+    next would lift their sum over the limit; a tensor larger than that has a file of its own. Within a file wider
+    dtypes come first (otherwise the order is kept), so each tensor is aligned to its element size.
 
     Args:
-        entries: The tensors, in layer order.
+        blocks: The tensors of each block, in layer order.
         max_shard_size: Most bytes of tensors in one file.
 
     Returns:
         The files. One alone is called ``model.safetensors``.
 
     Raises:
-        PlanError: no tensor, a name twice, a name or dtype that safetensors cannot hold.
+        PlanError: no tensor, a duplicate name, a name or dtype that safetensors cannot hold.
     """
     groups: list[list[TensorEntry]] = []
     seen: set[str] = set()
-    filled = 0
-    for entry in entries:
-        _check_entry(entry, seen)
-        if not groups or filled + entry.nbytes > max_shard_size:
-            groups.append([])
-            filled = 0
-        groups[-1].append(entry)
-        filled += entry.nbytes
+    room = 0
+    for block in blocks:
+        for entry in block:
+            _check_entry(entry, seen)
+        parts = _parts(block, max_shard_size)
+        for part in parts:
+            size = sum(entry.nbytes for entry in part)
+            if not groups or size > room or len(parts) > 1:
+                groups.append([])
+                room = max_shard_size
+            groups[-1] += part
+            room = room - size if len(parts) == 1 else -1  # a file of a split block takes no other block
     if not groups:
         raise PlanError("there is no tensor to write")
     total = len(groups)
     names = [SINGLE] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
     return tuple(_layout(name, group) for name, group in zip(names, groups, strict=True))
+
+
+def _parts(block: Sequence[TensorEntry], max_shard_size: int) -> list[list[TensorEntry]]:
+    """A block as it goes into files: whole, or in parts that the limit allows."""
+    parts: list[list[TensorEntry]] = [[]]
+    filled = 0
+    for entry in block:
+        if parts[-1] and filled + entry.nbytes > max_shard_size:
+            parts.append([])
+            filled = 0
+        parts[-1].append(entry)
+        filled += entry.nbytes
+    return parts if parts[0] else []
 
 
 def index_json(shards: Sequence[ShardLayout]) -> bytes:
@@ -116,7 +134,7 @@ def _layout(filename: str, group: Sequence[TensorEntry]) -> ShardLayout:
 
 def _check_entry(entry: TensorEntry, seen: set[str]) -> None:
     if entry.name in seen:
-        raise PlanError("two output tensors have one name", where=entry.name)
+        raise PlanError("duplicate name of an output tensor", where=entry.name)
     seen.add(entry.name)
     if not entry.name or entry.name == "__metadata__" or not _encodes(entry.name):
         raise PlanError("not a name a tensor can have", got=repr(entry.name))

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError
+from ..core.tensors import StoredTensor
 from .adapter import CONFIG, Adapted, Adapter
-from .header import TensorInfo
 from .reader import Checkpoint, TensorSource
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class LoraSource:
         derived = {
             name: replace(base.tensors[change.base], name=name, derived=True) for name, change in self._changes.items()
         }
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType({**base.tensors, **derived})
+        self.tensors: Mapping[str, StoredTensor] = MappingProxyType({**base.tensors, **derived})
         unties = len(self.tensors) > len(base.tensors)
         self.config = {**base.config, "tie_word_embeddings": False} if unties else base.config
         self._last: tuple[str, torch.Tensor] | None = None
@@ -75,12 +75,12 @@ class LoraSource:
         return (*self.base.files, *self._adapter.files, self.folder / CONFIG)
 
     @property
-    def beside(self) -> Mapping[str, bytes | Path]:
-        return self.base.beside
+    def side_files(self) -> Mapping[str, bytes | Path]:
+        return self.base.side_files
 
     @property
-    def told(self) -> Mapping[str, object]:
-        return {"base": dict(self.base.told), "adapter": str(self.folder)}
+    def provenance(self) -> Mapping[str, object]:
+        return {"base": dict(self.base.provenance), "adapter": str(self.folder)}
 
     def read(self, name: str) -> torch.Tensor:
         change = self._changes.get(name)
@@ -112,19 +112,19 @@ class LoraSource:
                 parts = change.module.parts.values() if change.module else ()
                 self._adapter.prefetch([n for n in (change.whole, *parts) if n])
 
-    def origin(self, name: str) -> tuple[TensorSource, str]:
-        return self.base.origin(self._changes[name].base if name in self._changes else name)
+    def root(self, name: str) -> tuple[TensorSource, str]:
+        return self.base.root(self._changes[name].base if name in self._changes else name)
 
     def bound(self, results: Mapping[str, TensorSource]) -> LoraSource:
         own = copy.copy(self)
         own.base = self.base.bound(results)
         return own
 
-    def workspace(self, name: str, least: bool = False) -> int:
+    def workspace(self, name: str, minimum: bool = False) -> int:
         if name not in self._changes:
-            return self.base.workspace(name, least)
+            return self.base.workspace(name, minimum)
         # the weight, B A as it is and scaled, and their sum in float32
-        return 16 * math.prod(self.tensors[name].shape) + self.base.workspace(self._changes[name].base, least)
+        return 16 * math.prod(self.tensors[name].shape) + self.base.workspace(self._changes[name].base, minimum)
 
     def _start(self, name: str) -> torch.Tensor:
         """What a tensor is before anything is added to it, in memory that may be written to."""

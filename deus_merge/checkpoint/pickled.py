@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError
+from ..core.tensors import StoredTensor
 from ..core.units import dtype_name, stored_dtypes
-from .header import FileHeader, TensorInfo, check_name, file_identity, open_regular, parse_json, read_small
+from .header import FileHeader, check_name, file_identity, open_regular, parse_json, read_small
 from .index import weight_map
 from .reader import Checkpoint
 
@@ -76,7 +77,7 @@ class PickledCheckpoint(Checkpoint):
         """As `Checkpoint.slice`."""
         return self._part(self._rows(name, start, stop), slice(start, stop))
 
-    def _part(self, info: TensorInfo, part: object) -> torch.Tensor:
+    def _part(self, info: StoredTensor, part: object) -> torch.Tensor:
         """Part of a tensor, in memory of its own or mapped for it alone: nobody else sees what is written to it."""
         self._descriptor(info.file)  # refuses a file that has changed
         with self._loading:
@@ -88,7 +89,7 @@ class PickledCheckpoint(Checkpoint):
                 self._whole = (info.file, tensors)
             return self._whole[1][info.name].detach()[part].clone()
 
-    def workspace(self, name: str, least: bool = False) -> int:
+    def workspace(self, name: str, minimum: bool = False) -> int:
         info = self[name]
         return 0 if self._mapped[info.file] else self._headers[info.file].size + info.nbytes
 
@@ -125,7 +126,7 @@ def _examine(path: Path, tied: bool) -> tuple[FileHeader, frozenset[str]]:
     finally:
         os.close(fd)
     dtypes = stored_dtypes()
-    infos: list[TensorInfo] = []
+    infos: list[StoredTensor] = []
     seen = set()
     tensors, _ = _load(path)
     for name, tensor in tensors.items():
@@ -135,7 +136,7 @@ def _examine(path: Path, tied: bool) -> tuple[FileHeader, frozenset[str]]:
             continue
         seen.add(place)
         nbytes = tensor.numel() * tensor.element_size()
-        infos.append(TensorInfo(name, dtypes[tensor.dtype], tuple(tensor.shape), path, 0, nbytes, derived=True))
+        infos.append(StoredTensor(name, dtypes[tensor.dtype], tuple(tensor.shape), path, 0, nbytes, derived=True))
     told = repr([(i.name, i.dtype, i.shape) for i in infos]) + str(status.st_size)
     digest = hashlib.sha256(told.encode()).digest()
     header = FileHeader(path, status.st_size, file_identity(status), tuple(infos), {}, digest)

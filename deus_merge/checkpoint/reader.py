@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from ..core.errors import CheckpointError, nearest, printable
+from ..core.tensors import StoredTensor
 from ..core.units import ITEMSIZE, torch_dtype
-from .header import FileHeader, TensorInfo, file_identity, open_regular, parse_json, read_header, read_small
+from .header import FileHeader, file_identity, open_regular, parse_json, read_header, read_small
 from .index import INDEX, SINGLE, single_file, weight_map
 
 if TYPE_CHECKING:
@@ -27,29 +28,29 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 class TensorSource(Protocol):
     """What a plan reads: a `Checkpoint`, or one some of whose tensors are derived from others when they are read.
 
-    `TensorInfo.derived` tells which tensors can be had only by `read` and `slice`; all others may be copied from file
+    `StoredTensor.derived` tells which tensors can be had only by `read` and `slice`; all others may be copied from file
     to file.
 
     Attributes:
         where: What messages call it.
         folders: Every folder it reads.
         files: Every file it reads, so that a resumed run can tell whether they are still the same.
-        beside: What stands beside the weights (tokenizer, licence ...): file name -> its bytes, or a file to copy.
-        told: What a manifest says of it.
+        side_files: What stands beside the weights (tokenizer, licence ...): file name -> its bytes, or a file to copy.
+        provenance: Where it came from, for the manifest.
         config, tensors, fingerprint: As of `Checkpoint`.
     """
 
     where: object
     folders: tuple[Path, ...]
     files: tuple[Path, ...]
-    beside: Mapping[str, bytes | Path]
-    told: Mapping[str, object]
+    side_files: Mapping[str, bytes | Path]
+    provenance: Mapping[str, object]
     config: dict
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, StoredTensor]
     fingerprint: str
 
     def read(self, name: str) -> torch.Tensor:
-        """As `Checkpoint.read`; a derived tensor may have more digits than its `TensorInfo.dtype`."""
+        """As `Checkpoint.read`; a derived tensor may have more digits than its `StoredTensor.dtype`."""
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """As `Checkpoint.slice`: the same values as those rows of `read`."""
@@ -57,14 +58,14 @@ class TensorSource(Protocol):
     def prefetch(self, names: Iterable[str]) -> None:
         """As `Checkpoint.prefetch`."""
 
-    def origin(self, name: str) -> tuple[TensorSource, str]:
+    def root(self, name: str) -> tuple[TensorSource, str]:
         """The innermost source, and its tensor, that this tensor comes from: for one that is not derived, the
         `Checkpoint` whose bytes it is."""
 
     def bound(self, results: Mapping[str, TensorSource]) -> TensorSource:
         """This source for one run, given the run's results of other documents by name."""
 
-    def workspace(self, name: str, least: bool = False) -> int:
+    def workspace(self, name: str, minimum: bool = False) -> int:
         """Estimated bytes alive while a tensor is read, itself included; 0 for one that is only mapped. ``least``: when
         what makes it works in as little memory as can be."""
 
@@ -89,7 +90,7 @@ class Checkpoint:
         self._headers = {header.file: header for header in headers}
         self.files = tuple(self._headers)
         self.metadata: Mapping[str, str] = {k: v for h in self._headers.values() for k, v in h.metadata.items()}
-        tensors: dict[str, TensorInfo] = {}
+        tensors: dict[str, StoredTensor] = {}
         for header in self._headers.values():
             for tensor in header.tensors:
                 if tensor.name in tensors:
@@ -100,7 +101,7 @@ class Checkpoint:
                         got=f"also in {tensors[tensor.name].file.name}",
                     )
                 tensors[tensor.name] = tensor
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
         self._fds: dict[Path, int] = {}
         weakref.finalize(self, _close_all, self._fds)  # for those who do not close
         self._lock = threading.Lock()  # read-ahead runs in another thread
@@ -141,7 +142,7 @@ class Checkpoint:
         """What each file says about itself, in the order of `files`."""
         return tuple(self._headers.values())
 
-    def __getitem__(self, name: str) -> TensorInfo:
+    def __getitem__(self, name: str) -> StoredTensor:
         """Where a tensor lies.
 
         Raises:
@@ -177,7 +178,7 @@ class Checkpoint:
         row = info.nbytes // info.shape[0] if info.shape[0] else 0
         return self._view(info, (stop - start, *info.shape[1:]), info.offset + start * row, (stop - start) * row)
 
-    def _rows(self, name: str, start: int, stop: int) -> TensorInfo:
+    def _rows(self, name: str, start: int, stop: int) -> StoredTensor:
         info = self[name]
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise CheckpointError(
@@ -210,20 +211,20 @@ class Checkpoint:
         return (self.folder,)
 
     @property
-    def beside(self) -> Mapping[str, Path]:
+    def side_files(self) -> Mapping[str, Path]:
         return {path.name: path for path in sorted(self.folder.iterdir()) if not path.is_dir()}
 
     @property
-    def told(self) -> Mapping[str, object]:
+    def provenance(self) -> Mapping[str, object]:
         return {"folder": str(self.folder)}
 
-    def origin(self, name: str) -> tuple[Checkpoint, str]:
+    def root(self, name: str) -> tuple[Checkpoint, str]:
         return self, name
 
     def bound(self, results: Mapping[str, TensorSource]) -> Checkpoint:
         return self
 
-    def workspace(self, name: str, least: bool = False) -> int:
+    def workspace(self, name: str, minimum: bool = False) -> int:
         return 0
 
     def close(self) -> None:
@@ -241,7 +242,7 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"Checkpoint({printable(self.folder)}, {len(self.tensors)} tensors in {len(self.files)} files)"
 
-    def _view(self, info: TensorInfo, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
+    def _view(self, info: StoredTensor, shape: tuple[int, ...], offset: int, nbytes: int) -> torch.Tensor:
         import torch
 
         dtype = torch_dtype(info.dtype)

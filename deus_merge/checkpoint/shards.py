@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import PlanError, printable
+from ..core.tensors import StoredTensor
 from ..core.units import dtype_name, format_size
-from .header import TensorInfo, open_regular
+from .header import open_regular
 from .layout import ShardLayout, TensorEntry
 from .system import allocate, copy_range, disk_told, free_space, sync_path, write_all
 
@@ -107,11 +108,11 @@ class ShardWriter:
                 write_all(self._fds[shard.filename], view[: end - at], at)
         self._wrote(shard, (name,), end - begin)
 
-    def copy(self, name: str, source: TensorInfo) -> None:
+    def copy(self, name: str, source: StoredTensor) -> None:
         """Copy a tensor from another file; see `copy_many`."""
         self.copy_many([(name, source)])
 
-    def copy_many(self, pairs: Iterable[tuple[str, TensorInfo]]) -> None:
+    def copy_many(self, pairs: Iterable[tuple[str, StoredTensor]]) -> None:
         """Copy tensors of equal size from other files, file to file; neighbours on both sides go in one call.
 
         Args:
@@ -216,12 +217,12 @@ class ShardWriter:
 class _Run:
     """Neighbouring bytes of one source that become neighbouring bytes of one shard."""
 
-    def __init__(self, name: str, source: TensorInfo, shard: ShardLayout, begin: int):
+    def __init__(self, name: str, source: StoredTensor, shard: ShardLayout, begin: int):
         self.names = [name]
         self.file, self.source_offset, self.length = source.file, source.offset, source.nbytes
         self.shard, self.target_offset = shard, begin
 
-    def extend(self, name: str, source: TensorInfo, shard: ShardLayout, begin: int) -> bool:
+    def extend(self, name: str, source: StoredTensor, shard: ShardLayout, begin: int) -> bool:
         fits = (
             source.file == self.file
             and shard is self.shard

@@ -80,7 +80,7 @@ def progress(plan: Plan, quiet: bool) -> Iterator:
     else:
 
         def line(block: BlockPlan, resumed: bool) -> None:
-            how = "kept from the earlier run" if resumed else block.kind
+            how = "finished by the earlier run" if resumed else block.how
             say(f"[{block.index + 1}/{total}] {block.title}: {how} ({time.monotonic() - started:.1f} s)")
 
         yield line
@@ -89,8 +89,9 @@ def progress(plan: Plan, quiet: bool) -> Iterator:
 def show_plan(plan: Plan) -> None:
     """The layer map and the sums, first of the documents that it needs."""
     for document in plan.documents:
-        count = sum(document.made.values())
-        how = f"{count} blocks are made when they are asked for, {document.kept} kept" if count else "only copied from"
+        count = sum(document.runs.values())
+        cached = f"{document.cached_blocks} at a time in memory"
+        how = f"{count} blocks are computed when they are read, {cached}" if count else "only copied from"
         echo(f"document {document.name}, not written: {how}")
         _layer_table(document.plan)
         click.echo()
@@ -122,7 +123,7 @@ def _layer_table(plan: Plan) -> None:
     for block in plan.blocks:
         sources = [short[s.model] + (f" {s.layer}" if s.layer is not None else "") for s in block.sources]
         origin = f"{sources[0]} to {sources[-1]}" if methods()[block.method].learns else " + ".join(sources)
-        rows.append([block.title, origin, block.method, block.kind, "new" if block.new else ""])
+        rows.append([block.title, origin, block.method, block.how, "new" if block.new else ""])
     table("", ["output", "from", "method", "how", ""], rows)
 
 

@@ -92,3 +92,13 @@ def promoted(codes: Sequence[str]) -> str:
     """The narrowest dtype that holds values of all of these float dtypes: ``F16`` and ``BF16`` need ``F32``."""
     widest = max(codes, key=ITEMSIZE.__getitem__)
     return widest if all(c == widest or ITEMSIZE[c] < ITEMSIZE[widest] for c in codes) else "F32"
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any dtype and shape holds no NaN and no infinity."""
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 has no order
+    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())  # NaN is both ends, and this is faster

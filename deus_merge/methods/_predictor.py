@@ -100,8 +100,8 @@ def learn(
                 loss, gradients = _loss(network, below, between, above, training.norm_weight)
                 adam.step(gradients)
                 losses.append(loss)
-    told = {"steps": training.epochs * len(losses), "train_loss": float(torch.stack(losses).mean())}
-    return network, told | _errors(stacked, network, held)
+    progress = {"steps": training.epochs * len(losses), "train_loss": float(torch.stack(losses).mean())}
+    return network, progress | _errors(stacked, network, held)
 
 
 def predict(stacked: Stacked, network: Predictor, below: int, above: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""One output tensor in runs of elements: a run is widened, merged and given away before the next is read.
+"""One output tensor in runs of elements: a run is widened, merged and yielded before the next is read.
 
 What makes this fast on a CPU: runs that stay in the cache; a sum with a narrower tensor widens it on the way; and
 comparisons answer with 0 and 1 in their operands' own dtype, since torch takes ten times as long for bool.
@@ -12,48 +12,49 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .base import AT_ONCE, Block, Compute, Flat, Made, MergeMethod, TensorTask
+from ..core.tensors import OutputChunk
+from .base import COMPUTE, CONCURRENT_OUTPUTS, Block, FlatTensor, MergeMethod, OutputTensor
 
 if TYPE_CHECKING:
     import torch
 
-RUN = 1 << 18  # elements: enough work for a few threads, little enough for the cache
+RUN_ELEMENTS = 1 << 18  # elements: enough work for a few threads, little enough for the cache
 _RUN_ON_DEVICE = 1 << 24
 _ROW = 1024  # elements that one thread adds up
-_BYTES = 40  # of one element of a run while it is made, beside 16 for each source
+_BYTES = 40  # of one element of a run while it is computed, beside 16 for each source
 
 
 @dataclass(frozen=True)
-class Pieces:
+class FlatInputs:
     """The inputs of one output tensor, flat.
 
     Attributes:
-        task: The output.
+        output: The output.
         block: Whose output it is.
         stored: One vector per source, (n,), in its stored dtype. Never written to.
         dtype: Of the arithmetic: float32, or float64 where a source is stored so.
         step: No run ends within a multiple of this: the length of a row, where rows belong together.
     """
 
-    task: TensorTask
+    output: OutputTensor
     block: Block
-    stored: Sequence[Flat]
+    stored: Sequence[FlatTensor]
     dtype: torch.dtype
     step: int = 1
 
     @property
     def base(self) -> int | None:
         """Which source is the base model."""
-        return self.task.base
+        return self.output.base
 
     @property
     def others(self) -> list[int]:
         """The sources that are not the base model."""
-        return others(self.task)
+        return others(self.output)
 
     @property
     def numel(self) -> int:
-        return math.prod(self.task.shape)
+        return math.prod(self.output.shape)
 
     def source(self, i: int, run: slice) -> torch.Tensor:
         """A source's run, (m,), in the arithmetic's dtype; it may be the stored memory, so only to be read."""
@@ -81,7 +82,7 @@ class Pieces:
 
     @property
     def run_length(self) -> int:
-        wanted = RUN if self.stored[0].device.type == "cpu" else _RUN_ON_DEVICE
+        wanted = RUN_ELEMENTS if self.stored[0].device.type == "cpu" else _RUN_ON_DEVICE
         return max(1, wanted // self.step) * self.step
 
     def runs(self) -> Iterator[slice]:
@@ -90,50 +91,52 @@ class Pieces:
         for start in range(0, self.numel, length):
             yield slice(start, min(start + length, self.numel))
 
-    def made(self, merge: Callable[[slice], torch.Tensor]) -> Iterator[Made]:
+    def each_run(self, merge: Callable[[slice], torch.Tensor]) -> Iterator[OutputChunk]:
         """The output, run by run; ``merge`` is called with its runs in order and returns their values, (m,)."""
         for run in self.runs():
-            yield Made(self.task, merge(run), start=run.start)
+            yield OutputChunk(self.output.role, merge(run), self.output.slot, run.start)
 
 
-class PieceMethod(MergeMethod):
-    """A merge method whose outputs are made one tensor at a time, in runs."""
+class TensorwiseMethod(MergeMethod):
+    """A merge method whose outputs are computed one tensor at a time, in runs."""
 
     tensorwise = True
 
-    def step(self, task: TensorTask) -> int:
+    def step(self, output: OutputTensor) -> int:
         """How many neighbouring elements belong together."""
         return 1
 
     @abstractmethod
-    def make(self, pieces: Pieces) -> Iterator[Made]:
+    def compute(self, inputs: FlatInputs) -> Iterator[OutputChunk]:
         """One output."""
 
     def merge(self, block):
         import torch
 
-        for task in block.tasks:
-            if isinstance(self.origin(task), Compute):
-                stored = [block.flat(task.role, i) for i in range(len(task.source_parameters))]  # (n,) each
+        for output in block.outputs:
+            if output.computed:
+                stored = [block.flat(output.role, i) for i in range(len(output.source_parameters))]  # (n,) each
                 double = any(s.dtype == torch.float64 for s in stored)
-                yield from self.make(
-                    Pieces(task, block, stored, torch.float64 if double else torch.float32, self.step(task))
+                yield from self.compute(
+                    FlatInputs(output, block, stored, torch.float64 if double else torch.float32, self.step(output))
                 )
 
-    def origin(self, task):
-        return Compute()
+    def decide(self, output):
+        return COMPUTE
 
-    def workspace(self, tasks):
-        """A run of every source, those in the making and those on their way to the disk, of each output at work."""
-        sizes = (
-            min(math.prod(t.shape), max(RUN, self.step(t))) * (_BYTES + 16 * len(t.source_parameters)) for t in tasks
-        )
-        return AT_ONCE * max(sizes, default=0)
+    def workspace(self, outputs):
+        """A run of every source, those being computed and those on their way to the disk, of each concurrent output."""
+
+        def size(output: OutputTensor) -> int:
+            run = min(math.prod(output.shape), max(RUN_ELEMENTS, self.step(output)))
+            return run * (_BYTES + 16 * len(output.source_parameters))
+
+        return CONCURRENT_OUTPUTS * max(map(size, outputs), default=0)
 
 
-def others(task: TensorTask) -> list[int]:
+def others(output: OutputTensor) -> list[int]:
     """The sources of an output that are not the base model."""
-    return [i for i in range(len(task.source_parameters)) if i != task.base]
+    return [i for i in range(len(output.source_parameters)) if i != output.base]
 
 
 def row_length(shape: tuple[int, ...]) -> int:
@@ -150,10 +153,10 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return rows.sum(dtype=torch.float64) + values[whole:].sum(dtype=torch.float64)
 
 
-def weighted_sum(pieces: Pieces, weights: Sequence[float], run: slice) -> torch.Tensor:
+def weighted_sum(inputs: FlatInputs, weights: Sequence[float], run: slice) -> torch.Tensor:
     """``Σ w_i x_i`` over a run, (m,); sources of weight 0 are not read."""
     used = [(i, w) for i, w in enumerate(weights) if w != 0] or [(0, 0.0)]
-    result = pieces.own(used[0][0], run).mul_(used[0][1])
+    result = inputs.own(used[0][0], run).mul_(used[0][1])
     for i, weight in used[1:]:
-        result.add_(pieces.addend(i, run), alpha=weight)
+        result.add_(inputs.addend(i, run), alpha=weight)
     return result

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ._runs import Pieces, total
-from .base import Made
+from ..core.tensors import OutputChunk
+from ._runs import FlatInputs, total
 
 if TYPE_CHECKING:
     import torch
 
 
-def gram(pieces: Pieces, sources: Sequence[int], *, relative: bool = False) -> torch.Tensor:
+def gram(inputs: FlatInputs, sources: Sequence[int], *, relative: bool = False) -> torch.Tensor:
     """Dot products of sources taken as flat vectors.
 
     Args:
-        pieces: The inputs.
+        inputs: The inputs.
         sources: Which of them.
         relative: Of their differences to the base model.
 
@@ -29,9 +29,9 @@ def gram(pieces: Pieces, sources: Sequence[int], *, relative: bool = False) -> t
     """
     import torch
 
-    read = pieces.delta if relative else pieces.addend
+    read = inputs.delta if relative else inputs.addend
     matrix = torch.zeros(len(sources), len(sources), dtype=torch.float64)  # (s, s)
-    for run in pieces.runs():
+    for run in inputs.runs():
         vectors = [read(i, run).double() for i in sources]  # (m,) each
         for i, a in enumerate(vectors):
             for j, b in enumerate(vectors[: i + 1]):
@@ -40,16 +40,16 @@ def gram(pieces: Pieces, sources: Sequence[int], *, relative: bool = False) -> t
 
 
 def combined(
-    pieces: Pieces, sources: Sequence[int], coefficients: Sequence[float], *, relative: bool = False
-) -> Iterator[Made]:
+    inputs: FlatInputs, sources: Sequence[int], coefficients: Sequence[float], *, relative: bool = False
+) -> Iterator[OutputChunk]:
     """``Σ c_i x_i``, or relative to the base model: ``b + Σ c_i (x_i - b)``."""
-    read = pieces.delta if relative else pieces.own
+    read = inputs.delta if relative else inputs.own
 
     def combine(run: slice) -> torch.Tensor:
         result = read(sources[0], run).mul_(float(coefficients[0]))  # (m,)
         for i, coefficient in zip(sources[1:], coefficients[1:], strict=True):
-            other = pieces.delta(i, run) if relative else pieces.addend(i, run)  # (m,)
+            other = inputs.delta(i, run) if relative else inputs.addend(i, run)  # (m,)
             result.add_(other, alpha=float(coefficient))
-        return result.add_(pieces.addend(pieces.base, run)) if relative else result
+        return result.add_(inputs.addend(inputs.base, run)) if relative else result
 
-    return pieces.made(combine)
+    return inputs.each_run(combine)

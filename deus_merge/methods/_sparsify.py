@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ._random import Draws
 from ._ranks import cuts, keys
-from ._runs import Pieces, total
+from ._runs import FlatInputs, total
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ _TINY = 1e-7  # sums at most this large are not scaled
 _TOSS = 1 << 20  # coins
 
 
-def largest(pieces: Pieces, source: int, density: float) -> Begin | None:
+def largest(inputs: FlatInputs, source: int, density: float) -> Begin | None:
     """The ``density`` of δ with the largest magnitudes, at least one of them; among equals the first.
 
     Reference: Yadav et al., TIES-Merging, arXiv 2306.01708, section 3.1.
@@ -32,8 +32,8 @@ def largest(pieces: Pieces, source: int, density: float) -> Begin | None:
     """
     if density >= 1 or density <= 0:
         return None if density >= 1 else _nothing
-    count = max(1, int(density * pieces.numel))
-    (cut,) = cuts(lambda: _keys(pieces, source, descending=True), [count])
+    count = max(1, int(density * inputs.numel))
+    (cut,) = cuts(lambda: _keys(inputs, source, descending=True), [count])
 
     def begin():
         below = cut.begin()
@@ -42,7 +42,7 @@ def largest(pieces: Pieces, source: int, density: float) -> Begin | None:
     return begin
 
 
-def middling(pieces: Pieces, source: int, density: float, gamma: float) -> Begin | None:
+def middling(inputs: FlatInputs, source: int, density: float, gamma: float) -> Begin | None:
     """The ``density`` of δ with the largest magnitudes when the ``gamma`` of the very largest are left out.
 
     Where that leaves too few, fewer outliers are left out.
@@ -54,9 +54,9 @@ def middling(pieces: Pieces, source: int, density: float, gamma: float) -> Begin
     """
     if density >= 1 or density <= 0:
         return None if density >= 1 else _nothing
-    count = int(density * pieces.numel)
-    first = max(0, pieces.numel - count - int(gamma * pieces.numel))
-    small, rest = cuts(lambda: _keys(pieces, source), [first, first + count])
+    count = int(density * inputs.numel)
+    first = max(0, inputs.numel - count - int(gamma * inputs.numel))
+    small, rest = cuts(lambda: _keys(inputs, source), [first, first + count])
 
     def begin():
         too_small, small_enough = small.begin(), rest.begin()
@@ -70,7 +70,7 @@ def middling(pieces: Pieces, source: int, density: float, gamma: float) -> Begin
     return begin
 
 
-def by_chance(pieces: Pieces, source: int, density: float) -> Begin | None:
+def by_chance(inputs: FlatInputs, source: int, density: float) -> Begin | None:
     """Each element with probability ``density``.
 
     Reference: Yu et al., DARE, arXiv 2311.03099, section 3.2.
@@ -84,17 +84,17 @@ def by_chance(pieces: Pieces, source: int, density: float) -> Begin | None:
     fallen: list = []
 
     def begin():
-        coins = _coins(pieces, source, density, fallen)
+        coins = _coins(inputs, source, density, fallen)
         return lambda delta: next(coins)
 
     return begin
 
 
-def by_ranked_chance(pieces: Pieces, source: int, density: float, epsilon: float) -> Begin | None:
+def by_ranked_chance(inputs: FlatInputs, source: int, density: float, epsilon: float) -> Begin | None:
     """Each element with a probability that rises with the rank of its magnitude in its row.
 
     From ``density - epsilon`` for a row's smallest to ``density + epsilon`` for its largest, in equal steps. Rows are
-    along the second axis; a vector is one row. Runs must hold whole rows: see `_pieces.row_length`.
+    along the second axis; a vector is one row. Runs must hold whole rows: see `_runs.row_length`.
 
     Reference: Deep et al., DELLA-Merging, arXiv 2406.11617, section 3.1.
 
@@ -103,13 +103,13 @@ def by_ranked_chance(pieces: Pieces, source: int, density: float, epsilon: float
     """
     if density >= 1 or density <= 0:
         return None if density >= 1 else _nothing
-    shape = pieces.task.shape if len(pieces.task.shape) > 1 else (1, pieces.numel)
+    shape = inputs.output.shape if len(inputs.output.shape) > 1 else (1, inputs.numel)
     length, inner = shape[1], math.prod(shape[2:])
 
     def begin():
         import torch
 
-        draws = Draws(pieces.block.generator(pieces.task, source))
+        draws = Draws(inputs.block.generator(inputs.output, source))
 
         def kept(delta: torch.Tensor) -> torch.Tensor:
             magnitudes = delta.abs().view(-1, length, inner)  # (rows, length, inner)
@@ -124,13 +124,13 @@ def by_ranked_chance(pieces: Pieces, source: int, density: float, epsilon: float
     return begin
 
 
-def restoring_factor(pieces: Pieces, source: int, begin: Begin | None) -> float:
+def restoring_factor(inputs: FlatInputs, source: int, begin: Begin | None) -> float:
     """What the kept elements of δ must be multiplied with for the sum of magnitudes to be that of all of δ."""
     if begin is None:
         return 1.0
     kept, before, after = begin(), 0.0, 0.0
-    for run in pieces.runs():
-        delta = pieces.delta(source, run)  # (m,)
+    for run in inputs.runs():
+        delta = inputs.delta(source, run)  # (m,)
         mask = kept(delta)  # (m,)
         delta.abs_()
         before += float(total(delta))
@@ -138,15 +138,15 @@ def restoring_factor(pieces: Pieces, source: int, begin: Begin | None) -> float:
     return before / after if min(before, after) >= _TINY else 1.0
 
 
-def _coins(pieces: Pieces, source: int, density: float, fallen: list) -> Iterator[torch.Tensor]:
+def _coins(inputs: FlatInputs, source: int, density: float, fallen: list) -> Iterator[torch.Tensor]:
     """Coins for one run after another, tossed for several at once. On a CPU, where another toss would take ten times as
     long, ``fallen`` keeps how they fell the first time: a bit each."""
     import numpy
     import torch
 
-    draws, length = Draws(pieces.block.generator(pieces.task, source)), pieces.run_length
-    for number, start in enumerate(range(0, pieces.numel, toss := max(_TOSS, length))):
-        count = min(toss, pieces.numel - start)
+    draws, length = Draws(inputs.block.generator(inputs.output, source)), inputs.run_length
+    for number, start in enumerate(range(0, inputs.numel, toss := max(_TOSS, length))):
+        count = min(toss, inputs.numel - start)
         if number < len(fallen):
             coins = torch.from_numpy(numpy.unpackbits(fallen[number], count=count))  # (count,)
         else:
@@ -156,9 +156,9 @@ def _coins(pieces: Pieces, source: int, density: float, fallen: list) -> Iterato
         yield from coins.split(length)
 
 
-def _keys(pieces: Pieces, source: int, *, descending: bool = False) -> Iterator[torch.Tensor]:
-    for run in pieces.runs():
-        yield keys(pieces.delta(source, run), descending=descending)
+def _keys(inputs: FlatInputs, source: int, *, descending: bool = False) -> Iterator[torch.Tensor]:
+    for run in inputs.runs():
+        yield keys(inputs.delta(source, run), descending=descending)
 
 
 def _nothing():

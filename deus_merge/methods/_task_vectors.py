@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..core.parameters import REQUIRED, Parameter
-from ._runs import PieceMethod, Pieces, others
+from ._runs import FlatInputs, TensorwiseMethod, others
 from ._sparsify import Begin, restoring_factor
-from .base import Compute, CopyOf
+from .base import COMPUTE, copy_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ Kept = Callable[[int, slice], "torch.Tensor"]  # number of a source, run -> its 
 _BALANCED = 1e-8  # weights whose sum is at most this large are not divided by it
 
 
-class TaskVectorMethod(PieceMethod):
+class TaskVectorMethod(TensorwiseMethod):
     """One member of the family. Subclasses say how they sparsify and what their defaults are.
 
     Attributes:
@@ -34,35 +34,35 @@ class TaskVectorMethod(PieceMethod):
     others = (0, None)
     consensus = False
 
-    def sparsify(self, pieces: Pieces, source: int) -> Begin | None:
+    def sparsify(self, inputs: FlatInputs, source: int) -> Begin | None:
         """Which elements of a source's task vector are kept; None for all."""
         return None
 
-    def origin(self, task):
+    def decide(self, output):
         """Where nothing is added, the base model is copied."""
-        weights = [task.source_parameters[i]["weight"] for i in others(task)]
-        return CopyOf(task.base) if not any(weights) or task.parameters["lambda"] == 0 else Compute()
+        weights = [output.source_parameters[i]["weight"] for i in others(output)]
+        return copy_of(output.base) if not any(weights) or output.parameters["lambda"] == 0 else COMPUTE
 
-    def make(self, pieces):
-        task = pieces.task
-        sources = [i for i in others(task) if task.source_parameters[i]["weight"] != 0]
-        weights = [task.source_parameters[i]["weight"] for i in sources]
-        begins = [self.sparsify(pieces, i) for i in sources]
+    def compute(self, inputs):
+        output = inputs.output
+        sources = [i for i in others(output) if output.source_parameters[i]["weight"] != 0]
+        weights = [output.source_parameters[i]["weight"] for i in sources]
+        begins = [self.sparsify(inputs, i) for i in sources]
         scales = list(weights)
-        if task.parameters["rescale"]:
-            scales = [w * restoring_factor(pieces, i, b) for w, i, b in zip(weights, sources, begins, strict=True)]
+        if output.parameters["rescale"]:
+            scales = [w * restoring_factor(inputs, i, b) for w, i, b in zip(weights, sources, begins, strict=True)]
         masks = [begin() if begin else None for begin in begins]
 
         def kept(j: int, run: slice) -> torch.Tensor:
-            delta = pieces.delta(sources[j], run)  # (m,)
+            delta = inputs.delta(sources[j], run)  # (m,)
             return delta.mul_(masks[j](delta)) if masks[j] else delta
 
-        normalize, factor = task.parameters["normalize"], task.parameters["lambda"]
+        normalize, factor = output.parameters["normalize"], output.parameters["lambda"]
         if self.consensus and len(sources) > 1:
-            return pieces.made(_agreed(pieces, kept, weights, scales, normalize, factor))
+            return inputs.each_run(_agreed(inputs, kept, weights, scales, normalize, factor))
         if normalize and (self.consensus or abs(sum(weights)) >= _BALANCED):
             factor /= sum(weights)
-        return pieces.made(_added(pieces, kept, [scale * factor for scale in scales]))
+        return inputs.each_run(_added(inputs, kept, [scale * factor for scale in scales]))
 
 
 def family_parameters(*own: Parameter, normalize: bool, rescale: bool) -> tuple[Parameter, ...]:
@@ -83,11 +83,11 @@ def family_parameters(*own: Parameter, normalize: bool, rescale: bool) -> tuple[
     )
 
 
-def _added(pieces: Pieces, kept: Kept, scales: Sequence[float]) -> Callable[[slice], torch.Tensor]:
+def _added(inputs: FlatInputs, kept: Kept, scales: Sequence[float]) -> Callable[[slice], torch.Tensor]:
     """``b + Σ c_j s_j`` over a run, (m,)."""
 
     def merge(run: slice) -> torch.Tensor:
-        result = pieces.own(pieces.base, run)  # (m,)
+        result = inputs.own(inputs.base, run)  # (m,)
         for j, scale in enumerate(scales):
             result.add_(kept(j, run), alpha=scale)
         return result
@@ -96,7 +96,7 @@ def _added(pieces: Pieces, kept: Kept, scales: Sequence[float]) -> Callable[[sli
 
 
 def _agreed(
-    pieces: Pieces, kept: Kept, weights: Sequence[float], scales: Sequence[float], normalize: bool, factor: float
+    inputs: FlatInputs, kept: Kept, weights: Sequence[float], scales: Sequence[float], normalize: bool, factor: float
 ) -> Callable[[slice], torch.Tensor]:
     """``b + λ Σ c_j s_j / D`` over a run, (m,), of those c_j s_j with the sign of all added up (positive for 0).
 
@@ -120,6 +120,6 @@ def _agreed(
             for vector, weight in zip(vectors, weights, strict=True):
                 divisor.add_(vector.gt_(0), alpha=weight)
             result.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))
-        return result.mul_(sign.mul_(factor)).add_(pieces.addend(pieces.base, run))
+        return result.mul_(sign.mul_(factor)).add_(inputs.addend(inputs.base, run))
 
     return merge

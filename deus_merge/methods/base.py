@@ -1,6 +1,6 @@
 """What a merge method is: parameters, what it needs, and a pure function from a block's tensors to new ones.
 
-A method is one file in ``methods/`` that defines ``METHOD``. It never sees files: it gets a `Block`, which reads its
+A method is one file in this folder that defines ``METHOD``. It never sees files: it gets a `Block`, which reads its
 inputs on demand onto the device, and yields its outputs one by one, so that the caller can cast, write and free each.
 """
 
@@ -10,117 +10,181 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.parameters import Parameter
+from ..core.tensors import UNCHANGED, Action, OutputChunk, StoredTensor
+from ..core.units import ITEMSIZE
 from ..models.family import Heads, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-
-#: how many outputs of a tensorwise method are made at once, at most
-AT_ONCE = 4
+#: how many outputs of a tensorwise method are computed at the same time, at most
+CONCURRENT_OUTPUTS = 4
 
 
 @dataclass(frozen=True)
-class CopyOf:
-    """An output tensor that is an input tensor, unchanged: it goes from file to file.
+class Decision:
+    """What a method decides about an output tensor before any tensor is read.
 
     Attributes:
-        source: Which source of the block.
+        action: ``COPY`` (one source's tensor), ``ZEROS`` or ``COMPUTE``.
+        source: For ``COPY``: which source of the block.
     """
 
-    source: int
+    action: Action
+    source: int | None = None
+
+
+COMPUTE = Decision(Action.COMPUTE)
+ZEROS = Decision(Action.ZEROS)
+
+
+def copy_of(source: int | None) -> Decision:
+    """The tensor of one source as it is."""
+    return Decision(Action.COPY, source)
 
 
 @dataclass(frozen=True)
-class Zeros:
-    """An output tensor of zeros: nothing is read."""
+class Refusal:
+    """Why a method cannot make a block.
+
+    Attributes:
+        message: What is wrong.
+        parameter: The parameter to blame, if one is.
+    """
+
+    message: str
+    parameter: str | None = None
+
+
+def undescribed(method: str, role: str) -> Refusal:
+    """The refusal of a method that must know what every tensor of a layer does."""
+    return Refusal(
+        f"{method} does not know what {role!r} does in a layer. Describe the family in models/families/, or use"
+        " passthrough, linear or slerp"
+    )
 
 
 @dataclass(frozen=True)
-class Compute:
-    """An output tensor that the method makes."""
-
-
-Origin = CopyOf | Zeros | Compute
-
-
-@dataclass(frozen=True)
-class TensorTask:
-    """One output tensor of a block, as a method sees it.
+class OutputTensor:
+    """One output tensor of a block: what it is, what it is made from, and how.
 
     Attributes:
         role: Its role in the layer (or its name outside of layers).
-        slot: Which of the block's layers it belongs to; 0 unless a block makes several.
         name: Its name in the output.
-        spec: The family's description, where there is one.
-        shape: Of the output; the same for every source.
+        shape: Its sizes; the same for every source.
+        dtype: safetensors code of the dtype it is written in.
+        inputs: One stored tensor per source of its block.
         parameters: Resolved values of the method's tensor and block parameters.
-        source_parameters: Resolved values of its source parameters, one mapping a source.
+        source_parameters: Resolved values of its source parameters, one mapping per source.
+        spec: The family's description, where there is one.
+        slot: Which of the block's layers it belongs to; 0 unless a block makes several.
         base: Which source is the base model.
-        heads: The attention heads of the layer it belongs to, where its config tells them.
-        between: Of a method that learns: the two sources its layer is put between.
+        heads: The attention heads of the layer it belongs to, where its config says.
+        between: Of a method that learns: the two sources that its layer is put between.
+        action: How it comes about.
+        source: For actions on one source: which.
     """
 
     role: str
-    slot: int
     name: str
-    spec: TensorSpec | None
     shape: tuple[int, ...]
-    parameters: Mapping[str, object]
-    source_parameters: tuple[Mapping[str, object], ...]
+    dtype: str
+    inputs: tuple[StoredTensor, ...]
+    parameters: Mapping[str, Any]
+    source_parameters: tuple[Mapping[str, Any], ...]
+    spec: TensorSpec | None = None
+    slot: int = 0
     base: int | None = None
     heads: Heads | None = None
     between: tuple[int, int] | None = None
+    action: Action = Action.COMPUTE
+    source: int | None = None
+
+    @property
+    def computed(self) -> bool:
+        """Whether the merge method computes it."""
+        return self.action is Action.COMPUTE
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the output in bytes."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The stored tensor of an action on one source."""
+        assert self.source is not None, f"{self.name}: {self.action} has no single source"
+        return self.inputs[self.source]
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes that are read for it."""
+        if self.action is Action.ZEROS or (self.computed and self.slot):  # what slot 0 reads serves all slots
+            return 0
+        if self.action in UNCHANGED:
+            return self.stored.nbytes
+        return sum(i.nbytes for i in self.inputs)
 
 
-class Flat(Protocol):
-    """A vector of stored values: a tensor, or what makes the runs of one as they are cut out."""
+class FlatTensor(Protocol):
+    """A vector of stored values: a tensor, or something that computes the runs of one as they are cut out."""
 
-    dtype: torch.dtype
-    device: torch.device
+    @property
+    def dtype(self) -> torch.dtype: ...
 
-    def __getitem__(self, run: slice) -> torch.Tensor: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def __getitem__(self, run: slice, /) -> torch.Tensor: ...
 
 
 class Block(Protocol):
-    """The inputs of one unit of work: a decoder layer (or several made at once), the embeddings, or the head."""
-
-    tasks: Sequence[TensorTask]
-    base: int | None  # which source is the base model
-    memory: int | None  # bytes that may be alive at once while it is made; None for no limit
-
-    def read(self, role: str, source: int) -> torch.Tensor:
-        """The tensor of a role from one source, in its stored dtype, on the device of the merge."""
-
-    def flat(self, role: str, source: int) -> Flat:
-        """The same as a vector, (n,), for those who cut out one run after the other."""
-
-    def generator(self, task: TensorTask, source: int) -> torch.Generator:
-        """Random numbers of this run for one source of one output: the same ones each time it is asked."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """One finished output tensor, or a run of its elements.
+    """The inputs of one unit of work: a decoder layer (or several made at once), the embeddings, or the head.
 
     Attributes:
-        task: Which output it is.
-        tensor: Its values in the arithmetic's dtype; the caller casts once. None when there is only something to tell.
-        diagnostics: What the report should say about it.
-        start: Of a run: its first element in the flattened output.
+        outputs: What is to be made.
+        base: Which source is the base model.
+        memory: Bytes that may be alive at once; None for no limit.
     """
 
-    task: TensorTask
-    tensor: torch.Tensor | None
-    diagnostics: Mapping[str, object] | None = None
-    start: int | None = None
+    outputs: Sequence[OutputTensor]
+    base: int | None
+    memory: int | None
+
+    def read(self, role: str, source: int) -> torch.Tensor:
+        """The tensor of a role from one source, in its stored dtype, on the device of the run."""
+        ...
+
+    def flat(self, role: str, source: int) -> FlatTensor:
+        """The same as a vector, (n,), to be read one run after the other."""
+        ...
+
+    def generator(self, output: OutputTensor, source: int) -> torch.Generator:
+        """Random numbers for one source of one output, of this run's seed: the same ones each time."""
+        ...
+
+
+class SourceLayer(Mapping[str, "torch.Tensor"]):
+    """One source of a block as a mapping from role to tensor that reads when asked."""
+
+    def __init__(self, block: Block, source: int):
+        self._block, self._source = block, source
+
+    def __getitem__(self, role: str) -> torch.Tensor:
+        return self._block.read(role, self._source)
+
+    def __iter__(self) -> Iterator[str]:
+        return (output.role for output in self._block.outputs if output.slot == 0)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class MergeMethod(ABC):
-    """One merge method. Instances are stateless.
+    """One merge method. Instances have no state.
 
     Attributes:
         name: As in a recipe, and the file's name.
@@ -132,7 +196,8 @@ class MergeMethod(ABC):
             or ``ignored``: a source like the others.
         others: How many sources it takes beside the base model (all of them, where that is ignored): least and most.
         inserts: Whether it makes new layers: from pairs of sources, or in the gaps of a single source's range.
-        tensorwise: Whether it makes each output from the inputs of its role alone, so that several can be made at once.
+        tensorwise: Whether it computes each output from the inputs of its role alone, so that several can be computed
+            at the same time.
         learns: Whether it inserts what it learns from all layers of a single source's model. These are then the sources
             of its block, one a layer, and are read one after the other; the block makes every new layer that is
             learned from them alike, a slot each.
@@ -149,28 +214,28 @@ class MergeMethod(ABC):
     inserts = False
     learns = False
 
-    def check(self, tasks: Sequence[TensorTask], sources: int) -> str | None:
-        """What is wrong with merging this many sources into these outputs; None when it is fine."""
+    def check(self, outputs: Sequence[OutputTensor], sources: int) -> Refusal | None:
+        """Why this many sources cannot be merged into these outputs; None when they can."""
         return None
 
-    def remark(self, task: TensorTask) -> str | None:
-        """What the report must say about these settings; None in most cases."""
+    def warning(self, output: OutputTensor) -> str | None:
+        """What the user should know about these settings; None in most cases."""
         return None
 
     @abstractmethod
-    def origin(self, task: TensorTask) -> Origin:
-        """How this output comes about; decided before any tensor is read."""
+    def decide(self, output: OutputTensor) -> Decision:
+        """How this output comes about. Asked once, while planning."""
 
     @abstractmethod
-    def merge(self, block: Block) -> Iterator[Made]:
-        """Make every output whose origin is `Compute`."""
+    def merge(self, block: Block) -> Iterator[OutputChunk]:
+        """Compute every output of the block whose action is ``COMPUTE``."""
 
-    def least_workspace(self, tasks: Sequence[TensorTask]) -> int:
-        """What it can do with when `Block.memory` is short: less where buffers can be made again, piece by piece."""
-        return self.workspace(tasks)
-
-    def workspace(self, tasks: Sequence[TensorTask]) -> int:
+    def workspace(self, outputs: Sequence[OutputTensor]) -> int:
         """Upper estimate of the bytes alive at once: the largest tensor in float32, once per source and three times
         for results."""
-        sizes = (4 * math.prod(t.shape) * (len(t.source_parameters) + 3) for t in tasks)
+        sizes = (4 * math.prod(o.shape) * (len(o.source_parameters) + 3) for o in outputs)
         return max(sizes, default=0)
+
+    def minimum_workspace(self, outputs: Sequence[OutputTensor]) -> int:
+        """The same when `Block.memory` is short: less where buffers can be computed again, block by block."""
+        return self.workspace(outputs)

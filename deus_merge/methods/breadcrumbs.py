@@ -17,9 +17,9 @@ class Breadcrumbs(TaskVectorMethod):
         Parameter("gamma", "number", 0.01, _GAMMA, "source", minimum=0, maximum=1), normalize=False, rescale=False
     )
 
-    def sparsify(self, pieces, source):
-        parameters = pieces.task.source_parameters[source]
-        return middling(pieces, source, parameters["density"], parameters["gamma"])
+    def sparsify(self, inputs, source):
+        parameters = inputs.output.source_parameters[source]
+        return middling(inputs, source, parameters["density"], parameters["gamma"])
 
 
 METHOD = Breadcrumbs()

@@ -6,7 +6,7 @@ import math
 
 from ._sparsify import by_chance
 from ._task_vectors import TaskVectorMethod, family_parameters
-from .base import AT_ONCE
+from .base import CONCURRENT_OUTPUTS
 
 
 class DareLinear(TaskVectorMethod):
@@ -15,13 +15,13 @@ class DareLinear(TaskVectorMethod):
     reference = "Yu et al., Language models are super Mario (DARE), arXiv 2311.03099"
     parameters = family_parameters(normalize=False, rescale=True)
 
-    def workspace(self, tasks):
+    def workspace(self, outputs):
         """Also a bit for each element of a source: how its coin fell."""
-        bits = max((math.prod(t.shape) * len(t.source_parameters) for t in tasks), default=0)
-        return super().workspace(tasks) + AT_ONCE * bits // 8
+        bits = max((math.prod(t.shape) * len(t.source_parameters) for t in outputs), default=0)
+        return super().workspace(outputs) + CONCURRENT_OUTPUTS * bits // 8
 
-    def sparsify(self, pieces, source):
-        return by_chance(pieces, source, pieces.task.source_parameters[source]["density"])
+    def sparsify(self, inputs, source):
+        return by_chance(inputs, source, inputs.output.source_parameters[source]["density"])
 
 
 METHOD = DareLinear()

@@ -6,6 +6,7 @@ from ..core.parameters import Parameter
 from ._runs import others, row_length
 from ._sparsify import by_ranked_chance
 from ._task_vectors import TaskVectorMethod, family_parameters
+from .base import Refusal
 
 _HELP = "how far a row's smallest and largest elements are from density in the probability of being kept"
 EPSILON = Parameter("epsilon", "number", 0.15, _HELP, "source", minimum=0, maximum=0.5)
@@ -17,24 +18,25 @@ class DellaLinear(TaskVectorMethod):
     reference = "Deep et al., DELLA-Merging, arXiv 2406.11617"
     parameters = family_parameters(EPSILON, normalize=False, rescale=True)
 
-    def check(self, tasks, sources):
-        for task in tasks:
-            for i in others(task):
-                density, epsilon = (task.source_parameters[i][name] for name in ("density", "epsilon"))
+    def check(self, outputs, sources):
+        for output in outputs:
+            for i in others(output):
+                density, epsilon = (output.source_parameters[i][name] for name in ("density", "epsilon"))
                 if 0 < density < 1 and epsilon >= min(density, 1 - density):
-                    return (
-                        f"epsilon: {self.name} keeps elements with probabilities from density - epsilon to density +"
-                        f" epsilon, here {density - epsilon:g} to {density + epsilon:g} for {task.name}: they must lie"
-                        " between 0 and 1"
+                    return Refusal(
+                        f"{self.name} keeps elements with probabilities from density - epsilon to density + epsilon,"
+                        f" here {density - epsilon:g} to {density + epsilon:g} for {output.name}: they must be between"
+                        " 0 and 1",
+                        "epsilon",
                     )
         return None
 
-    def step(self, task):
-        return row_length(task.shape)
+    def step(self, output):
+        return row_length(output.shape)
 
-    def sparsify(self, pieces, source):
-        parameters = pieces.task.source_parameters[source]
-        return by_ranked_chance(pieces, source, parameters["density"], parameters["epsilon"])
+    def sparsify(self, inputs, source):
+        parameters = inputs.output.source_parameters[source]
+        return by_ranked_chance(inputs, source, parameters["density"], parameters["epsilon"])
 
 
 METHOD = DellaLinear()

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from ..core.parameters import Parameter
-from ._runs import PieceMethod
+from ._runs import TensorwiseMethod
 from ._spans import combined, gram
-from .base import Compute, CopyOf
+from .base import COMPUTE, copy_of
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _OPPOSITE = 1e-7  # sin θ below which two directions are opposite, and no arc between them is the shortest
 
 
-class Karcher(PieceMethod):
+class Karcher(TensorwiseMethod):
     name = "karcher"
     summary = "Karcher mean: the middle of the sources on the sphere, with the mean of their norms"
     reference = "Karcher, Riemannian center of mass and mollifier smoothing, Comm. Pure Appl. Math. 30, 1977"
@@ -26,13 +26,13 @@ class Karcher(PieceMethod):
         Parameter("tol", "number", 1e-5, "a step, an angle or a norm shorter than this counts as none", minimum=0),
     )
 
-    def origin(self, task):
-        return CopyOf(0) if len(task.source_parameters) == 1 else Compute()
+    def decide(self, output):
+        return copy_of(0) if len(output.source_parameters) == 1 else COMPUTE
 
-    def make(self, pieces):
-        sources = list(range(len(pieces.stored)))
-        p = pieces.task.parameters
-        return combined(pieces, sources, mean_coefficients(gram(pieces, sources), p["max_iter"], p["tol"]).tolist())
+    def compute(self, inputs):
+        sources = list(range(len(inputs.stored)))
+        p = inputs.output.parameters
+        return combined(inputs, sources, mean_coefficients(gram(inputs, sources), p["max_iter"], p["tol"]).tolist())
 
 
 def mean_coefficients(products: torch.Tensor, max_iter: int, tol: float) -> torch.Tensor:

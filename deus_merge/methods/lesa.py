@@ -4,24 +4,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError
 from ..core.parameters import Parameter, parse_roles
+from ..core.tensors import Diagnostics, OutputChunk
 from ._predictor import BATCH, Training, learn, predict
 from ._stacked import decompose, decomposing_memory, group_size
-from .base import Block, Compute, Made, MergeMethod, TensorTask, Zeros
-from .ot_fuse import is_zeroed, zero_problem
+from .base import COMPUTE, ZEROS, Block, MergeMethod, OutputTensor, Refusal, undescribed
+from .ot_fuse import check_zero_init, is_zeroed
 
 if TYPE_CHECKING:
     import torch
 
-_LEAST = 3  # layers: one between two others
+_MINIMUM_LAYERS = 3  # one between two others
 
 
 def _block(name: str, kind: str, default: object, help: str, **more) -> Parameter:
     return Parameter(name, kind, default, help, "block", **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorDiagnostics(Diagnostics):
+    """How the network of one role learned.
+
+    Attributes:
+        rank: Of the stacked weights; ``effective_rank`` is the exponential of the entropy of their singular values.
+        seconds: Wall time of the decomposition and of learning.
+        steps: Steps of the optimiser; ``train_loss`` is the mean of the last epoch.
+        held_out_error: Relative error on directions that were not learned from; None when there were none.
+        held_out_error_of_average: The same of the mean of the two neighbours.
+    """
+
+    rank: int
+    effective_rank: float
+    seconds: float
+    steps: int
+    train_loss: float
+    held_out_error: float | None = None
+    held_out_error_of_average: float | None = None
 
 
 class Lesa(MergeMethod):
@@ -41,73 +64,79 @@ class Lesa(MergeMethod):
         _block("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
     )  # fmt: skip
 
-    def check(self, tasks, sources):
-        if unknown := [t.role for t in tasks if t.spec is None]:
-            return (
-                f"lesa does not know what {unknown[0]!r} does in a layer. Describe the family in architectures/, or"
-                " use passthrough, linear or slerp"
+    def check(self, outputs, sources):
+        if unknown := [o.role for o in outputs if o.spec is None]:
+            return undescribed(self.name, unknown[0])
+        if sources < _MINIMUM_LAYERS:
+            return Refusal(
+                f"lesa learns from layers between two others: it needs {_MINIMUM_LAYERS} layers, the model has"
+                f" {sources}"
             )
-        if sources < _LEAST:
-            return f"lesa learns from layers between two others: it needs {_LEAST} layers, the model has {sources}"
-        return zero_problem(tasks)
+        return check_zero_init(outputs)
 
-    def origin(self, task):
-        return Zeros() if task.spec.writes_residual and is_zeroed(task) else Compute()
+    def decide(self, output):
+        return ZEROS if output.spec.writes_residual and is_zeroed(output) else COMPUTE
 
     def merge(self, block):
         """Role by role: weights are predicted; norms and biases are the mean of the neighbours'."""
-        roles: dict[str, list[TensorTask]] = {}
-        for task in block.tasks:
-            if isinstance(self.origin(task), Compute):
-                roles.setdefault(task.role, []).append(task)
-        for role, tasks in roles.items():
+        roles: dict[str, list[OutputTensor]] = {}
+        for output in block.outputs:
+            if output.computed:
+                roles.setdefault(output.role, []).append(output)
+        for role, outputs in roles.items():
             read = partial(_read, block, role)
-            if len(tasks[0].shape) == 2:
-                yield from self._predicted(block, tasks, read)
+            if len(outputs[0].shape) == 2:
+                yield from self._predict(block, outputs, read)
             else:
-                for task in tasks:
-                    below, above = map(read, task.between)
-                    yield Made(task, (below + above) / 2)
+                for output in outputs:
+                    below, above = map(read, output.between)
+                    yield OutputChunk(role, (below + above) / 2, output.slot)
 
-    def _predicted(self, block: Block, tasks: Sequence[TensorTask], read) -> Iterator[Made]:
+    def _predict(self, block: Block, outputs: Sequence[OutputTensor], read) -> Iterator[OutputChunk]:
         started = time.monotonic()
-        p = tasks[0].parameters
+        role, p = outputs[0].role, outputs[0].parameters
         training = Training(p["epochs"], p["width"], p["learning_rate"], p["norm_weight"])
-        hold = block.memory is None or block.memory >= self.workspace(tasks)
-        stacked = decompose(read, len(tasks[0].source_parameters))
+        hold = block.memory is None or block.memory >= self.workspace(outputs)
+        stacked = decompose(read, len(outputs[0].source_parameters))
         if not stacked.rank:  # nothing but zeros
-            yield from (Made(task, read(task.between[0]).clone()) for task in tasks)
+            yield from (OutputChunk(role, read(o.between[0]).clone(), o.slot) for o in outputs)
             return
-        network, told = learn(stacked, training, block.generator(tasks[0], 0), hold)
-        told = {"role": tasks[0].role, "rank": stacked.rank, "effective_rank": stacked.effective_rank(), **told}
-        yield Made(tasks[0], None, {**told, "seconds": time.monotonic() - started})
-        for task in tasks:
-            yield Made(task, predict(stacked, network, *task.between))
+        network, losses = learn(stacked, training, block.generator(outputs[0], 0), hold)
+        diagnostics = PredictorDiagnostics(
+            role=role,
+            rank=stacked.rank,
+            effective_rank=stacked.effective_rank(),
+            seconds=time.monotonic() - started,
+            **losses,
+        )
+        yield OutputChunk(role, None, diagnostics=diagnostics)
+        for output in outputs:
+            yield OutputChunk(role, predict(stacked, network, *output.between), output.slot)
 
-    def workspace(self, tasks):
-        return max(_memory(t, hold=True) for t in tasks)
+    def workspace(self, outputs):
+        return max(_memory(o, hold=True) for o in outputs)
 
-    def least_workspace(self, tasks):
-        return max(_memory(t, hold=False) for t in tasks)
+    def minimum_workspace(self, outputs):
+        return max(_memory(o, hold=False) for o in outputs)
 
 
 def _read(block: Block, role: str, layer: int) -> torch.Tensor:
     """A role's tensor in one layer, in the arithmetic's dtype."""
     import torch
 
-    p = next(t for t in block.tasks if t.role == role).parameters
+    p = next(o for o in block.outputs if o.role == role).parameters
     tensor = block.read(role, layer).to(getattr(torch, p["compute_dtype"]))
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise CheckpointError(f"layer {layer} holds NaN or infinity", where=role, expected="finite weights")
     return tensor
 
 
-def _memory(task: TensorTask, hold: bool) -> int:
+def _memory(output: OutputTensor, hold: bool) -> int:
     """Bytes alive at once while a role's new tensors are made."""
-    width = 8 if task.parameters["compute_dtype"] == "float64" else 4
-    if len(task.shape) < 2:
-        return 6 * width * task.shape[0]
-    (n, m), layers, hidden = task.shape, len(task.source_parameters), task.parameters["width"]
+    width = 8 if output.parameters["compute_dtype"] == "float64" else 4
+    if len(output.shape) < 2:
+        return 6 * width * output.shape[0]
+    (n, m), layers, hidden = output.shape, len(output.source_parameters), output.parameters["width"]
     group = min(n, group_size(layers, m))
     basis = n * n + 2 * group * n
     network = 3 * m * hidden + hidden**2 + 2 * hidden + m

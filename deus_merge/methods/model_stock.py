@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ..core.parameters import Parameter
-from ._runs import PieceMethod
+from ._runs import TensorwiseMethod
 from ._spans import combined, gram
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SMALL = 1e-6  # of a product of norms, and of the denominator of the ratio
 
 
-class ModelStock(PieceMethod):
+class ModelStock(TensorwiseMethod):
     name = "model_stock"
     summary = "from the base model towards the mean of the others, the farther the more these agree"
     reference = "Jang, Yun, Han, Model Stock: all we need is just a few fine-tuned models, arXiv 2403.19522"
@@ -24,18 +24,18 @@ class ModelStock(PieceMethod):
     others = (2, None)
     parameters = (Parameter("filter_wise", "boolean", False, "one ratio per row instead of one per tensor"),)
 
-    def step(self, task):
-        return (task.shape or (1,))[-1]
+    def step(self, output):
+        return (output.shape or (1,))[-1]
 
-    def make(self, pieces):
-        if pieces.task.parameters["filter_wise"]:
-            return pieces.made(lambda run: _by_row(pieces, run))
-        sources = pieces.others
-        products = gram(pieces, sources, relative=True)  # (s, s)
+    def compute(self, inputs):
+        if inputs.output.parameters["filter_wise"]:
+            return inputs.each_run(lambda run: _by_row(inputs, run))
+        sources = inputs.others
+        products = gram(inputs, sources, relative=True)  # (s, s)
         norms = products.diagonal().sqrt()  # (s,)
         pairs = [(products[i, j], norms[i] * norms[j]) for i, j in combinations(range(len(sources)), 2)]
         share = float(ratio(pairs, len(sources))) / len(sources)
-        return combined(pieces, sources, [share] * len(sources), relative=True)
+        return combined(inputs, sources, [share] * len(sources), relative=True)
 
 
 def ratio(pairs: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> torch.Tensor:
@@ -56,15 +56,15 @@ def ratio(pairs: list[tuple[torch.Tensor, torch.Tensor]], count: int) -> torch.T
     return torch.where(denominator.abs() < _SMALL, 0, count * cosine / denominator)
 
 
-def _by_row(pieces, run: slice) -> torch.Tensor:
-    width = (pieces.task.shape or (1,))[-1]
-    deltas = [pieces.delta(i, run).view(-1, width) for i in pieces.others]  # (rows, d) each
+def _by_row(inputs, run: slice) -> torch.Tensor:
+    width = (inputs.output.shape or (1,))[-1]
+    deltas = [inputs.delta(i, run).view(-1, width) for i in inputs.others]  # (rows, d) each
     double = [d.double() for d in deltas]  # (rows, d) each
     norms = [d.norm(dim=1) for d in double]  # (rows,) each
     pairs = [((double[i] * double[j]).sum(dim=1), norms[i] * norms[j]) for i, j in combinations(range(len(double)), 2)]
-    share = (ratio(pairs, len(deltas)) / len(deltas)).to(pieces.dtype)  # (rows,)
+    share = (ratio(pairs, len(deltas)) / len(deltas)).to(inputs.dtype)  # (rows,)
     result = sum(deltas[1:], deltas[0]).mul_(share[:, None])  # (rows, d)
-    return result.view(-1).add_(pieces.addend(pieces.base, run))  # (m,)
+    return result.view(-1).add_(inputs.addend(inputs.base, run))  # (m,)
 
 
 METHOD = ModelStock()

@@ -6,12 +6,12 @@ import math
 
 from ..core.errors import PlanError
 from ..core.parameters import REQUIRED, Parameter
-from ._runs import PieceMethod, others
+from ._runs import TensorwiseMethod, others
 from ._spans import combined, gram
-from .base import Compute, CopyOf
+from .base import COMPUTE, Refusal, copy_of
 
 
-class MultiSlerp(PieceMethod):
+class MultiSlerp(TensorwiseMethod):
     name = "multislerp"
     summary = "weighted mean direction of the sources (or of what they add to the base model) with their mean norm"
     reference = "Goddard, Multi-SLERP, goddard.blog/posts/multislerp-wow-what-a-cool-idea"
@@ -23,30 +23,31 @@ class MultiSlerp(PieceMethod):
         Parameter("eps", "number", 1e-8, "a norm below this counts as none", minimum=0),
     )
 
-    def check(self, tasks, sources):
-        for task in tasks:
-            weights = [task.source_parameters[i]["weight"] for i in others(task)]
+    def check(self, outputs, sources):
+        for output in outputs:
+            weights = [output.source_parameters[i]["weight"] for i in others(output)]
             given = REQUIRED not in weights and len(weights) > 1
-            if task.parameters["normalize_weights"] and given and sum(weights) == 0:
-                return f"weight: the weights sum to 0 for {task.name}, so they cannot be normalised"
+            if output.parameters["normalize_weights"] and given and sum(weights) == 0:
+                message = f"the weights sum to 0 for {output.name}, so they cannot be normalised"
+                return Refusal(message, "weight")
         return None
 
-    def origin(self, task):
+    def decide(self, output):
         """A source alone is copied."""
-        return CopyOf(others(task)[0]) if len(others(task)) == 1 else Compute()
+        return copy_of(others(output)[0]) if len(others(output)) == 1 else COMPUTE
 
-    def make(self, pieces):
+    def compute(self, inputs):
         """The mean of the unit vectors, brought to length 1 and then to the mean norm.
 
         The published method then goes to the tangent space at that mean and back. The weighted sum of the tangent
         vectors there is zero, so the step leads nowhere and none is made.
         """
-        p, sources = pieces.task.parameters, pieces.others
-        relative = pieces.base is not None
-        weights = [pieces.task.source_parameters[i]["weight"] for i in sources]
+        p, sources = inputs.output.parameters, inputs.others
+        relative = inputs.base is not None
+        weights = [inputs.output.source_parameters[i]["weight"] for i in sources]
         if p["normalize_weights"]:
             weights = [w / sum(weights) for w in weights]
-        products = gram(pieces, sources, relative=relative).tolist()  # (s, s)
+        products = gram(inputs, sources, relative=relative).tolist()  # (s, s)
         norms = [math.sqrt(products[i][i]) for i in range(len(sources))]
         shares = [w / (n + p["eps"]) for w, n in zip(weights, norms, strict=True)]  # of the vectors in the mean
         squared = sum(a * b * products[i][j] for i, a in enumerate(shares) for j, b in enumerate(shares))
@@ -54,13 +55,13 @@ class MultiSlerp(PieceMethod):
         if length < p["eps"]:
             if len(sources) > 2 and max(norms) > p["eps"]:
                 raise PlanError(
-                    f"multislerp: the weighted directions cancel out in {pieces.task.name}",
+                    f"multislerp: the weighted directions cancel out in {inputs.output.name}",
                     expected="a mean direction",
                     hint="choose other weights",
                 )
-            return combined(pieces, sources, weights, relative=relative)
+            return combined(inputs, sources, weights, relative=relative)
         scale = sum(w * n for w, n in zip(weights, norms, strict=True)) / length
-        return combined(pieces, sources, [scale * share for share in shares], relative=relative)
+        return combined(inputs, sources, [scale * share for share in shares], relative=relative)
 
 
 METHOD = MultiSlerp()

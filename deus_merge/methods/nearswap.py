@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..core.parameters import REQUIRED, Parameter
-from ._runs import PieceMethod
+from ._runs import TensorwiseMethod
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _EPSILON = 1e-6  # distances below count as this much
 
 
-class NearSwap(PieceMethod):
+class NearSwap(TensorwiseMethod):
     name = "nearswap"
     summary = "the base model moved towards the other by at most t in each element"
     reference = "alchemonaut, QuartetAnemoi-70B-t0.0001 (model card)"
@@ -22,17 +22,17 @@ class NearSwap(PieceMethod):
     others = (1, 1)
     parameters = (Parameter("t", "number", REQUIRED, "elements at most this far apart become the other source's"),)
 
-    def make(self, pieces):
+    def compute(self, inputs):
         """``w b + (1 - w) a`` with a of the base model and ``w = t / |a - b|``, from 0 to 1."""
-        (other,) = pieces.others
+        (other,) = inputs.others
 
         def merge(run: slice) -> torch.Tensor:
-            distance = pieces.delta(other, run).abs_().clamp_(min=_EPSILON)  # (m,)
-            weight = (pieces.task.parameters["t"] / distance).clamp_(0, 1)  # (m,)
-            result = pieces.own(other, run).mul_(weight)  # (m,)
-            return result.add_((1 - weight).mul_(pieces.source(pieces.base, run)))
+            distance = inputs.delta(other, run).abs_().clamp_(min=_EPSILON)  # (m,)
+            weight = (inputs.output.parameters["t"] / distance).clamp_(0, 1)  # (m,)
+            result = inputs.own(other, run).mul_(weight)  # (m,)
+            return result.add_((1 - weight).mul_(inputs.source(inputs.base, run)))
 
-        return pieces.made(merge)
+        return inputs.each_run(merge)
 
 
 METHOD = NearSwap()

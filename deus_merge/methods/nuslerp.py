@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..core.parameters import REQUIRED, Parameter
-from ._runs import PieceMethod, Pieces, row_length
+from ._runs import FlatInputs, TensorwiseMethod, row_length
 from ._spans import combined, gram
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _SHORT = 1e-7  # a norm below this counts as this much
 _BALANCED = 1e-6  # weights whose sum is at most this large mean the middle
 
 
-class NuSlerp(PieceMethod):
+class NuSlerp(TensorwiseMethod):
     name = "nuslerp"
     summary = "spherical interpolation of two sources by their weights, or of what they add to the base model"
     reference = "Goddard et al., mergekit; Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
@@ -29,21 +29,21 @@ class NuSlerp(PieceMethod):
         Parameter("nuslerp_row_wise", "boolean", False, "without nuslerp_flatten: one arc per column, across the rows"),
     )
 
-    def step(self, task):
-        return row_length(task.shape) if len(task.shape) > 1 else 1
+    def step(self, output):
+        return row_length(output.shape) if len(output.shape) > 1 else 1
 
-    def make(self, pieces):
-        weights = [pieces.task.source_parameters[i]["weight"] for i in pieces.others]
+    def compute(self, inputs):
+        weights = [inputs.output.source_parameters[i]["weight"] for i in inputs.others]
         t = 0.5 if abs(sum(weights)) < _BALANCED else weights[1] / sum(weights)
-        p, shape = pieces.task.parameters, pieces.task.shape
+        p, shape = inputs.output.parameters, inputs.output.shape
         if p["nuslerp_flatten"] or len(shape) < 2:
-            relative = pieces.base is not None
-            products = gram(pieces, pieces.others, relative=relative)  # (2, 2)
+            relative = inputs.base is not None
+            products = gram(inputs, inputs.others, relative=relative)  # (2, 2)
             start, end = arcs(t, products[0, 0], products[1, 1], products[0, 1])
-            return combined(pieces, pieces.others, [float(start), float(end)], relative=relative)
+            return combined(inputs, inputs.others, [float(start), float(end)], relative=relative)
         if p["nuslerp_row_wise"]:
-            return _by_column(pieces, t, math.prod(shape[1:]))
-        return pieces.made(lambda run: _mix(pieces, run, shape[-1], lambda a, b: arcs(t, *_products(a, b, 1)), 1))
+            return _by_column(inputs, t, math.prod(shape[1:]))
+        return inputs.each_run(lambda run: _mix(inputs, run, shape[-1], lambda a, b: arcs(t, *_products(a, b, 1)), 1))
 
 
 def arcs(t: float, aa: torch.Tensor, bb: torch.Tensor, ab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,21 +71,21 @@ def _products(a: torch.Tensor, b: torch.Tensor, dim: int) -> tuple[torch.Tensor,
     return (a * a).sum(dim), (b * b).sum(dim), (a * b).sum(dim)
 
 
-def _mix(pieces: Pieces, run: slice, width: int, coefficients, dim: int) -> torch.Tensor:
+def _mix(inputs: FlatInputs, run: slice, width: int, coefficients, dim: int) -> torch.Tensor:
     """A run as rows, each with coefficients of its own (``dim`` 1) or all with one for each column (``dim`` 0)."""
-    a, b = (pieces.delta(i, run).view(-1, width) for i in pieces.others)  # (rows, width) each
+    a, b = (inputs.delta(i, run).view(-1, width) for i in inputs.others)  # (rows, width) each
     start, end = (c.to(a.dtype).unsqueeze(dim) for c in coefficients(a, b))  # (rows, 1) or (1, width)
     result = a.mul_(start).add_(b.mul_(end)).view(-1)  # (m,)
-    return result if pieces.base is None else result.add_(pieces.addend(pieces.base, run))
+    return result if inputs.base is None else result.add_(inputs.addend(inputs.base, run))
 
 
-def _by_column(pieces: Pieces, t: float, width: int):
+def _by_column(inputs: FlatInputs, t: float, width: int):
     sums = [0.0, 0.0, 0.0]
-    for run in pieces.runs():
-        a, b = (pieces.delta(i, run).view(-1, width) for i in pieces.others)  # (rows, width) each
+    for run in inputs.runs():
+        a, b = (inputs.delta(i, run).view(-1, width) for i in inputs.others)  # (rows, width) each
         sums = [s + p for s, p in zip(sums, _products(a, b, 0), strict=True)]  # (width,) each
     found = arcs(t, *sums)
-    return pieces.made(lambda run: _mix(pieces, run, width, lambda a, b: found, 0))
+    return inputs.each_run(lambda run: _mix(inputs, run, width, lambda a, b: found, 0))
 
 
 METHOD = NuSlerp()

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from ..align import fuse_layer
 from ..align.parameters import (
-    ALIGNMENT,
-    Layer,
+    PARAMETERS,
     align_options,
-    cannot_align,
+    alignment_memory,
+    check_alignment,
     parse_score,
     parse_share,
-    plan_memory,
     solver_memory,
 )
 from ..core.parameters import Parameter, as_number, parse_roles
-from .base import Block, Compute, CopyOf, Made, MergeMethod, TensorTask, Zeros
+from ..core.tensors import OutputChunk
+from .base import COMPUTE, ZEROS, MergeMethod, OutputTensor, Refusal, SourceLayer, copy_of, undescribed
 
-_MIXED = ("match", "match_fraction", "match_score", "restore_norm", "output_scale")
+_FUSION = ("match", "match_fraction", "match_score", "restore_norm", "output_scale")
 
 
 def parse_t(value: object) -> object:
@@ -36,7 +35,7 @@ class OtFuse(MergeMethod):
     reference = "Cao, Wang, Aletras, Progressive Depth Up-scaling via Optimal Transport, arXiv 2508.08011"
     inserts = True
     parameters = (
-        *ALIGNMENT,
+        *PARAMETERS,
         Parameter("t", "other", "even", "share of B: W = (1-t) A + t B; even: 1/(k+1), 2/(k+1), ...", "block",
                   parse=parse_t),
         Parameter("layers_per_gap", "integer", 1, "new layers between two neighbours", "block", minimum=1, maximum=64),
@@ -52,93 +51,85 @@ class OtFuse(MergeMethod):
         Parameter("output_scale", "number", 1.0, "factor on those writers that are not zeroed", "block"),
     )  # fmt: skip
 
-    def check(self, tasks, sources):
+    def check(self, outputs, sources):
         if sources != 2:
-            return f"ot_fuse takes one source (its gaps are filled) or two (fused pairwise), not {sources}"
-        if unknown := [t.role for t in tasks if t.spec is None]:
-            return (
-                f"ot_fuse does not know what {unknown[0]!r} does in a layer. Describe the family in architectures/, or"
-                " use passthrough, linear or slerp"
-            )
-        if wrong := cannot_align(tasks[0].parameters, tasks):
-            return wrong
-        return zero_problem(tasks)
+            return Refusal(f"ot_fuse takes one source (its gaps are filled) or two (fused pairwise), not {sources}")
+        if unknown := [o.role for o in outputs if o.spec is None]:
+            return undescribed(self.name, unknown[0])
+        if problem := check_alignment(outputs[0].parameters, [o.spec for o in outputs], outputs[0].heads):
+            return Refusal(problem.message, problem.parameter)
+        return check_zero_init(outputs)
 
-    def remark(self, task):
-        if task.parameters["plan_scale"] == "coupling" and task.parameters["alignment"] != "none":
+    def warning(self, output):
+        if output.parameters["plan_scale"] == "coupling" and output.parameters["alignment"] != "none":
             return (
-                "plan_scale: coupling applies couplings as they are, like the paper's script: what A gives is about 1/n"
+                "plan_scale: coupling applies couplings as they are, like the paper's script: A contributes about 1/n"
                 " of a weighted mean, so new layers are close to half of their upper neighbour"
             )
         return None
 
-    def origin(self, task):
+    def decide(self, output):
         """B where t = 1, A where t = 0 and nothing is aligned, zeros for the roles of zero_init."""
-        parameters = task.parameters
-        if task.spec.writes_residual:
-            if is_zeroed(task):
-                return Zeros()
+        parameters = output.parameters
+        if output.spec.writes_residual:
+            if is_zeroed(output):
+                return ZEROS
             if parameters["output_scale"] != 1:
-                return Compute()
-        t = share(task)
+                return COMPUTE
+        t = share_of_b(output)
         if t == 1:
-            return CopyOf(1)
-        return CopyOf(0) if t == 0 and parameters["alignment"] == "none" else Compute()
+            return copy_of(1)
+        return copy_of(0) if t == 0 and parameters["alignment"] == "none" else COMPUTE
 
     def merge(self, block):
         """Align once, fuse for every slot: the layers of one gap share their plans."""
-        first = [t for t in block.tasks if t.slot == 0]
-        outputs = {(t.role, t.slot): t for t in block.tasks}
-        slots = [next(t for t in block.tasks if t.slot == j) for j in range(1 + max(t.slot for t in block.tasks))]
-        below, above, options = Layer(block, 0), Layer(block, 1), _options(first, slots, block)
-        for role, tensors, diagnostics in fuse_layer(below, above, [t.spec for t in first], options):
-            told = None if diagnostics is None else asdict(diagnostics)
-            if not tensors and told:
-                yield Made(outputs[role, 0], None, told)
-            for slot, tensor in enumerate(tensors):
-                task = outputs[role, slot]
-                yield Made(
-                    task, tensor if isinstance(self.origin(task), Compute) else None, told if slot == 0 else None
-                )
+        first = [o for o in block.outputs if o.slot == 0]
+        computed = {(o.role, o.slot): o.computed for o in block.outputs}
+        parameters = first[0].parameters
+        options = align_options(
+            parameters,
+            first[0].heads,
+            solver_memory(parameters, first, block.memory),
+            t=tuple(share_of_b(o) for o in block.outputs if o.role == first[0].role),
+            zero=frozenset(o.role for o in first if o.spec.writes_residual and is_zeroed(o)),
+            **{key: parameters[key] for key in _FUSION},
+        )
+        for chunk in fuse_layer(SourceLayer(block, 0), SourceLayer(block, 1), [o.spec for o in first], options):
+            if computed[chunk.role, chunk.slot]:
+                yield chunk
+            elif chunk.diagnostics is not None:
+                yield OutputChunk(chunk.role, None, chunk.slot, diagnostics=chunk.diagnostics)
 
-    def workspace(self, tasks):
-        return plan_memory(tasks[0].parameters, tasks)[0]
+    def workspace(self, outputs):
+        return alignment_memory(outputs[0].parameters, outputs).full
 
-    def least_workspace(self, tasks):
-        return plan_memory(tasks[0].parameters, tasks)[1]
-
-
-def _options(first: list[TensorTask], slots: list[TensorTask], block: Block):
-    p = first[0].parameters
-    return align_options(
-        p,
-        first,
-        solver_memory(p, first, block.memory),
-        t=tuple(share(task) for task in slots),
-        zero=frozenset(t.role for t in first if t.spec.writes_residual and is_zeroed(t)),
-        **{key: p[key] for key in _MIXED},
-    )
+    def minimum_workspace(self, outputs):
+        return alignment_memory(outputs[0].parameters, outputs).minimum
 
 
-def share(task) -> float:
-    """The task's t: as set, or for "even" its slot's part of the gap."""
-    t = task.parameters["t"]
-    return (task.slot + 1) / (task.parameters["layers_per_gap"] + 1) if t == "even" else t
+def share_of_b(output: OutputTensor) -> float:
+    """The output's t: as set, or for "even" its slot's part of the gap."""
+    t = output.parameters["t"]
+    return (output.slot + 1) / (output.parameters["layers_per_gap"] + 1) if t == "even" else t
 
 
-def zero_problem(tasks: Sequence[TensorTask]) -> str | None:
+def check_zero_init(outputs: Sequence[OutputTensor]) -> Refusal | None:
     """What is wrong with zero_init; None when nothing is."""
-    zeroed = tasks[0].parameters["zero_init"]
-    writers = [t.role for t in tasks if t.spec.writes_residual]
-    if not isinstance(zeroed, bool) and (wrong := [r for r in zeroed if r not in writers]):
-        return f"zero_init: {wrong[0]!r} does not write to the residual stream; these do: {', '.join(writers)}"
+    zeroed = outputs[0].parameters["zero_init"]
+    writers = [o.role for o in outputs if o.spec is not None and o.spec.writes_residual]
+    if not isinstance(zeroed, bool) and (wrong := [role for role in zeroed if role not in writers]):
+        return Refusal(
+            f"{wrong[0]!r} does not write to the residual stream; these do: {', '.join(writers)}", "zero_init"
+        )
     return None
 
 
-def is_zeroed(task) -> bool:
+def is_zeroed(output: OutputTensor) -> bool:
     """Whether zero_init names this writer of the residual stream (a bias goes with its projection)."""
-    zeroed = task.parameters["zero_init"]
-    return zeroed if isinstance(zeroed, bool) else task.role in zeroed or task.spec.follows in zeroed
+    zeroed = output.parameters["zero_init"]
+    if isinstance(zeroed, bool):
+        return zeroed
+    return output.role in zeroed or (output.spec is not None and output.spec.follows in zeroed)
 
 
 METHOD = OtFuse()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..core.parameters import Parameter
-from ._runs import PieceMethod, Pieces
+from ._runs import FlatInputs, TensorwiseMethod
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 EPSILON = Parameter("epsilon", "number", 1e-5, "a change at most this large counts as none", minimum=0)
 
 
-class Ram(PieceMethod):
+class Ram(TensorwiseMethod):
     name = "ram"
     summary = "task vectors: what one source changed is kept, what several changed is averaged over these"
     reference = "Reinforced Agent Merging, arXiv 2601.13572"
@@ -23,28 +23,28 @@ class Ram(PieceMethod):
     others = (0, None)
     parameters = (EPSILON,)
 
-    def make(self, pieces):
-        factors = self.unique_factors(pieces)
+    def compute(self, inputs):
+        factors = self.unique_factors(inputs)
 
         def merge(run: slice) -> torch.Tensor:
-            deltas, changed, count = changes(pieces, run)  # (s, m), (s, m), (m,)
-            result = pieces.own(pieces.base, run)  # (m,)
-            share = 1 / count.clamp(min=1).to(pieces.dtype)  # (m,)
+            deltas, changed, count = changes(inputs, run)  # (s, m), (s, m), (m,)
+            result = inputs.own(inputs.base, run)  # (m,)
+            share = 1 / count.clamp(min=1).to(inputs.dtype)  # (m,)
             for delta, change, factor in zip(deltas, changed, factors, strict=True):
                 result.add_(delta.mul_(change).mul_(share if factor == 1 else share + (count == 1) * (factor - 1)))
             return result
 
-        return pieces.made(merge)
+        return inputs.each_run(merge)
 
-    def unique_factors(self, pieces: Pieces) -> Sequence[float]:
+    def unique_factors(self, inputs: FlatInputs) -> Sequence[float]:
         """What each source's own changes are multiplied with."""
-        return [1.0] * len(pieces.others)
+        return [1.0] * len(inputs.others)
 
 
-def changes(pieces: Pieces, run: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def changes(inputs: FlatInputs, run: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The task vectors of a run, (s, m), where they change anything, (s, m) bool, and how many do, (m,)."""
-    deltas = pieces.deltas(run)  # (s, m)
-    changed = deltas.abs() > pieces.task.parameters["epsilon"]  # (s, m)
+    deltas = inputs.deltas(run)  # (s, m)
+    changed = deltas.abs() > inputs.output.parameters["epsilon"]  # (s, m)
     return deltas, changed, changed.sum(dim=0)
 
 

@@ -15,12 +15,12 @@ class RamPlus(Ram):
         EPSILON,
     )
 
-    def unique_factors(self, pieces):
+    def unique_factors(self, inputs):
         """``1 + r min(ρ, alpha)``, where ρ is the number of shared changes over that of unshared ones."""
-        p = pieces.task.parameters
+        p = inputs.output.parameters
         shared, unique = 0, 0
-        for run in pieces.runs():
-            _, changed, count = changes(pieces, run)  # ..., (s, m), (m,)
+        for run in inputs.runs():
+            _, changed, count = changes(inputs, run)  # ..., (s, m), (m,)
             shared = shared + (changed & (count > 1)).sum(dim=1)  # (s,)
             unique = unique + (changed & (count == 1)).sum(dim=1)  # (s,)
         ratios = [a / max(b, p["epsilon"]) if a else 0.0 for a, b in zip(shared.tolist(), unique.tolist(), strict=True)]

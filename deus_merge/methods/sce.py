@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..core.parameters import Parameter
 from ._ranks import cuts, keys
-from ._runs import PieceMethod, Pieces, total
+from ._runs import FlatInputs, TensorwiseMethod, total
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SMALL = 1e-6  # sums of weights
 
 
-class Sce(PieceMethod):
+class Sce(TensorwiseMethod):
     name = "sce"
     summary = "task vectors where they vary most, weighted by their mean square, merged where their signs agree"
     reference = "Wan et al., FuseChat, arXiv 2408.07990, section 3.3"
@@ -27,11 +27,11 @@ class Sce(PieceMethod):
         Parameter("int8_mask", "boolean", False, "accepted for mergekit's sake: masks take no memory to speak of"),
     )
 
-    def make(self, pieces):
-        if not pieces.others:
-            return pieces.made(lambda run: pieces.own(pieces.base, run))
-        chosen = _Chosen(pieces)
-        squares = sum(_row_totals(deltas.square_()) for deltas in chosen.runs()) / pieces.numel  # (s,), float64
+    def compute(self, inputs):
+        if not inputs.others:
+            return inputs.each_run(lambda run: inputs.own(inputs.base, run))
+        chosen = _Chosen(inputs)
+        squares = sum(_row_totals(deltas.square_()) for deltas in chosen.runs()) / inputs.numel  # (s,), float64
         even = squares.new_full((len(squares),), 1 / len(squares))  # (s,)
         weights = (squares / squares.sum() if squares.sum() >= _SMALL else even).tolist()
         runs = chosen.runs()
@@ -45,33 +45,33 @@ class Sce(PieceMethod):
                 result.add_(delta, alpha=weight)
                 divisor.add_(delta > 0, alpha=weight)
             result.div_(divisor.clamp_(min=_SMALL)).mul_(sign)
-            return result.add_(pieces.addend(pieces.base, run))
+            return result.add_(inputs.addend(inputs.base, run))
 
-        return pieces.made(merge)
+        return inputs.each_run(merge)
 
 
 class _Chosen:
     """The selected elements of the task vectors."""
 
-    def __init__(self, pieces: Pieces):
-        self.pieces = pieces
+    def __init__(self, inputs: FlatInputs):
+        self.inputs = inputs
         self.cut = None
-        share = pieces.task.parameters["select_topk"]
+        share = inputs.output.parameters["select_topk"]
         self.everything = share >= 1
         if not self.everything:
-            varying = sum(int(_variances(pieces.deltas(run)).count_nonzero()) for run in pieces.runs())
+            varying = sum(int(_variances(inputs.deltas(run)).count_nonzero()) for run in inputs.runs())
             if count := int(varying * share):
                 (self.cut,) = cuts(self._keys, [count])
 
     def _keys(self) -> Iterator[torch.Tensor]:
-        for run in self.pieces.runs():
-            yield keys(_variances(self.pieces.deltas(run)), descending=True)
+        for run in self.inputs.runs():
+            yield keys(_variances(self.inputs.deltas(run)), descending=True)
 
     def runs(self) -> Iterator[torch.Tensor]:
         """Task vectors, (s, m), zero where not selected, run by run."""
         below = self.cut.begin() if self.cut else None
-        for run in self.pieces.runs():
-            deltas = self.pieces.deltas(run)  # (s, m)
+        for run in self.inputs.runs():
+            deltas = self.inputs.deltas(run)  # (s, m)
             if below:
                 deltas.mul_(below(keys(_variances(deltas), descending=True)))
             yield deltas if self.everything or below else deltas.zero_()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 
 from ..core.parameters import REQUIRED, Parameter
-from ._runs import PieceMethod
+from ._runs import TensorwiseMethod
 from ._spans import combined, gram
+from .base import Refusal
 
 _COLINEAR = 0.9995  # above this cosine the arc is a chord
 _EPSILON = 1e-8  # a norm at most this counts as 1: the directions of (nearly) nothing are at right angles to all
 
 
-class Slerp(PieceMethod):
+class Slerp(TensorwiseMethod):
     name = "slerp"
     summary = "spherical interpolation from the base model (t = 0) to the other source (t = 1)"
     reference = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
@@ -20,16 +21,16 @@ class Slerp(PieceMethod):
     base = "optional"
     parameters = (Parameter("t", "number", REQUIRED, "0 gives the base model, 1 the other source"),)
 
-    def check(self, tasks, sources):
-        return None if sources == 2 else f"slerp takes exactly two models, not {sources}"
+    def check(self, outputs, sources):
+        return None if sources == 2 else Refusal(f"slerp takes exactly two models, not {sources}")
 
-    def make(self, pieces):
-        start = pieces.base or 0
+    def compute(self, inputs):
+        start = inputs.base or 0
         sources = [start, 1 - start]
-        (aa, ab), (_, bb) = gram(pieces, sources).tolist()
+        (aa, ab), (_, bb) = gram(inputs, sources).tolist()
         norms = [n if n > _EPSILON else 1.0 for n in (math.sqrt(aa), math.sqrt(bb))]
         cosine = ab / (norms[0] * norms[1])
-        return combined(pieces, sources, arc(pieces.task.parameters["t"], cosine))
+        return combined(inputs, sources, arc(inputs.output.parameters["t"], cosine))
 
 
 def arc(t: float, cosine: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from ._task_vectors import TaskVectorMethod, family_parameters
 class TaskArithmetic(TaskVectorMethod):
     name = "task_arithmetic"
     summary = "the base model plus a weighted sum of what each source adds to it"
-    reference = "Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089"
+    reference = "Ilharco et al., Editing models with output arithmetic, arXiv 2212.04089"
     parameters = family_parameters(normalize=False, rescale=False)
 
 

@@ -13,8 +13,8 @@ class Ties(TaskVectorMethod):
     consensus = True
     parameters = family_parameters(normalize=True, rescale=False)
 
-    def sparsify(self, pieces, source):
-        return largest(pieces, source, pieces.task.source_parameters[source]["density"])
+    def sparsify(self, inputs, source):
+        return largest(inputs, source, inputs.output.source_parameters[source]["density"])
 
 
 METHOD = Ties()

@@ -38,13 +38,13 @@ def extra_files(
         CheckpointError: a link that leads out of a model's folder.
     """
     files: dict[str, bytes | Path] = _own_files(donor)
-    files |= vocabulary.files if vocabulary else present(donor.beside, TOKENIZER_FILES)
+    files |= vocabulary.files if vocabulary else present(donor.side_files, TOKENIZER_FILES)
     warnings: list[str] = []
     if vocabulary:
         files, warnings = set_generation(files, vocabulary)
     if recipe.chat_template is not None:
         place = recipe.source.value["chat_template"]
-        known = [present(m.beside, TOKENIZER_FILES) for m in models.values()]
+        known = [present(m.side_files, TOKENIZER_FILES) for m in models.values()]
         template = find_template(recipe.chat_template, place, known)
         if template is None:
             warnings.append(f"{place.where}: no model has a chat template")
@@ -55,10 +55,10 @@ def extra_files(
 
 def copied_files(source: TensorSource) -> dict[str, bytes | Path]:
     """Everything beside a model's weights and config that belongs to it: name -> bytes, or a file to copy."""
-    return dict(sorted((_own_files(source) | present(source.beside, TOKENIZER_FILES)).items()))
+    return dict(sorted((_own_files(source) | present(source.side_files, TOKENIZER_FILES)).items()))
 
 
 def _own_files(source: TensorSource) -> dict[str, bytes | Path]:
     """What comes from no other model than the weights do: its code (copied, never run), generation config, licence."""
-    code = [n for n in source.beside if n.endswith(".py")] if '"auto_map"' in json.dumps(source.config) else []
-    return present(source.beside, (*code, *_DONOR_FILES))
+    code = [n for n in source.side_files if n.endswith(".py")] if '"auto_map"' in json.dumps(source.config) else []
+    return present(source.side_files, (*code, *_DONOR_FILES))

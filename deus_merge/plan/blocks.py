@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-from ..align.parameters import AlignTo, plan_memory
-from ..checkpoint.reader import TensorInfo
-from ..core.units import ITEMSIZE
-from ..methods.base import CopyOf, TensorTask, Zeros
+from ..align.parameters import alignment_memory
+from ..checkpoint.layout import TensorEntry
+from ..core.tensors import UNCHANGED, Action
+from ..methods.base import OutputTensor
 from ..methods.registry import methods
 
 CAST_BYTES = 64 << 20  # of a tensor that is only cast, this much is alive at once
@@ -24,36 +25,20 @@ class BlockSource:
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
-    """One output tensor.
+class AlignTo:
+    """What ``align:`` of a slice asks for.
 
     Attributes:
-        task: What the method gets to know about it.
-        inputs: One stored tensor per source of its block.
-        dtype: safetensors code it is written in.
-        action: ``copy`` (file to file), ``cast`` (one source, in another dtype or derived), ``zeros``, or ``merge``.
-        source: For copy and cast: which source.
+        target: The source that the others are aligned to.
+        values: Of the parameters in `align.parameters.PARAMETERS`.
     """
 
-    task: TensorTask
-    inputs: tuple[TensorInfo, ...]
-    dtype: str
-    action: str
-    source: int | None = None
+    target: int
+    values: Mapping[str, Any]
 
-    @property
-    def kept(self) -> bool:
-        """Whether it is one source's tensor as it is, copied or derived."""
-        if self.action != "cast":
-            return self.action == "copy"
-        taken = self.inputs[self.source]
-        return taken.derived and taken.dtype == self.dtype
-
-    @property
-    def nbytes_read(self) -> int:
-        if self.action == "zeros" or (self.action == "merge" and self.task.slot):  # those of slot 0 serve all slots
-            return 0
-        return self.inputs[self.source].nbytes if self.source is not None else sum(i.nbytes for i in self.inputs)
+    def moves(self, source: int) -> bool:
+        """Whether tensors of this source change."""
+        return source != self.target and self.values["alignment"] != "none"
 
 
 @dataclass(frozen=True)
@@ -67,11 +52,11 @@ class BlockPlan:
         method: The merge method's name.
         sources: In the recipe's order.
         base: Which source is the base model.
-        tensors: In the order they are written.
+        outputs: In the order they are written.
         new: Whether its layers are new ones, to be trained.
         align: How its sources are aligned before the method sees them; None: they are not.
-        module: Which module its layers are of; None where a recipe does not speak of
-            modules, and for what is in none of them.
+        module: Which module its layers are of; None where a recipe does not speak of modules, and for tensors that are
+            in none of them.
     """
 
     index: int
@@ -80,56 +65,76 @@ class BlockPlan:
     method: str
     sources: tuple[BlockSource, ...]
     base: int | None
-    tensors: tuple[PlannedTensor, ...]
+    outputs: tuple[OutputTensor, ...]
     new: bool = False
     align: AlignTo | None = None
     module: str | None = None
 
     def sources_of(self, slot: int) -> tuple[BlockSource, ...]:
-        """What the layer of a slot comes from."""
-        between = next(t.task.between for t in self.tensors if t.task.slot == slot)
+        """The sources of the layer of a slot."""
+        between = next(o.between for o in self.outputs if o.slot == slot)
         return self.sources if between is None else tuple(self.sources[i] for i in between)
 
     def joined(self, other: BlockPlan) -> BlockPlan:
         """This block, making the layers of another one, too."""
         layers, slot = self.layers + other.layers, len(self.layers)
-        moved = tuple(replace(t, task=replace(t.task, slot=slot + t.task.slot)) for t in other.tensors)
+        moved = tuple(replace(o, slot=slot + o.slot) for o in other.outputs)
         title = f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
-        return replace(self, title=title, layers=layers, tensors=self.tensors + moved)
+        return replace(self, title=title, layers=layers, outputs=self.outputs + moved)
+
+    @cached_property
+    def by_role(self) -> Mapping[tuple[str, int], OutputTensor]:
+        """Its outputs by role and slot."""
+        return {(o.role, o.slot): o for o in self.outputs}
+
+    @cached_property
+    def actions(self) -> tuple[Action, ...]:
+        """How its outputs come about, each action once, in the order of `Action`."""
+        found = {o.action for o in self.outputs}
+        return tuple(action for action in Action if action in found)
+
+    @property
+    def how(self) -> str:
+        """Its actions in words, for tables."""
+        return " + ".join(self.actions)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all its outputs are tensors of single sources, rounding to another dtype apart."""
+        return set(self.actions) <= UNCHANGED
+
+    @property
+    def merges(self) -> bool:
+        """Whether its method, or an alignment, computes anything."""
+        return Action.COMPUTE in self.actions or Action.ALIGN in self.actions
 
     @property
     def computes(self) -> bool:
-        return any(t.action in ("merge", "cast") for t in self.tensors)
-
-    @property
-    def kind(self) -> str:
-        """``copy``, ``derived``, ``cast``, ``fused`` or ``merged``, for tables."""
-        if any(t.action == "merge" for t in self.tensors):
-            return "fused" if self.new else "merged"
-        if self.new:
-            return "copy, zeroed" if any(t.action == "zeros" for t in self.tensors) else "copy"
-        actions = {t.action for t in self.tensors}
-        if "cast" in actions:
-            return "derived" if all(t.kept for t in self.tensors) else "cast"
-        return "copy" if actions == {"copy"} else "copy, zeroed"
+        """Whether it needs more than copies from file to file and zeros."""
+        return not set(self.actions) <= {Action.COPY, Action.ZEROS}
 
     @property
     def nbytes(self) -> int:
-        """Of its outputs."""
-        return sum(math.prod(t.task.shape) * ITEMSIZE[t.dtype] for t in self.tensors)
+        """Total size of the outputs in bytes."""
+        return sum(o.nbytes for o in self.outputs)
 
-    def workspace(self, least: bool = False) -> int:
-        """Estimated bytes alive at once while this block is made; ``least``: when plans make their buffers again."""
-        merged = [t.task for t in self.tensors if t.action == "merge"]
-        casts = (t.inputs[t.source].nbytes for t in self.tensors if t.action == "cast")
-        widest = max((min(size, CAST_BYTES) * 3 for size in casts), default=0)
-        if not merged:
+    def workspace(self, minimum: bool = False) -> int:
+        """Estimated bytes alive at once while this block is computed.
+
+        Args:
+            minimum: With buffers computed again in row blocks instead of kept.
+        """
+        computed = [o for o in self.outputs if o.action in (Action.COMPUTE, Action.ALIGN)]
+        read = (o.stored.nbytes for o in self.outputs if o.action in (Action.CAST, Action.DERIVE))
+        widest = max((min(size, CAST_BYTES) * 3 for size in read), default=0)
+        if not computed:
             return widest
         method = methods()[self.method]
-        made = method.least_workspace(merged) if least else method.workspace(merged)
+        needed = method.minimum_workspace(computed) if minimum else method.workspace(computed)
         if self.align:
-            made += plan_memory(self.align.values, [t.task for t in self.tensors])[least]
-        return max(widest, made)
+            memory = alignment_memory(self.align.values, self.outputs)
+            needed += memory.minimum if minimum else memory.full
+        return max(widest, needed)
 
     def identity(self) -> list:
         """All that decides its bytes, as JSON data."""
@@ -141,37 +146,49 @@ class BlockPlan:
             *([[self.align.target, dict(self.align.values)]] if self.align else []),
             [
                 [
-                    t.task.name,
-                    t.action,
-                    t.source,
-                    t.dtype,
-                    [i.name for i in t.inputs],
-                    dict(t.task.parameters),
-                    [dict(p) for p in t.task.source_parameters],
-                    *([t.task.between] if t.task.between else []),
+                    o.name,
+                    o.action,
+                    o.source,
+                    o.dtype,
+                    [i.name for i in o.inputs],
+                    dict(o.parameters),
+                    [dict(p) for p in o.source_parameters],
+                    *([o.between] if o.between else []),
                 ]
-                for t in self.tensors
+                for o in self.outputs
             ],
         ]
 
 
-def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:
+def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, OutputTensor], ...]:
     """Every tensor with its block, layers by their numbers: those of one block need not be neighbours."""
-    begins: dict[str | None, int] = {}  # module -> its first block of layers
+    first: dict[str | None, int] = {}  # module -> its first block of layers
     for i, block in enumerate(blocks):
         if block.layers:
-            begins.setdefault(block.module, i)
+            first.setdefault(block.module, i)
 
-    def place(output: tuple[int, BlockPlan, PlannedTensor]) -> tuple[int, int]:
-        i, block, tensor = output
-        return (begins[block.module], block.layers[tensor.task.slot]) if block.layers else (i, 0)
+    def place(item: tuple[int, BlockPlan, OutputTensor]) -> tuple[int, int]:
+        i, block, output = item
+        return (first[block.module], block.layers[output.slot]) if block.layers else (i, 0)
 
-    outputs = ((i, b, t) for i, b in enumerate(blocks) for t in b.tensors)
-    return tuple((b, t) for _, b, t in sorted(outputs, key=place))
+    outputs = ((i, b, o) for i, b in enumerate(blocks) for o in b.outputs)
+    return tuple((b, o) for _, b, o in sorted(outputs, key=place))
+
+
+def file_groups(blocks: Sequence[BlockPlan]) -> list[list[TensorEntry]]:
+    """The tensors of each block, blocks in the order of their first layer: what files are cut from.
+
+    A file belongs to whole blocks, so any worker that has made them can write it. Layers that are made together
+    (learned ones) are together in the files, too.
+    """
+    groups: dict[int, list[TensorEntry]] = {}
+    for block, output in in_output_order(blocks):
+        groups.setdefault(block.index, []).append(TensorEntry(output.name, output.dtype, output.shape))
+    return list(groups.values())
 
 
 def mark_repeats(blocks: Iterable[BlockPlan]) -> list[BlockPlan]:
-    """A layer that stands a second time (solar, stack) is a new one."""
+    """A layer that is there a second time (solar, stack) is a new one."""
     seen, marked = set(), []
     for block in blocks:
         key = block.module, block.method, block.sources
@@ -186,22 +203,7 @@ def join_learned(blocks: Iterable[BlockPlan]) -> list[BlockPlan]:
     """New layers that are learned from the same layers with the same parameters are made in one block."""
     joined: dict[object, BlockPlan] = {}
     for block in blocks:
-        learned = block.module, block.method, block.sources, tuple(block.tensors[0].task.parameters.items())
+        learned = block.module, block.method, block.sources, tuple(block.outputs[0].parameters.items())
         key = learned if methods()[block.method].learns else block.index
         joined[key] = joined[key].joined(block) if key in joined else block
     return [replace(block, index=i) for i, block in enumerate(joined.values())]
-
-
-def action_of(
-    task: TensorTask, method: str, inputs: tuple[TensorInfo, ...], dtype: str, align: AlignTo | None = None
-) -> tuple[str, int | None]:
-    """How an output tensor comes about, and from which source if from one alone."""
-    origin = methods()[method].origin(task)
-    if isinstance(origin, CopyOf) and align and align.moves(origin.source):
-        return "merge", None
-    if isinstance(origin, Zeros):
-        return "zeros", None
-    if isinstance(origin, CopyOf):
-        taken = inputs[origin.source]
-        return ("copy" if taken.dtype == dtype and not taken.derived else "cast"), origin.source
-    return "merge", None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..checkpoint.layout import TensorEntry, plan_shards
+from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import PLAIN, Access
 from ..core.errors import nearest
+from ..core.tensors import Action
 from ..core.units import parse_size
 from ..methods.registry import methods
 from ..models.config_rules import deeper_config, typed_config, widened_config
@@ -22,8 +23,8 @@ from ..models.view import ModelView
 from ..recipe.parameters import filters, resolve_setting
 from ..recipe.presets import MAX_LAYERS, expand
 from ..recipe.types import OutputSlice, Recipe, SliceSource
-from .block_builder import Assembly
-from .blocks import BlockPlan, in_output_order, join_learned, mark_repeats
+from .block_builder import BlockBuilder
+from .blocks import BlockPlan, file_groups, join_learned, mark_repeats
 from .compatibility import check_heads
 from .documents import PlannedResult, document_plans
 from .types import Plan
@@ -56,11 +57,11 @@ def build_plan(
         results.append(PlannedResult(_Planner(document, known, access).plan(size)))
         known[document.name] = results[-1]
     plan = _Planner(recipe, known, access).plan(size, copy_tokenizer)
-    told = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
+    warnings = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
     return replace(
         plan,
         recipe=replace(plan.recipe, documents=tuple(r.plan.recipe for r in results)),
-        warnings=(*told, *plan.warnings),
+        warnings=(*warnings, *plan.warnings),
         documents=document_plans(plan, results),
     )
 
@@ -79,46 +80,53 @@ class _Planner:
             slices = expand(recipe.upscale, recipe.base_model, self.donor.view.num_layers)
             recipe = replace(recipe, slices=slices, upscale=None)
         self.recipe = recipe
-        self.made = Assembly(recipe, models, vocabulary, warnings)
+        self.builder = BlockBuilder(recipe, models, vocabulary, warnings)
 
     def plan(self, max_shard_size: int, copy_tokenizer: bool = True) -> Plan:
-        recipe, made, donor, vocabulary = self.recipe, self.made, self.donor, self.made.vocabulary
+        recipe, builder, donor, vocabulary = self.recipe, self.builder, self.donor, self.builder.vocabulary
         config = typed_config(donor.checkpoint.config, recipe.out_dtype or recipe.dtype)
         for name, slices in self._modules():
-            made.begin(name)
-            self._module(slices)
-            view = made.view(donor.ref)
+            builder.begin(name)
+            self._add_module(slices)
+            view = builder.view(donor.ref)
             if view.layers:
-                config = deeper_config(config, view.layers_path, made.origins, str(donor.ref))
+                config = deeper_config(config, view.layers_path, builder.origins, str(donor.ref))
                 self._report_feature_layer(view)
-        if made.module is not None:
-            self._others()
-        blocks = join_learned(mark_repeats(made.blocks))
+        if builder.module is not None:
+            self._add_other_modules()
+        blocks = join_learned(mark_repeats(builder.blocks))
         self._report_idle_filters(blocks)
         config = vocabulary.config(config, donor.view.layers_path)
-        sources = {str(m.ref): m.checkpoint for m in made.models}
-        files, told = extra_files(recipe, sources, donor.checkpoint, vocabulary.vocabulary)
+        sources = {str(m.ref): m.checkpoint for m in builder.models}
+        files, file_warnings = extra_files(recipe, sources, donor.checkpoint, vocabulary.vocabulary)
         if not copy_tokenizer and recipe.tokenizer is None:
             files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
-        tensors = [tensor for _, tensor in in_output_order(blocks)]
         if not (recipe.out_dtype or recipe.dtype):
-            config = widened_config(config, {t.dtype for t in tensors if t.action == "merge"})
-        shards = plan_shards([TensorEntry(t.task.name, t.dtype, t.task.shape) for t in tensors], max_shard_size)
-        warnings = (*made.warnings, *vocabulary.warnings, *told)
+            computed = (o for b in blocks for o in b.outputs if o.action in (Action.COMPUTE, Action.ALIGN))
+            config = widened_config(config, {o.dtype for o in computed})
+        shards = plan_shards(file_groups(blocks), max_shard_size)
+        warnings = (*builder.warnings, *vocabulary.warnings, *file_warnings)
         return Plan(
-            recipe, tuple(made.models), tuple(blocks), shards, config, files, warnings, vocabulary=vocabulary.describe()
+            recipe,
+            tuple(builder.models),
+            tuple(blocks),
+            shards,
+            config,
+            files,
+            warnings,
+            vocabulary=vocabulary.describe(),
         )
 
-    def _module(self, slices: Sequence[OutputSlice]) -> None:
+    def _add_module(self, slices: Sequence[OutputSlice]) -> None:
         """The blocks of a module, or of a whole model."""
         layers = sum(len(self._range(piece.sources[0])) for piece in slices)
-        if layers > MAX_LAYERS:  # those between layers are counted when they are made
+        if layers > MAX_LAYERS:  # those between layers are counted when they are builder
             self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
-        has_layers = bool(self.made.view(self.donor.ref).layers)
-        self._outside("embeddings" if has_layers else "", "before", slices[0], 0.0)
+        has_layers = bool(self.builder.view(self.donor.ref).layers)
+        self._add_outside("embeddings" if has_layers else "", "before", slices[0], 0.0)
         for piece in slices:
-            self._slice(piece)
-        self._outside("final norm and head", "after", slices[-1], 0.0)
+            self._add_slice(piece)
+        self._add_outside("final norm and head", "after", slices[-1], 0.0)
 
     def _modules(self) -> list[tuple[str | None, tuple[OutputSlice, ...]]]:
         """What the recipe makes, module by module in the model's order; None: all of a model at once."""
@@ -140,7 +148,7 @@ class _Planner:
             return [(None, named[DEFAULT].slices)]
         return [(name, named[name].slices) for name in known if name in named]
 
-    def _slice(self, piece: OutputSlice) -> None:
+    def _add_slice(self, piece: OutputSlice) -> None:
         method = methods()[piece.merge_method]
         ranges = [self._range(s) for s in piece.sources]
         lengths = {len(r) for r in ranges}
@@ -152,14 +160,14 @@ class _Planner:
                 hint="give each source a layer_range" + (" (in slices)" if piece.place.path == "models" else ""),
             )
         if method.inserts:
-            self._inserting(piece, ranges)
+            self._add_new_layers(piece, ranges)
             return
         length = len(ranges[0])
         for j in range(length):
             position = j / (length - 1) if length > 1 else 1.0
-            self.made.layers(piece, [r[j] for r in ranges], position)
+            self.builder.add_layers(piece, [r[j] for r in ranges], position)
 
-    def _inserting(self, piece: OutputSlice, ranges: list[range]) -> None:
+    def _add_new_layers(self, piece: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
         first, base = ranges[0], piece.sources[0]
         keeps, learns = len(piece.sources) == 1, methods()[piece.merge_method].learns
@@ -182,18 +190,20 @@ class _Planner:
         else:
             pairs = list(zip(*ranges, strict=True))
             sources = piece.sources
-        copy, whole = _copied(piece), range(self.made.view(base.model).num_layers)
+        copy, whole = _copied(piece), range(self.builder.view(base.model).num_layers)
         for j, pair in enumerate(pairs):
             if keeps:
-                self.made.layers(copy, [pair[0]], 0.0, bare=True)
+                self.builder.add_layers(copy, [pair[0]], 0.0, defaults=True)
             position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
             if learns:
                 every = replace(piece, sources=piece.sources * len(whole))
-                self.made.layers(every, whole, position, new=True, between=pair)
+                self.builder.add_layers(every, whole, position, new=True, between=pair)
             else:
-                self.made.layers(replace(piece, sources=sources), pair, position, count=self._per_gap(piece), new=True)
+                self.builder.add_layers(
+                    replace(piece, sources=sources), pair, position, count=self._per_gap(piece), new=True
+                )
         if keeps:
-            self.made.layers(copy, [first[-1]], 0.0, bare=True)
+            self.builder.add_layers(copy, [first[-1]], 0.0, defaults=True)
 
     def _per_gap(self, piece: OutputSlice) -> int:
         known = {p.name: p for p in methods()[piece.merge_method].parameters}
@@ -203,9 +213,9 @@ class _Planner:
         return resolve_setting(known["layers_per_gap"], levels, None, 0.0)
 
     def _range(self, source: SliceSource) -> range:
-        depth = self.made.view(source.model).num_layers
+        depth = self.builder.view(source.model).num_layers
         if not depth and source.layer_range:
-            source.place.fail(f"{self.made.module} has no layers", expected="models, not slices")
+            source.place.fail(f"{self.builder.module} has no layers", expected="models, not slices")
         start, end = source.layer_range or (0, depth)
         if end > depth:
             place = source.place.value.get("layer_range") if isinstance(source.place.value, dict) else source.place
@@ -216,7 +226,7 @@ class _Planner:
             )
         return range(start, end)
 
-    def _outside(self, title: str, part: str, piece: OutputSlice, position: float) -> None:
+    def _add_outside(self, title: str, part: str, piece: OutputSlice, position: float) -> None:
         """Embeddings follow the first slice, final norm and head the last, if these merge several models, or are the
         donor's layers; otherwise they are the donor's, copied."""
         refs = list(dict.fromkeys(s.model for s in piece.sources))
@@ -226,46 +236,48 @@ class _Planner:
             sources = tuple(next(s for s in piece.sources if s.model == ref) for ref in refs)
         else:
             sources = (SliceSource(self.donor.ref, place=piece.place),)
-        names = [getattr(self.made.view(s.model), part) for s in sources]
+        names = [getattr(self.builder.view(s.model), part) for s in sources]
         if not names[0]:
             return
         if not merges and self.donor.ref not in refs and self.recipe.base_model is None:
-            self.made.warnings.append(
-                f"{self.made.title(title)} come from {self.donor.ref}, the first model named, not from {refs[0]}, whose"
-                " layers are next to them; set base_model to choose"
+            self.builder.warnings.append(
+                f"{self.builder.title(title)} come from {self.donor.ref}, the first model named, not from {refs[0]},"
+                " whose layers are next to them; set base_model to choose"
             )
         piece = replace(piece if merges else _copied(piece), sources=sources)
-        self.made.around(title, piece, names, position, bare=not merges)
+        self.builder.add_other(title, piece, names, position, defaults=not merges)
 
-    def _others(self) -> None:
+    def _add_other_modules(self) -> None:
         """What belongs to none of the recipe's modules is the donor's."""
-        self.made.begin(None)
+        self.builder.begin(None)
         taken = {name for module in self.recipe.modules for name in self.donor.modules[module].names()}
         rest = tuple(name for name in self.donor.checkpoint.tensors if name not in taken)
         if rest:
             piece = self.recipe.pieces()[0]
             sources = (SliceSource(self.donor.ref, place=piece.place),)
-            self.made.around("other modules", replace(_copied(piece), sources=sources), [rest], 0.0, bare=True)
+            self.builder.add_other(
+                "other modules", replace(_copied(piece), sources=sources), [rest], 0.0, defaults=True
+            )
 
     def _report_feature_layer(self, view: ModelView) -> None:
         """Vision-language models take their features from one layer of the tower, which they know by its number."""
-        feature, depth = self.donor.checkpoint.config.get("vision_feature_layer"), len(self.made.origins)
+        feature, depth = self.donor.checkpoint.config.get("vision_feature_layer"), len(self.builder.origins)
         if reads_senses(view.layers_path) and feature is not None and depth != view.num_layers:
-            self.made.warnings.append(
-                f"config.json's vision_feature_layer is {feature}: it counts layers of {self.made.module}, which has"
+            self.builder.warnings.append(
+                f"config.json's vision_feature_layer is {feature}: it counts layers of {self.builder.module}, which has"
                 f" now {depth}"
             )
 
     def _report_idle_filters(self, blocks: Sequence[BlockPlan]) -> None:
         """A filter that is part of no tensor's name is most likely misspelt."""
-        tensors = [t for block in blocks for t in block.tensors]
-        names = {name for t in tensors for name in (t.task.name, *(i.name for i in t.inputs))}
+        outputs = [o for block in blocks for o in block.outputs]
+        names = {name for o in outputs for name in (o.name, *(i.name for i in o.inputs))}
         levels = [self.recipe.parameters]
         for piece in self.recipe.pieces():
             levels += [piece.parameters, piece.shared, *(s.parameters for s in piece.sources)]
         for setting, place in (value for settings in levels for value in settings.values()):
             idle = [f for f in filters(setting) if not any(f in name for name in names)]
-            self.made.warnings += [
+            self.builder.warnings += [
                 f"{place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)
             ]
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from ..core.errors import PlanError
 from ..core.parameters import REQUIRED
-from ..methods.base import TensorTask
+from ..methods.base import OutputTensor
 from ..methods.registry import methods
 from ..models.config_rules import heads
 from ..models.reference import ModelRef
@@ -119,7 +119,7 @@ def base_source(piece: OutputSlice, ref: ModelRef | None) -> int | None:
     return base
 
 
-def check_given(piece: OutputSlice, base: int | None, tasks: Sequence[TensorTask]) -> None:
+def check_given(piece: OutputSlice, base: int | None, outputs: Sequence[OutputTensor]) -> None:
     """Parameters without a default must be set for every tensor, and every source, that they act on.
 
     Raises:
@@ -127,18 +127,18 @@ def check_given(piece: OutputSlice, base: int | None, tasks: Sequence[TensorTask
     """
     method = methods()[piece.merge_method]
     needed = [p for p in method.parameters if p.default is REQUIRED]
-    for task in tasks if needed else ():
-        holders = [(piece.place, task.parameters)]
+    for output in outputs if needed else ():
+        holders = [(piece.place, output.parameters)]
         for i, source in enumerate(piece.sources):
             if i != base or method.base == "ignored":  # a base model has no weight of its own
-                holders.append((source.place, task.source_parameters[i]))
+                holders.append((source.place, output.source_parameters[i]))
         for place, values in holders:
             for p in needed:
                 if values.get(p.name) is REQUIRED:
                     place.fail(
                         f"{piece.merge_method} needs {p.name}, which has no default",
                         expected=f"parameters: {{{p.name}: {p.expected}}}",
-                        got=f"no value for {task.name}",
+                        got=f"no value for {output.name}",
                     )
 
 
@@ -146,8 +146,8 @@ def _difference(own: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[i
     """What sets tensors (role -> shape) apart from others, in words; empty when nothing does."""
     lacks, more = ([r for r in a if r not in b] for a, b in ((wanted, own), (own, wanted)))
     shapes = [f"{r} {list(own[r])}, not {list(wanted[r])}" for r in own if r in wanted and own[r] != wanted[r]]
-    told = (("lacks", lacks), ("has also", more), ("has", shapes))
-    return "; ".join(f"{verb} {', '.join(what[:5])}" for verb, what in told if what)
+    differences = (("lacks", lacks), ("has also", more), ("has", shapes))
+    return "; ".join(f"{verb} {', '.join(roles[:5])}" for verb, roles in differences if roles)
 
 
 def _mismatch(part: Part, like: str, difference: str, hint: str | None = None) -> NoReturn:

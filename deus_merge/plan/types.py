@@ -1,7 +1,7 @@
-"""The plan: every output tensor, how it comes about and where it will stand, before any tensor is read.
+"""The plan: every output tensor, how it comes about and where it goes, before any tensor is read.
 
-A `Plan` is plain data. Blocks are independent of each other: inputs, method, parameters and output offsets all stand
-here, so any worker that sees the files can do any block in any order.
+A `Plan` is plain data, and can be pickled. Blocks are independent of each other: inputs, method, parameters and output
+offsets are all in it, so any worker that reaches the files can do any block in any order (`run.compute.run_blocks`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from pathlib import Path
 from ..checkpoint.header import read_small
 from ..checkpoint.layout import ShardLayout
 from ..checkpoint.reader import TensorSource
+from ..core.tensors import Action
+from ..methods.base import OutputTensor
 from ..methods.registry import methods
 from ..models.source import SourceModel
 from ..recipe.types import Recipe
-from .blocks import BlockPlan, PlannedTensor, in_output_order
+from .blocks import BlockPlan, in_output_order
 
-#: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones
-FORMAT = 1
+#: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones;
+#: 2: files end at blocks, and the words for how tensors come about
+FORMAT = 2
 _TORCH_BYTES = 330_000_000  # anonymous memory of a process that has imported torch
 _PYTHON_BYTES = 50_000_000
 _TOKEN_BYTES = 2500  # of one token, while tokenizers are united
@@ -33,19 +36,19 @@ _MERGE_RATE = 3e8
 
 @dataclass(frozen=True)
 class DocumentPlan:
-    """A document whose result others take as a model: it is written nowhere.
+    """A document whose result others take as a model: it is not written to the disk.
 
     Attributes:
         result: As the others see it.
         plan: What it would do by itself.
-        kept: How many of its finished blocks stay in memory for others to come.
-        made: Its blocks -> how often a run makes them. Those from which only copies are taken are not made at all.
+        cached_blocks: How many of its finished blocks stay in memory for others to come.
+        runs: Its blocks -> how often a run computes them. Those from which only copies are taken are not computed.
     """
 
     result: TensorSource
     plan: Plan
-    kept: int
-    made: Mapping[int, int]
+    cached_blocks: int
+    runs: Mapping[int, int]
 
     @property
     def name(self) -> str:
@@ -65,7 +68,7 @@ class Plan:
         files: Other output files: name -> bytes, or a file to copy.
         warnings: What the user should know.
         documents: Those whose results it takes, directly or not, each behind the ones that it needs itself.
-        vocabulary: What the recipe's tokenizer settings come to, as JSON data; None without them.
+        vocabulary: The outcome of the recipe's tokenizer settings, as JSON data; None without them.
     """
 
     recipe: Recipe
@@ -97,11 +100,11 @@ class Plan:
     @property
     def num_layers(self) -> int:
         """Of the main stack."""
-        made = sum(len(b.layers) for b in self.main_blocks)
-        return made or self.donor.view.num_layers
+        planned = sum(len(b.layers) for b in self.main_blocks)
+        return planned or self.donor.view.num_layers
 
     @cached_property
-    def outputs(self) -> tuple[tuple[BlockPlan, PlannedTensor], ...]:
+    def outputs(self) -> tuple[tuple[BlockPlan, OutputTensor], ...]:
         """Every tensor with its block, in the order of the output."""
         return in_output_order(self.blocks)
 
@@ -113,7 +116,7 @@ class Plan:
     @property
     def new_parameters(self) -> tuple[str, ...]:
         """Exact names of the tensors to train."""
-        return tuple(t.task.name for b, t in self.outputs if b.new)
+        return tuple(o.name for b, o in self.outputs if b.new)
 
     @cached_property
     def function_preserving(self) -> bool:
@@ -121,24 +124,24 @@ class Plan:
         if self.vocabulary and not self.vocabulary["kept"]:
             return False
         base = self.donor
-        kept: dict[str | None, list] = {}
+        copied: dict[str | None, list[int | None]] = {}
         for block in self.blocks:
             if block.new:
                 view = base.modules[block.module] if block.module else base.view
-                writers = {r for r in view.residual_writers() if r in {t.task.role for t in block.tensors}}
-                if not writers or any(t.action != "zeros" for t in block.tensors if t.task.role in writers):
+                writers = [o for o in block.outputs if o.role in view.residual_writers()]
+                if not writers or any(o.action is not Action.ZEROS for o in writers):
                     return False
-            elif any(not t.kept or block.sources[t.source].model != 0 for t in block.tensors):
+            elif any(not _is_of_base(block, o) for o in block.outputs):
                 return False
             elif block.layers:
-                kept.setdefault(block.module, []).append(block.sources[0].layer)
+                copied.setdefault(block.module, []).append(block.sources[0].layer)
         depths = {name: (base.modules[name] if name else base.view).num_layers for name in self.modules}
-        return all(kept.get(name) == list(range(depth)) for name, depth in depths.items())
+        return all(copied.get(name) == list(range(depth)) for name, depth in depths.items())
 
     @property
     def bytes_read(self) -> int:
-        """Of all inputs, also those that documents have made, and what these read each time they make a block."""
-        return sum(t.nbytes_read for b in self._runs() for t in b.tensors)
+        """Of all inputs, those of documents included, as often as a run reads them."""
+        return sum(o.nbytes_read for b in self._runs() for o in b.outputs)
 
     @property
     def bytes_written(self) -> int:
@@ -147,39 +150,40 @@ class Plan:
     @property
     def peak_memory(self) -> int:
         """Estimated peak of anonymous memory in bytes (mapped files are the kernel's cache and do not count)."""
-        return self._memory(least=False)
+        return self._memory(minimum=False)
 
     @property
-    def least_memory(self) -> int:
-        """What it can do with: under ``--max-memory`` plans work in row blocks."""
-        return self._memory(least=True)
+    def minimum_memory(self) -> int:
+        """The same under ``--max-memory``, where plans work in row blocks."""
+        return self._memory(minimum=True)
 
-    def _memory(self, least: bool) -> int:
+    def _memory(self, minimum: bool) -> int:
         planning = _TOKEN_BYTES * self.vocabulary["tokens"] if self.vocabulary else 0
         if not planning and not any(b.computes for b in self.blocks):
             return _PYTHON_BYTES
-        return self._resident + max(planning, *(b.workspace(least) + self.reading(b, least) for b in self.blocks))
+        blocks = (b.workspace(minimum) + self.reading_memory(b, minimum) for b in self.blocks)
+        return self._baseline_memory + max(planning, *blocks)
 
     def block_memory(self, limit: int | None) -> int | None:
-        """What a limit on the process leaves for one block."""
-        reading = max((self.reading(b, True) for b in self.blocks), default=0)
-        return None if limit is None else max(0, limit - self._resident - reading)
+        """What a limit on the process leaves for one block, in bytes."""
+        reading = max((self.reading_memory(b, True) for b in self.blocks), default=0)
+        return None if limit is None else max(0, limit - self._baseline_memory - reading)
 
     @property
-    def _resident(self) -> int:
-        """What is there all the time: torch, and the blocks of documents that are kept."""
-        return _TORCH_BYTES + sum(d.kept * max(b.nbytes for b in d.plan.blocks) for d in self.documents)
+    def _baseline_memory(self) -> int:
+        """torch, and the cached blocks of documents."""
+        return _TORCH_BYTES + sum(d.cached_blocks * max(b.nbytes for b in d.plan.blocks) for d in self.documents)
 
-    def reading(self, block: BlockPlan, least: bool = False) -> int:
+    def reading_memory(self, block: BlockPlan, minimum: bool = False) -> int:
         """Estimated bytes that reading one of a block's inputs takes, where that is more than mapping it."""
-        read = ((s, i.name) for t in block.tensors for s, i in zip(block.sources, t.inputs, strict=True) if i.derived)
-        return max((self.models[s.model].checkpoint.workspace(name, least) for s, name in read), default=0)
+        read = ((s, i.name) for o in block.outputs for s, i in zip(block.sources, o.inputs, strict=True) if i.derived)
+        return max((self.models[s.model].checkpoint.workspace(name, minimum) for s, name in read), default=0)
 
     def _runs(self) -> Iterator[BlockPlan]:
-        """Every block as often as it is made."""
+        """Every block as often as it is computed."""
         yield from self.blocks
         for document in self.documents:
-            for index, times in document.made.items():
+            for index, times in document.runs.items():
                 yield from [document.plan.blocks[index]] * times
 
     @property
@@ -188,7 +192,8 @@ class Plan:
         merged = 0.0
         for block in self._runs():
             weight = 40.0 if methods()[block.method].inserts else 1.0
-            merged += weight * sum(t.nbytes_read for t in block.tensors if t.action in ("merge", "cast"))
+            computed = (o for o in block.outputs if o.action not in (Action.COPY, Action.ZEROS))
+            merged += weight * sum(o.nbytes_read for o in computed)
         return 1.0 + self.bytes_written / _COPY_RATE + merged / _MERGE_RATE
 
     @cached_property
@@ -198,12 +203,12 @@ class Plan:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def layer_map(self, blocks: Sequence[BlockPlan] | None = None) -> list[dict]:
-        """One entry per output layer: where it comes from. Of the main stack, or of these blocks."""
+        """One entry per output layer: where it comes from and how. Of the main stack, or of these blocks."""
         entries = [
             {
                 "layer": layer,
                 "new": block.new,
-                "kind": block.kind,
+                "actions": list(block.actions),
                 "method": block.method,
                 "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources_of(slot)],
             }
@@ -220,7 +225,7 @@ class Plan:
 
     def describe(self) -> dict:
         """The plan as JSON data."""
-        actions = Counter(t.action for b in self.blocks for t in b.tensors)
+        actions = Counter(o.action.value for b in self.blocks for o in b.outputs)
         return {
             "format": FORMAT,
             "plan_hash": self.hash,
@@ -246,7 +251,7 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "peak_memory_bytes": self.peak_memory,
-            "least_memory_bytes": self.least_memory,
+            "minimum_memory_bytes": self.minimum_memory,
             "seconds_estimate": round(self.seconds, 1),
             "warnings": list(self.warnings),
             **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
@@ -275,9 +280,18 @@ def _describe_document(document: DocumentPlan) -> dict:
         "num_layers": plan.num_layers,
         "layers": plan.layer_map(),
         "blocks": len(plan.blocks),
-        "blocks_made": sum(document.made.values()),
-        "blocks_kept": document.kept,
+        "blocks_computed": sum(document.runs.values()),
+        "blocks_cached": document.cached_blocks,
     }
+
+
+def _is_of_base(block: BlockPlan, output: OutputTensor) -> bool:
+    """Whether an output is the base model's tensor with all its digits."""
+    return (
+        output.action in (Action.COPY, Action.DERIVE)
+        and output.source is not None
+        and block.sources[output.source].model == 0
+    )
 
 
 def _digest(content: bytes | Path) -> str:

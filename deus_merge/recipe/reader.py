@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..align.parameters import ALIGNMENT
+from ..align.parameters import PARAMETERS
 from ..checkpoint.hub import split_adapter
 from ..core.errors import DeusMergeError, RecipeError, nearest
 from ..core.located import MAX_BYTES, Located, parse_documents
@@ -163,15 +163,15 @@ def _slice(node: Located, method: str | None) -> OutputSlice:
 
 def _align(node: Located) -> Align:
     """``align: symmetry``, or a mapping with ``alignment`` and its parameters."""
-    names = [p.name for p in ALIGNMENT]
+    names = [p.name for p in PARAMETERS]
     keys = node.mapping(names, "an align section") if isinstance(node.value, dict) else {"alignment": node}
     given = {}
-    for parameter in ALIGNMENT:
+    for parameter in PARAMETERS:
         if parameter.name in keys:
             place = keys[parameter.name]
             check_setting(parameter, place.plain(), place)
             given[parameter.name] = place.plain()
-    values = {p.name: p.read(given[p.name]) if p.name in given else p.default for p in ALIGNMENT}
+    values = {p.name: p.read(given[p.name]) if p.name in given else p.default for p in PARAMETERS}
     return Align({"alignment": values["alignment"]} | given, values, node)
 
 

@@ -55,7 +55,7 @@ def summary(model: str, access: Access = PLAIN) -> dict:
 
 
 def _growths(checkpoint: TensorSource, layers: int) -> str | None:
-    if not isinstance(file := checkpoint.beside.get(MANIFEST), Path):
+    if not isinstance(file := checkpoint.side_files.get(MANIFEST), Path):
         return None
     try:
         record = read_manifest(file)

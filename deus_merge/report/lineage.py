@@ -68,12 +68,13 @@ def _growths(model: SourceModel, warnings: list[str]) -> list[dict]:
         warnings += lost
         recipe = hashlib.sha256(dump_recipe(plan.recipe).encode()).hexdigest()
         sources = [
-            {"model": str(m.ref), **m.checkpoint.told, "fingerprint": m.checkpoint.fingerprint} for m in plan.models
+            {"model": str(m.ref), **m.checkpoint.provenance, "fingerprint": m.checkpoint.fingerprint}
+            for m in plan.models
         ]
         own = {"plan_hash": plan.hash, "sources": sources, "recipe": recipe}
         own |= {"new_layers": list(plan.new_layers), "trained": False}
         return [*before, own] if before or plan.new_layers else []
-    file = model.checkpoint.beside.get(MANIFEST)
+    file = model.checkpoint.side_files.get(MANIFEST)
     if not isinstance(file, Path):
         return []
     try:

@@ -16,16 +16,18 @@ from .. import __version__
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError, VerifyError, json_text
+from ..core.tensors import UNCHANGED, Action
+from ..methods.base import OutputTensor
 from ..models.config_rules import config_patch, layer_lists
 from ..models.view import ModelView, view_model
-from ..plan.blocks import BlockPlan, PlannedTensor
+from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from .shape import problem
 
 MANIFEST = "deus_merge.json"
 RECIPE = "deus_merge.yml"
 #: 2 added ``weights``, ``dtype``, ``layer_lists``, checksums, dtype and shape of tensors, and the seal; 1 is still read
-FORMAT = 2
+FORMAT = 3
 _DAMAGED = "it was damaged or edited: take it from a backup, or make the output again"
 _SEAL = ' "sha256": "%s"\n}\n'
 
@@ -64,7 +66,7 @@ def manifest(
     sources = plan_sources(plan)
     depths = {m.checkpoint: {"layers": m.view.num_layers} for m in plan.models}
     order = list(sources)
-    tensors = {t.task.name: _origin(plan, block, t, order) for block, t in plan.outputs}
+    tensors = {o.name: _origin(plan, block, o, order) for block, o in plan.outputs}
     record = {
         "format": FORMAT,
         "deus_merge": __version__,
@@ -75,7 +77,8 @@ def manifest(
         "donor_config": config_patch(plan.config, donor.checkpoint.config),
         "layer_prefix": donor.view.layer_prefix,
         "sources": [
-            {"model": name, **s.told, "fingerprint": s.fingerprint, **depths.get(s, {})} for s, name in sources.items()
+            {"model": name, **s.provenance, "fingerprint": s.fingerprint, **depths.get(s, {})}
+            for s, name in sources.items()
         ],
         "num_layers": plan.num_layers,
         "dtype": plan.config.get("dtype") or plan.config.get("torch_dtype"),
@@ -100,12 +103,11 @@ def manifest(
 def plan_sources(plan: Plan) -> dict[TensorSource, str]:
     """The plan's models, in their order, and the checkpoints behind them that copies come from: source -> name."""
     sources = {m.checkpoint: str(m.ref) for m in plan.models}
-    for block in plan.blocks:
-        for tensor in block.tensors:
-            if tensor.action == "copy":
-                model = plan.models[block.sources[tensor.source].model]
-                checkpoint, _ = model.checkpoint.origin(tensor.inputs[tensor.source].name)
-                sources.setdefault(checkpoint, str(checkpoint.folder))
+    for block, output in plan.outputs:
+        if output.action is Action.COPY:
+            model = plan.models[block.sources[output.source].model]
+            checkpoint, _ = model.checkpoint.root(output.stored.name)
+            sources.setdefault(checkpoint, str(checkpoint.folder))
     return sources
 
 
@@ -150,7 +152,7 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
         data = parse_json(raw, path, "manifest")
     except CheckpointError as error:
         raise VerifyError(error.message, where=path, got=error.got) from None
-    if data.get("format") not in (1, FORMAT):
+    if data.get("format") not in (FORMAT,):
         got = data.get("format")
         raise VerifyError("not a manifest this version reads", where=path, expected=f"format {FORMAT}", got=got)
     if data["format"] == FORMAT:
@@ -196,16 +198,17 @@ def check_belongs(record: Mapping, checkpoint: TensorSource, hint: str) -> Model
     return view
 
 
-def _origin(plan: Plan, block: BlockPlan, tensor: PlannedTensor, sources: Sequence[TensorSource]) -> dict:
+def _origin(plan: Plan, block: BlockPlan, output: OutputTensor, sources: Sequence[TensorSource]) -> dict:
     """How a tensor came about."""
-    data = {"action": tensor.action, "dtype": tensor.dtype, "shape": list(tensor.task.shape)}
-    if tensor.action == "copy":
-        model = plan.models[block.sources[tensor.source].model]
-        checkpoint, name = model.checkpoint.origin(tensor.inputs[tensor.source].name)
+    data = {"action": output.action.value, "dtype": output.dtype, "shape": list(output.shape)}
+    if output.action is Action.COPY:
+        model = plan.models[block.sources[output.source].model]
+        checkpoint, name = model.checkpoint.root(output.stored.name)
         data |= {"model": sources.index(checkpoint), "tensor": name}
-    elif tensor.action != "zeros":
-        pairs = zip(tensor.inputs, block.sources, strict=True)
-        derived = [s.model for i, (info, s) in enumerate(pairs) if info.derived and tensor.source in (None, i)]
+    elif output.action is not Action.ZEROS:
+        pairs = zip(output.inputs, block.sources, strict=True)
+        only = output.source if output.action in UNCHANGED else None
+        derived = [s.model for i, (info, s) in enumerate(pairs) if info.derived and only in (None, i)]
         data |= {"derived": derived} if derived else {}
     return data
 

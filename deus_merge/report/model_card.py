@@ -94,8 +94,8 @@ def _layer_rows(layer_map: Sequence[Mapping]) -> Iterator[tuple[str, str, str]]:
         """What neighbours must share to stand on one line."""
         only = entry["sources"][0]
         shift = entry["layer"] - only["layer"]
-        kind = entry["kind"]
-        return None if entry["new"] or kind not in ("copy", "derived") else (only["model"], shift, kind)
+        kind = " + ".join(entry["actions"])
+        return None if entry["new"] or kind not in ("copy", "derive") else (only["model"], shift, kind)
 
     for key, group in groupby(layer_map, source):
         entries = list(group)
@@ -106,7 +106,11 @@ def _layer_rows(layer_map: Sequence[Mapping]) -> Iterator[tuple[str, str, str]]:
             continue
         for entry in entries:
             origin = " + ".join(f"{_name(s['model'])} {s['layer']}" for s in entry["sources"])
-            yield str(entry["layer"]), origin, f"{entry['method']}, new" if entry["new"] else entry["kind"]
+            yield (
+                str(entry["layer"]),
+                origin,
+                f"{entry['method']}, new" if entry["new"] else " + ".join(entry["actions"]),
+            )
 
 
 def _name(ref: str) -> str:

@@ -14,8 +14,6 @@ from ..core.errors import printable
 from ..core.units import format_size
 
 REPORT = "report.html"
-#: a layer's kind -> CSS class
-KINDS = {"copy": "copy", "cast": "cast", "merged": "merged", "fused": "fused", "copy, zeroed": "zeroed"}
 
 #: what is told of each plan: key of the diagnostics, and its title
 _METRICS = (
@@ -62,12 +60,30 @@ def render_page(record: Mapping, recipe: str, verification: Mapping) -> str:
         base=sources[record["donor"]],
         size=format_size(sum(sizes)) if sizes else None,
         map=_layer_map(layers, sources),
-        kinds={kind: KINDS.get(kind, "other") for kind in dict.fromkeys(layer["kind"] for layer in layers)},
+        kinds={how: _color(how) for how in dict.fromkeys(map(how, layers))},
         tables=[table for key, title in _METRICS if (table := _metric_table(told, key, title))],
         heads=[_head_plan(layer, d) for layer, d in told if "queries" in d],
         seconds=record["options"].get("seconds"),
         quick=all(check["name"] != "transformers" for check in verification["checks"]),
     )
+
+
+def how(layer: Mapping) -> str:
+    """How a layer came about, in words."""
+    return " + ".join(layer["actions"])
+
+
+def _color(words: str) -> str:
+    """The CSS class of a layer: that of the action that changes most."""
+    names = {
+        "compute": "merged",
+        "align": "merged",
+        "zeros": "zeroed",
+        "cast": "cast",
+        "derive": "cast",
+        "copy": "copy",
+    }
+    return next((css for action, css in names.items() if action in words.split(" + ")), "other")
 
 
 def short(value: object) -> str:
@@ -110,9 +126,9 @@ def _layer_map(layers: Sequence[Mapping], sources: Sequence[Mapping]) -> dict:
     row = (height - gap) / max(1, len(layers))
     for layer in layers:
         y = gap + layer["layer"] * row
-        kind = KINDS.get(layer["kind"], "other")
+        kind = _color(how(layer))
         origin = " + ".join(f"{_name(s['model'])} {s['layer']}" for s in layer["sources"])
-        about = f"layer {layer['layer']}: {layer['kind']} of {origin} ({layer['method']})"
+        about = f"layer {layer['layer']}: {how(layer)} of {origin} ({layer['method']})"
         boxes.append({"x": _RIGHT, "y": y, "height": row, "label": layer["layer"], "kind": kind, "about": about})
         for source in layer["sources"]:
             start, end = places[source["model"], source["layer"]], y + row / 2

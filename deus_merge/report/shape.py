@@ -51,7 +51,7 @@ _SHAPE = {
         {
             "layer": _count,
             "new": _truth,
-            "kind": _text,
+            "actions": [_text],
             "method": _text,
             "sources": [{"model": _text, "layer": _count}],
             "diagnostics?": [{"role": _text, "queries?": [_count]}],

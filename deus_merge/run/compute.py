@@ -1,51 +1,40 @@
-"""Makes what a plan computes: each tensor in its output dtype, whole or in runs; and the results of documents."""
+"""Computes the outputs of a block: each tensor in its output dtype, whole or in runs."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from ..align.parameters import merge_aligned
 from ..checkpoint.flat import FlatRows
 from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError, DeusMergeError
-from ..core.units import dtype_name, torch_dtype
-from ..methods.base import Flat, TensorTask
+from ..core.tensors import Action, OutputChunk
+from ..core.units import dtype_name, is_finite, torch_dtype
+from ..methods.base import FlatTensor, OutputTensor
 from ..methods.registry import methods
 from ..models.tokenizer.permuted import PermutedCheckpoint
-from ..plan.blocks import CAST_BYTES, BlockPlan, PlannedTensor
-from ..plan.documents import PlannedResult
+from ..plan.blocks import CAST_BYTES, BlockPlan
 from ..plan.types import Plan
+from .aligned import merge_aligned
 
 if TYPE_CHECKING:
     import torch
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A finished tensor in its output dtype, or a run of its elements.
-
-    Attributes:
-        planned: Which one.
-        tensor: Its values, on the device of the merge.
-        start: Of a run: its first element in the flattened tensor.
-    """
-
-    planned: PlannedTensor
-    tensor: torch.Tensor
-    start: int | None = None
+#: what was read ahead onto a device: (role, source) -> tensor
+Loaded = dict[tuple[str, int], "torch.Tensor"]
+#: an output and values of it in its dtype
+Computed = tuple[OutputTensor, OutputChunk]
 
 
-class Maker:
-    """Makes blocks of one plan.
+class BlockComputer:
+    """Computes blocks of one plan.
 
     Args:
         plan: The plan.
-        device: Where the arithmetic is done.
+        device: Where the arithmetic is done; None when nothing is computed.
         seed: For methods that draw random numbers.
         memory: Bytes that a method may have alive at once; None for no limit.
         results: Of the documents that the plan takes tensors from, by name.
@@ -62,243 +51,141 @@ class Maker:
         self.plan, self.device, self.seed, self.memory = plan, device, seed, memory
         self.sources = [model.checkpoint.bound(results) for model in plan.models]
 
-    def load(self, block: BlockPlan) -> dict[tuple[str, int], torch.Tensor]:
+    def load(self, block: BlockPlan) -> Loaded:
         """Start reading what the block will merge: into the kernel's cache, or onto the device."""
-        loaded = {}
+        loaded: Loaded = {}
         if methods()[block.method].learns:  # its inputs are a whole model
             return loaded
-        for t in block.tensors:
-            if t.action != "merge" or t.task.slot:
+        for output in block.outputs:
+            if output.action not in (Action.COMPUTE, Action.ALIGN) or output.slot:
                 continue
-            for i, info in enumerate(t.inputs):
+            for i, stored in enumerate(output.inputs):
                 source = self.source(block, i)
                 if self.device is None or self.device.type == "cpu":
-                    source.prefetch([info.name])
-                elif not info.derived:
-                    loaded[t.task.role, i] = source.read(info.name).to(self.device)
+                    source.prefetch([stored.name])
+                elif not stored.derived:
+                    loaded[output.role, i] = source.read(stored.name).to(self.device)
         return loaded
 
-    def make(self, block: BlockPlan, told: list[dict], loaded: dict | None = None) -> Iterator[Piece]:
-        """What a block computes, piece by piece.
+    def compute(self, block: BlockPlan, diagnostics: list[dict], loaded: Loaded | None = None) -> Iterator[Computed]:
+        """Everything in a block that is neither copied nor zeros.
 
         Args:
             block: One of the plan's.
-            told: What its method tells is added here.
+            diagnostics: What its method reports is added here, as JSON data.
             loaded: What `load` has read.
 
         Raises:
             CheckpointError: a tensor that becomes NaN or infinity.
-            DeusMergeError: what the method cannot do.
+            DeusMergeError: what the method refuses.
         """
-        yield from self.casts(block)
-        if any(t.action == "merge" for t in block.tensors):
-            yield from self.merged(block, told, loaded or {})
+        yield from self.read_outputs(block)
+        if block.merges:
+            yield from self.merge_outputs(block, diagnostics, loaded or {})
 
-    def separate(self, block: BlockPlan) -> list[TensorTask]:
-        """Outputs of a block that can be made at the same time, the largest first: no thread ends long before another.
-        None where they are made together, or read from what keeps something between reads."""
-        if block.align or not methods()[block.method].tensorwise:
-            return []
-        if any(info.derived for t in block.tensors for info in t.inputs):
-            return []
-        tasks = [t.task for t in block.tensors if t.action == "merge"]
-        return sorted(tasks, key=lambda task: -math.prod(task.shape))
+    def read_outputs(self, block: BlockPlan) -> Iterator[Computed]:
+        """What is only read, derived or in another dtype: a slice of rows at a time."""
+        for output in block.outputs:
+            if output.action not in (Action.CAST, Action.DERIVE):
+                continue
+            stored, source = output.stored, self.source(block, output.source)
+            if not stored.shape:
+                yield output, _finish(output, OutputChunk(output.role, source.read(stored.name)))
+                continue
+            rows = max(1, CAST_BYTES // max(1, stored.nbytes // max(1, stored.shape[0])))
+            for start in range(0, stored.shape[0], rows):
+                values = source.slice(stored.name, start, min(start + rows, stored.shape[0]))
+                chunk = OutputChunk(output.role, values, start=start * math.prod(stored.shape[1:]))
+                yield output, _finish(output, chunk)
 
-    def casts(self, block: BlockPlan) -> Iterator[Piece]:
-        """What a block only reads, in another dtype or derived."""
-        for t in block.tensors:
-            if t.action == "cast":
-                yield from self._cast(block, t)
-
-    def source(self, block: BlockPlan, i: int) -> TensorSource:
-        """What a block's source is read from."""
-        return self.sources[block.sources[i].model]
-
-    def merged(
-        self, block: BlockPlan, told: list[dict], loaded: dict, only: TensorTask | None = None
-    ) -> Iterator[Piece]:
-        """What a block's method makes, or only one output of it; arguments as of `make`."""
-        inputs = _Inputs(self, block, loaded)
-        if only is not None:
-            inputs.tasks = [only]
-        planned = {t.task.name: t for t in block.tensors}
+    def merge_outputs(
+        self, block: BlockPlan, diagnostics: list[dict], loaded: Loaded, only: OutputTensor | None = None
+    ) -> Iterator[Computed]:
+        """What a block's method computes, or only one output of it; arguments as in `compute`."""
+        inputs = _BlockInputs(self, block, loaded, block.outputs if only is None else (only,))
+        method = methods()[block.method]
         try:
-            method = methods()[block.method]
-            for made in merge_aligned(method, inputs, block.align) if block.align else method.merge(inputs):
-                if made.diagnostics is not None:
-                    told.append({"tensor": made.task.name, **made.diagnostics})
-                if made.tensor is not None:
-                    yield _finished(planned[made.task.name], made.tensor, made.start)
+            for chunk in merge_aligned(method, inputs, block.align) if block.align else method.merge(inputs):
+                output = block.by_role[chunk.role, chunk.slot]
+                if chunk.diagnostics is not None:
+                    diagnostics.append({"tensor": output.name, **as_json(chunk.diagnostics)})
+                if chunk.values is not None:
+                    yield output, _finish(output, chunk)
         except DeusMergeError as error:
-            place = inputs.names(str(error.where)) or error.where
+            place = inputs.stored_names(str(error.where)) or error.where
             error.where = f"{block.title}: {place}" if place else block.title
             raise
 
-    def _cast(self, block: BlockPlan, planned: PlannedTensor) -> Iterator[Piece]:
-        """Another dtype and nothing else: a slice of rows at a time."""
-        info = planned.inputs[planned.source]
-        source = self.source(block, planned.source)
-        if not info.shape:
-            yield _finished(planned, source.read(info.name), None)
-            return
-        rows = max(1, CAST_BYTES // max(1, info.nbytes // max(1, info.shape[0])))
-        for start in range(0, info.shape[0], rows):
-            piece = source.slice(info.name, start, min(start + rows, info.shape[0]))
-            yield _finished(planned, piece, start * math.prod(info.shape[1:]))
+    def independent_outputs(self, block: BlockPlan) -> list[OutputTensor]:
+        """Outputs of a block that can be computed at the same time, the largest first: no thread ends long before
+        another. None where they are computed together, or read from a source that caches something between reads."""
+        if block.align or not methods()[block.method].tensorwise:
+            return []
+        if any(stored.derived for output in block.outputs for stored in output.inputs):
+            return []
+        return sorted((o for o in block.outputs if o.computed), key=lambda output: -math.prod(output.shape))
+
+    def source(self, block: BlockPlan, i: int | None) -> TensorSource:
+        """What a block's source is read from."""
+        assert i is not None
+        return self.sources[block.sources[i].model]
 
 
-def _finished(planned: PlannedTensor, tensor: torch.Tensor, start: int | None) -> Piece:
-    """Cast once, and look for what no weight may be."""
-    tensor = tensor.to(torch_dtype(planned.dtype))
-    if not _finite(tensor):
+def as_json(diagnostics: Any) -> dict:
+    """Diagnostics without the fields that say nothing."""
+    optional = {"source"} if diagnostics.source is None else set()
+    return {key: value for key, value in asdict(diagnostics).items() if key not in optional}
+
+
+def _finish(output: OutputTensor, chunk: OutputChunk) -> OutputChunk:
+    """Cast once, and refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: they are there.
+    """
+    assert chunk.values is not None
+    values = chunk.values.to(torch_dtype(output.dtype))
+    if not is_finite(values):
         raise CheckpointError(
-            f"{planned.task.name} becomes NaN or infinity",
-            where=planned.inputs[0].file,
-            expected=f"finite values that fit {dtype_name(planned.dtype)}",
+            f"{output.name} becomes NaN or infinity",
+            where=output.inputs[0].file,
+            expected=f"finite values that fit {dtype_name(output.dtype)}",
             hint="look for NaN in the sources, or choose a wider dtype",
         )
-    return Piece(planned, tensor, start)
+    return replace(chunk, values=values)
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    import torch
+class _BlockInputs:
+    """A block as its method sees it (`methods.base.Block`)."""
 
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 has no order
-    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())  # NaN is both ends, and this is faster
-
-
-class _Inputs:
-    """A block as its method sees it (`method.Block`)."""
-
-    def __init__(self, maker: Maker, block: BlockPlan, loaded: dict):
-        self.tasks: list[TensorTask] = [t.task for t in block.tensors]
-        self.base, self.memory = block.base, maker.memory
-        self._maker, self._block, self._loaded = maker, block, loaded
-        self._inputs = {t.task.role: t.inputs for t in block.tensors}
+    def __init__(self, computer: BlockComputer, block: BlockPlan, loaded: Loaded, outputs: Sequence[OutputTensor]):
+        self.outputs, self.base, self.memory = outputs, block.base, computer.memory
+        self._computer, self._block, self._loaded = computer, block, loaded
+        self._inputs = {o.role: o.inputs for o in block.outputs}
 
     def read(self, role: str, source: int) -> torch.Tensor:
         if (role, source) in self._loaded:
             return self._loaded.pop((role, source))
-        stored = self._maker.source(self._block, source).read(self._inputs[role][source].name)
-        return stored.to(self._maker.device)
+        stored = self._computer.source(self._block, source).read(self._inputs[role][source].name)
+        return stored.to(self._computer.device)
 
-    def flat(self, role: str, source: int) -> Flat:
-        stored, info = self._maker.source(self._block, source), self._inputs[role][source]
-        if isinstance(stored, PermutedCheckpoint) and info.derived and self._maker.device.type == "cpu":
-            return FlatRows(stored, info)
+    def flat(self, role: str, source: int) -> FlatTensor:
+        checkpoint, stored = self._computer.source(self._block, source), self._inputs[role][source]
+        on_cpu = self._computer.device is not None and self._computer.device.type == "cpu"
+        if on_cpu and isinstance(checkpoint, PermutedCheckpoint) and stored.derived:
+            return FlatRows(checkpoint, stored)
         return self.read(role, source).reshape(-1)
 
-    def names(self, role: str) -> str | None:
+    def generator(self, output: OutputTensor, source: int) -> torch.Generator:
+        import torch
+
+        digest = hashlib.sha256(f"{self._computer.seed} {source} {output.name}".encode()).digest()
+        device = self._computer.device or "cpu"
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+    def stored_names(self, role: str) -> str | None:
         """The stored tensors of a role, for messages."""
         if role not in self._inputs:
             return None
         stored = list(dict.fromkeys(i.name for i in self._inputs[role]))
         return f"{role} ({' and '.join(stored) if len(stored) < 4 else f'{stored[0]} to {stored[-1]}'})"
-
-    def generator(self, task: TensorTask, source: int) -> torch.Generator:
-        import torch
-
-        digest = hashlib.sha256(f"{self._maker.seed} {source} {task.name}".encode()).digest()
-        return torch.Generator(self._maker.device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-class Result:
-    """A document's result in one run (`TensorSource`): its blocks are made when a tensor of theirs is asked for.
-
-    A block is made as far as its method must go for that tensor. What is made has the bytes that a file would have; the
-    few blocks that were asked for last are kept.
-
-    Args:
-        planned: What is made.
-        maker: Of the document's blocks.
-        kept: How many blocks stay in memory.
-    """
-
-    def __init__(self, planned: PlannedResult, maker: Maker, kept: int):
-        self._planned, self._maker, self._kept = planned, maker, kept
-        self._blocks: OrderedDict[int, _Growing] = OrderedDict()
-        self.told: list[dict] = []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._planned, name)
-
-    def read(self, name: str) -> torch.Tensor:
-        block, t = self._planned.planned(name)
-        if t.action == "copy":
-            return self._maker.source(block, t.source).read(t.inputs[t.source].name)
-        return self._made(name).clone()
-
-    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        block, t = self._planned.planned(name)
-        if t.action == "copy":
-            return self._maker.source(block, t.source).slice(t.inputs[t.source].name, start, stop)
-        return self._made(name)[start:stop].clone()
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        for block, t in (self._planned.planned(name) for name in names):
-            for i in [] if t.action == "zeros" else range(len(t.inputs)) if t.source is None else [t.source]:
-                self._maker.source(block, i).prefetch([t.inputs[i].name])
-
-    def take_told(self) -> list[dict]:
-        """What methods have told since the last call."""
-        told, self.told[:] = [{**line, "document": self._planned.name} for line in self.told], []
-        return told
-
-    def _made(self, name: str) -> torch.Tensor:
-        import torch
-
-        block, t = self._planned.planned(name)
-        if t.action == "zeros" or 0 in t.task.shape:
-            return torch.zeros(t.task.shape, dtype=torch_dtype(t.dtype))
-        if block.index not in self._blocks:
-            while len(self._blocks) >= self._kept:
-                self._blocks.popitem(last=False)
-            self._blocks[block.index] = _Growing(self._maker.make(block, self.told))
-        self._blocks.move_to_end(block.index)
-        try:
-            return self._blocks[block.index].tensor(name)
-        except DeusMergeError as error:
-            error.where = f"{self._planned.where}: {error.where}" if error.where else self._planned.where
-            raise
-
-
-class _Growing:
-    """A block that is being made: its finished tensors, and the rest to come."""
-
-    def __init__(self, pieces: Iterator[Piece]):
-        self._pieces = pieces
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._missing: dict[str, int] = {}  # elements of begun tensors
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor on the CPU; the block is made until it is there."""
-        while name not in self._tensors or self._missing[name]:
-            self._add(next(self._pieces))
-        return self._tensors[name]
-
-    def _add(self, piece: Piece) -> None:
-        import torch
-
-        name, values = piece.planned.task.name, piece.tensor.detach().to("cpu")
-        if piece.start is None:
-            self._tensors[name], self._missing[name] = values.contiguous(), 0
-            return
-        if name not in self._tensors:
-            self._tensors[name] = torch.empty(piece.planned.task.shape, dtype=values.dtype)
-            self._missing[name] = math.prod(piece.planned.task.shape)
-        flat = values.reshape(-1)
-        self._tensors[name].view(-1)[piece.start : piece.start + flat.numel()] = flat
-        self._missing[name] -= flat.numel()
-
-
-def results_of(plan: Plan, device: torch.device | None, seed: int, limited: bool) -> dict[str, Result]:
-    """A run's results of the documents that a plan takes tensors from, by name; ``limited``: in as little memory as
-    can be."""
-    results: dict[str, Result] = {}
-    for document in plan.documents:
-        least = max((document.plan.blocks[i].workspace(least=True) for i in document.made), default=0)
-        maker = Maker(document.plan, device, seed, least if limited else None, results)
-        results[document.name] = Result(document.result, maker, document.kept)
-    return results

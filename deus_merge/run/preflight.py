@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _SLACK = 1 << 18  # bytes of disk for model card, recipe, journal and folders
-_TOLD = 2 << 10  # bytes of manifest, index and journal a tensor
+_RECORD_BYTES = 2 << 10  # bytes of manifest, index and journal a tensor
 _MORE_FILES = 16  # inodes for everything beside weights and copied files
 
 
@@ -60,14 +60,14 @@ class Ready:
     Attributes:
         output: Its output folder, not entered yet.
         device: Where it computes; None when it only copies.
-        told: What the manifest says of the options.
+        run_record: The options as the manifest records them.
         warnings: What the user should know of this machine.
         complete: OUT is already what this run would make, and it is a resumed one: nothing is left to do.
     """
 
     output: OutputFolder
     device: torch.device | None
-    told: dict[str, object]
+    run_record: dict[str, object]
     warnings: tuple[str, ...]
     complete: bool
 
@@ -86,23 +86,23 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
     warnings = _check_memory(plan, options)
     computes = any(b.computes for b in plan.blocks)
     device = _device(options.device) if computes else None
-    told = {
+    run_record = {
         "device": device.type if device else "none",
         "threads": _set_threads(options.threads) if computes else 0,
         "seed": options.seed,
     }
-    identity = {"deus_merge": __version__, **told, "sources": [m.stamp for m in plan.models]}
+    identity = {"deus_merge": __version__, **run_record, "sources": [m.stamp for m in plan.models]}
     output = OutputFolder(
         out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
     )
     check_apart(output.out, [m.checkpoint for m in plan.models])
-    complete = options.resume and not output.place.unfinished and _complete(plan, output.out, told)
+    complete = options.resume and not output.place.unfinished and _complete(plan, output.out, run_record)
     if complete:
         warnings += ("the output is already complete: nothing was left to do",)
     else:
         output.check()
         _check_disk(plan, output)
-    return Ready(output, device, told, warnings, complete)
+    return Ready(output, device, run_record, warnings, complete)
 
 
 def check_sources(plan: Plan) -> None:
@@ -148,40 +148,40 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _complete(plan: Plan, out: Path, told: dict[str, object]) -> bool:
+def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
     """Whether a finished output is what this run would make."""
     try:
         record, written = read_manifest(out), os.stat(out / MANIFEST).st_mtime_ns
     except (DeusMergeError, OSError):
         return False
-    options = {key: record.get("options", {}).get(key) for key in told}
-    same = (record.get("plan_hash"), record.get("deus_merge"), options) == (plan.hash, __version__, told)
+    options = {key: record.get("options", {}).get(key) for key in run_record}
+    same = (record.get("plan_hash"), record.get("deus_merge"), options) == (plan.hash, __version__, run_record)
     return same and all(changed <= written for m in plan.models for _, _, changed in m.stamp)
 
 
 def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
-    least, limit = plan.least_memory, options.max_memory
-    if limit is not None and least > limit:
+    minimum, limit = plan.minimum_memory, options.max_memory
+    if limit is not None and minimum > limit:
         raise PlanError(
             "the plan needs more memory than allowed",
             where="--max-memory",
-            expected=f"at least {format_size(least)}",
+            expected=f"at least {format_size(minimum)}",
             got=format_size(limit),
         )
     if (found := memory()) is None:
         return ()
     available, total = found
-    if limit is None and least > total:
+    if limit is None and minimum > total:
         raise PlanError(
             "the plan needs more memory than there is",
-            expected=f"at least {format_size(least)}",
+            expected=f"at least {format_size(minimum)}",
             got=f"{format_size(total)}, swap included",
-            hint=f"--max-memory {_megabytes(least)} tries nevertheless",
+            hint=f"--max-memory {_megabytes(minimum)} tries nevertheless",
         )
     peak = plan.peak_memory if limit is None else min(plan.peak_memory, limit)
     if peak <= available:
         return ()
-    less = f"; it can do with less: --max-memory {_megabytes(max(least, available))}" if least < peak else ""
+    less = f"; it can do with less: --max-memory {_megabytes(max(minimum, available))}" if minimum < peak else ""
     return (f"about {format_size(peak)} of memory will be needed, {format_size(available)} are available{less}",)
 
 
@@ -196,7 +196,7 @@ def _check_disk(plan: Plan, output: OutputFolder) -> None:
     system = os.statvfs(existing(output.out.parent))
     left = [os.lstat(p) for p in output.place.new.rglob("*")]
     needed = sum(-(-size // system.f_frsize) * system.f_frsize for size in sizes)
-    needed += _SLACK + _TOLD * sum(len(b.tensors) for b in plan.blocks)
+    needed += _SLACK + _RECORD_BYTES * sum(len(b.outputs) for b in plan.blocks)
     free = system.f_bavail * system.f_frsize + sum(s.st_blocks * 512 for s in left)
     if needed > free:
         raise PlanError(

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, OutputFolder, ShardLayout, TensorEntry, TensorInfo, index_json, plan_shards
+from ..checkpoint import Checkpoint, OutputFolder, ShardLayout, TensorEntry, index_json, plan_shards
 from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
 from ..core.errors import DeusMergeError, PlanError, VerifyError, json_text
+from ..core.tensors import UNCHANGED, StoredTensor
 from ..core.units import dtype_name, parse_size, promoted
 from ..models.config_rules import LayerOrigin, check_config, deeper_config
 from ..models.side_files import copied_files
@@ -20,7 +21,6 @@ from ..report.manifest import MANIFEST, RECIPE, check_belongs, read_manifest, se
 from ..verify.weights import Wanted, examine
 from .preflight import check_apart
 
-_AS_THEY_WERE = ("copy", "cast", "derived")  # kinds of layers that are one of the base's
 _NEEDED = ("donor", "donor_config", "layer_prefix", "layers", "new_layers", "num_layers", "sources")
 
 
@@ -197,7 +197,7 @@ def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
         raise PlanError("there is no new layer to take out", hint="nothing was put into its main stack")
     base = record["sources"][record["donor"]]["model"]
     for name, module in record.get("modules", {}).items():
-        if any(e["new"] or len(e["sources"]) > 1 or e["kind"] not in _AS_THEY_WERE for e in module["layers"]):
+        if any(e["new"] or len(e["sources"]) > 1 or not _is_unchanged(e) for e in module["layers"]):
             raise PlanError(f"{name} is not that of {base} either", hint="only the main stack can be stripped")
     patch: object = record["donor_config"]
     for key in view.layers_path:
@@ -205,9 +205,13 @@ def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
     depth = patch if isinstance(patch, int) else record["num_layers"]
     kept = [entry for entry in record["layers"] if not entry["new"]]
     origins = [(e["sources"][0]["model"], e["sources"][0]["layer"]) for e in kept]
-    merged = [e for e in kept if len(e["sources"]) > 1 or e["kind"] not in _AS_THEY_WERE]
+    merged = [e for e in kept if len(e["sources"]) > 1 or not _is_unchanged(e)]
     if merged or origins != [(base, layer) for layer in range(depth)]:
-        said = f"layer {merged[0]['layer']} is {merged[0]['kind']}" if merged else f"layers {[o[1] for o in origins]}"
+        said = (
+            f"layer {merged[0]['layer']} is {' + '.join(merged[0]['actions'])}"
+            if merged
+            else f"layers {[o[1] for o in origins]}"
+        )
         raise PlanError(
             f"the layers of {base} are not all there as they were",
             expected=f"its layers 0 to {depth - 1}, copied, in order, with new ones between them",
@@ -217,7 +221,12 @@ def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
     return [entry["layer"] for entry in kept]
 
 
-def _renamed(checkpoint: Checkpoint, view: ModelView, kept: list[int]) -> dict[str, TensorInfo]:
+def _is_unchanged(layer: Mapping) -> bool:
+    """Whether a layer of the output is one of the base's."""
+    return set(layer["actions"]) <= {action.value for action in UNCHANGED}
+
+
+def _renamed(checkpoint: Checkpoint, view: ModelView, kept: list[int]) -> dict[str, StoredTensor]:
     """Name in the base -> the output's stored tensor."""
     sources = {name: checkpoint.tensors[name] for name in (*view.before, *view.after)}
     for layer, old in enumerate(kept):
@@ -227,7 +236,7 @@ def _renamed(checkpoint: Checkpoint, view: ModelView, kept: list[int]) -> dict[s
 
 
 def _base_config(
-    checkpoint: Checkpoint, view: ModelView, kept: list[int], record: Mapping, sources: Mapping[str, TensorInfo]
+    checkpoint: Checkpoint, view: ModelView, kept: list[int], record: Mapping, sources: Mapping[str, StoredTensor]
 ) -> dict:
     """The checkpoint's config.json with the base's depth and lists, without what the growth added to it."""
     origins = [LayerOrigin(checkpoint.config, layer, str(checkpoint.folder), view.layers_path) for layer in kept]
@@ -249,7 +258,7 @@ def _drop_added(config: dict, patch: Mapping) -> None:
             _drop_added(config[key], value)
 
 
-def _check_written(written: Checkpoint, sources: Mapping[str, TensorInfo]) -> None:
+def _check_written(written: Checkpoint, sources: Mapping[str, StoredTensor]) -> None:
     view = view_model(written.config, tuple(written.tensors), written.folder)
     shapes = {name: tensor.shape for name, tensor in written.tensors.items()}
     check_config(written.config, view, shapes, written.folder)

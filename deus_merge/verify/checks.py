@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..checkpoint.header import TensorInfo, parse_json, read_small
+from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..core.errors import DeusMergeError
+from ..core.tensors import StoredTensor
 from ..core.units import dtype_name, promoted
 from ..models.config_rules import check_config
 from ..models.modules import view_modules
@@ -223,7 +224,7 @@ class Output:
         if self.trained:
             raise Skipped("the model was trained")
 
-    def _source_of(self, ours: TensorInfo) -> TensorInfo | None:
+    def _source_of(self, ours: StoredTensor) -> StoredTensor | None:
         """The stored tensor a copy was made from, where it is still there."""
         origin = self.record["tensors"][ours.name]
         source = self._sources[origin["model"]]

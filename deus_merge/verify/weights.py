@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import xxhash
 
-from ..checkpoint.header import TensorInfo, open_regular
+from ..checkpoint.header import open_regular
 from ..core.errors import CheckpointError
+from ..core.tensors import StoredTensor
 from ..core.units import torch_dtype
 
 ALGORITHM = "xxh3_128"
@@ -43,13 +44,13 @@ class Wanted:
             ``ZEROS``; None: nothing to compare with.
     """
 
-    tensor: TensorInfo
-    like: TensorInfo | str | None
+    tensor: StoredTensor
+    like: StoredTensor | str | None
 
     @property
     def widened(self) -> bool:
         """Whether it is to hold the values of a tensor in another dtype, which it holds without loss."""
-        return isinstance(self.like, TensorInfo) and self.like.dtype != self.tensor.dtype
+        return isinstance(self.like, StoredTensor) and self.like.dtype != self.tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ def examine(wanted: Iterable[Wanted], *, finite: bool) -> dict[str, Seen]:
         return {w.tensor.name: s for w, s in zip(wanted, seen, strict=True)}
 
 
-def _examine(tensor: TensorInfo, like: TensorInfo | str | None, finite: bool) -> Seen:
+def _examine(tensor: StoredTensor, like: StoredTensor | str | None, finite: bool) -> Seen:
     digest = xxhash.xxh3_128()
     same, finite = True, True if finite and tensor.dtype in _NOT_FINITE else None
     ours, theirs = memoryview(bytearray(_CHUNK)), memoryview(bytearray(_CHUNK))
     fds = [open_regular(tensor.file)]
     try:
-        if isinstance(like, TensorInfo):
+        if isinstance(like, StoredTensor):
             fds.append(open_regular(like.file))
         for at in range(0, tensor.nbytes, _CHUNK):
             size = min(_CHUNK, tensor.nbytes - at)
@@ -110,7 +111,7 @@ def _examine(tensor: TensorInfo, like: TensorInfo | str | None, finite: bool) ->
     return Seen(digest.hexdigest(), None if like is None else same, finite)
 
 
-def _widened(tensor: TensorInfo, like: TensorInfo, finite: bool) -> Seen:
+def _widened(tensor: StoredTensor, like: StoredTensor, finite: bool) -> Seen:
     """`_examine` of a tensor whose values are those of ``like`` in a wider dtype."""
     import torch
 
@@ -133,7 +134,7 @@ def _widened(tensor: TensorInfo, like: TensorInfo, finite: bool) -> Seen:
     return Seen(seen.checksum, same, seen.finite)
 
 
-def _fill(fd: int, buffer: memoryview, tensor: TensorInfo, at: int) -> None:
+def _fill(fd: int, buffer: memoryview, tensor: StoredTensor, at: int) -> None:
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], tensor.offset + at + done)

@@ -204,7 +204,7 @@ def test_rows_are_those_of_the_whole(bases, tmp_path):
         whole, rows = source.read(name), info.shape[0]
         pieces = [source.slice(name, at, min(at + 5, rows)) for at in range(0, rows, 5)]
         assert torch.cat(pieces).equal(whole), name
-        assert source.origin(name) == (base, name) and info.derived == (not whole.equal(base.read(name)))
+        assert source.root(name) == (base, name) and info.derived == (not whole.equal(base.read(name)))
     base.close()
 
 

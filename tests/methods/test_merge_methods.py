@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import make_model, weights, write_recipe
 
-from deus_merge.methods import _runs as _pieces
+from deus_merge.methods import _runs
 from deus_merge.methods._random import Draws
 from deus_merge.methods._ranks import cuts, keys
 from deus_merge.methods.karcher import mean_coefficients
@@ -68,7 +68,7 @@ def test_runs_and_threads_change_nothing(run, family, tmp_path, monkeypatch, met
         again = merge(run, tmp_path / "again", family, method, PARAMETERS[method], "--threads", 2)
         assert all(again[name].equal(tensor) for name, tensor in whole.items())
         torch.set_num_threads(1)
-    monkeypatch.setattr(_pieces, "RUN", 100)
+    monkeypatch.setattr(_runs, "RUN_ELEMENTS", 100)
     pieces = merge(run, tmp_path / "pieces", family, method, PARAMETERS[method], count=count)
     base = weights(family[0])
     for name, tensor in whole.items():

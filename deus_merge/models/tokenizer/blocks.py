@@ -51,7 +51,7 @@ def plan_vocabulary(
     members = tuple(Member(model, found, vocabulary_tensors(found, view)) for model, found, view in models)
     if settings is None:
         donor = members[0]
-        told = misfit(donor.model, donor.checkpoint.beside, donor.rows) if donor.tensors else None
+        told = misfit(donor.model, donor.checkpoint.side_files, donor.rows) if donor.tensors else None
         return VocabularyPlan(members, None, [told] if told else [])
     for member in members:
         if not member.tensors:
@@ -74,7 +74,9 @@ class VocabularyPlan:
         self._permuted: list[dict[str, Permuted]] = [{} for _ in members]
         self._maps: dict[str, list[dict]] = {}
 
-    def bring(self, sources: Sequence[int], names: Collection[str], base: int | None, title: str) -> list[TensorSource]:
+    def reordered(
+        self, sources: Sequence[int], names: Collection[str], base: int | None, title: str
+    ) -> list[TensorSource]:
         """Bring the sources of a block into the output's order.
 
         Args:
@@ -120,7 +122,7 @@ class VocabularyPlan:
 
     def _compare(self, sources: Sequence[int]) -> None:
         """Warn of embeddings that are merged row by row, though the rows are other tokens'."""
-        found = difference([self._members[i].checkpoint.beside for i in sources])
+        found = difference([self._members[i].checkpoint.side_files for i in sources])
         if found is None:
             return
         first, other = (self._members[sources[i]].model for i in (0, found[0]))

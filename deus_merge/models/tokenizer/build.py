@@ -141,7 +141,7 @@ def _load_all(settings: TokenizerSettings, members: Sequence[Member], warnings: 
     loaded: list[Tokenizer] = []
     for member in members:
         source = member.checkpoint
-        files = present(source.beside, TOKENIZER_FILES)
+        files = present(source.side_files, TOKENIZER_FILES)
         if not has_tokenizer(files):
             _assume(settings, member, members[0], warnings)
             loaded.append(loaded[0])
@@ -206,7 +206,7 @@ def _one(
     """The model whose tokenizer the output takes or begins with: files, tokenizer, and its rows if it is a member."""
     for member, tokenizer in zip(members, loaded, strict=True):
         if settings.source in (*WORDS, member.model):
-            return present(member.checkpoint.beside, TOKENIZER_FILES), tokenizer, member.rows
+            return present(member.checkpoint.side_files, TOKENIZER_FILES), tokenizer, member.rows
     names = [*WORDS, *(str(m.model) for m in members)]
     with _at(settings.place, nearest(str(settings.source), names)):
         folder = resolve(str(settings.source), cache_dir=cache_dir, weights=False)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ...checkpoint.header import TensorInfo
 from ...checkpoint.reader import TensorSource
 from ...core.errors import PlanError
+from ...core.tensors import StoredTensor
 from ...core.units import ITEMSIZE, promoted, torch_dtype
 from .rows import MEAN, PADDING, RowMap
 
@@ -32,7 +32,7 @@ class Permuted:
         sources: By index of the map's models: whose tensor of the same name it is.
     """
 
-    info: TensorInfo
+    info: StoredTensor
     map: RowMap
     sources: Mapping[int, TensorSource]
 
@@ -77,9 +77,9 @@ class PermutedCheckpoint:
 
     def __init__(self, stored: TensorSource, permuted: Mapping[str, Permuted]):
         self.where, self.folders, self.files = stored.where, stored.folders, stored.files
-        self.beside, self.told, self.config = stored.beside, stored.told, stored.config
+        self.side_files, self.provenance, self.config = stored.side_files, stored.provenance, stored.config
         self.fingerprint = stored.fingerprint
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(
             {name: permuted[name].info if name in permuted else info for name, info in stored.tensors.items()}
         )
         self._stored, self._permuted = stored, permuted
@@ -122,8 +122,8 @@ class PermutedCheckpoint:
                 for source in self._permuted[name].sources.values():
                     source.prefetch([name])
 
-    def origin(self, name: str) -> tuple[TensorSource, str]:
-        return self._stored.origin(name)
+    def root(self, name: str) -> tuple[TensorSource, str]:
+        return self._stored.root(name)
 
     def givers(self, name: str) -> tuple[TensorSource, ...]:
         """Every source whose rows are in a tensor."""
@@ -136,9 +136,9 @@ class PermutedCheckpoint:
         }
         return PermutedCheckpoint(self._stored.bound(results), permuted)
 
-    def workspace(self, name: str, least: bool = False) -> int:
+    def workspace(self, name: str, minimum: bool = False) -> int:
         """That of what rows are taken from: rows themselves are read as they are needed."""
-        return sum(source.workspace(name, least) for source in self.givers(name))
+        return sum(source.workspace(name, minimum) for source in self.givers(name))
 
     def _mean_row(self, name: str) -> torch.Tensor:
         """The mean of all rows that have a token, (d,), float64; made when first asked for."""
@@ -156,10 +156,10 @@ class PermutedCheckpoint:
         return self._padding[name]
 
 
-def origins(source: TensorSource, name: str) -> list[tuple[TensorSource, str]]:
+def roots(source: TensorSource, name: str) -> list[tuple[TensorSource, str]]:
     """`TensorSource.origin` of all that a tensor comes from."""
     givers = source.givers(name) if isinstance(source, PermutedCheckpoint) else (source,)
-    return [giver.origin(name) for giver in givers]
+    return [giver.root(name) for giver in givers]
 
 
 def _gather(source: TensorSource, name: str, rows: np.ndarray, out: torch.Tensor, places: np.ndarray) -> None:

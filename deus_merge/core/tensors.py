@@ -1,0 +1,98 @@
+"""The three shapes a tensor has on its way from a source to the output.
+
+A `StoredTensor` lies in a source's file; a plan says with `methods.base.OutputTensor` how an output comes about; and an
+`OutputChunk` holds values that were computed for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Action(str, Enum):
+    """How an output tensor comes about. The plan decides it once; tables, manifest and report use these words.
+
+    Attributes:
+        COPY: The bytes of one stored tensor, from file to file.
+        DERIVE: One source's tensor as the source makes it when it is read (an adapter applied, rows of another
+            tokenizer), in the same dtype.
+        CAST: One source's tensor in another dtype.
+        ZEROS: Zeros; nothing is read.
+        ALIGN: One source's tensor, aligned to another source.
+        COMPUTE: The merge method computes it.
+    """
+
+    COPY = "copy"
+    DERIVE = "derive"
+    CAST = "cast"
+    ZEROS = "zeros"
+    ALIGN = "align"
+    COMPUTE = "compute"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+#: Actions that leave the values of one source as they are, but for rounding to another dtype.
+UNCHANGED = frozenset({Action.COPY, Action.DERIVE, Action.CAST})
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one stored tensor lies.
+
+    Attributes:
+        name: Its name.
+        dtype: safetensors dtype code: ``"BF16"``.
+        shape: Its sizes; ``()`` for a scalar.
+        file: The file it is in.
+        offset: Its first byte, counted from the file's start.
+        nbytes: Its size in bytes.
+        derived: Whether its bytes are in no file but are computed when it is read; ``file`` is then what it is computed
+            from, and ``offset`` means nothing.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    derived: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """What the report says about an output. Methods add fields of their own.
+
+    Attributes:
+        source: The source that was aligned, where ``align:`` of a slice did it.
+    """
+
+    role: str
+    source: int | None = None
+
+
+@dataclass(frozen=True)
+class OutputChunk:
+    """Values of one output tensor: all of them, or a run of its elements.
+
+    Attributes:
+        role: The output's role in its block.
+        values: In the dtype of the arithmetic, or, once cast, in the output's; None where there are only diagnostics.
+        slot: Which of the block's layers the output belongs to.
+        start: The first element of a run in the flattened output; None for a whole tensor.
+        diagnostics: How it came about.
+    """
+
+    role: str
+    values: torch.Tensor | None
+    slot: int = 0
+    start: int | None = None
+    diagnostics: Diagnostics | None = None

@@ -1,0 +1,195 @@
+"""Makes given blocks of a plan: the same call for one process and for many workers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from ..checkpoint.shards import ShardWriter
+from ..core.errors import MachineError
+from ..core.tensors import Action
+from ..core.units import ITEMSIZE, format_size
+from ..methods.base import CONCURRENT_OUTPUTS, OutputTensor
+from ..plan.blocks import BlockPlan
+from ..plan.types import Plan
+from .compute import BlockComputer, Computed, Loaded
+from .document_results import document_results
+
+if TYPE_CHECKING:
+    import torch
+
+
+def run_blocks(
+    plan: Plan,
+    indices: Iterable[int],
+    writer: ShardWriter,
+    *,
+    device: torch.device | None,
+    seed: int = 0,
+    max_memory: int | None = None,
+    on_block: Callable[[BlockPlan, list[dict]], None] = lambda block, diagnostics: None,
+) -> None:
+    """Make blocks of a plan and write their tensors.
+
+    The next block is read ahead while one is computed, and a tensor is written while the next one is computed. Blocks
+    are independent: any process that reaches the sources can make any of them, in any order, with the same bytes.
+
+    Args:
+        plan: The plan; it may have been pickled.
+        indices: Which of its blocks, in the order in which they are made.
+        writer: Of the files that their tensors belong to.
+        device: Where the arithmetic is done; None when these blocks only copy.
+        seed: For methods that draw random numbers.
+        max_memory: Bytes that the process may take; None for no limit.
+        on_block: Called after each block, when all its tensors are written, with its diagnostics as JSON data.
+
+    Raises:
+        DeusMergeError: a tensor that cannot be read, merged or written.
+    """
+    blocks = [plan.blocks[i] for i in indices]
+    with ExitStack() as stack:
+        runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack)
+        for block in blocks:
+            with _memory_errors(block):
+                diagnostics = runner.run(block)
+            on_block(block, diagnostics)
+
+
+class _BlockRunner:
+    """The moving parts: the block being read ahead, the one being computed, the tensor being written behind; and on a
+    CPU the threads that compute outputs of a block at the same time, where its method allows that."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: Sequence[BlockPlan],
+        writer: ShardWriter,
+        device: torch.device | None,
+        seed: int,
+        max_memory: int | None,
+        stack: ExitStack,
+    ):
+        self._writer = writer
+        self._results = document_results(plan, device, seed, limited=max_memory is not None)
+        self._computer = BlockComputer(plan, device, seed, plan.block_memory(max_memory), self._results)
+        self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
+        self._behind = stack.enter_context(ThreadPoolExecutor(1, "write-behind"))
+        self._map = _parallel_map(stack) if device and device.type == "cpu" else None
+        self._writing: Future | None = None
+        self._upcoming = iter([block for block in blocks if block.computes])
+        self._loading = self._read_ahead()
+
+    def run(self, block: BlockPlan) -> list[dict]:
+        """Make one block.
+
+        Returns:
+            The diagnostics of its method, and of documents' blocks that were computed for it.
+        """
+        copies = [(o.name, o.stored) for o in block.outputs if o.action is Action.COPY]
+        if copies:
+            self._writer.copy_many(copies)
+        for output in block.outputs:
+            if output.action is Action.ZEROS:
+                self._writer.zeros(output.name)
+        diagnostics: list[dict] = []
+        if block.computes:
+            loaded = self._loaded()
+            independent = self._computer.independent_outputs(block) if self._map else []
+            computing = (
+                self._computer.read_outputs(block)
+                if independent
+                else self._computer.compute(block, diagnostics, loaded)
+            )
+            for computed in computing:
+                self._write_behind(computed)
+            self._await_write()
+            diagnostics += self._compute_independent(block, independent, loaded)
+        for result in self._results.values():
+            diagnostics += result.take_diagnostics()
+        return diagnostics
+
+    def _compute_independent(self, block: BlockPlan, outputs: Sequence[OutputTensor], loaded: Loaded) -> list[dict]:
+        """Compute outputs that do not depend on each other, a thread each. A single one, too: runs are so short that
+        threads that shared them would mostly wait for each other."""
+
+        def one(output: OutputTensor) -> list[dict]:
+            diagnostics: list[dict] = []
+            for computed in self._computer.merge_outputs(block, diagnostics, loaded, only=output):
+                self._write(computed)
+            return diagnostics
+
+        if not outputs or self._map is None:
+            return []
+        return [line for lines in self._map(one, outputs) for line in lines]
+
+    def _write_behind(self, computed: Computed) -> None:
+        """Hand to the writing thread; at most one tensor waits, so that memory stays bounded."""
+        self._await_write()
+        self._writing = self._behind.submit(self._write, computed)
+
+    def _write(self, computed: Computed) -> None:
+        import torch
+
+        output, chunk = computed
+        assert chunk.values is not None
+        at = None if chunk.start is None else chunk.start * ITEMSIZE[output.dtype]
+        flat = chunk.values.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+        self._writer.write(output.name, memoryview(flat.numpy()), at=at)
+
+    def _await_write(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _read_ahead(self) -> Future[Loaded] | None:
+        """Begin with the next block that computes something."""
+        block = next(self._upcoming, None)
+        return self._ahead.submit(self._computer.load, block) if block else None
+
+    def _loaded(self) -> Loaded:
+        loading = self._loading
+        assert loading is not None
+        loaded = loading.result()
+        self._loading = self._read_ahead()
+        return loaded
+
+
+@contextmanager
+def _memory_errors(block: BlockPlan) -> Iterator[None]:
+    """Too little memory as a MachineError; torch has several ways to say it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise MachineError(
+            "out of memory",
+            where=block.title,
+            got=str(error).splitlines()[0] if str(error) else None,
+            hint=f"plans work in less with --max-memory; this block was estimated at {format_size(block.workspace())}",
+        ) from error
+
+
+def _parallel_map(stack: ExitStack) -> Callable | None:
+    """A ``map`` that calls its function in several threads, which share torch's among them; None for one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    count = min(CONCURRENT_OUTPUTS, threads)
+    if count == 1:
+        return None
+    # In a thread of its own this sets how many threads that one uses, and the number for those to come.
+    pool = stack.enter_context(
+        ThreadPoolExecutor(count, "merge", initializer=lambda: torch.set_num_threads(threads // count))
+    )
+
+    def map_(function, items):
+        try:
+            return list(pool.map(function, items))
+        finally:
+            torch.set_num_threads(threads)
+
+    return map_
