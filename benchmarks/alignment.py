@@ -82,7 +82,7 @@ class Layers:
         options = AlignOptions(
             alignment=alignment, heads=self.heads, unit_rows=True, cost_scale="max", compute_dtype=dtype
         )
-        return {made.role: made.tensors[0] for made in align_layer(a, b, self.specs, options)}
+        return {chunk.role: chunk.values for chunk in align_layer(a, b, self.specs, options)}
 
     def plant(self, b: dict, seed: int) -> dict:
         """The layer under a random symmetry."""

@@ -117,7 +117,7 @@ def _checkpoint(folder: Path, shape: Shape, seed: int, base: Path | None = None,
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     random = torch.Generator().manual_seed(seed)
-    shards = plan_shards([TensorEntry(name, "BF16", size) for name, size in shape.tensors()], 5 * 10**9)
+    shards = plan_shards([[TensorEntry(name, "BF16", size)] for name, size in shape.tensors()], 5 * 10**9)
     below = Checkpoint.open(base) if base else None
     for shard in shards:
         with open(partial / shard.filename, "wb") as file:

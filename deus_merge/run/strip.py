@@ -100,7 +100,7 @@ def strip(
     # in the base's order; else sorted by name, as safetensors and transformers write a file
     order = base.tensors if base and base.tensors.keys() == sources.keys() else sorted(sources)
     entries = [TensorEntry(name, sources[name].dtype, sources[name].shape) for name in order]
-    shards = plan_shards(entries, parse_size(max_shard_size))
+    shards = plan_shards([[entry] for entry in entries], parse_size(max_shard_size))
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in copied_files(checkpoint).items()}
     files["config.json"] = (json_text(config, indent=2) + "\n").encode()
     if len(shards) > 1:
@@ -215,7 +215,7 @@ def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
         raise PlanError(
             f"the layers of {base} are not all there as they were",
             expected=f"its layers 0 to {depth - 1}, copied, in order, with new ones between them",
-            got=said,
+            got=got,
             hint="only what was made deeper can be stripped, not what was merged or cut",
         )
     return [entry["layer"] for entry in kept]

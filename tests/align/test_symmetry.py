@@ -49,7 +49,7 @@ def specs(family: str, x: dict) -> list:
 
 
 def aligned(family: str, a: dict, b: dict, options: AlignOptions) -> dict[str, torch.Tensor]:
-    return {f.role: f.tensors[0] for f in align_layer(a, b, specs(family, a), options)}
+    return {c.role: c.values for c in align_layer(a, b, specs(family, a), options)}
 
 
 def planted(family: str, b: dict, at: Heads, seed: int) -> dict[str, torch.Tensor]:
@@ -118,10 +118,10 @@ def test_aligned_a_computes_what_a_computes(family, steps, tmp_path):
         moved = 0.0
         for i in range(3):
             options = replace(OPTIONS, heads=at, symmetry=frozenset(steps))
-            for made in align_layer(layers[i], layers[i + 1], described, options):
-                name = f"model.layers.{i}." + next(s.name for s in described if s.role == made.role)
-                moved += (state[name] - made.tensors[0]).abs().sum().item()
-                state[name].copy_(made.tensors[0])
+            for chunk in align_layer(layers[i], layers[i + 1], described, options):
+                name = f"model.layers.{i}." + next(s.name for s in described if s.role == chunk.role)
+                moved += (state[name] - chunk.values).abs().sum().item()
+                state[name].copy_(chunk.values)
         got = model(ids).logits
     assert (moved > 1) == bool(steps)
     assert (got - want).abs().max() < 1e-10

@@ -58,7 +58,7 @@ def layer(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tens
 
 
 def fused(a, b, options) -> dict[str, torch.Tensor]:
-    return {f.role: f.tensors[0] for f in fuse_layer(a, b, SPECS, options) if f.tensors}
+    return {c.role: c.values for c in fuse_layer(a, b, SPECS, options) if c.values is not None}
 
 
 def sinkhorn_float64(cost: np.ndarray, reg: float) -> np.ndarray:
@@ -162,12 +162,13 @@ def test_a_planted_permutation_of_a_whole_layer_is_recovered(solver, restore_nor
 
 def test_no_alignment_is_the_average():
     a, b = layer(0, torch.bfloat16), layer(1, torch.bfloat16)
-    for item in fuse_layer(a, b, SPECS, change(PLAIN, alignment="none", t=(0.25, 0.5))):
-        assert item.diagnostics is None
-        for t, tensor in zip((0.25, 0.5), item.tensors, strict=True):
-            want = (1 - t) * a[item.role].float() + t * b[item.role].float()
-            assert tensor.dtype == torch.float32
-            assert torch.allclose(tensor, want, atol=1e-6)
+    chunks = list(fuse_layer(a, b, SPECS, change(PLAIN, alignment="none", t=(0.25, 0.5))))
+    assert [(c.role, c.slot) for c in chunks] == [(role, slot) for role in SHAPES for slot in (0, 1)]
+    for chunk in chunks:
+        t = (0.25, 0.5)[chunk.slot]
+        want = (1 - t) * a[chunk.role].float() + t * b[chunk.role].float()
+        assert chunk.diagnostics is None and chunk.values.dtype == torch.float32
+        assert torch.allclose(chunk.values, want, atol=1e-6)
 
 
 def test_sources_stay_as_they_are():
@@ -188,14 +189,13 @@ class Recorded(dict):
 def test_zeroed_roles_are_read_only_where_their_plan_flows_on():
     a = Recorded(layer(0))
     zero = frozenset({"o", "o.bias", "down", "down.bias"})
-    made = {f.role: f for f in fuse_layer(a, layer(1), SPECS, change(PLAIN, zero=zero))}
-    assert list(made) == list(SHAPES)
-    assert {r for r in made if not made[r].tensors} == zero
+    made = {c.role: c for c in fuse_layer(a, layer(1), SPECS, change(PLAIN, zero=zero))}
+    assert [r for r in made if made[r].values is not None] == [r for r in SHAPES if r not in zero]
     assert a.read == [r for r in SHAPES if r not in zero - {"o"}]
-    assert made["o"].diagnostics is not None and made["down"].diagnostics is None
+    assert made["o"].diagnostics is not None and made["o"].values is None and "down" not in made
 
     everything = fused(layer(0), layer(1), PLAIN)
-    assert all(torch.equal(made[r].tensors[0], everything[r]) for r in set(SHAPES) - zero)
+    assert all(torch.equal(made[r].values, everything[r]) for r in set(SHAPES) - zero)
 
     a = Recorded(layer(0))
     list(fuse_layer(a, layer(1), SPECS, change(PLAIN, zero=zero, alignment="none")))
@@ -205,10 +205,11 @@ def test_zeroed_roles_are_read_only_where_their_plan_flows_on():
 def test_layers_of_one_gap_share_their_plans():
     a, b = layer(0), layer(1)
     options = change(PLAIN, t=(0.0, 0.25, 1.0))
-    for item in fuse_layer(a, b, SPECS, options):
-        aligned, quarter, upper = item.tensors
-        assert torch.allclose(upper, b[item.role], atol=1e-6)
-        assert torch.allclose(quarter, 0.75 * aligned + 0.25 * b[item.role], atol=1e-6)
+    values = {(c.role, c.slot): c.values for c in fuse_layer(a, b, SPECS, options)}
+    for role in SHAPES:
+        aligned, quarter, upper = (values[role, slot] for slot in range(3))
+        assert torch.allclose(upper, b[role], atol=1e-6)
+        assert torch.allclose(quarter, 0.75 * aligned + 0.25 * b[role], atol=1e-6)
 
 
 def test_restored_norms():
@@ -244,12 +245,12 @@ def test_output_scale_acts_on_what_writes_to_the_residual_stream():
 
 def test_diagnostics_say_how_a_plan_came_about():
     options = change(PLAIN, reg="auto", unit_rows=True, cost_scale="max")
-    told = {f.role: f.diagnostics for f in fuse_layer(layer(0), layer(1), SPECS, options)}
-    assert {r for r, d in told.items() if d} == set(_SPACES)
+    found = {c.role: c.diagnostics for c in fuse_layer(layer(0), layer(1), SPECS, options)}
+    assert {r for r, d in found.items() if d} == set(_SPACES)
     for role in _SPACES:
-        assert told[role].role == role and told[role].solver == "sinkhorn"
-        assert told[role].converged and told[role].marginal_error <= 1e-4
-        assert told[role].effective_support == pytest.approx(2, rel=0.13)
+        assert found[role].role == role and found[role].solver == "sinkhorn"
+        assert found[role].converged and found[role].marginal_error <= 1e-4
+        assert found[role].effective_support == pytest.approx(2, rel=0.13)
 
 
 def test_the_wrong_kind_of_plan_is_a_type_error():

@@ -20,7 +20,7 @@ def run(source: Path, out: Path, *, resume: bool = False, wait_in: int | None = 
         for i in range(BLOCKS):
             entries += [TensorEntry(f"{i}.made", "U8", (5000,)), TensorEntry(f"{i}.zero", "F32", (100,))]
             entries += [TensorEntry(f"{i}.copied", copied.dtype, copied.shape)]
-        layouts = plan_shards(entries, 30_000)
+        layouts = plan_shards([[e] for e in entries], 30_000)
         with OutputFolder(out, plan_hash="p", identity={"seed": 0}, overwrite=True, resume=resume) as folder:
             writer = folder.shards(layouts)
             kept = list(folder.finished)

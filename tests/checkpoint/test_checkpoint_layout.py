@@ -22,7 +22,7 @@ ENTRIES = (
 
 
 def test_golden_bytes():
-    (shard,) = plan_shards(ENTRIES, 1000)
+    (shard,) = plan_shards([[e] for e in ENTRIES], 1000)
     text = (
         b'{"__metadata__":{"format":"pt"},'
         b'"norm":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
@@ -44,7 +44,7 @@ def test_golden_bytes():
 
 
 def test_golden_split_and_index():
-    shards = plan_shards(ENTRIES, 20)
+    shards = plan_shards([[e] for e in ENTRIES], 20)
     assert [(s.filename, list(s.tensors)) for s in shards] == [
         ("model-00001-of-00002.safetensors", ["norm", "embed"]),
         ("model-00002-of-00002.safetensors", ["head", "mask"]),
@@ -60,7 +60,7 @@ def test_golden_split_and_index():
 
 def test_a_tensor_over_the_limit_stands_alone():
     entries = [TensorEntry(n, "U8", (size,)) for n, size in [("a", 4), ("b", 50), ("c", 4), ("d", 6), ("e", 1)]]
-    assert [list(s.tensors) for s in plan_shards(entries, 10)] == [["a"], ["b"], ["c", "d"], ["e"]]
+    assert [list(s.tensors) for s in plan_shards([[e] for e in entries], 10)] == [["a"], ["b"], ["c", "d"], ["e"]]
 
 
 entry_lists = st.lists(
@@ -79,7 +79,7 @@ entry_lists = st.lists(
 @settings(deadline=None)
 @given(entry_lists, st.integers(1, 400))
 def test_laws(tmp_path_factory, entries, limit):
-    shards = plan_shards(entries, limit)
+    shards = plan_shards([[e] for e in entries], limit)
     names = [name for shard in shards for name in shard.tensors]
     assert sorted(names) == sorted(e.name for e in entries)  # a partition
     order = {e.name: i for i, e in enumerate(entries)}
@@ -105,7 +105,7 @@ def test_laws(tmp_path_factory, entries, limit):
                 assert (tuple(view.get_shape()), view.get_dtype()) == (entry.shape, entry.dtype)
     index = json.loads(index_json(shards))
     assert index["weight_map"] == {n: s.filename for s in shards for n in s.tensors}
-    assert plan_shards(entries, limit) == shards
+    assert plan_shards([[e] for e in entries], limit) == shards
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_laws(tmp_path_factory, entries, limit):
 )
 def test_what_cannot_be_laid_out(entries, message):
     with pytest.raises(PlanError, match=message):
-        plan_shards(entries, 100)
+        plan_shards([[e] for e in entries], 100)

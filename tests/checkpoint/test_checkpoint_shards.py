@@ -36,7 +36,7 @@ def writer(tmp_path):
     opened = []
 
     def make(entries, limit=10**6, **options):
-        opened.append(ShardWriter(folder, plan_shards(entries, limit), **options))
+        opened.append(ShardWriter(folder, plan_shards([[e] for e in entries], limit), **options))
         return opened[-1]
 
     yield make
@@ -132,7 +132,7 @@ def test_copies_between_file_systems(model, tensors, tmp_path):
     if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
         pytest.skip("no second file system")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name, Checkpoint.open(model) as checkpoint:
-        one = ShardWriter(Path(name), plan_shards(entries_of(checkpoint), 10**6))
+        one = ShardWriter(Path(name), plan_shards([entries_of(checkpoint)], 10**6))
         one.copy_many(checkpoint.tensors.items())
         one.close()
         assert all(torch.equal(t, tensors[n]) for n, t in loaded(Path(name)).items())
@@ -161,7 +161,7 @@ def test_copy_law(tmp_path_factory, data):
     with Checkpoint.open(source) as checkpoint:
         entries = [TensorEntry(new, checkpoint[old].dtype, checkpoint[old].shape) for new, old in pairs]
         (root / "out").mkdir()
-        one = ShardWriter(root / "out", plan_shards(entries, data.draw(st.integers(1, 2000))))
+        one = ShardWriter(root / "out", plan_shards([[e] for e in entries], data.draw(st.integers(1, 2000))))
         one.copy_many([(new, checkpoint[old]) for new, old in data.draw(st.permutations(pairs))])
         one.close()
     back = loaded(root / "out")

@@ -17,7 +17,7 @@ from deus_merge.checkpoint import output_folder as writer
 from deus_merge.checkpoint import staging as placing
 from deus_merge.core.errors import DeusMergeError, MachineError, PlanError
 
-LAYOUTS = plan_shards([TensorEntry("a", "U8", (3,)), TensorEntry("b", "U8", (3,))], 100)
+LAYOUTS = plan_shards([[TensorEntry("a", "U8", (3,)), TensorEntry("b", "U8", (3,))]], 100)
 
 
 def content(folder: Path) -> dict[str, bytes]:
