@@ -215,7 +215,7 @@ def _kept_layers(record: Mapping, view: ModelView) -> list[int]:
         raise PlanError(
             f"the layers of {base} are not all there as they were",
             expected=f"its layers 0 to {depth - 1}, copied, in order, with new ones between them",
-            got=got,
+            got=said,
             hint="only what was made deeper can be stripped, not what was merged or cut",
         )
     return [entry["layer"] for entry in kept]
