@@ -27,6 +27,7 @@ from .plan.types import Plan
 from .recipe.reader import read_recipe, recipe_from
 from .recipe.types import Recipe
 from .report.manifest import RECIPE, read_manifest
+from .run.block_runner import run_blocks
 from .run.executor import execute
 from .run.preflight import RunOptions
 from .run.strip import Stripped
@@ -34,6 +35,7 @@ from .verify import Verification
 
 __all__ = [
     "Access",
+    "DeusMergeError",
     "MergeResult",
     "RunOptions",
     "Stripped",
@@ -41,6 +43,7 @@ __all__ = [
     "merge",
     "plan",
     "report",
+    "run_blocks",
     "strip",
     "upscale_recipe",
     "verify",

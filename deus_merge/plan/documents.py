@@ -6,7 +6,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from ..checkpoint.reader import TensorSource
 from ..core.tensors import Action, StoredTensor
@@ -34,9 +33,7 @@ class PlannedResult:
         self._planned = {o.name: (block, o) for block in plan.blocks for o in block.outputs}
         # In the order in which files would hold them: tensors that no family describes are planned as they are found.
         entries = [entry for shard in plan.shards for entry in shard.entries.values()]
-        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(
-            {e.name: self._info(e.name, e.dtype, e.nbytes) for e in entries}
-        )
+        self.tensors: Mapping[str, StoredTensor] = {e.name: self._info(e.name, e.dtype, e.nbytes) for e in entries}
 
     @property
     def where(self) -> str:

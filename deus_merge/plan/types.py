@@ -17,10 +17,11 @@ from pathlib import Path
 from ..checkpoint.header import read_small
 from ..checkpoint.layout import ShardLayout
 from ..checkpoint.reader import TensorSource
+from ..core.errors import CheckpointError
 from ..core.tensors import Action
 from ..methods.base import OutputTensor
 from ..methods.registry import methods
-from ..models.source import SourceModel
+from ..models.source import SourceModel, stamp
 from ..recipe.types import Recipe
 from .blocks import BlockPlan, in_output_order
 
@@ -163,6 +164,18 @@ class Plan:
             return _PYTHON_BYTES
         blocks = (b.workspace(minimum) + self.reading_memory(b, minimum) for b in self.blocks)
         return self._baseline_memory + max(planning, *blocks)
+
+    def check_sources(self) -> None:
+        """Whether all sources are as they were when the plan was made.
+
+        Raises:
+            CheckpointError: one is not.
+        """
+        for model in self.models:
+            files = model.checkpoint.files
+            for old, new, file in zip(model.stamp, stamp(files), files, strict=True):
+                if old != new:
+                    raise CheckpointError("the file has changed since the plan was made", where=file)
 
     def block_memory(self, limit: int | None) -> int | None:
         """What a limit on the process leaves for one block, in bytes."""

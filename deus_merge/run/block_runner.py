@@ -47,8 +47,10 @@ def run_blocks(
         on_block: Called after each block, when all its tensors are written, with its diagnostics as JSON data.
 
     Raises:
+        CheckpointError: a source has changed since the plan was made.
         DeusMergeError: a tensor that cannot be read, merged or written.
     """
+    plan.check_sources()
     blocks = [plan.blocks[i] for i in indices]
     with ExitStack() as stack:
         runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack)

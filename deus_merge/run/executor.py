@@ -22,7 +22,7 @@ from ..report.manifest import MANIFEST, RECIPE, manifest, plan_sources, sealed
 from ..report.model_card import model_card
 from ..verify import Verification, verify
 from .block_runner import run_blocks
-from .preflight import RunOptions, check_sources, preflight
+from .preflight import RunOptions, preflight
 
 if TYPE_CHECKING:
     pass
@@ -118,7 +118,7 @@ def _passed(verification: Verification, out: Path, hint: str) -> Verification:
 
 def _check_same_sources(plan: Plan) -> None:
     try:
-        check_sources(plan)
+        plan.check_sources()
     except CheckpointError as error:
         raise VerifyError(
             "a source has changed during the run", where=error.where, hint="start over with --overwrite"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from .. import __version__
 from ..checkpoint.output_folder import OutputFolder
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.system import existing
-from ..core.errors import CheckpointError, DeusMergeError, PlanError
+from ..core.errors import DeusMergeError, PlanError
 from ..core.units import format_size
-from ..models.source import stamp
 from ..plan.types import Plan
 from ..report.manifest import MANIFEST, read_manifest
+from .device import check_device_name, choose_device, machine_identity, set_threads
 from .limits import allow_open_files, memory
 
 if TYPE_CHECKING:
@@ -80,18 +79,18 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
             or interrupted there, no such device.
         CheckpointError: a source has changed since it was planned with.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
-        raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
-    check_sources(plan)
+    check_device_name(options.device)
+    plan.check_sources()
     warnings = _check_memory(plan, options)
     computes = any(b.computes for b in plan.blocks)
-    device = _device(options.device) if computes else None
+    device = choose_device(options.device) if computes else None
     run_record = {
         "device": device.type if device else "none",
-        "threads": _set_threads(options.threads) if computes else 0,
+        "threads": set_threads(options.threads) if computes else 0,
         "seed": options.seed,
     }
-    identity = {"deus_merge": __version__, **run_record, "sources": [m.stamp for m in plan.models]}
+    sources = [m.stamp for m in plan.models]
+    identity = {"deus_merge": __version__, **run_record, **machine_identity(device), "sources": sources}
     output = OutputFolder(
         out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
     )
@@ -103,18 +102,6 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
         output.check()
         _check_disk(plan, output)
     return Ready(output, device, run_record, warnings, complete)
-
-
-def check_sources(plan: Plan) -> None:
-    """Whether all sources are as they were when the plan was made.
-
-    Raises:
-        CheckpointError: one is not.
-    """
-    for model in plan.models:
-        for old, new, file in zip(model.stamp, stamp(model.checkpoint.files), model.checkpoint.files, strict=True):
-            if old != new:
-                raise CheckpointError("the file has changed since the plan was made", where=file)
 
 
 def check_apart(out: Path, sources: Iterable[TensorSource]) -> None:
@@ -222,24 +209,3 @@ def _check_disk(plan: Plan, output: OutputFolder) -> None:
             expected=f"a limit of more than {opened} open files (ulimit -n)",
             hint="a larger --max-shard-size makes fewer files",
         )
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PlanError(
-            "no such CUDA device", where="--device", expected=f"{torch.cuda.device_count()} devices", got=name
-        )
-    if device.type == "cuda":  # plans need all of float32's digits
-        torch.backends.cuda.matmul.allow_tf32 = False
-    return device
-
-
-def _set_threads(threads: int | None) -> int:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
