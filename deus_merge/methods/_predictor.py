@@ -1,8 +1,8 @@
 """A network that tells the layer between two layers, and how it learns that from layers between two others.
 
-Reference: Yang et al., LESA, arXiv 2502.13794, sections 3.2 and 3.3; what the paper leaves open is as in the authors'
-code: AdamW, batches of 64. A sample is one direction (see `_stacked`) of three successive layers. We hold some
-directions out to tell how well the network does, and shuffle within groups of directions and among the groups.
+Reference: Yang et al., LESA, arXiv 2502.13794, sections 3.2 and 3.3; details that the paper leaves open follow the
+authors' code: AdamW, batches of 64. A sample is one direction (see `_stacked`) of three successive layers. We hold
+some directions out to tell how well the network does, and shuffle within groups of directions and among the groups.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Training:
 
     Attributes:
         epochs: How often it sees every sample.
-        width: Of its two hidden layers.
-        learning_rate: Of AdamW.
+        width: Units of its two hidden layers.
+        learning_rate: Learning rate of AdamW.
         norm_weight: λ of the loss ``(1 - λ) mean (p - v)² + λ (|p| - |v|)²`` of predictions p of batches v.
     """
 
@@ -44,7 +44,7 @@ class Predictor:
 
     Args:
         m: Columns of a weight.
-        width: Of the hidden layers.
+        width: Units of the hidden layers.
         random: Where its start comes from.
         like: Gives dtype and device.
     """
@@ -70,7 +70,7 @@ class Predictor:
 def learn(
     stacked: Stacked, training: Training, random: torch.Generator, hold: bool
 ) -> tuple[Predictor, dict[str, object]]:
-    """Train a network on every layer that stands between two others.
+    """Train a network on every layer that lies between two others.
 
     Args:
         stacked: The weights.
@@ -117,7 +117,7 @@ def predict(stacked: Stacked, network: Predictor, below: int, above: int) -> tor
 
 
 class _Groups:
-    """Directions of all layers, group by group, (L, c, m): kept, or made again whenever asked for."""
+    """Directions of all layers, group by group, (L, c, m): held in memory, or computed again at every access."""
 
     def __init__(self, stacked: Stacked, which: Sequence[torch.Tensor], hold: bool):
         self.which = which
@@ -127,10 +127,10 @@ class _Groups:
     def __getitem__(self, number: int) -> torch.Tensor:
         if number in self._held:
             return self._held[number]
-        made = self._stacked.directions(range(self._stacked.layers), self.which[number])
+        directions = self._stacked.directions(range(self._stacked.layers), self.which[number])
         if self._hold:
-            self._held[number] = made
-        return made
+            self._held[number] = directions
+        return directions
 
 
 def _batches(group: torch.Tensor, random: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:

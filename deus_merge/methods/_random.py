@@ -28,7 +28,7 @@ class Draws:
     def coins(self, probability: float, count: int) -> torch.Tensor:
         """Independent coins, (count,), uint8, each 1 with exactly this probability (0 to 1) and else 0.
 
-        A coin is a whole number of 16 bits below a threshold; what the threshold lacks to a whole number is made up by
+        A coin is a whole number of 16 bits below a threshold; the fraction that the threshold lacks is supplied by
         chance, once a call.
         """
         import torch

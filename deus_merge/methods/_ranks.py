@@ -20,7 +20,7 @@ def keys(values: torch.Tensor, *, descending: bool = False) -> torch.Tensor:
     """Whole numbers of 31 bits that sort like the magnitudes of the values (as float32), int32.
 
     Args:
-        values: Of any shape.
+        values: Values of any shape.
         descending: The other way round: the largest magnitude first.
     """
     import torch
@@ -109,7 +109,7 @@ def _lower(run: torch.Tensor, upper: int) -> torch.Tensor:
 
 
 def _cut(upper: int, rank: int, counts: torch.Tensor) -> Cut:
-    """The cut at ``rank`` among the numbers with these upper bits, told by counts of their lower ones."""
+    """The cut at ``rank`` among the numbers with these upper bits, from counts of their lower ones."""
     import torch
 
     ends = counts.cumsum(0)

@@ -22,7 +22,7 @@ def gram(inputs: FlatInputs, sources: Sequence[int], *, relative: bool = False) 
     Args:
         inputs: The inputs.
         sources: Which of them.
-        relative: Of their differences to the base model.
+        relative: Whether to take their differences to the base model.
 
     Returns:
         ``G_ij = ⟨x_i, x_j⟩``, (s, s), float64, on the CPU.

@@ -1,7 +1,8 @@
 """Which elements of a task vector are kept: by magnitude, by chance, or by both.
 
-A choice is made once for a whole task vector δ. `Begin` starts a pass over it: it gives a function that is called with
-one run of δ after another and answers with 1 for elements to keep and 0 for others, (m,). Every pass keeps the same.
+A choice is made once for a whole task vector δ. `Begin` starts a pass over it: it returns a function that is called
+with one run of δ after another and returns 1 for elements to keep and 0 for others, (m,). Every pass keeps the same
+ones.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def by_ranked_chance(inputs: FlatInputs, source: int, density: float, epsilon: f
 
 
 def restoring_factor(inputs: FlatInputs, source: int, begin: Begin | None) -> float:
-    """What the kept elements of δ must be multiplied with for the sum of magnitudes to be that of all of δ."""
+    """The factor that brings the sum of magnitudes of the kept elements of δ to that of all of δ."""
     if begin is None:
         return 1.0
     kept, before, after = begin(), 0.0, 0.0

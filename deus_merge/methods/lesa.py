@@ -31,7 +31,8 @@ class PredictorDiagnostics(Diagnostics):
     """How the network of one role learned.
 
     Attributes:
-        rank: Of the stacked weights; ``effective_rank`` is the exponential of the entropy of their singular values.
+        rank: Rank of the stacked weights.
+        effective_rank: The exponential of the entropy of their singular values.
         seconds: Wall time of the decomposition and of learning.
         steps: Steps of the optimiser; ``train_loss`` is the mean of the last epoch.
         held_out_error: Relative error on directions that were not learned from; None when there were none.
@@ -132,7 +133,7 @@ def _read(block: Block, role: str, layer: int) -> torch.Tensor:
 
 
 def _memory(output: OutputTensor, hold: bool) -> int:
-    """Bytes alive at once while a role's new tensors are made."""
+    """Bytes alive at once while a role's new tensors are computed."""
     width = 8 if output.parameters["compute_dtype"] == "float64" else 4
     if len(output.shape) < 2:
         return 6 * width * output.shape[0]

@@ -39,7 +39,7 @@ class OtFuse(MergeMethod):
         Parameter("t", "other", "even", "share of B: W = (1-t) A + t B; even: 1/(k+1), 2/(k+1), ...", "block",
                   parse=parse_t),
         Parameter("layers_per_gap", "integer", 1, "new layers between two neighbours", "block", minimum=1, maximum=64),
-        Parameter("match", "choice", "full", "partial: fuse only what matches best, keep B's rest; symmetry counts"
+        Parameter("match", "choice", "full", "partial: fuse only the best matches, keep B's rest; symmetry counts"
                   " neurons and key-value groups, transport_flow rows", "block", choices=("full", "partial")),
         Parameter("match_fraction", "other", 0.25, "match partial: the share to fuse", "block", parse=parse_share),
         Parameter("match_score", "other", None, "match partial: instead, fuse from this cosine on", "block",
@@ -114,7 +114,7 @@ def share_of_b(output: OutputTensor) -> float:
 
 
 def check_zero_init(outputs: Sequence[OutputTensor]) -> Refusal | None:
-    """What is wrong with zero_init; None when nothing is."""
+    """Why zero_init does not fit these layers; None when it does."""
     zeroed = outputs[0].parameters["zero_init"]
     writers = [o.role for o in outputs if o.spec is not None and o.spec.writes_residual]
     if not isinstance(zeroed, bool) and (wrong := [role for role in zeroed if role not in writers]):

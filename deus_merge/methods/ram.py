@@ -37,7 +37,7 @@ class Ram(TensorwiseMethod):
         return inputs.each_run(merge)
 
     def unique_factors(self, inputs: FlatInputs) -> Sequence[float]:
-        """What each source's own changes are multiplied with."""
+        """The factor on each source's own changes."""
         return [1.0] * len(inputs.others)
 
 

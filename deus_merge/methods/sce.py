@@ -78,7 +78,7 @@ class _Chosen:
 
 
 def _variances(deltas: torch.Tensor) -> torch.Tensor:
-    """Of each element over the sources, (s, m) -> (m,)."""
+    """Variance of each element over the sources, (s, m) -> (m,)."""
     return deltas.var(dim=0, unbiased=False)
 
 

@@ -31,10 +31,10 @@ class BlockBuilder:
     """Builds the blocks of a plan, one after another.
 
     Attributes:
-        recipe: Of slices or modules.
+        recipe: The recipe, with slices or modules.
         models: Every model it names, the donor first; with their tokens in the output's order where that was needed.
-        vocabulary: What brings embeddings and heads into the output's order.
-        warnings: What the user should know so far.
+        vocabulary: Reorders embeddings and heads to the output's tokens.
+        warnings: Messages for the user so far.
         module: Whose layers are being built; None: all of a model at once.
         origins: For each of the module's output layers, the layer whose config entries it takes.
         blocks: Those built so far.
@@ -130,7 +130,7 @@ class BlockBuilder:
         """Add a block of tensors that belong to no layer.
 
         Args:
-            title: What they are.
+            title: Their description: ``embeddings``.
             piece: The slice, its sources those of the block.
             names: The tensors' names in each source.
             position, defaults: As in `add_layers`.
@@ -227,7 +227,7 @@ class BlockBuilder:
         outputs: Iterable[OutputTensor],
         new: bool = False,
     ) -> BlockPlan:
-        """Add a block, if its method can make it. The method is asked that before anything else."""
+        """Add a block, if its method accepts it. That is checked before anything else about the method."""
         method = methods()[piece.merge_method]
         outputs = [replace(output, base=base) for output in outputs]
         align = None

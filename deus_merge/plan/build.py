@@ -44,7 +44,7 @@ def build_plan(
     Args:
         recipe: As read.
         max_shard_size: Upper bound of an output file in bytes, or like ``"5GB"``.
-        access: What may be read of the models.
+        access: How models may be read.
         copy_tokenizer: Take a tokenizer along; one that the recipe asks for comes anyway.
 
     Raises:
@@ -129,7 +129,7 @@ class _Planner:
         self._add_outside("final norm and head", "after", slices[-1], 0.0)
 
     def _modules(self) -> list[tuple[str | None, tuple[OutputSlice, ...]]]:
-        """What the recipe makes, module by module in the model's order; None: all of a model at once."""
+        """The recipe's slices, module by module in the model's order; None: all of a model at once."""
         known, named = self.donor.modules, self.recipe.modules
         for name, module in named.items():
             if name not in known:
@@ -170,8 +170,8 @@ class _Planner:
     def _add_new_layers(self, piece: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
         first, base = ranges[0], piece.sources[0]
-        keeps, learns = len(piece.sources) == 1, methods()[piece.merge_method].learns
-        if keeps:
+        fills_gaps, learns = len(piece.sources) == 1, methods()[piece.merge_method].learns
+        if fills_gaps:
             if len(first) < 2:
                 base.place.fail(
                     f"a single layer has no gap for {piece.merge_method}",
@@ -192,7 +192,7 @@ class _Planner:
             sources = piece.sources
         copy, whole = _copied(piece), range(self.builder.view(base.model).num_layers)
         for j, pair in enumerate(pairs):
-            if keeps:
+            if fills_gaps:
                 self.builder.add_layers(copy, [pair[0]], 0.0, defaults=True)
             position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
             if learns:
@@ -202,7 +202,7 @@ class _Planner:
                 self.builder.add_layers(
                     replace(piece, sources=sources), pair, position, count=self._per_gap(piece), new=True
                 )
-        if keeps:
+        if fills_gaps:
             self.builder.add_layers(copy, [first[-1]], 0.0, defaults=True)
 
     def _per_gap(self, piece: OutputSlice) -> int:
@@ -248,7 +248,7 @@ class _Planner:
         self.builder.add_other(title, piece, names, position, defaults=not merges)
 
     def _add_other_modules(self) -> None:
-        """What belongs to none of the recipe's modules is the donor's."""
+        """Tensors that belong to none of the recipe's modules are the donor's."""
         self.builder.begin(None)
         taken = {name for module in self.recipe.modules for name in self.donor.modules[module].names()}
         rest = tuple(name for name in self.donor.checkpoint.tensors if name not in taken)
@@ -260,7 +260,7 @@ class _Planner:
             )
 
     def _report_feature_layer(self, view: ModelView) -> None:
-        """Vision-language models take their features from one layer of the tower, which they know by its number."""
+        """Warn of a config that names a layer of the vision tower by its number, when the tower's depth changes."""
         feature, depth = self.donor.checkpoint.config.get("vision_feature_layer"), len(self.builder.origins)
         if reads_senses(view.layers_path) and feature is not None and depth != view.num_layers:
             self.builder.warnings.append(
@@ -283,5 +283,5 @@ class _Planner:
 
 
 def _copied(piece: OutputSlice) -> OutputSlice:
-    """The slice's sources as they are."""
+    """A slice that copies its sources."""
     return replace(piece, merge_method="passthrough", parameters={}, shared={})

@@ -78,11 +78,11 @@ class PlannedResult:
 
 
 def document_plans(plan: Plan, results: Sequence[PlannedResult]) -> tuple[DocumentPlan, ...]:
-    """What a run of ``plan`` does with the documents whose results it takes.
+    """How often a run of ``plan`` computes the blocks of the documents whose results it takes.
 
     Args:
-        plan: Of the last document.
-        results: Of the others, each behind those that it needs.
+        plan: The last document's plan.
+        results: The others' results, each after those that it needs.
     """
     plans = [plan, *(r.plan for r in results)]
     at_once: Counter[str] = Counter()  # blocks of each document that one block needs at the same time

@@ -40,8 +40,8 @@ class DocumentPlan:
     """A document whose result others take as a model: it is not written to the disk.
 
     Attributes:
-        result: As the others see it.
-        plan: What it would do by itself.
+        result: The source that the others read.
+        plan: Its plan, as if it were run by itself.
         cached_blocks: How many of its finished blocks stay in memory for others to come.
         runs: Its blocks -> how often a run computes them. Those from which only copies are taken are not computed.
     """
@@ -67,8 +67,8 @@ class Plan:
         shards: The output files with their exact headers.
         config: The output's config.json.
         files: Other output files: name -> bytes, or a file to copy.
-        warnings: What the user should know.
-        documents: Those whose results it takes, directly or not, each behind the ones that it needs itself.
+        warnings: Messages for the user.
+        documents: Those whose results it takes, directly or not, each after the ones that it needs itself.
         vocabulary: The outcome of the recipe's tokenizer settings, as JSON data; None without them.
     """
 
@@ -178,7 +178,7 @@ class Plan:
                     raise CheckpointError("the file has changed since the plan was made", where=file)
 
     def block_memory(self, limit: int | None) -> int | None:
-        """What a limit on the process leaves for one block, in bytes."""
+        """The bytes that a limit on the process leaves for one block."""
         reading = max((self.reading_memory(b, True) for b in self.blocks), default=0)
         return None if limit is None else max(0, limit - self._baseline_memory - reading)
 

@@ -40,7 +40,7 @@ def run_blocks(
     Args:
         plan: The plan; it may have been pickled.
         indices: Which of its blocks, in the order in which they are made.
-        writer: Of the files that their tensors belong to.
+        writer: The writer of the files that their tensors belong to.
         device: Where the arithmetic is done; None when these blocks only copy.
         seed: For methods that draw random numbers.
         max_memory: Bytes that the process may take; None for no limit.

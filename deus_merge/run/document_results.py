@@ -27,8 +27,8 @@ class DocumentResult:
     the few blocks that were read last stay in memory.
 
     Args:
-        planned: What is computed.
-        computer: Of the document's blocks.
+        planned: The result as the plan describes it.
+        computer: Computes the document's blocks.
         cached_blocks: How many blocks stay in memory.
     """
 
@@ -73,7 +73,7 @@ class DocumentResult:
         return self._planned.workspace(name, minimum)
 
     def take_diagnostics(self) -> list[dict]:
-        """What methods have reported since the last call."""
+        """Diagnostics since the last call."""
         taken = [{**line, "document": self._planned.name} for line in self._diagnostics]
         self._diagnostics.clear()
         return taken

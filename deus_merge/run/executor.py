@@ -34,9 +34,9 @@ def execute(
     """Carry out a plan.
 
     Args:
-        plan: What to do.
+        plan: The plan.
         out: The output folder; it appears when it is whole and verified.
-        options: How.
+        options: Device, resume, overwrite, verification.
         on_block: Called after every block, with whether an earlier run had already finished it.
 
     Returns:
@@ -52,7 +52,7 @@ def execute(
         output.tidy()
         for block in plan.blocks:
             on_block(block, True)
-        hint = "make it anew with --overwrite"
+        hint = "write it again with --overwrite"
         verification = _passed(verify(output.out, quick=True), out, hint) if options.verify else None
         return verification, plan.warnings + ready.warnings
     past, unknown_past = ancestors(plan)
@@ -126,7 +126,7 @@ def _check_same_sources(plan: Plan) -> None:
 
 
 def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Mapping], card: bool) -> dict[str, bytes]:
-    """Everything beside the weights and the manifest."""
+    """Write all files but the weights and the manifest."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:

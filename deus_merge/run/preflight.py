@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 _SLACK = 1 << 18  # bytes of disk for model card, recipe, journal and folders
 _RECORD_BYTES = 2 << 10  # bytes of manifest, index and journal a tensor
-_MORE_FILES = 16  # inodes for everything beside weights and copied files
+_MORE_FILES = 16  # inodes for all files but weights and copied files
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run, as opposed to what.
+    """How to run a plan.
 
     Attributes:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         max_memory: Bytes the process may take: plans then work in row blocks; too few are refused.
         resume: Go on with an interrupted run.
         overwrite: Replace an existing output, once the new one is whole.
-        verify: Check the result before it gets its name.
+        verify: Check the result before it is renamed to OUT.
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic; None for torch's own choice.
         model_card: Write a README.md.
@@ -54,13 +54,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that nothing stands in the way of.
+    """A run that passed every check.
 
     Attributes:
         output: Its output folder, not entered yet.
         device: Where it computes; None when it only copies.
         run_record: The options as the manifest records them.
-        warnings: What the user should know of this machine.
+        warnings: Messages about this machine.
         complete: OUT is already what this run would make, and it is a resumed one: nothing is left to do.
     """
 
@@ -119,7 +119,7 @@ def check_apart(out: Path, sources: Iterable[TensorSource]) -> None:
                 raise PlanError(
                     "the output and a source must not contain each other",
                     where=out,
-                    expected="a folder beside the models",
+                    expected="a folder outside the models",
                     got=f"source {folder.resolve()}",
                 )
 
@@ -168,7 +168,7 @@ def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
     peak = plan.peak_memory if limit is None else min(plan.peak_memory, limit)
     if peak <= available:
         return ()
-    less = f"; it can do with less: --max-memory {_megabytes(max(minimum, available))}" if minimum < peak else ""
+    less = f"; it runs with less: --max-memory {_megabytes(max(minimum, available))}" if minimum < peak else ""
     return (f"about {format_size(peak)} of memory will be needed, {format_size(available)} are available{less}",)
 
 
@@ -177,7 +177,8 @@ def _megabytes(size: int) -> str:
 
 
 def _check_disk(plan: Plan, output: OutputFolder) -> None:
-    """Room for the new folder beside the old one; what an interrupted run has left counts, used again or removed."""
+    """Check that there is room for the new folder next to the old one. The leftovers of an interrupted run count as
+    room: they are used again or removed."""
     sizes = [s.size for s in plan.shards]
     sizes += [len(c) if isinstance(c, bytes) else c.stat().st_size for c in plan.files.values()]
     system = os.statvfs(existing(output.out.parent))

@@ -15,7 +15,8 @@ from deus_merge.checkpoint import ShardWriter
 RECIPES = {
     "up-scaled": "base_model: a\nupscale: {preset: opt_deus, insert: all}\n",
     "cast and scaled": "merge_method: passthrough\ndtype: bfloat16\nslices:\n"
-    "- sources: [{model: a, layer_range: [0, 4]}]\n- sources: [{model: a, layer_range: [2, 4], parameters: {scale: 0.5}}]\n",
+    "- sources: [{model: a, layer_range: [0, 4]}]\n"
+    "- sources: [{model: a, layer_range: [2, 4], parameters: {scale: 0.5}}]\n",
     "drawn": "merge_method: dare_ties\nbase_model: a\nmodels:\n- {model: b, parameters: {weight: 1, density: 0.5}}\n",
     "aligned": "merge_method: slerp\nbase_model: a\nalign: symmetry\nparameters: {t: 0.3}\n"
     "models: [{model: a}, {model: b}]\n",
