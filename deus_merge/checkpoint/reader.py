@@ -40,14 +40,22 @@ class TensorSource(Protocol):
         config, tensors, fingerprint: As of `Checkpoint`.
     """
 
-    where: object
-    folders: tuple[Path, ...]
-    files: tuple[Path, ...]
-    side_files: Mapping[str, bytes | Path]
-    provenance: Mapping[str, object]
-    config: dict
-    tensors: Mapping[str, StoredTensor]
-    fingerprint: str
+    @property
+    def where(self) -> object: ...
+    @property
+    def folders(self) -> tuple[Path, ...]: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    @property
+    def side_files(self) -> Mapping[str, bytes | Path]: ...
+    @property
+    def provenance(self) -> Mapping[str, object]: ...
+    @property
+    def config(self) -> dict: ...
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
+    @property
+    def fingerprint(self) -> str: ...
 
     def read(self, name: str) -> torch.Tensor:
         """As `Checkpoint.read`; a derived tensor may have more digits than its `StoredTensor.dtype`."""

@@ -69,7 +69,7 @@ class Predictor:
 
 def learn(
     stacked: Stacked, training: Training, random: torch.Generator, hold: bool
-) -> tuple[Predictor, dict[str, object]]:
+) -> tuple[Predictor, dict[str, float]]:
     """Train a network on every layer that lies between two others.
 
     Args:

@@ -84,14 +84,17 @@ def cuts(read: Callable[[], Iterable[torch.Tensor]], ranks: Sequence[int]) -> li
     """
     import torch
 
-    upper = sum(torch.bincount(run >> 16, minlength=_HALF // 2) for run in read())  # (2 ** 15,)
+    upper = torch.zeros(_HALF // 2, dtype=torch.int64)  # (2 ** 15,)
+    for run in read():
+        upper = upper.to(run.device) + torch.bincount(run >> 16, minlength=_HALF // 2)
     ends = upper.cumsum(0)
     bins = [int(torch.searchsorted(ends, rank, right=True)) for rank in ranks]
     inside = [b for b in dict.fromkeys(bins) if b < len(ends)]
-    lower = dict.fromkeys(inside, 0)
+    lower: dict[int, torch.Tensor] = {}
     for run in read() if inside else ():
         for b in inside:
-            lower[b] = lower[b] + torch.bincount(_lower(run, b), minlength=_HALF)  # (2 ** 16,)
+            counts = torch.bincount(_lower(run, b), minlength=_HALF)  # (2 ** 16,)
+            lower[b] = lower[b] + counts if b in lower else counts
     everything = Cut(_LARGEST + 1, 0)
     found = zip(bins, ranks, strict=True)
     return [_cut(b, rank - int(ends[b] - upper[b]), lower[b]) if b in lower else everything for b, rank in found]

@@ -48,6 +48,12 @@ class FlatInputs:
         return self.output.base
 
     @property
+    def base_model(self) -> int:
+        """The same, for methods that need a base model."""
+        assert self.output.base is not None, f"{self.output.name} has no base model"
+        return self.output.base
+
+    @property
     def others(self) -> list[int]:
         """The sources that are not the base model."""
         return others(self.output)

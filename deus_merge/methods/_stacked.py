@@ -42,10 +42,10 @@ class Stacked:
         import torch
 
         basis = (self.u[:, which] / self.s[which]).T  # (c, n)
-        rows = None
+        rows = torch.empty(0)
         for place, i in enumerate(layers):
             weight = self.read(i)  # (n, m)
-            if rows is None:
+            if place == 0:
                 rows = weight.new_empty(len(layers), len(which), weight.shape[1])  # (l, c, m)
             torch.mm(basis, weight, out=rows[place])
         return rows

@@ -55,7 +55,8 @@ class TaskVectorMethod(TensorwiseMethod):
 
         def kept(j: int, run: slice) -> torch.Tensor:
             delta = inputs.delta(sources[j], run)  # (m,)
-            return delta.mul_(masks[j](delta)) if masks[j] else delta
+            mask = masks[j]
+            return delta.mul_(mask(delta)) if mask else delta
 
         normalize, factor = output.parameters["normalize"], output.parameters["lambda"]
         if self.consensus and len(sources) > 1:
@@ -89,7 +90,7 @@ def _added(inputs: FlatInputs, kept: Kept, scales: Sequence[float]) -> Callable[
     """``b + Σ c_j s_j`` over a run, (m,)."""
 
     def merge(run: slice) -> torch.Tensor:
-        result = inputs.own(inputs.base, run)  # (m,)
+        result = inputs.own(inputs.base_model, run)  # (m,)
         for j, scale in enumerate(scales):
             result.add_(kept(j, run), alpha=scale)
         return result
@@ -122,6 +123,6 @@ def _agreed(
             for vector, weight in zip(vectors, weights, strict=True):
                 divisor.add_(vector.gt_(0), alpha=weight)
             result.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))
-        return result.mul_(sign.mul_(factor)).add_(inputs.addend(inputs.base, run))
+        return result.mul_(sign.mul_(factor)).add_(inputs.addend(inputs.base_model, run))
 
     return merge

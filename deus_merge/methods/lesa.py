@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ class Lesa(MergeMethod):
         return check_zero_init(outputs)
 
     def decide(self, output):
-        return ZEROS if output.spec.writes_residual and is_zeroed(output) else COMPUTE
+        writes = output.spec is not None and output.spec.writes_residual
+        return ZEROS if writes and is_zeroed(output) else COMPUTE
 
     def merge(self, block):
         """Role by role: weights are predicted; norms and biases are the mean of the neighbours'."""
@@ -90,7 +92,7 @@ class Lesa(MergeMethod):
                 yield from self._predict(block, outputs, read)
             else:
                 for output in outputs:
-                    below, above = map(read, output.between)
+                    below, above = map(read, _neighbours(output))
                     yield OutputChunk(role, (below + above) / 2, output.slot)
 
     def _predict(self, block: Block, outputs: Sequence[OutputTensor], read) -> Iterator[OutputChunk]:
@@ -100,19 +102,22 @@ class Lesa(MergeMethod):
         hold = block.memory is None or block.memory >= self.workspace(outputs)
         stacked = decompose(read, len(outputs[0].source_parameters))
         if not stacked.rank:  # nothing but zeros
-            yield from (OutputChunk(role, read(o.between[0]).clone(), o.slot) for o in outputs)
+            yield from (OutputChunk(role, read(_neighbours(o)[0]).clone(), o.slot) for o in outputs)
             return
-        network, losses = learn(stacked, training, block.generator(outputs[0], 0), hold)
+        network, progress = learn(stacked, training, block.generator(outputs[0], 0), hold)
         diagnostics = PredictorDiagnostics(
             role=role,
             rank=stacked.rank,
             effective_rank=stacked.effective_rank(),
             seconds=time.monotonic() - started,
-            **losses,
+            steps=int(progress["steps"]),
+            train_loss=progress["train_loss"],
+            held_out_error=progress.get("held_out_error"),
+            held_out_error_of_average=progress.get("held_out_error_of_average"),
         )
         yield OutputChunk(role, None, diagnostics=diagnostics)
         for output in outputs:
-            yield OutputChunk(role, predict(stacked, network, *output.between), output.slot)
+            yield OutputChunk(role, predict(stacked, network, *_neighbours(output)), output.slot)
 
     def workspace(self, outputs):
         return max(_memory(o, hold=True) for o in outputs)
@@ -132,11 +137,17 @@ def _read(block: Block, role: str, layer: int) -> torch.Tensor:
     return tensor
 
 
+def _neighbours(output: OutputTensor) -> tuple[int, int]:
+    """The sources below and above a new layer."""
+    assert output.between is not None
+    return output.between
+
+
 def _memory(output: OutputTensor, hold: bool) -> int:
     """Bytes alive at once while a role's new tensors are computed."""
     width = 8 if output.parameters["compute_dtype"] == "float64" else 4
     if len(output.shape) < 2:
-        return 6 * width * output.shape[0]
+        return 6 * width * math.prod(output.shape)
     (n, m), layers, hidden = output.shape, len(output.source_parameters), output.parameters["width"]
     group = min(n, group_size(layers, m))
     basis = n * n + 2 * group * n

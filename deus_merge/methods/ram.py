@@ -28,7 +28,7 @@ class Ram(TensorwiseMethod):
 
         def merge(run: slice) -> torch.Tensor:
             deltas, changed, count = changes(inputs, run)  # (s, m), (s, m), (m,)
-            result = inputs.own(inputs.base, run)  # (m,)
+            result = inputs.own(inputs.base_model, run)  # (m,)
             share = 1 / count.clamp(min=1).to(inputs.dtype)  # (m,)
             for delta, change, factor in zip(deltas, changed, factors, strict=True):
                 result.add_(delta.mul_(change).mul_(share if factor == 1 else share + (count == 1) * (factor - 1)))

@@ -118,6 +118,7 @@ class BlockBuilder:
         block = self._add(piece, title, range(first, first + count), block_sources, base, outputs, new)
         neighbours = block.sources_of(0)
         entries_of = neighbours[-1 if new else block.base or 0]
+        assert entries_of.layer is not None
         model = self.models[entries_of.model]
         origin = LayerOrigin(model.checkpoint.config, entries_of.layer, str(model.ref), model.view.layers_path)
         self.origins += [origin] * count
@@ -239,7 +240,7 @@ class BlockBuilder:
         if refusal := method.check(outputs, len(sources)):
             name = refusal.parameter
             levels = (piece.parameters, piece.shared, self.recipe.parameters)
-            place = next((level[name][1] for level in levels if name in level), piece.place)
+            place = next((level[name][1] for level in levels if name and name in level), piece.place)
             views = [self.view(self.models[s.model].ref) for s in sources]
             undescribed = [v.model_type for v in views if method.inserts and v.architecture is None]
             raise RecipeError(
@@ -268,7 +269,8 @@ class BlockBuilder:
         lists = [layer_lists(m.checkpoint.config, self.view(m.ref).layers_path) for m in models]
         for key in lists[0]:
             entries = [
-                values.get(key, [None] * (s.layer + 1))[s.layer] for values, s in zip(lists, sources, strict=True)
+                values[key][s.layer] if key in values and s.layer is not None else None
+                for values, s in zip(lists, sources, strict=True)
             ]
             if any(e != entries[-1] for e in entries):
                 self.warnings.append(f"{title} fuses layers whose {key} differ ({entries}); it takes {entries[-1]!r}")

@@ -75,6 +75,11 @@ class BlockPlan:
         between = next(o.between for o in self.outputs if o.slot == slot)
         return self.sources if between is None else tuple(self.sources[i] for i in between)
 
+    def source_of(self, output: OutputTensor) -> BlockSource:
+        """The source of an action on one source."""
+        assert output.source is not None, f"{output.name}: {output.action} has no single source"
+        return self.sources[output.source]
+
     def joined(self, other: BlockPlan) -> BlockPlan:
         """This block, making the layers of another one, too."""
         layers, slot = self.layers + other.layers, len(self.layers)

@@ -55,7 +55,7 @@ def build_plan(
     results: list[PlannedResult] = []
     for document in recipe.documents:
         results.append(PlannedResult(_Planner(document, known, access).plan(size)))
-        known[document.name] = results[-1]
+        known[results[-1].name] = results[-1]
     plan = _Planner(recipe, known, access).plan(size, copy_tokenizer)
     warnings = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
     return replace(
@@ -76,7 +76,7 @@ class _Planner:
         vocabulary = plan_vocabulary(
             recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], access.cache_dir
         )
-        if recipe.upscale:
+        if recipe.upscale and recipe.base_model:
             slices = expand(recipe.upscale, recipe.base_model, self.donor.view.num_layers)
             recipe = replace(recipe, slices=slices, upscale=None)
         self.recipe = recipe
@@ -210,7 +210,9 @@ class _Planner:
         if "layers_per_gap" not in known:
             return 1
         levels = [piece.parameters, piece.shared, self.recipe.parameters]
-        return resolve_setting(known["layers_per_gap"], levels, None, 0.0)
+        count = resolve_setting(known["layers_per_gap"], levels, None, 0.0)
+        assert isinstance(count, int)
+        return count
 
     def _range(self, source: SliceSource) -> range:
         depth = self.builder.view(source.model).num_layers

@@ -72,7 +72,7 @@ def check_same(parts: Sequence[Part], hint: str | None = None) -> None:
     """
     for part in parts[1:]:
         if difference := _difference(part.shapes, parts[0].shapes):
-            _mismatch(part, parts[0].what, difference, hint)
+            _mismatch(part, parts[0].title, difference, hint)
 
 
 def check_like_donor(part: Part, donor: SourceModel, view: ModelView) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.header import read_small
 from ..checkpoint.layout import ShardLayout
-from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError
 from ..core.tensors import Action
 from ..methods.base import OutputTensor
@@ -24,6 +24,9 @@ from ..methods.registry import methods
 from ..models.source import SourceModel, stamp
 from ..recipe.types import Recipe
 from .blocks import BlockPlan, in_output_order
+
+if TYPE_CHECKING:
+    from .documents import PlannedResult
 
 #: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones;
 #: 2: files end at blocks, and the words for how tensors come about
@@ -46,14 +49,14 @@ class DocumentPlan:
         runs: Its blocks -> how often a run computes them. Those from which only copies are taken are not computed.
     """
 
-    result: TensorSource
+    result: PlannedResult
     plan: Plan
     cached_blocks: int
     runs: Mapping[int, int]
 
     @property
     def name(self) -> str:
-        return self.plan.recipe.name
+        return self.result.name
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ class Plan:
 
     def module_maps(self) -> dict[str, dict]:
         """``num_layers`` and ``layers``, as in the layer map, of every other module that the recipe names."""
-        others = {name: blocks for name, blocks in self.modules.items() if blocks != self.main_blocks}
+        others = {name: blocks for name, blocks in self.modules.items() if name and blocks != self.main_blocks}
         maps = {name: self.layer_map(blocks) for name, blocks in others.items()}
         return {name: {"num_layers": len(layers), "layers": layers} for name, layers in maps.items()}
 
@@ -300,11 +303,7 @@ def _describe_document(document: DocumentPlan) -> dict:
 
 def _is_of_base(block: BlockPlan, output: OutputTensor) -> bool:
     """Whether an output is the base model's tensor with all its digits."""
-    return (
-        output.action in (Action.COPY, Action.DERIVE)
-        and output.source is not None
-        and block.sources[output.source].model == 0
-    )
+    return output.action in (Action.COPY, Action.DERIVE) and block.source_of(output).model == 0
 
 
 def _digest(content: bytes | Path) -> str:

@@ -139,7 +139,7 @@ class _BlockRunner:
         assert chunk.values is not None
         at = None if chunk.start is None else chunk.start * ITEMSIZE[output.dtype]
         flat = chunk.values.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-        self._writer.write(output.name, memoryview(flat.numpy()), at=at)
+        self._writer.write(output.name, flat.numpy().data, at=at)
 
     def _await_write(self) -> None:
         if self._writing is not None:

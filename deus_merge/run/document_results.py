@@ -59,8 +59,9 @@ class DocumentResult:
 
     def prefetch(self, names: Iterable[str]) -> None:
         for block, output in map(self._planned.planned, names):
-            copied = [output.source] if output.action is Action.COPY else []
-            for i in copied or inputs_read(output):
+            if output.action is Action.COPY:
+                self._computer.source(block, output.source).prefetch([output.stored.name])
+            for i in inputs_read(output):
                 self._computer.source(block, i).prefetch([output.inputs[i].name])
 
     def root(self, name: str) -> tuple[TensorSource, str]:

@@ -150,7 +150,8 @@ def _resume_hints(output: OutputFolder) -> Iterator[None]:
             if isinstance(error, DeusMergeError) and not isinstance(error, VerifyError):
                 error.hint = f"{error.hint}; {hint}" if error.hint else hint
             else:
-                error.__notes__ = [*getattr(error, "__notes__", ()), hint]
+                notes = [*getattr(error, "__notes__", ()), hint]  # BaseException.add_note came with Python 3.11
+                setattr(error, "__notes__", notes)  # noqa: B010
         raise
 
 
