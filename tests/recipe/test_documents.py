@@ -203,7 +203,7 @@ def test_plan_shows_the_documents(run, family, monkeypatch, tmp_path):
     monkeypatch.chdir(family)
     recipe = write_recipe(tmp_path / "r.yml", "---\n".join(CHAINS["ties, up-scaled"]))
     shown = run("plan", recipe).out
-    assert "document tuned, not written: 6 blocks are made when they are asked for, 2 kept" in shown
+    assert "document tuned, not written: 6 blocks are computed when they are read, 2 at a time in memory" in shown
     assert "A = tuned  [llama, 4 layers, base]" in shown
     expanded = run("plan", recipe, "--expand", "--json").json()
     assert [d.get("name") for d in expanded] == ["tuned", None] and len(expanded[1]["slices"]) == 2

@@ -253,7 +253,7 @@ def test_more_memory_than_is_available(run, tmp_path):
     base = vast_model(tmp_path / "base", 8, rows)
     command = ("upscale", base, tmp_path / "out", "--preset", "opt_deus_paper", "--dry-run")
     said = run(*command).err
-    assert "of memory will be needed" in said and "it can do with less: --max-memory" in said
+    assert "of memory will be needed" in said and "it runs with less: --max-memory" in said
     limit = int(said.split("--max-memory ")[1].split("MB")[0])
     assert "of memory will be needed" not in run(*command, "--max-memory", f"{limit * 9 // 10}MB").err
 
