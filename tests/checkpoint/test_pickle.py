@@ -257,7 +257,7 @@ before, peak = rss(), 0
 def look(block, resumed):
     global peak
     peak = max(peak, rss())
-plan = api.plan(sys.argv[1], access=api.Access(pickle=True))
+plan = api.plan(sys.argv[1], load_options=api.LoadOptions(allow_pickle=True))
 api.merge(plan, sys.argv[2], api.RunOptions(verify=False), on_block=look)
 print(peak - before)
 """
@@ -298,5 +298,5 @@ def test_the_api_takes_pickles_with_leave(base, tmp_path):
     recipe = api.upscale_recipe(model, preset="copy_next")
     with pytest.raises(CheckpointError):
         api.plan(recipe)
-    result = api.merge(recipe, tmp_path / "out", access=api.Access(pickle=True))
+    result = api.merge(recipe, tmp_path / "out", load_options=api.LoadOptions(allow_pickle=True))
     assert result.verification.passed and result.plan.function_preserving
