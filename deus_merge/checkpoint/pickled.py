@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError
@@ -86,13 +87,13 @@ class PickledCheckpoint(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         """As `Checkpoint.read`."""
-        return self._part(self[name], slice(None))
+        return self._part(self[name], ...)
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """As `Checkpoint.slice`."""
         return self._part(self._rows(name, start, stop), slice(start, stop))
 
-    def _part(self, info: StoredTensor, rows: slice) -> torch.Tensor:
+    def _part(self, info: StoredTensor, rows: slice | EllipsisType) -> torch.Tensor:
         """Rows of a tensor, in memory or in a mapping that no other tensor shares."""
         self._descriptor(info.file)  # refuses a file that has changed
         with self._loading:
