@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checkpoint.header import read_small
-from .checkpoint.storage import PLAIN, Access
+from .checkpoint.storage import LoadOptions
 from .core.errors import DeusMergeError, VerifyError
 from .core.located import locate
 from .plan.blocks import BlockPlan
@@ -34,8 +34,8 @@ from .run.strip import Stripped
 from .verify import Verification
 
 __all__ = [
-    "Access",
     "DeusMergeError",
+    "LoadOptions",
     "MergeResult",
     "RunOptions",
     "Stripped",
@@ -87,7 +87,7 @@ def plan(
     recipe: Recipe | str | Path,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    access: Access = PLAIN,
+    load_options: LoadOptions | None = None,
     copy_tokenizer: bool = True,
 ) -> Plan:
     """The plan of a recipe (or of the file it stands in). Reads configs and headers, no tensor.
@@ -95,7 +95,7 @@ def plan(
     Args:
         recipe: A recipe or its file.
         max_shard_size: Upper bound of an output file.
-        access: Whether pickled weights may be read, and where downloads are kept.
+        load_options: Whether pickled weights may be read, and where downloads are kept.
         copy_tokenizer: Put the tokenizer into the output.
 
     Raises:
@@ -103,7 +103,7 @@ def plan(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
-    return build_plan(recipe, max_shard_size=max_shard_size, access=access, copy_tokenizer=copy_tokenizer)
+    return build_plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
 
 
 def merge(
@@ -112,7 +112,7 @@ def merge(
     options: RunOptions | None = None,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    access: Access = PLAIN,
+    load_options: LoadOptions | None = None,
     copy_tokenizer: bool = True,
     on_block: Callable[[BlockPlan, bool], None] | None = None,
 ) -> MergeResult:
@@ -122,14 +122,14 @@ def merge(
         recipe: A recipe, its file, or a plan made before.
         out: The output folder.
         options: Device, resume, overwrite, verification.
-        max_shard_size, access, copy_tokenizer: As of `plan`; a plan made before has its own.
+        max_shard_size, load_options, copy_tokenizer: As of `plan`; a plan made before has its own.
         on_block: Called after each block with the block and whether it was there from an earlier run.
 
     Raises:
         DeusMergeError: before anything is written, or VerifyError, with the output left unrenamed.
     """
     started = time.monotonic()
-    how = {"max_shard_size": max_shard_size, "access": access, "copy_tokenizer": copy_tokenizer}
+    how = {"max_shard_size": max_shard_size, "load_options": load_options, "copy_tokenizer": copy_tokenizer}
     whole = recipe if isinstance(recipe, Plan) else plan(recipe, **how)
     verification, warnings = execute(
         whole, Path(out), options or RunOptions(), on_block or (lambda block, resumed: None)

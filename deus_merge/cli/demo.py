@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .. import api
+from ..checkpoint.staging import check_local
 from .output import hush_transformers, progress, say, show_verification
 
 _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # and how many tokens follow
@@ -27,6 +28,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     """
     from ..models.demo import smollm2, tiny_model
 
+    check_local(out)
     hush_transformers()
     base = tiny_model() if tiny else smollm2(out)
     target = out / f"{'tiny' if tiny else base.name}-{preset}"

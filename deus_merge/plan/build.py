@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
-from ..checkpoint.storage import PLAIN, Access
+from ..checkpoint.storage import LoadOptions
 from ..core.errors import nearest
 from ..core.tensors import Action
 from ..core.units import parse_size
@@ -36,7 +36,7 @@ def build_plan(
     recipe: Recipe,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    access: Access = PLAIN,
+    load_options: LoadOptions | None = None,
     copy_tokenizer: bool = True,
 ) -> Plan:
     """Plan a recipe.
@@ -44,19 +44,19 @@ def build_plan(
     Args:
         recipe: As read.
         max_shard_size: Upper bound of an output file in bytes, or like ``"5GB"``.
-        access: How models may be read.
+        load_options: How models may be read.
         copy_tokenizer: Take a tokenizer along; one that the recipe asks for comes anyway.
 
     Raises:
         RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
     """
-    size = parse_size(max_shard_size)
+    size, load_options = parse_size(max_shard_size), load_options or LoadOptions()
     known: dict[str, TensorSource] = {}
     results: list[PlannedResult] = []
     for document in recipe.documents:
-        results.append(PlannedResult(_Planner(document, known, access).plan(size)))
+        results.append(PlannedResult(_Planner(document, known, load_options).plan(size)))
         known[results[-1].name] = results[-1]
-    plan = _Planner(recipe, known, access).plan(size, copy_tokenizer)
+    plan = _Planner(recipe, known, load_options).plan(size, copy_tokenizer)
     warnings = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
     return replace(
         plan,
@@ -69,12 +69,12 @@ def build_plan(
 class _Planner:
     """Plans one document."""
 
-    def __init__(self, recipe: Recipe, known: dict[str, TensorSource], access: Access):
-        models = [SourceModel.open(ref, known, access) for ref in recipe.models()]
+    def __init__(self, recipe: Recipe, known: dict[str, TensorSource], load_options: LoadOptions):
+        models = [SourceModel.open(ref, known, load_options) for ref in recipe.models()]
         self.donor = models[0]
         warnings = check_heads(models, self.donor)
         vocabulary = plan_vocabulary(
-            recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], access.cache_dir
+            recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], load_options.cache_dir
         )
         if recipe.upscale and recipe.base_model:
             slices = expand(recipe.upscale, recipe.base_model, self.donor.view.num_layers)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint.reader import TensorSource
-from ..checkpoint.storage import PLAIN, Access
+from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
@@ -16,10 +16,10 @@ from .lineage import generations
 from .manifest import MANIFEST, read_manifest
 
 
-def summary(model: str, access: Access = PLAIN) -> dict:
+def summary(model: str, load_options: LoadOptions | None = None) -> dict:
     """Family, depth, heads and sizes of a model (a folder or a hub id), and which of its layers growths put in, the
     oldest first, as JSON data."""
-    source = SourceModel.open(ModelRef(model), {}, access)
+    source = SourceModel.open(ModelRef(model), {}, load_options)
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
@@ -71,7 +71,7 @@ def _growths(checkpoint: TensorSource, layers: int) -> str | None:
     return "; then ".join(told) if any(growth["new_layers"] for growth in growths) else None
 
 
-def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
+def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> Iterator[dict]:
     """For each pair of neighbouring layers and each projection: how alike, and how much alignment adds.
 
     Yields:
@@ -87,7 +87,7 @@ def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
     from ..ot.problem import OTProblem
     from ..ot.solvers.assignment import SOLVER
 
-    source = SourceModel.open(ModelRef(model), {}, access)
+    source = SourceModel.open(ModelRef(model), {}, load_options)
     checkpoint, view = source.checkpoint, source.view
     if view.architecture is None:
         raise ArchitectureError(

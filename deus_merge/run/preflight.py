@@ -95,7 +95,7 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
         out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
     )
     check_apart(output.out, [m.checkpoint for m in plan.models])
-    complete = options.resume and not output.place.unfinished and _complete(plan, output.out, run_record)
+    complete = options.resume and not output.area.resumable_blocks and _complete(plan, output.out, run_record)
     if complete:
         warnings += ("the output is already complete: nothing was left to do",)
     else:
@@ -182,7 +182,7 @@ def _check_disk(plan: Plan, output: OutputFolder) -> None:
     sizes = [s.size for s in plan.shards]
     sizes += [len(c) if isinstance(c, bytes) else c.stat().st_size for c in plan.files.values()]
     system = os.statvfs(existing(output.out.parent))
-    left = [os.lstat(p) for p in output.place.new.rglob("*")]
+    left = [os.lstat(p) for p in output.area.new.rglob("*")]
     needed = sum(-(-size // system.f_frsize) * system.f_frsize for size in sizes)
     needed += _SLACK + _RECORD_BYTES * sum(len(b.outputs) for b in plan.blocks)
     free = system.f_bavail * system.f_frsize + sum(s.st_blocks * 512 for s in left)

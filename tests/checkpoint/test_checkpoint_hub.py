@@ -220,7 +220,7 @@ def test_a_local_folder_wins(tmp_path, monkeypatch):
         ("org/name@../../x", "not a revision"),
         ("org/name@a b", "not a revision"),
         ("here@v1", "no revisions"),
-        ("here/file", "this is a file"),
+        ("here/file", "not a folder"),
     ],
 )
 def test_bad_references_never_reach_the_hub(ref, message, tmp_path, monkeypatch):

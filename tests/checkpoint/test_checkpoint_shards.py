@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from deus_merge.checkpoint import Checkpoint, ShardWriter, TensorEntry, free_space, plan_shards
-from deus_merge.checkpoint.system import disk_told, write_all
+from deus_merge.checkpoint.system import disk_errors, write_all
 from deus_merge.core.errors import CheckpointError, MachineError, PlanError
 from deus_merge.core.units import ITEMSIZE, torch_dtype
 
@@ -189,11 +189,11 @@ def test_source_that_shrank(writer, model):
     assert caught.value.where == info.file
 
 
-def test_no_space_is_told_before_anything_is_written(writer, tmp_path):
+def test_no_space_is_reported_before_anything_is_written(writer, tmp_path):
     with pytest.raises(PlanError, match="no space for the output"):
         writer([TensorEntry("a", "U8", (2**50,))], 2**60)
     assert list((tmp_path / "out").iterdir()) == []
-    with open("/dev/full", "wb") as full, pytest.raises(MachineError, match="no space left"), disk_told(tmp_path):
+    with open("/dev/full", "wb") as full, pytest.raises(MachineError, match="no space left"), disk_errors(tmp_path):
         write_all(full.fileno(), memoryview(b"x"), 0)
     assert 0 < free_space(tmp_path / "not" / "yet" / "there") < 2**50
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,7 @@ from pathlib import Path
 import interrupted_child
 import pytest
 
-from deus_merge.checkpoint import OutputFolder, TensorEntry, plan_shards
-from deus_merge.checkpoint import output_folder as writer
-from deus_merge.checkpoint import staging as placing
+from deus_merge.checkpoint import OutputFolder, TensorEntry, plan_shards, staging
 from deus_merge.core.errors import DeusMergeError, MachineError, PlanError
 
 LAYOUTS = plan_shards([[TensorEntry("a", "U8", (3,)), TensorEntry("b", "U8", (3,))]], 100)
@@ -51,7 +50,7 @@ def test_finishes_into_place_and_leaves_nothing_else(tmp_path):
     assert set(content(folder.out)) == {"model.safetensors", "config.json"}
     assert content(folder.out)["model.safetensors"].endswith(b"abcdef")
     assert os.listdir(tmp_path / "deep") == ["out"]
-    assert folder.notes == [] and not folder.resumable and folder.resume_hint == f"{folder.out} is whole"
+    assert folder.notes == [] and not folder.resumable and folder.resume_hint == f"{folder.out} is complete"
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")  # an empty folder is no obstacle
     assert len(content(tmp_path / "empty")) == 2
@@ -79,12 +78,12 @@ def test_a_finished_block_is_kept_and_resumed(stop, tmp_path):
     assert os.listdir(tmp_path) == [temporary.name]
     lines = [json.loads(line) for line in (temporary / "journal.jsonl").read_text().splitlines()]
     assert lines == [
-        {"format": 2, "plan_hash": "p", "identity": {"device": "cpu"}},
+        {"format": 3, "plan_hash": "p", "identity": {"device": "cpu"}},
         {"block": "a", "diagnostics": {"cost": 1.5}},
     ]
     with OutputFolder(out, plan_hash="p", identity={"device": "cpu"}, resume=True) as folder:
         assert folder.finished == {"a": {"cost": 1.5}}
-        assert "1 blocks are kept" in folder.resume_hint and "--resume" in folder.resume_hint
+        assert "1 finished blocks are saved" in folder.resume_hint and "--resume" in folder.resume_hint
     write(out, b"...def", resume=True)
     assert content(out)["model.safetensors"].endswith(b"abcdef")
     assert os.listdir(tmp_path) == ["out"]
@@ -92,7 +91,7 @@ def test_a_finished_block_is_kept_and_resumed(stop, tmp_path):
 
 def test_unfinished_work_is_thrown_away_only_when_asked(tmp_path):
     interrupted(tmp_path / "out", b"zzzzzz")
-    with pytest.raises(PlanError, match="unfinished run has left its work") as caught:
+    with pytest.raises(PlanError, match="an earlier run to this output was interrupted") as caught:
         write(tmp_path / "out", plan_hash="another")
     assert "--resume" in caught.value.hint and "--overwrite" in caught.value.hint
     folder = write(tmp_path / "out", plan_hash="another", overwrite=True)
@@ -107,16 +106,17 @@ def test_resume_without_an_interrupted_run_is_a_fresh_one(tmp_path):
     ("options", "message"),
     [
         ({"plan_hash": "q"}, "another plan"),
-        ({"identity": {"device": "cuda"}}, "another device"),
-        ({"identity": {"device": "cpu", "seed": 3}}, "another seed"),
-        ({"identity": {}}, "another device"),
+        ({"identity": {"device": "cuda"}}, "other values for: device$"),
+        ({"identity": {"device": "cpu", "threads": 2, "seed": 3}}, "other values for: seed, threads$"),
+        ({"identity": {}}, "other values for: device$"),
     ],
 )
 def test_resume_of_another_run_is_refused(options, message, tmp_path):
     temporary = interrupted(tmp_path / "out")
     before = content(temporary)
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(PlanError) as caught:
         write(tmp_path / "out", resume=True, **options)
+    assert re.search(f"cannot resume: the interrupted run had {message}", caught.value.message)
     assert content(temporary) == before
     assert len(content(write(tmp_path / "out", resume=True).out)) == 2  # the right one still can
 
@@ -140,8 +140,8 @@ def test_a_torn_line_is_no_line(tail, tmp_path):
 
 def test_another_versions_journal_is_refused(tmp_path):
     journal = interrupted(tmp_path / "out") / "journal.jsonl"
-    journal.write_text(journal.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(PlanError, match="another version"):
+    journal.write_text(journal.read_text().replace('"format": 3', '"format": 2'))
+    with pytest.raises(PlanError, match="the journal has another format"):
         write(tmp_path / "out", resume=True)
 
 
@@ -162,15 +162,70 @@ def test_resume_on_damaged_shards_is_refused(damage, tmp_path):
     assert caught.value.where == shard
 
 
+class DiskCalls(list):
+    """The calls that write, sync or rename, in their order, as (call, file name), while a test runs."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        for name in ("write", "pwrite", "fsync", "fdatasync"):
+            monkeypatch.setattr(os, name, self._by_descriptor(name, getattr(os, name)))
+        for name in ("rename", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self._by_path(name, getattr(os, name)))
+
+    def _by_descriptor(self, name, call):
+        def record(fd, *args):
+            result = call(fd, *args)
+            self.append((name, os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+            return result
+
+        return record
+
+    def _by_path(self, name, call):
+        def record(path, *args, **kwargs):
+            result = call(path, *args, **kwargs)
+            self.append((name, os.path.basename(path)))
+            return result
+
+        return record
+
+
 def test_a_line_is_written_after_its_data_is_on_the_disk(tmp_path, monkeypatch):
-    synced = []
-    fdatasync = os.fdatasync
-    monkeypatch.setattr(
-        os, "fdatasync", lambda fd: (synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fdatasync(fd))
-    )
-    monkeypatch.setattr(writer, "FLUSH_BYTES", 1)
-    write(tmp_path / "out")
-    assert synced == ["journal.jsonl"] + ["model.safetensors", "journal.jsonl"] * 2 + ["journal.jsonl"]
+    """For each block: data, sync of the data, line, sync of the line."""
+    calls = DiskCalls(monkeypatch)
+    with OutputFolder(tmp_path / "out", plan_hash="p", flush_bytes=1) as folder:
+        shards = folder.shards(LAYOUTS)
+        for name in ("a", "b"):
+            del calls[:]
+            shards.write(name, b"abc")
+            folder.record(name, {})
+            folder.flush()
+            assert calls == [
+                ("pwrite", "model.safetensors"),
+                ("fdatasync", "model.safetensors"),
+                ("write", "journal.jsonl"),
+                ("fdatasync", "journal.jsonl"),
+            ]
+
+
+def test_everything_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    calls = DiskCalls(monkeypatch)
+    with OutputFolder(tmp_path / "out", plan_hash="p") as folder:
+        folder.shards(LAYOUTS).write("a", b"abc")
+        folder.put("config.json", b"{}")
+        (folder.folder / "code").mkdir()
+        folder.put("code/model.py", b"")
+        del calls[:]
+        folder.finish()
+    sealed = calls.index(("write", "journal.jsonl"))
+    files = {("fsync", name) for name in ("model.safetensors", "config.json", "model.py", "code", "new")}
+    assert set(calls[:sealed]) == files and calls[sealed - 1] == ("fsync", "new")
+    assert calls[sealed + 1 : sealed + 5] == [
+        ("fdatasync", "journal.jsonl"),
+        ("rename", "new"),
+        ("fsync", ".out.deus-tmp"),  # the new name, in the folder it came from and in the one it went to
+        ("fsync", tmp_path.name),
+    ]
+    assert all(name in ("unlink", "rmdir") for name, _ in calls[sealed + 5 :])
 
 
 def test_a_failed_flush_is_no_finished_block(tmp_path, monkeypatch):
@@ -184,18 +239,31 @@ def test_a_failed_flush_is_no_finished_block(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_flushes_are_batched(tmp_path, monkeypatch):
-    flushes = []
-    monkeypatch.setattr(OutputFolder, "_flush", lambda self, batch, dirty: flushes.append([b for b, _ in batch]))
-    write(tmp_path / "out")
-    assert flushes == [["a", "b"]]
+@pytest.mark.parametrize(
+    ("limits", "batches"),
+    [
+        ({}, [["a", "b"]]),
+        ({"flush_bytes": 7}, [["a", "b"]]),
+        ({"flush_bytes": 3}, [["a"], ["b"]]),
+        ({"flush_bytes": 6}, [["a", "b"]]),
+        ({"flush_seconds": 0}, [["a"], ["b"]]),
+    ],
+)
+def test_flushes_are_batched(limits, batches, tmp_path, monkeypatch):
+    """A flush is due after so many bytes or seconds, and at the end."""
+    lines = []
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: (lines.append(bytes(data)), real(fd, data))[1])
+    write(tmp_path / "out", **limits)
+    _, *blocks, _ = lines  # between the head and the folder's line
+    assert [[json.loads(line)["block"] for line in batch.splitlines()] for batch in blocks] == batches
 
 
 @pytest.mark.parametrize("atomic", [True, False])
 @pytest.mark.parametrize("through_link", [True, False])
 def test_overwrite_replaces_when_whole(atomic, through_link, tmp_path, monkeypatch):
     if not atomic:
-        monkeypatch.setattr(placing, "exchange", lambda *_: False)
+        monkeypatch.setattr(staging, "exchange", lambda *_: False)
     place = tmp_path / "real"
     place.mkdir()
     (place / "config.json").write_text("old")

@@ -64,9 +64,9 @@ REFUSED = {
     "a layer's index of 5000 digits": (tensors({_LAYER: f"model.layers.{'9' * 5000}.x"}), "layer 0 lacks its 'n1'"),
     "a number of 5001 digits": (raw_config("1" + "0" * 5000), "the config is not strict JSON", "5001 digits"),
     "heads of 4000 digits": (raw_config("9" * 4000), "a number of 4000 digits"),
-    "NaN": (raw_config("NaN"), "NaN is no JSON number"),
-    "infinity": (raw_config("[-Infinity]"), "-Infinity is no JSON number"),
-    "1e400": (raw_config("1e400"), "1e400 is no JSON number"),
+    "NaN": (raw_config("NaN"), "NaN is not a JSON number"),
+    "infinity": (raw_config("[-Infinity]"), "-Infinity is not a JSON number"),
+    "1e400": (raw_config("1e400"), "1e400 is not a JSON number"),
     "a number to the base 60": (recipe("upscale: " + "1:" * 100_000 + "1"), "not a plain value", "!!int"),
     "a hexadecimal number": (recipe(f"base_model: 0x{'f' * 100_000}\nupscale: {{}}\n"), "not a plain value", "!!int"),
     "a billion layers": (stack("{count: 1000000000}"), "insert.count (line 2): the output has too many layers", "5000"),
@@ -92,7 +92,7 @@ REFUSED = {
     "escapes in a tensor's name": (tensors({_LAYER: "\x1b]0;x\x07"}), "has control characters", r"\x1b]0;x"),
     "a tensor's name of 50 000": (tensors({_LAYER: "\u202e" * 50_000}), "lacks its 'n1'"),
     "a file's name of 50 000": ({"base/model.safetensors.index.json":
-                                 json.dumps({"weight_map": {"a": "\x1b" * 50_000}}).encode()}, "leaves the folder"),
+                                 json.dumps({"weight_map": {"a": "\x1b" * 50_000}}).encode()}, "outside of the folder"),
     # files that are none
     "a tokenizer from a FIFO": ({"base/tokenizer.json": Special("fifo")}, "tokenizer.json: not a regular file"),
     "weights from a FIFO": ({"base/model.safetensors": Special("fifo")}, "model.safetensors: not a regular file"),
@@ -103,10 +103,10 @@ REFUSED = {
     "a licence through the folder": ({"base/LICENSE": Special("link", "../base/../recipe.yml")}, "a link leads out of"),
     "code of somebody else's": ({**config(auto_map={}), "base/me.py": Special("link", "../other/me.py"),
                                  "other/me.py": b"SECRET = 1\n"}, "base/me.py: a link leads out of the model's folder"),
-    "a tokenizer that is gone": ({"base/tokenizer.json": Special("link", "../base/gone")}, "to a file that is gone"),
+    "a tokenizer that is gone": ({"base/tokenizer.json": Special("link", "../base/gone")}, "to a missing file"),
     "a loop of links": ({"base/config.json": Special("link", "config.json")}, "config.json: the file cannot be opened"),
     # values of another kind
-    "an adapter's alpha as text": (adapter(lora_alpha="4"), "lora_alpha is no value of its kind", "got:      '4'"),
+    "an adapter's alpha as text": (adapter(lora_alpha="4"), "lora_alpha has a wrong type", "got:      '4'"),
     "an adapter's endless pattern": (adapter(alpha_pattern={"(.*)*(.*)*x": 4}), "alpha_pattern is malformed", "(.*)*"),
     "a template's config a list": ({**recipe('{base_model: base, upscale: {}, chat_template: "{{ x }}"}'),
                                     "base/tokenizer_config.json": b"[1]"}, "tokenizer_config.json is not a JSON o"),
@@ -238,4 +238,4 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(fit, workshop, tmp_path
     snapshot.rename(tmp_path / "loose")
     (tmp_path / "blobs").mkdir()
     done = fit("upscale", tmp_path / "loose", tmp_path / "out2", "--preset", "copy_next", expect=2)
-    assert "a link to a file that is gone" in done.err
+    assert "a link to a missing file" in done.err

@@ -57,10 +57,10 @@ class Faults:
         os.open, os.write, os.pwrite = self._open, self._write, self._pwrite
         os.copy_file_range, os.ftruncate = self._copy_file_range, self._ftruncate
         os.fsync, os.fdatasync = self._sync("fsync"), self._sync("fdatasync")
-        call = system._libc_call
+        call = system.libc_function
         calls = {name: call(name) for name in ("fallocate", "renameat2")}
         wrapped = {"fallocate": self._fallocate(calls), "renameat2": self._renameat2(calls)}
-        system._libc_call = lambda name: wrapped[name] if name in wrapped else call(name)
+        system.libc_function = lambda name: wrapped[name] if name in wrapped else call(name)
         sys.addaudithook(self._audit)
 
     # the steps ---------------------------------------------------------------------------------------------------

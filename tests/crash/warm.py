@@ -23,15 +23,17 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 
 import scipy.optimize  # noqa: F401
 import torch  # noqa: F401
 from faults import Faults
 
-from deus_merge.checkpoint import output_folder as writer
+from deus_merge.checkpoint import OutputFolder
 from deus_merge.cli import merge as commands  # noqa: F401
 from deus_merge.cli.main import _run
 from deus_merge.methods.registry import methods
+from deus_merge.run import preflight
 
 
 def child(request: dict, told: list[int], result: int) -> None:
@@ -48,7 +50,7 @@ def child(request: dict, told: list[int], result: int) -> None:
         os.setgroups([])
         os.setgid(request["user"])
         os.setuid(request["user"])
-    writer.FLUSH_BYTES = 1  # a line a block
+    preflight.OutputFolder = partial(OutputFolder, flush_bytes=1)  # a line a block
     faults = Faults(request["folder"], **request.get("fault", {}))
     faults.install()
     began = time.monotonic()

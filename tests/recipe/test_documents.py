@@ -167,7 +167,7 @@ def test_a_run_that_was_interrupted_goes_on(run, family, monkeypatch, tmp_path):
         return compute(self, block, *more)
 
     monkeypatch.setattr(BlockComputer, "compute", stops)
-    assert "3 blocks are kept" in run("merge", recipe, tmp_path / "out", expect=130).err
+    assert "3 finished blocks are saved" in run("merge", recipe, tmp_path / "out", expect=130).err
     other = write_recipe(tmp_path / "other.yml", recipe.read_text().replace("density: 0.6", "density: 0.7"))
     assert "had another plan" in run("merge", other, tmp_path / "out", "--resume", expect=2).err
     run("merge", recipe, tmp_path / "out", "--resume")
