@@ -115,7 +115,7 @@ def _layer_table(plan: Plan) -> None:
     short = {i: chr(ord("A") + i) if i < 26 else f"M{i}" for i in names}
     for i, name in names.items():
         view = plan.models[i].view
-        family = view.architecture.family if view.architecture else f"{view.model_type} (by tensor names)"
+        family = view.family.name if view.family else f"{view.model_type} (by tensor names)"
         role = ", base" if plan.models[i] is plan.donor else ""
         echo(f"{short[i]} = {name}  [{family}, {view.num_layers} layers{role}]")
     click.echo()

@@ -107,7 +107,7 @@ def read_tokenizer(top: Mapping[str, Located], read_model: ReadModel) -> Tokeniz
     source = _source(keys["source"], read_model) if "source" in keys else "union"
     tokens = {}
     if "tokens" in keys and keys["tokens"].value is not None:
-        named = keys["tokens"].mapping(what="a mapping from tokens to their settings")
+        named = keys["tokens"].mapping(kind="a mapping from tokens to their settings")
         tokens = {token: _token(node, read_model) for token, node in named.items()}
         if "" in tokens:
             named[""].fail("a token has at least one character")
