@@ -25,6 +25,13 @@ def section(config: Config, layers_path: Sequence[str]) -> Config:
     return config
 
 
+def with_section(config: Config, layers_path: Sequence[str], new: Config) -> dict[str, Any]:
+    """A copy of a config.json whose `section` is ``new``; the order of keys is unchanged."""
+    if len(layers_path) < 2:
+        return dict(new)
+    return {**config, layers_path[0]: with_section(config[layers_path[0]], layers_path[1:], new)}
+
+
 def value_at(config: Config, path: Sequence[str]) -> Any:
     """The value under these keys; None where a key is missing."""
     value: Any = config

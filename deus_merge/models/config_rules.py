@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from ..core.errors import ArchitectureError, PlanError
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
-from .config_json import Config, section
+from .config_json import Config, section, with_section
 from .family import RESIDUAL, Heads
 from .view import ModelView
 
@@ -183,14 +183,7 @@ def deeper_config(
     for key in layer_lists(config, layers_path):
         target[key] = [_entry(key, source) for source in entries]
     target[layers_path[-1]] = len(entries)
-    return _with_section(result, layers_path[:-1], target)
-
-
-def _with_section(config: dict[str, Any], path: Sequence[str], new: dict[str, Any]) -> dict[str, Any]:
-    """A config whose section at ``path`` is replaced; the order of keys stays."""
-    if not path:
-        return new
-    return config | {path[0]: _with_section(config[path[0]], path[1:], new)}
+    return with_section(result, layers_path, target)
 
 
 def config_patch(config: Config, target: Config) -> dict[str, Any]:

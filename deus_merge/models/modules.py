@@ -53,7 +53,9 @@ def view_modules(config: Config, names: Sequence[str], whole: ModelView) -> dict
         )
         for prefix, layers in stacks.items()
     }
-    return views | {name: ModelView(None, whole.model_type, (), "", tuple(own), (), ()) for name, own in outside.items()}
+    return views | {
+        name: ModelView(None, whole.model_type, (), "", tuple(own), (), ()) for name, own in outside.items()
+    }
 
 
 def _owner(name: str, module_names: Mapping[str, str]) -> str | None:

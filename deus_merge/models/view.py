@@ -91,9 +91,7 @@ def view_model(config: Config, names: tuple[str, ...], where: object) -> ModelVi
     return _undescribed(model_type, config, names, where)
 
 
-def _described(
-    family: Family, model_type: str, config: Config, names: tuple[str, ...], where: object
-) -> ModelView:
+def _described(family: Family, model_type: str, config: Config, names: tuple[str, ...], where: object) -> ModelView:
     depth = config.get(family.layers_key)
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
         raise ArchitectureError(
@@ -141,9 +139,7 @@ def _described(
     before = tuple(n for n in family.before if n in outside)
     after = tuple(n for n in family.after if n in outside)
     rest = tuple(sorted(set(outside) - set(before) - set(after)))
-    return ModelView(
-        family, model_type, ordered, family.layer_prefix, before, after + rest, (family.layers_key,)
-    )
+    return ModelView(family, model_type, ordered, family.layer_prefix, before, after + rest, (family.layers_key,))
 
 
 def _undescribed(model_type: str, config: Config, names: tuple[str, ...], where: object) -> ModelView:
@@ -156,7 +152,6 @@ def _undescribed(model_type: str, config: Config, names: tuple[str, ...], where:
         )
     paths = {prefix: depth_path(config, prefix, len(layers)) for prefix, layers in stacks.items()}
     size = {prefix: sum(map(len, layers.values())) for prefix, layers in stacks.items()}
-
 
     def is_language_model(path: tuple[str, ...] | None) -> bool:
         return path is not None and not is_vision_or_audio(path)

@@ -149,9 +149,7 @@ def evaluate(value: Value, tensor_name: str | None, position: float) -> Plain:
     return value
 
 
-def resolve_setting(
-    parameter: Parameter, levels: Sequence[Settings], tensor_name: str | None, position: float
-) -> Any:
+def resolve_setting(parameter: Parameter, levels: Sequence[Settings], tensor_name: str | None, position: float) -> Any:
     """A parameter's value for one tensor: that of the first of ``levels`` that sets it, or its default.
 
     Args:

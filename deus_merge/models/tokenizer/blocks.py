@@ -26,7 +26,10 @@ def vocabulary_tensors(checkpoint: TensorSource, view: ModelView) -> tuple[str, 
     """The tensors outside a model's layers that have one row per token."""
     names = [n for n in (*view.before, *view.after) if not _OTHER.search(n)]
     rows = {n: shape[0] for n in names if len(shape := checkpoint.tensors[n].shape) == 2}
-    sizes = (section(checkpoint.config, view.layers_path).get("vocab_size"), *(rows[n] for n in view.before if n in rows))
+    sizes = (
+        section(checkpoint.config, view.layers_path).get("vocab_size"),
+        *(rows[n] for n in view.before if n in rows),
+    )
     size = next((s for s in sizes if s in rows.values()), None)
     tables = [n for n in rows if rows[n] == size]
     return (*tables, *(n for n in names if n.endswith(".bias") and n.removesuffix("bias") + "weight" in tables))
@@ -142,8 +145,8 @@ class VocabularyPlan:
         return config
 
     def describe(self) -> dict[str, Any] | None:
-        """JSON data: the tokenizer, the sizes, whether all rows stay in their order (``kept``), and the row maps of each
-        tensor; None when rows stay in their order because no tokenizer is configured."""
+        """The tokenizer, the sizes, whether all rows stay in their order (``kept``), and the row maps of each tensor, as
+        JSON data; None without tokenizer settings."""
         found = self.vocabulary
         if found is None:
             return None

@@ -18,6 +18,7 @@ from .files import (
     NON_VOCABULARY_FILES,
     TOKENIZER_FILES,
     Files,
+    Json,
     as_json,
     beyond_rows,
     has_tokenizer,
@@ -142,8 +143,9 @@ def build_vocabulary(
                 setting.place.fail(f"no model's tokenizer has a token {token!r}", expected=SOURCES, hint=hint)
             warnings.append(f"{token!r} is in no model's tokenizer: it is added" + (f" ({hint})" if hint else ""))
     moves = {i: output.tokens[token] for token, i in loaded[0].tokens.items() if token in output.tokens}
-    source = settings.source if settings.source in WORDS else str(settings.source)
-    return Vocabulary(source, output.tokens, output.roles, rows, own, chosen, moves, files, tuple(warnings))
+    return Vocabulary(
+        str(settings.source), output.tokens, output.roles, rows, own, chosen, moves, files, tuple(warnings)
+    )
 
 
 def _load_all(settings: TokenizerSettings, members: Sequence[Member], warnings: list[str]) -> list[Tokenizer]:
@@ -181,7 +183,7 @@ def _output(
     """The output's tokenizer and its files, which are the files of one model unless the tokens change."""
     files, tokenizer, rows = _first_tokenizer(settings, members, loaded, cache_dir)
 
-    def replace_data(data: Mapping) -> None:
+    def replace_data(data: Json) -> None:
         """Load a changed tokenizer.json with transformers, which adds special tokens that other files name."""
         nonlocal tokenizer, files
         if data is not tokenizer.data:
@@ -201,9 +203,11 @@ def _output(
     return tokenizer, files
 
 
-def _changed(files: Files, data: Mapping) -> Files:
+def _changed(files: Files, data: Json) -> Files:
     """A tokenizer's files with another tokenizer.json; other files with a vocabulary are left out."""
-    files = {name: file for name, file in files.items() if name in NON_VOCABULARY_FILES} | {"tokenizer.json": as_json(data)}
+    files = {name: file for name, file in files.items() if name in NON_VOCABULARY_FILES} | {
+        "tokenizer.json": as_json(data)
+    }
     config = read_json(files[_CONFIG], _CONFIG) if _CONFIG in files else {}
     if "added_tokens_decoder" in config:
         entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in data["added_tokens"]}

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...checkpoint.header import parse_json, read_small
 from ...core.errors import CheckpointError, json_text
@@ -20,7 +21,9 @@ TOKENIZER_FILES = (*_VOCABULARY, *_SETTINGS, *CHAT_FILES)
 #: the files that a changed tokenizer keeps: without vocabularies, since tokenizer.json has the only one
 NON_VOCABULARY_FILES = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_FILES)
 
-Files = Mapping[str, "bytes | Path"]
+Files = Mapping[str, bytes | Path]
+#: a parsed JSON object; its values may be anything until they are checked
+Json = Mapping[str, Any]
 
 
 def present(files: Files, names: Sequence[str]) -> dict[str, bytes | Path]:
@@ -73,13 +76,13 @@ def read_json(file: bytes | Path, name: str) -> dict:
     return parse_json(content(file), file if isinstance(file, Path) else Path(name), name)
 
 
-def as_json(data: Mapping, indent: int | None = None) -> bytes:
+def as_json(data: Json, indent: int | None = None) -> bytes:
     """The bytes of a JSON file, on one line without ``indent``."""
     text = json.dumps(data, ensure_ascii=False) if indent is None else json_text(data, indent)
     return f"{text}\n".encode()
 
 
-def model_tokens(model: Mapping) -> dict[str, int]:
+def model_tokens(model: Json) -> dict[str, int]:
     """Token -> id of the ``model`` of a tokenizer.json; the ids of a list (Unigram) are its indices."""
     tokens = model["vocab"]
     return {entry[0]: i for i, entry in enumerate(tokens)} if isinstance(tokens, list) else tokens
@@ -102,7 +105,7 @@ def token_ids(file: bytes | Path) -> dict[str, int]:
 
 
 def mismatch_warning(model: ModelRef, files: Files, rows: int) -> str | None:
-    """A warning if a model's tokenizer does not fit its embeddings of ``rows`` rows, or cannot be checked; else None."""
+    """A warning if a model's tokenizer does not fit its ``rows`` rows of embeddings or cannot be checked; else None."""
     if _JSON not in files:
         return None
     try:
