@@ -1,4 +1,4 @@
-"""What the command line and notebooks call: recipes in, checkpoints out.
+"""The functions for notebooks and the command line: plan, merge, up-scale, verify, report, strip.
 
 ::
 
@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .checkpoint.header import read_small
 from .checkpoint.storage import LoadOptions
 from .core.errors import DeusMergeError, VerifyError
-from .core.located import locate
+from .core.located import Plain, locate
 from .plan.blocks import BlockPlan
 from .plan.build import DEFAULT_SHARD_SIZE, build_plan
 from .plan.types import Plan
@@ -55,10 +56,10 @@ class MergeResult:
     """A finished run.
 
     Attributes:
-        folder: The output.
-        plan: What was done.
-        verification: None when it was switched off.
-        warnings: The plan's, and the run's (plans that did not converge).
+        folder: The output folder.
+        plan: The plan that was run.
+        verification: The verification's result; None when it was switched off.
+        warnings: Warnings of the plan and of the run (transport plans that did not converge).
         seconds: Wall time.
     """
 
@@ -68,8 +69,8 @@ class MergeResult:
     warnings: tuple[str, ...]
     seconds: float
 
-    def describe(self) -> dict:
-        """As JSON data."""
+    def describe(self) -> dict[str, Any]:
+        """The result as JSON data."""
         return {
             "folder": str(self.folder),
             "plan_hash": self.plan.hash,
@@ -90,16 +91,19 @@ def plan(
     load_options: LoadOptions | None = None,
     copy_tokenizer: bool = True,
 ) -> Plan:
-    """The plan of a recipe (or of the file it stands in). Reads configs and headers, no tensor.
+    """Plan a recipe. Reads configs and headers, no tensor.
 
     Args:
         recipe: A recipe or its file.
-        max_shard_size: Upper bound of an output file.
-        load_options: Whether pickled weights may be read, and where downloads are kept.
-        copy_tokenizer: Put the tokenizer into the output.
+        max_shard_size: Upper bound of an output file's size, in bytes or like ``"5GB"``.
+        load_options: Whether pickled weights may be read, and the folder for downloads.
+        copy_tokenizer: Whether the output gets the tokenizer.
+
+    Returns:
+        The plan, which `merge` runs.
 
     Raises:
-        DeusMergeError: whatever is wrong with the recipe or its models.
+        DeusMergeError: the recipe or one of its models is invalid, or they do not fit together.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
@@ -119,62 +123,75 @@ def merge(
     """Run a recipe and write the checkpoint.
 
     Args:
-        recipe: A recipe, its file, or a plan made before.
+        recipe: A recipe, its file, or a plan from `plan`.
         out: The output folder.
         options: Device, resume, overwrite, verification.
-        max_shard_size, load_options, copy_tokenizer: As of `plan`; a plan made before has its own.
-        on_block: Called after each block with the block and whether it was there from an earlier run.
+        max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
+        on_block: Called after each block with the block and whether an earlier run had finished it.
+
+    Returns:
+        The finished run.
 
     Raises:
-        DeusMergeError: before anything is written, or VerifyError, with the output left unrenamed.
+        DeusMergeError: the run is impossible; nothing has been written.
+        MachineError: the machine failed during the run, which can be resumed.
+        VerifyError: the result failed verification; it is not renamed to ``out``.
     """
     started = time.monotonic()
-    how = {"max_shard_size": max_shard_size, "load_options": load_options, "copy_tokenizer": copy_tokenizer}
-    whole = recipe if isinstance(recipe, Plan) else plan(recipe, **how)
+    if not isinstance(recipe, Plan):
+        recipe = plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
     verification, warnings = execute(
-        whole, Path(out), options or RunOptions(), on_block or (lambda block, resumed: None)
+        recipe, Path(out), options or RunOptions(), on_block or (lambda block, resumed: None)
     )
-    return MergeResult(Path(out), whole, verification, warnings, time.monotonic() - started)
+    return MergeResult(Path(out), recipe, verification, warnings, time.monotonic() - started)
 
 
 def upscale_recipe(
     model: str | Path,
     *,
     preset: str = "opt_deus",
-    insert: object = None,
+    insert: Plain = None,
     dtype: str | None = None,
-    parameters: Mapping[str, object] | None = None,
+    parameters: Mapping[str, Plain] | None = None,
 ) -> Recipe:
     """The recipe that `deus-merge upscale` runs.
 
     Args:
         model: A folder or ``org/name[@revision]``.
         preset: A name in `presets.PRESETS`.
-        insert: As in a recipe: ``"top_half"``, ``{"every": 4}`` ...; None for the preset's own.
-        dtype: Of the output; None keeps the model's.
-        parameters: Of the preset's method, on top of the preset's own.
+        insert: The places of new layers, as in a recipe: ``"top_half"``, ``{"every": 4}`` ...; None for the preset's.
+        dtype: The output's dtype; None for the model's.
+        parameters: Parameters of the preset's method, which take precedence over the preset's own.
 
     Raises:
-        RecipeError: as for a recipe file.
+        RecipeError: a value that a recipe file could not have either.
     """
-    section: dict[str, object] = {"preset": preset}
+    section: dict[str, Plain] = {"preset": preset}
     if insert is not None:
         section["insert"] = insert
     if parameters:
         section["parameters"] = dict(parameters)
-    data: dict[str, object] = {"base_model": str(model)}
+    data: dict[str, Plain] = {"base_model": str(model), "upscale": section}
     if dtype:
         data["dtype"] = dtype
-    return recipe_from(locate(data | {"upscale": section}))
+    return recipe_from(locate(data))
 
 
 def verify(
     out: str | Path, *, quick: bool = False, logits_text: str | None = None, strict: bool = False, check: bool = False
 ) -> Verification:
-    """Check a finished output; see `deus_merge.verify.verify`.
+    """Check a finished output.
+
+    Args:
+        out: The output folder.
+        quick, logits_text, strict: See `deus_merge.verify.verify`.
+        check: Whether a failed check raises an error.
+
+    Returns:
+        The result of every check.
 
     Raises:
-        VerifyError: with ``check``, when something failed.
+        VerifyError: a check failed, with ``check``.
     """
     from .verify import verify as run
 
@@ -191,13 +208,13 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     Args:
         out: The output folder.
         html: The page's file; by default ``report.html`` in the output folder.
-        verification: What the page shows as verified; by default a quick verification, made now.
+        verification: The verification that the page shows; None to run a quick one now.
 
     Returns:
         The page's file.
 
     Raises:
-        DeusMergeError: there is no manifest, it is damaged, or the page cannot be written.
+        DeusMergeError: the manifest is missing or damaged, or the page cannot be written.
     """
     from .report.page import REPORT, render_page
 
@@ -214,14 +231,15 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
 
 
 def export_training(out: str | Path, trainer: str) -> str:
-    """Settings of another trainer that train an output's new layers and nothing else.
+    """The settings with which another trainer trains an output's new layers and nothing else.
 
     Args:
         out: An output folder.
         trainer: A name in `training.export.TRAINERS`.
 
     Raises:
-        CheckpointError, TrainingError: as `training.export.export`: above all, the trainer cannot be told so.
+        CheckpointError: the output's manifest is missing or damaged.
+        TrainingError: the trainer cannot express this.
     """
     from .training.export import export
 
@@ -236,10 +254,15 @@ def strip(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Stripped:
-    """Take the new layers out again; see `deus_merge.run.strip.strip`.
+    """Remove the layers that the last up-scaling added.
+
+    Args:
+        out: An output folder, which may have been trained.
+        base: The new folder for the base model.
+        manifest, max_shard_size, overwrite: See `deus_merge.run.strip.strip`.
 
     Raises:
-        DeusMergeError: as there.
+        DeusMergeError: there are no new layers, or the base cannot be separated or written.
     """
     from .run.strip import strip as run
 

@@ -67,8 +67,8 @@ def missing_for_symmetry(specs: Sequence[TensorSpec], steps: frozenset[str], hea
         lacking += [role for role, spaces in _ATTENTION.items() if spaces not in found]
         if not lacking and heads is None:
             return "symmetry needs the numbers of attention heads, and config.json does not tell them"
-        if not lacking and heads.problem:
-            return f"symmetry: {heads.problem}"
+        if not lacking and heads.mismatch:
+            return f"symmetry: {heads.mismatch}"
     return f"symmetry needs roles that these layers lack: {', '.join(lacking)}" if lacking else None
 
 

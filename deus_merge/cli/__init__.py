@@ -1,4 +1,4 @@
-"""The command line: the only part that prints. Start-up stays light: torch and transformers are imported by need."""
+"""The command line, the only part that prints. For a fast start, torch and transformers are imported when needed."""
 
 from .main import main
 

@@ -1,25 +1,27 @@
-"""``demo``: the main job on a small real model, start to end."""
+"""``demo``: up-scaling a small real model from start to end."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .. import api
 from ..checkpoint.staging import check_local
-from .output import hush_transformers, progress, say, show_verification
+from .output import note, progress, quiet_transformers, show_verification
 
-_PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # and how many tokens follow
+_PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # by --tiny; number of new tokens
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default="demo")
-@click.option("--tiny", is_flag=True, help="Use the tiny trained model that ships in the package: no download.")
+@click.option("--tiny", is_flag=True, help="Use the tiny trained model in the package: no download.")
 @click.option("--preset", default="opt_deus", show_default=True)
 @click.option("--insert", default="top_half", show_default=True)
 def demo(out: Path, tiny: bool, preset: str, insert: str):
-    """Up-scale a small real model into the folder OUT, verify it, let base and result write the same sentence,
+    """Up-scale a small real model into the folder OUT, verify the result, let both models continue a sentence,
     and write the report.
 
     \b
@@ -29,17 +31,17 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     from ..models.demo import smollm2, tiny_model
 
     check_local(out)
-    hush_transformers()
+    quiet_transformers()
     base = tiny_model() if tiny else smollm2(out)
     target = out / f"{'tiny' if tiny else base.name}-{preset}"
     recipe = api.upscale_recipe(str(base), preset=preset, insert=insert)
     plan = api.plan(recipe)
     if (target / "deus_merge.json").is_file():
-        say(f"{target} is there already and is kept; remove it to make it anew")
+        note(f"{target} exists already and is not computed again; remove it to start over")
     else:
         with progress(plan, quiet=False) as on_block:
             api.merge(plan, target, api.RunOptions(resume=True), on_block=on_block)
-    checked = api.verify(target, logits_text=_text())
+    checked = api.verify(target, logits_text=argparse.__doc__)  # English prose that every Python has
     show_verification(checked)
     for name, folder in (("base", base), ("up-scaled", target)):
         click.echo(f"{name:>10}: {_continue(folder, *_PROMPTS[tiny])}")
@@ -49,15 +51,8 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     click.echo(f"report           {api.report(target, verification=checked)}")
     click.echo(f"to train: the {len(plan.new_parameters)} tensors under new_parameters in {target / 'deus_merge.json'}")
     if not checked.passed:
-        say("the result failed verification")
+        note("the result failed verification")
         raise click.exceptions.Exit(3)
-
-
-def _text() -> str:
-    """English prose that every Python has: what argparse says of itself."""
-    import argparse
-
-    return argparse.__doc__
 
 
 def _continue(folder: Path, prompt: str, tokens: int) -> str:
@@ -66,7 +61,7 @@ def _continue(folder: Path, prompt: str, tokens: int) -> str:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0]

@@ -1,4 +1,4 @@
-"""A file that is cut off while it is mapped: the kernel's answer is SIGBUS, ours is a message."""
+"""An error message in place of a crash when a mapped file becomes shorter, for which the kernel sends SIGBUS."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from ..core.errors import CheckpointError
 
 
-def tell_bus_errors() -> None:
-    """From now on a bus error ends the process with a message and exit code 2.
+def report_bus_errors() -> None:
+    """Let a bus error end the process with a message and exit code 2.
 
-    Python's own signal handlers run between two instructions, and a fault never comes to the next one. This handler is
-    called at the fault itself, by whatever thread it happens to, and does not return.
+    Python's own signal handlers run between two bytecode instructions, which a faulting instruction never reaches. This
+    handler is called at the fault itself, in the faulting thread, and does not return.
     """
     if hasattr(signal, "SIGBUS"):
         ctypes.CDLL(None).signal(signal.SIGBUS, _handler())
@@ -27,28 +27,28 @@ def tell_bus_errors() -> None:
 
 @cache
 def _handler():
-    return ctypes.CFUNCTYPE(None, ctypes.c_int)(_tell)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(_report)
 
 
-_first = threading.Lock()
+_reporting = threading.Lock()
 
 
-def _tell(signum: int) -> None:
-    if not _first.acquire(blocking=False):
-        time.sleep(60)  # several threads compute, and each comes here; one ends them all
+def _report(signum: int) -> None:
+    if not _reporting.acquire(blocking=False):
+        time.sleep(60)  # several threads may fault at once; the first one ends the process
     try:
         error = CheckpointError(
             "the file became shorter while it was read",
-            where=next(_cut_off(), "a source"),
-            hint="put it back as it was, and run again with --overwrite",
+            where=next(_shortened_files(), "a source"),
+            hint="restore the file, and run again with --overwrite",
         )
         os.write(2, f"\nerror: {error}\n".encode())
     finally:
         os._exit(CheckpointError.exit_code)
 
 
-def _cut_off() -> Iterator[str]:
-    """Mapped files that end before their mapping does."""
+def _shortened_files() -> Iterator[str]:
+    """Mapped files that end before their mapping ends."""
     try:
         lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""``verify``, ``report``, ``inspect`` and ``methods``: they look, and change no model."""
+"""``verify``, ``report``, ``inspect`` and ``methods``: the commands that change no model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import click
 import yaml
 
 from .. import api
+from ..core.located import Plain
 from ..core.units import format_size
-from .failures import tell_bus_errors
-from .output import echo, emit_json, hush_transformers, say, show_verification, table
+from .failures import report_bus_errors
+from .output import echo, emit_json, note, quiet_transformers, show_verification, table
 
 
 @click.command()
@@ -18,7 +19,7 @@ from .output import echo, emit_json, hush_transformers, say, show_verification, 
 @click.option("--logits", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TEXT",
               help="A text file: also compare logits of base and output on it.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Leave out finite values, the tokenizer, and building the model.")
-@click.option("--strict", is_flag=True, help="Fail also where a check cannot be made (a source is gone).")
+@click.option("--strict", is_flag=True, help="Fail also if a check is impossible (a source is missing).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.pass_context
 def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, strict: bool, as_json: bool):
@@ -32,15 +33,15 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, stri
     if logits:
         with logits.open(encoding="utf-8", errors="replace") as file:
             text = file.read(20_000)
-    hush_transformers()
-    tell_bus_errors()
+    quiet_transformers()
+    report_bus_errors()
     result = api.verify(out, quick=quick, logits_text=text, strict=strict)
     if as_json:
         emit_json(result.describe())
     else:
         show_verification(result)
     if not result.passed:
-        say(f"{out} failed verification: {', '.join(c.name for c in result.failed)}")
+        note(f"{out} failed verification: {', '.join(c.name for c in result.failed)}")
         ctx.exit(3)
 
 
@@ -51,17 +52,17 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, stri
 @click.option("--verify", "full", is_flag=True, help="Verify in full first; by default as verify --quick does.")
 @click.pass_context
 def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
-    """Write one self-contained HTML page about OUT: layer map, alignment, times, what was verified, recipe.
+    """Write one self-contained HTML page about OUT: layer map, alignment, times, verification, recipe.
 
     \b
     Example:
       deus-merge report ./deeper --html deeper.html
     """
-    hush_transformers()
+    quiet_transformers()
     result = api.verify(out, quick=not full)
     echo(str(api.report(out, html, verification=result)))
     if not result.passed:
-        say(f"{out} failed verification")
+        note(f"{out} failed verification")
         ctx.exit(3)
 
 
@@ -82,7 +83,7 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
     """
     from ..report.inspection import adjacent_similarity, check_plotting, plot_similarity, summary
 
-    tell_bus_errors()
+    report_bus_errors()
     if plot:
         check_plotting()
     facts = summary(model, api.LoadOptions(allow_pickle))
@@ -90,7 +91,7 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
         rows = []
         for row in adjacent_similarity(model, api.LoadOptions(allow_pickle)):
             rows.append(row)
-            say(f"layers {row['layers'][0]} and {row['layers'][1]} done")
+            note(f"layers {row['layers'][0]} and {row['layers'][1]} done")
         facts["similarity"] = rows
     if plot:
         plot_similarity(facts["similarity"], plot)
@@ -131,8 +132,8 @@ def _similarity_table(rows: list[dict]) -> None:
     table(title, ["layers", *roles, "aligned"], body)
 
 
-def _flow(value: object) -> str:
-    """As it would stand in a recipe."""
+def _flow(value: Plain) -> str:
+    """The value as a recipe writes it, on one line."""
     return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
 
 
@@ -154,7 +155,7 @@ def methods(name: str | None, as_json: bool):
             emit_json(everything)
             return
         for kind, entries in everything.items():
-            table(kind, ["name", "what"], [[n, e["summary"]] for n, e in entries.items()])
+            table(kind, ["name", "description"], [[n, e["summary"]] for n, e in entries.items()])
             click.echo()
         return
     found = {kind: entries[name] for kind, entries in everything.items() if name in entries}
@@ -162,16 +163,16 @@ def methods(name: str | None, as_json: bool):
         from ..core.errors import DeusMergeError, nearest
 
         known = [n for entries in everything.values() for n in entries]
-        raise DeusMergeError(f"nothing is called {name!r}", expected=", ".join(known), hint=nearest(name, known))
+        raise DeusMergeError(f"unknown name {name!r}", expected=", ".join(known), hint=nearest(name, known))
     if as_json:
         emit_json(found)
         return
     for kind, entry in found.items():
         click.echo(f"{name} ({kind.rstrip('s')}): {entry['summary']}\nreference: {entry['reference']}\n")
         if parameters := entry.get("parameters"):
-            columns = ["parameter", "values", "default", "what"]
+            columns = ["parameter", "values", "default", "description"]
             table("", columns, [[p["name"], p["values"], str(p["default"]), p["help"]] for p in parameters])
         if kind == "presets":
-            click.echo(f"insert, unless given: {_flow(entry['insert'] or 'as many layers as its paper adds')}")
+            click.echo(f"default insert: {_flow(entry['insert'] or 'the number of layers in its paper')}")
             if entry["settings"] is not None:
                 click.echo(f"parameters of {entry['method']}: {_flow(entry['settings'] or 'its defaults')}")

@@ -1,4 +1,4 @@
-"""``deus-merge``: its commands, and how errors become messages and exit codes."""
+"""The command ``deus-merge``: its subcommands, and the messages and exit codes of errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from .. import __version__
 from ..core.errors import DeusMergeError, printable
 
-_COMMANDS = {  # name -> module with a click command of that name; imported when used, so that --help is quick
+_COMMANDS = {  # name -> module with a click command of that name; imported when used, so that --help is fast
     "merge": "merge",
     "plan": "merge",
     "upscale": "merge",
@@ -38,15 +38,19 @@ _HELP = {
 
 
 class _Lazy(click.Group):
-    def list_commands(self, ctx):
+    """A group that imports a command's module when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, ctx, name):
-        if name not in _COMMANDS:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
             return None
-        return getattr(importlib.import_module(f"{__package__}.{_COMMANDS[name]}"), name.replace("-", "_"))
+        return getattr(importlib.import_module(f"{__package__}.{_COMMANDS[cmd_name]}"), cmd_name.replace("-", "_"))
 
-    def resolve_command(self, ctx, args):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -55,7 +59,7 @@ class _Lazy(click.Group):
             hint = nearest(args[0], _COMMANDS) or f"known: {', '.join(_COMMANDS)}"
             raise click.UsageError(f"{error.format_message()} ({hint})", ctx) from None
 
-    def format_commands(self, ctx, formatter):
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_HELP.items()))
 
@@ -66,19 +70,22 @@ def cli():
     """Deeper language models by optimal transport: merge, fuse and up-scale checkpoints from YAML recipes.
 
     \b
-    deus-merge demo --tiny                              see it work, no download
-    deus-merge upscale ./model ./deeper                 the main job
-    deus-merge merge recipes/mixed.yml ./out            a recipe
+    deus-merge demo --tiny                              a small example, without a download
+    deus-merge upscale ./model ./deeper                 make a model deeper
+    deus-merge merge recipes/mixed.yml ./out            run a recipe
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Exit codes: 0 done, 2 wrong input, 3 failed verification, 130 interrupted, 1 a bug or the machine."""
+    """Run the command line and exit.
+
+    Exit codes: 0 success, 2 wrong input, 3 failed verification, 130 interrupted, 1 a bug or a failure of the machine.
+    """
     sys.exit(_run(arguments))
 
 
 def _run(arguments: list[str] | None) -> int:
-    # Threads that spin while they wait make a shared machine several times slower. Read when torch is first imported.
+    # Waiting threads that spin slow a shared machine down several times. torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return cli(arguments, prog_name="deus-merge", standalone_mode=False) or 0
@@ -92,9 +99,9 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
-        click.echo(f"\ninterrupted{_notes(stop.__cause__ or stop)}", err=True)  # click wraps what interrupted it
+        click.echo(f"\ninterrupted{_notes(stop.__cause__ or stop)}", err=True)  # click wraps the interrupt
         return 130
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the reader of the output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # the machine: a full disk, a lost mount
@@ -104,5 +111,5 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _notes(error: BaseException) -> str:
-    """What was said to an error on its way up: how to go on."""
+    """The notes of an exception, which say how to continue."""
     return "".join(f"\n  {printable(note)}" for note in getattr(error, "__notes__", ()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -19,23 +21,23 @@ from ..recipe.types import Recipe
 from ..recipe.writer import dump_recipe
 from ..run.preflight import preflight
 from . import mergekit_options as mergekit
-from .failures import tell_bus_errors
-from .output import emit_json, progress, say, show_plan, warn
+from .failures import report_bus_errors
+from .output import emit_json, note, progress, show_plan, warn
 
 
 class Size(click.ParamType):
-    """``8GiB``, ``5GB``, or bytes."""
+    """A size: ``8GiB``, ``5GB``, or a number of bytes."""
 
     name = "size"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
             return parse_size(value)
         except DeusMergeError as error:
             self.fail(f"{value!r} is not a size: expected {error.expected}", param, ctx)
 
 
-def _all(options):
+def _all(options: Sequence[mergekit.Decorator]) -> mergekit.Decorator:
     """Several options as one decorator."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
@@ -43,32 +45,32 @@ def _all(options):
 plan_options = _all([
     click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
     click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True,
-                 help="Put the tokenizer into the output."),
+                 help="Copy the tokenizer into the output."),
     click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run."),
     click.option("--cache-dir", "--transformers-cache", type=click.Path(path_type=Path, file_okay=False),
-                 help="Where models of the hub are kept."),
+                 help="The folder for models of the hub."),
 ])  # fmt: skip
 
 
-def run_options(command):
-    """The options of every command that writes a checkpoint."""
+def run_options(command: Callable) -> Callable:
+    """Add the options of every command that writes a checkpoint."""
     options = [
         click.option("--device", show_default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option("--cuda/--no-cuda", default=None, hidden=True),
-        click.option("--max-memory", type=Size(), help="Refuse to start if more memory would be needed, e.g. 8GiB."),
+        click.option("--max-memory", type=Size(), help="Refuse to start if more memory is needed, e.g. 8GiB."),
         plan_options,
         click.option("--dry-run", is_flag=True, help="Do all checks and stop before writing."),
-        click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped."),
-        click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is whole."),
+        click.option("--resume", is_flag=True, help="Continue an interrupted run."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete."),
         click.option("--verify/--no-verify", "verify_output", default=True, show_default=True,
-                     help="Check the result before it gets its name."),
+                     help="Check the result before it is renamed to OUT."),
         click.option("--seed", "--random-seed", type=int, default=0, show_default=True,
-                     help="For methods that draw random numbers."),
+                     help="Seed of methods that draw random numbers."),
         click.option("--threads", "--num-threads", "-j", type=click.IntRange(1, 1024),
                      help="CPU threads for arithmetic."),
         click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
-                     help="Put a README.md into the output."),
-        click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Say nothing but errors and warnings."),
+                     help="Write a README.md into the output."),
+        click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Print errors and warnings only."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
         *mergekit.options(),
     ]  # fmt: skip
@@ -92,10 +94,10 @@ def merge(recipe: Path, out: Path, **options):
 @click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--preset", default="opt_deus", show_default=True, help="How new layers are made: deus-merge methods.")
-@click.option("--insert", help="Where: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...")
+@click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.")
+@click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...")
 @click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
-@click.option("--dtype", help="Of the output: bfloat16, float16, float32; the model's own by default.")
+@click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.")
 @run_options
 def upscale(
     model: str, out: Path, preset: str, insert: str | None, params: tuple[str, ...], dtype: str | None, **options
@@ -122,10 +124,10 @@ def upscale(
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @plan_options
-@click.option("--expand", is_flag=True, help="Print the recipe with presets spelled out as slices.")
+@click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
 def plan(recipe: Path, expand: bool, as_json: bool, **options):
-    """Show what RECIPE would do: layer map, bytes, memory, time, warnings. Reads no tensor.
+    """Show the plan of RECIPE: layer map, bytes, memory, time, warnings. Reads no tensor.
 
     \b
     Example:
@@ -152,11 +154,11 @@ def _run(
     recipe: Recipe, out: Path, *, device, cuda, gpu_rich, max_shard_size, out_shard_size, copy_tokenizer, allow_pickle,
     cache_dir, dry_run, quiet, as_json, verify_output, **options,
 ):  # fmt: skip
-    if device is None:  # as in mergekit, where --device goes before --cuda
+    if device is None:  # as in mergekit, --device takes precedence over --cuda
         device = "cuda" if cuda or gpu_rich else "auto" if cuda is None else "cpu"
-    tell_bus_errors()
+    report_bus_errors()
     run = api.RunOptions(verify=verify_output, device=device, **options)
-    whole = _plan(
+    planned = _plan(
         recipe,
         max_shard_size=out_shard_size or max_shard_size,
         copy_tokenizer=copy_tokenizer,
@@ -164,17 +166,17 @@ def _run(
         cache_dir=cache_dir,
     )
     if dry_run:
-        ready = preflight(whole, out, run)
-        emit_json(whole.describe()) if as_json else show_plan(whole)
-        warn(whole.warnings + ready.warnings)
+        ready = preflight(planned, out, run)
+        emit_json(planned.describe()) if as_json else show_plan(planned)
+        warn(planned.warnings + ready.warnings)
         return
     keep_freed_memory()
-    with progress(whole, quiet) as on_block:
-        result = api.merge(whole, out, run, on_block=on_block)
+    with progress(planned, quiet) as on_block:
+        result = api.merge(planned, out, run, on_block=on_block)
     warn(result.warnings)
     if as_json:
         emit_json(result.describe())
     elif not quiet:
-        depth = whole.donor.view.num_layers
+        depth = planned.donor.view.num_layers
         checked = f"{len(result.verification.checks)} checks passed" if result.verification else "not verified"
-        say(f"{out}: {depth} -> {whole.num_layers} layers in {result.seconds:.1f} s, {checked}")
+        note(f"{out}: {depth} -> {planned.num_layers} layers in {result.seconds:.1f} s, {checked}")

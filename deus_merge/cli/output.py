@@ -1,11 +1,11 @@
-"""Tables and progress. What was asked for goes to stdout, everything else to stderr."""
+"""Tables and progress. Requested output goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -19,17 +19,17 @@ from ..verify import Verification
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Lines of text. A name in them may be anybody's: what would drive a terminal is escaped."""
+    """Print lines of text. Control characters are escaped, since names in the text may be hostile."""
     click.echo("\n".join(printable(line) for line in text.split("\n")), err=err)
 
 
 def emit_json(data: object) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     click.echo(json_text(data, indent=2))
 
 
-def say(text: str, quiet: bool = False) -> None:
-    """One line for people, on stderr. They may stop listening: a closed pipe stops no run."""
+def note(text: str, quiet: bool = False) -> None:
+    """Print one line for people on stderr. A closed pipe does not stop the run."""
     if quiet:
         return
     try:
@@ -38,19 +38,20 @@ def say(text: str, quiet: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def hush_transformers() -> None:
-    """No bars and notices of transformers between our lines. Has an effect until transformers is first imported."""
+def quiet_transformers() -> None:
+    """Switch off progress bars and notices of transformers. Must be called before transformers is imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def warn(warnings: tuple[str, ...]) -> None:
+    """Print warnings on stderr."""
     for warning in warnings:
-        say(f"warning: {warning}")
+        note(f"warning: {warning}")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
-    """A table on stdout; columns in ``right`` are numbers."""
+    """Print a table on stdout; columns whose indices are in ``right`` are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -65,8 +66,8 @@ def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[in
 
 
 @contextmanager
-def progress(plan: Plan, quiet: bool) -> Iterator:
-    """Yields the ``on_block`` callback: a bar on a terminal, one line a block otherwise."""
+def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[BlockPlan, bool], None]]:
+    """Yields the ``on_block`` callback: a progress bar on a terminal, one line per block otherwise."""
     total, started = len(plan.blocks), time.monotonic()
     if quiet:
         yield lambda block, resumed: None
@@ -81,13 +82,13 @@ def progress(plan: Plan, quiet: bool) -> Iterator:
 
         def line(block: BlockPlan, resumed: bool) -> None:
             how = "finished by the earlier run" if resumed else block.how
-            say(f"[{block.index + 1}/{total}] {block.title}: {how} ({time.monotonic() - started:.1f} s)")
+            note(f"[{block.index + 1}/{total}] {block.title}: {how} ({time.monotonic() - started:.1f} s)")
 
         yield line
 
 
 def show_plan(plan: Plan) -> None:
-    """The layer map and the sums, first of the documents that it needs."""
+    """Print the layer map and the totals, after those of the documents that the plan needs."""
     for document in plan.documents:
         count = sum(document.runs.values())
         cached = f"{document.cached_blocks} at a time in memory"
@@ -100,7 +101,7 @@ def show_plan(plan: Plan) -> None:
     if plan.vocabulary:
         click.echo("tokenizer {tokenizer}: {tokens} tokens, {rows} rows".format(**plan.vocabulary))
     layers = f"{plan.donor.view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
-    same = "; computes what the base computes" if plan.function_preserving else ""
+    same = "; computes the same function as the base" if plan.function_preserving else ""
     click.echo(f"{layers}{same}")
     click.echo(
         f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {len(plan.shards)} files; "
@@ -110,12 +111,12 @@ def show_plan(plan: Plan) -> None:
 
 
 def _layer_table(plan: Plan) -> None:
-    """What a plan's blocks are made from; models go by letters."""
+    """Print the sources of a plan's blocks, with models as letters."""
     names = {i: f"{m.ref}" for i, m in enumerate(plan.models)}
     short = {i: chr(ord("A") + i) if i < 26 else f"M{i}" for i in names}
     for i, name in names.items():
         view = plan.models[i].view
-        family = view.architecture.family if view.architecture else f"{view.model_type} (by tensor names)"
+        family = view.family.name if view.family else f"{view.model_type} (by tensor names)"
         role = ", base" if plan.models[i] is plan.donor else ""
         echo(f"{short[i]} = {name}  [{family}, {view.num_layers} layers{role}]")
     click.echo()
@@ -128,5 +129,6 @@ def _layer_table(plan: Plan) -> None:
 
 
 def show_verification(result: Verification) -> None:
+    """Print the checks of a verification as a table."""
     marks = {True: "ok", False: "FAILED", None: "skipped"}
     table("", ["check", "result", "detail"], [[c.name, marks[c.passed], c.detail] for c in result.checks])

@@ -1,4 +1,4 @@
-"""``export-training`` and ``strip``: into training, and back."""
+"""``export-training`` and ``strip``: settings for training, and the removal of new layers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 import click
 
 from .. import api
+from ..core.text import some_of
 from ..training.export import TRAINERS
 from .merge import Size
-from .output import echo, emit_json, say
+from .output import echo, emit_json, note
 
 
 @click.command("export-training")
 @click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--for", "trainer", type=click.Choice(list(TRAINERS)), default="trainer", show_default=True,
-              help="The trainer; trainer is transformers' own.")  # fmt: skip
+              help="The trainer; 'trainer' is that of transformers.")  # fmt: skip
 def export_training(out: Path, trainer: str):
     """Print settings with which a trainer trains the new layers of OUT and nothing else.
 
-    What the trainer makes of them is worked out on the model's tensor names first; a trainer that cannot be told so is
-    refused.
+    The effect of the settings is checked on the model's tensor names; a trainer that cannot express this is refused.
 
     \b
     Example:
@@ -35,16 +35,16 @@ def export_training(out: Path, trainer: str):
 @click.option(
     "--manifest",
     type=click.Path(path_type=Path, exists=True),
-    help="deus_merge.json (or the folder it is in) of the model that was trained, when OUT has none.",
+    help="deus_merge.json (or its folder) of the model that was trained, if OUT has none.",
 )
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file.")
-@click.option("--overwrite", is_flag=True, help="Replace BASE once the new one is whole.")
+@click.option("--overwrite", is_flag=True, help="Replace BASE once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")  # fmt: skip
 def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, overwrite: bool, as_json: bool):
-    """Take the layers that its last growth put in out of OUT, and write the base that is left to the new folder BASE.
+    """Remove the layers that the last up-scaling added to OUT, and write the base to the new folder BASE.
 
-    It is the base again, byte for byte. OUT may have been trained since: the base's layers are then written as they
-    are now.
+    The result equals the base byte for byte. If OUT has been trained, the base's layers are written in their present
+    state.
 
     \b
     Example:
@@ -55,19 +55,19 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
         emit_json(done.describe())
         return
     taken = ", ".join(map(str, done.removed))
-    say(f"{base}: {done.num_layers} layers; taken out: {taken}")
+    note(f"{base}: {done.num_layers} layers; removed: {taken}")
     if done.equal is None:
-        say("the base is no folder, not where it was, or not as it was: nothing to compare with")
+        note("not compared with the base: it is not a folder, has moved, or has changed")
     else:
-        say(
+        note(
             f"{done.equal} tensors equal to the base, byte for byte"
             + (", files and config too" if done.same_files else "")
         )
     if done.widened:
-        say(f"{done.widened} equal to the base in a wider dtype")
+        note(f"{done.widened} equal to the base in a wider dtype")
     if done.different:
-        say(f"{len(done.different)} not, first {done.different[0]}")
+        note(f"{len(done.different)} different: {some_of(done.different)}")
     if done.carried:
-        say("the manifest of the growth before came along: this can be stripped again")
+        note("the manifest of the previous up-scaling was copied: the result can be stripped again")
     elif done.carried is False:
-        say("no manifest of the growth before that fits: to strip this again, name one with --manifest")
+        note("no manifest of the previous up-scaling fits: to strip the result again, name one with --manifest")

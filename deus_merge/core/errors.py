@@ -1,16 +1,16 @@
-"""Every error a user can meet.
+"""All errors that are reported to users.
 
 ::
 
     DeusMergeError            exit code 2: the user's input is wrong
     ├── RecipeError           the YAML, its keys, methods and parameters
-    ├── ArchitectureError     config.json or tensor names do not fit a known family
+    ├── ArchitectureError     config.json or tensor names do not match a known family
     ├── CheckpointError       a safetensors file, an index, a folder
     ├── PlanError             the recipe is readable but cannot be carried out (space, memory, output folder)
     ├── SolverError           an optimal transport problem that has no meaningful solution
-    ├── TrainingError         a model in training that is not as its manifest says, or settings a trainer lacks
-    ├── MachineError          exit code 1: a full disk, a failing device: the input is right, and the work is kept
-    └── VerifyError           exit code 3: a finished checkpoint is not what its plan says
+    ├── TrainingError         a model in training that differs from its manifest, or settings a trainer lacks
+    ├── MachineError          exit code 1: a full disk, a failing device: the input is right, finished work remains
+    └── VerifyError           exit code 3: a finished checkpoint differs from its plan
 
 Anything else that escapes is a bug (exit code 1).
 """
@@ -25,14 +25,14 @@ _LONGEST = 1000  # characters of one part of a message
 
 
 class DeusMergeError(Exception):
-    """A mistake the user can mend, told as: where, what is wrong, expected, got, what to do.
+    """A mistake that the user can correct. Its text says where it is, what is wrong, expected, got, what to do.
 
     Args:
-        message: What is wrong, one sentence.
-        where: The place: a recipe path with its line, a file, a tensor name.
-        expected: What would have been right.
-        got: What came instead.
-        hint: What to do now.
+        message: The problem in one sentence.
+        where: The place: a recipe path with its line, a file, a tensor name. Shown by ``str``, as are the next two.
+        expected: A correct value, or a description of one.
+        got: The value that was found.
+        hint: Advice on what to do now.
     """
 
     exit_code = 2
@@ -55,16 +55,16 @@ class DeusMergeError(Exception):
 
     def __str__(self) -> str:
         lines = [_brief(self.message) if self.where is None else f"{_brief(self.where)}: {_brief(self.message)}"]
-        told = (("expected: ", self.expected), ("got:      ", self.got), ("hint:     ", self.hint))
-        return "\n".join(lines + [f"  {label}{_brief(value)}" for label, value in told if value is not None])
+        details = (("expected: ", self.expected), ("got:      ", self.got), ("hint:     ", self.hint))
+        return "\n".join(lines + [f"  {label}{_brief(value)}" for label, value in details if value is not None])
 
 
 class RecipeError(DeusMergeError):
-    """The recipe cannot be read as one."""
+    """The recipe is invalid."""
 
 
 class ArchitectureError(DeusMergeError):
-    """A model's config or tensor names do not fit what was asked of it."""
+    """A model's config.json and tensor names do not match each other or a known family."""
 
 
 class CheckpointError(DeusMergeError):
@@ -72,25 +72,25 @@ class CheckpointError(DeusMergeError):
 
 
 class PlanError(DeusMergeError):
-    """A readable recipe that cannot be carried out here."""
+    """A valid recipe cannot be carried out with these models or on this machine."""
 
 
 class SolverError(DeusMergeError):
-    """An optimal transport problem without a meaningful solution."""
+    """An optimal transport problem has no meaningful solution."""
 
 
 class TrainingError(DeusMergeError):
-    """A model in training is not what its manifest says, or a trainer cannot train just the new layers."""
+    """A model in training differs from its manifest, or a trainer cannot train the new layers alone."""
 
 
 class MachineError(DeusMergeError):
-    """The machine failed while a run was at work: no space left, an input/output error."""
+    """The machine failed during a run: no space left, an input/output error."""
 
     exit_code = 1
 
 
 class VerifyError(DeusMergeError):
-    """A finished checkpoint is not what its plan says."""
+    """A finished checkpoint differs from its plan."""
 
     exit_code = 3
 
@@ -104,7 +104,7 @@ def printable(value: object) -> str:
 
 
 def json_text(data: object, indent: int) -> str:
-    """JSON with every letter as it is, and with escapes for what is not printable."""
+    """JSON text in which letters of any script are written as they are and unprintable characters are escaped."""
     text = json.dumps(data, indent=indent, ensure_ascii=False)
     if text.replace("\n", "").isprintable():
         return text
@@ -112,7 +112,7 @@ def json_text(data: object, indent: int) -> str:
 
 
 def _brief(value: object) -> str:
-    """`printable`, and cut where a name of thousands of characters would hide the message."""
+    """`printable`, cut to a length at which a very long name does not hide the message."""
     text = printable(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 

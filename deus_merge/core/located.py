@@ -1,15 +1,14 @@
-"""YAML values that know where they stand, so that every complaint names a recipe path and a line.
+"""YAML values with their recipe path and line, so that every error message can name the place.
 
-`yaml.safe_load` semantics without its silent spots: duplicate keys are refused, anchors are bounded, and only plain
-data comes out. Nothing here knows what a recipe is.
+The values are those of `yaml.safe_load`, with stricter reading: duplicate keys are refused, the expansion of anchors is
+bounded, and only plain data is accepted. This module does not know what a recipe is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -17,9 +16,13 @@ from .errors import RecipeError, nearest
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
-MAX_WRITTEN = 20_000  # values as they are written: reading one takes a good 20 microseconds
-MAX_NODES = 200_000  # counted after anchors are expanded: a billion laughs end here
-MAX_SCALAR = 400  # characters of a value that is no text: YAML's numbers to the base 60 take quadratic time
+MAX_WRITTEN = 20_000  # values in the text, before anchors are expanded: reading one takes about 20 microseconds
+MAX_NODES = 200_000  # values after anchors are expanded ("billion laughs")
+MAX_SCALAR = 400  # characters of a value that is not text: reading YAML's base 60 numbers takes quadratic time
+
+Scalar = bool | int | float | str | None
+#: YAML data without places
+Plain = bool | int | float | str | list["Plain"] | dict[str, "Plain"] | None
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,13 @@ class Located:
     """One YAML value with its place.
 
     Attributes:
-        value: A scalar, a ``tuple[Located, ...]`` or a ``dict[str, Located]``.
+        value: A scalar, the items of a list, or the values of a mapping by key.
         path: The recipe path, like ``slices[2].sources[0].layer_range``.
-        line: 1-based line in the file; 0 for a value that did not come from a file.
-        file: What the file is called in messages.
+        line: 1-based line in the file; 0 for a value that was not read from a file.
+        file: The file's name in messages.
     """
 
-    value: object
+    value: Scalar | tuple[Located, ...] | dict[str, Located]
     path: str = ""
     line: int = 0
     file: str = "recipe"
@@ -43,83 +46,108 @@ class Located:
         line = f" (line {self.line})" if self.line else ""
         return f"{self.path or self.file}{line}"
 
-    def fail(self, message: str, *, expected=None, got=None, hint=None) -> NoReturn:
-        """Raise a RecipeError at this place."""
+    def fail(self, message: str, *, expected: object = None, got: object = None, hint: str | None = None) -> NoReturn:
+        """Raise a RecipeError at this place; ``got`` is this value unless given."""
         if got is None:
             got = self.shown()
         raise RecipeError(message, where=self.where, expected=expected, got=got, hint=hint)
 
     def shown(self) -> str:
-        """The value as a message shows it: as YAML would, short, on one line."""
+        """The value as messages show it: YAML on one line, cut to 80 characters."""
         text = ""
-        for piece in self._flow():
-            text += piece
+        for part in self._flow():
+            text += part
             if len(text) > 80:
                 return text[:77] + "..."
         return text
 
     def _flow(self) -> Iterator[str]:
-        """Pieces of the value in YAML's flow style: a large value is never rendered whole."""
-        if isinstance(self.value, dict | tuple):
-            keyed = isinstance(self.value, dict)
-            yield "{" if keyed else "["
-            for i, key in enumerate(self.value):
+        """The value in YAML's flow style, part by part, so that a large value is not rendered whole."""
+        if isinstance(self.value, dict):
+            yield "{"
+            for i, (key, item) in enumerate(self.value.items()):
+                yield f"{', ' if i else ''}{key[:100]}: "
+                yield from item._flow()
+            yield "}"
+        elif isinstance(self.value, tuple):
+            yield "["
+            for i, item in enumerate(self.value):
                 yield ", " if i else ""
-                if keyed:
-                    yield f"{key[:100]}: "
-                yield from (self.value[key] if keyed else key)._flow()
-            yield "}" if keyed else "]"
+                yield from item._flow()
+            yield "]"
         elif isinstance(self.value, str):
             yield repr(self.value[:100])
         else:
             yield "nothing" if self.value is None else str(self.value).lower()
 
-    def plain(self) -> object:
-        """The value as plain Python data, places dropped."""
+    def plain(self) -> Plain:
+        """The value as plain Python data, without places."""
         if isinstance(self.value, dict):
             return {k: v.plain() for k, v in self.value.items()}
         if isinstance(self.value, tuple):
             return [v.plain() for v in self.value]
         return self.value
 
-    def mapping(self, allowed: Collection[str] = (), what: str = "a mapping") -> dict[str, Located]:
-        """This value as a mapping whose keys are all in ``allowed`` (empty: any)."""
+    def child(self, key: str) -> Located:
+        """The value of a key, of a mapping that is known to have it."""
+        assert isinstance(self.value, dict)
+        return self.value[key]
+
+    def mapping(self, allowed: Collection[str] = (), kind: str = "a mapping") -> dict[str, Located]:
+        """This value as a mapping.
+
+        Args:
+            allowed: The keys it may have; empty for any.
+            kind: The kind of value, for messages: ``"a slice"``.
+
+        Raises:
+            RecipeError: not a mapping, or a key that is not allowed.
+        """
         keys = ", ".join(sorted(allowed))
         if not isinstance(self.value, dict):
-            self.fail(f"must be {what}", expected=f"key: value pairs{keys and f', with the keys {keys}'}")
+            self.fail(f"must be {kind}", expected=f"key: value pairs{keys and f', with the keys {keys}'}")
         for key, item in self.value.items():
             if allowed and key not in allowed:
                 item.fail(f"unknown key {key!r}", expected=keys, got=key, hint=nearest(key, allowed))
         return self.value
 
-    def sequence(self, what: str = "a list", expected: str = "a non-empty list") -> tuple[Located, ...]:
-        """This value as a non-empty list."""
+    def sequence(self, kind: str = "a list", expected: str = "a non-empty list") -> tuple[Located, ...]:
+        """This value as a non-empty list; raises RecipeError otherwise."""
         if not isinstance(self.value, tuple) or not self.value:
-            self.fail(f"must be {what}", expected=expected)
+            self.fail(f"must be {kind}", expected=expected)
         return self.value
 
-    def string(self, what: str) -> str:
+    def string(self, expected: str) -> str:
+        """This value as text that is not blank; raises RecipeError otherwise."""
         if not isinstance(self.value, str) or not self.value.strip():
-            self.fail("wrong value", expected=what)
+            self.fail("wrong value", expected=expected)
         return self.value
 
     def integer(self, minimum: int = 0) -> int:
+        """This value as an integer of at least ``minimum``; raises RecipeError otherwise."""
         if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < minimum:
             self.fail("wrong value", expected=f"a whole number of at least {minimum}")
         return self.value
 
-    def choice(self, known: Collection[str], what: str) -> str:
+    def choice(self, known: Collection[str], kind: str) -> str:
+        """This value as one of the ``known`` words; raises RecipeError otherwise, with the nearest of them."""
         if not isinstance(self.value, str) or self.value not in known:
-            self.fail(f"unknown {what}", expected=" | ".join(sorted(known)), hint=nearest(str(self.value), known))
+            self.fail(f"unknown {kind}", expected=" | ".join(sorted(known)), hint=nearest(str(self.value), known))
         return self.value
 
 
 def locate(value: object, path: str = "") -> Located:
-    """Plain data as a `Located` tree that stands in no file."""
+    """Plain data (``Plain``, also with tuples for lists) as a `Located` tree without a file.
+
+    Raises:
+        RecipeError: a value that YAML cannot hold.
+    """
     if isinstance(value, dict):
         return Located({str(k): locate(v, _under(path, k)) for k, v in value.items()}, path)
     if isinstance(value, list | tuple):
         return Located(tuple(locate(v, f"{path}[{i}]") for i, v in enumerate(value)), path)
+    if not isinstance(value, bool | int | float | str | None):
+        Located(None, path).fail("not a plain value", expected="text, a number or true/false", got=type(value).__name__)
     return Located(value, path)
 
 
@@ -128,10 +156,10 @@ def _under(path: str, key: object) -> str:
 
 
 def parse(text: str, file: str = "recipe") -> Located:
-    """YAML text of one document -> `Located` tree.
+    """The tree of a YAML text with one document.
 
     Raises:
-        RecipeError: as `parse_documents`; also a second document.
+        RecipeError: as `parse_documents`, and for a second document.
     """
     root, *more = parse_documents(text, file)
     if more:
@@ -141,16 +169,16 @@ def parse(text: str, file: str = "recipe") -> Located:
 
 
 def parse_documents(text: str, file: str = "recipe") -> tuple[Located, ...]:
-    """YAML text -> one `Located` tree for each document in it that is not empty; at least one.
+    """The trees of a YAML text, one for each document that is not empty; at least one.
 
     Raises:
-        RecipeError: not YAML, nothing in it, a duplicate key, a key that is no string, too large, too deep, or anchors
-            that expand beyond bounds.
+        RecipeError: not YAML, empty, a duplicate key, a key that is not text, too large, too deep, or anchors that
+            expand beyond the bounds.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError("the recipe is too large", where=file, expected=f"at most {MAX_BYTES} bytes")
     try:
-        nodes = [node for node in yaml.compose_all(text, partial(_Loader, file=file)) if not _empty(node)]
+        nodes = [node for node in _compose_all(text, file) if not _empty(node)]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file} (line {mark.line + 1})" if mark else file
@@ -160,7 +188,7 @@ def parse_documents(text: str, file: str = "recipe") -> tuple[Located, ...]:
     except RecursionError:
         raise RecipeError("the recipe is nested too deeply", where=file, expected=f"depth {MAX_DEPTH}") from None
     if not nodes:
-        raise RecipeError("there is nothing in it", where=file, hint="deus-merge --help and recipes/ have examples")
+        raise RecipeError("the recipe is empty", where=file, hint="deus-merge --help and recipes/ have examples")
     reader = _Reader(file)
     return tuple(reader.read(node, "", 0) for node in nodes)
 
@@ -170,24 +198,35 @@ _PLAIN = (f"{_TAG}seq", f"{_TAG}map")
 
 
 def _empty(node: yaml.Node) -> bool:
-    """What stands between two separators, or behind the last, when nothing does."""
+    """Whether a document has no content, like the one after a final separator."""
     return isinstance(node, yaml.ScalarNode) and node.value == "" and node.style is None
 
 
 def _tag(node: yaml.Node) -> str:
-    """A node's tag as it is written."""
+    """A node's tag as recipes write it."""
     return f"!!{node.tag.removeprefix(_TAG)}" if node.tag.startswith(_TAG) else node.tag
 
 
+def _compose_all(text: str, file: str) -> Iterator[yaml.Node]:
+    loader = _Loader(text, file)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            if node is not None:
+                yield node
+    finally:
+        loader.dispose()
+
+
 class _Loader(yaml.SafeLoader):
-    """Stops at the bounds while it reads: PyYAML's time for a value grows with its depth."""
+    """A loader that checks the bounds while it reads, since PyYAML's time for a value grows with its depth."""
 
     def __init__(self, text: str, file: str):
         super().__init__(text)
         self.file = file
         self.depth = self.written = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
         self.written += 1
         place = Located(None, line=self.line + 1, file=self.file)
@@ -223,9 +262,9 @@ class _Reader:
         items = tuple(self.read(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(node.value))
         return Located(items, path, line, self.file)
 
-    def _scalar(self, node: yaml.ScalarNode, place: Located) -> object:
+    def _scalar(self, node: yaml.ScalarNode, place: Located) -> Scalar:
         if node.tag == f"{_TAG}timestamp":
-            return node.value  # a recipe has no use for dates but as text
+            return node.value  # in a recipe, dates are text
         try:
             short = node.tag == f"{_TAG}str" or len(node.value) <= MAX_SCALAR
             value = self.scalars.construct_object(node) if short else NotImplemented
@@ -246,6 +285,6 @@ class _Reader:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 here.fail("merge keys (<<) are not supported", hint="write the keys out", got="<<")
             if key in items:
-                here.fail(f"key {key!r} stands twice", expected="each key once", got=key)
+                here.fail(f"duplicate key {key!r}", expected="each key once", got=key)
             items[key] = self.read(value_node, _under(path, key), depth + 1)
         return items

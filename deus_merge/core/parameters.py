@@ -1,4 +1,4 @@
-"""One parameter of a merge method, an alignment or a solver, as recipes set it."""
+"""The description of one parameter of a merge method, an alignment or a solver."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ REQUIRED = "required"
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a method, as recipes set it.
+    """One parameter: its name in recipes, the values it takes, and its default.
 
     Attributes:
         name: Its key under ``parameters``.
-        kind: ``number``, ``integer``, ``boolean``, ``choice``, or ``other`` with a ``parse`` of its own.
+        kind: ``number``, ``integer``, ``boolean``, ``choice``, or ``other``, which is read by ``parse``.
         default: The best known setting, or `REQUIRED`.
         help: One line for ``deus-merge methods``.
-        scope: ``tensor``: a value per tensor, so filters and gradients apply; ``source``: that, and one per source;
-            ``block``: one value for a whole layer (gradients apply, filters do not).
-        choices: For ``choice``.
+        scope: ``tensor``: one value per tensor, so filters and gradients apply; ``source``: one value per tensor and
+            source; ``block``: one value for a whole layer (gradients apply, filters do not).
+        choices: The values of a ``choice``.
         minimum, maximum: Bounds of a number, inclusive.
-        parse: For ``other``: plain value -> value, raising ValueError with what is expected.
+        parse: For ``other``: reads a plain value; raises ValueError with a description of what is expected.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Parameter:
     parse: Callable[[object], object] | None = None
 
     def read(self, value: object) -> object:
-        """A recipe's plain value as this parameter's value.
+        """Convert a recipe's plain value to this parameter's value.
 
         Raises:
             ValueError: with a description of what is expected.
@@ -44,7 +44,7 @@ class Parameter:
         if self.parse is not None:
             return self.parse(value)
         if self.kind == "boolean":
-            if value in (0, 1):  # also the numbers: older recipes have them
+            if value in (0, 1):  # older recipes have the numbers
                 return bool(value)
         elif self.kind == "choice":
             if value in self.choices:
@@ -58,7 +58,7 @@ class Parameter:
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words."""
+        """A description of the values that are accepted."""
         if self.parse is not None:
             return str(self.parse.__doc__).strip()
         if self.kind == "boolean":
@@ -74,7 +74,7 @@ class Parameter:
 
 
 def as_number(value: object) -> float | int | None:
-    """A finite number, also one that YAML 1.1 reads as text (``1e-3``); None for anything else."""
+    """The value as a finite number, also where YAML 1.1 reads it as text (``1e-3``); None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
@@ -82,7 +82,7 @@ def as_number(value: object) -> float | int | None:
             value = float(value)
         except ValueError:
             return None
-    if isinstance(value, int | float) and abs(value) < 1e308:  # also whole numbers that no float can hold
+    if isinstance(value, int | float) and abs(value) < 1e308:  # also refuses integers that overflow a float
         return value
     return None
 

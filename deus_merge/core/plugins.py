@@ -1,4 +1,4 @@
-"""One folder of plug-in files -> a read-only mapping by file name: adding something is adding one file."""
+"""The modules of a package as a read-only mapping by file name, so that adding a plug-in is adding one file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
-#: modules of a plug-in folder that are no plug-ins; so are those whose names begin with an underscore
+#: modules of a plug-in package that are not plug-ins; neither are those whose names begin with an underscore
 NOT_PLUGINS = ("base", "registry")
 
 
 @cache
-def plugins(package: str, attribute: str) -> Mapping[str, object]:
+def plugins(package: str, attribute: str) -> Mapping[str, Any]:
     """The object called ``attribute`` of every plug-in module in ``package``, by module name, sorted.
 
     Args:
@@ -21,7 +22,7 @@ def plugins(package: str, attribute: str) -> Mapping[str, object]:
         attribute: The name each module must define.
 
     Raises:
-        AttributeError: a module without ``attribute``; that is a bug in the module.
+        AttributeError: a module without ``attribute``, which is a bug in the module.
     """
     folder = importlib.import_module(package)
     names = sorted(

@@ -1,4 +1,4 @@
-"""Phrases that several messages share."""
+"""Short text for messages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterable
 
 
 def some_of(items: Iterable[object], limit: int = 5) -> str:
-    """The first few items as one phrase: ``"a, b, c and 4 more"``.
+    """The first ``limit`` items as one line of text, and how many more there are.
 
     Args:
-        items: The items, in the order in which they are shown.
-        limit: How many are shown at most.
+        items: Anything with a text form.
+        limit: How many items are shown.
+
+    Returns:
+        ``"a, b and 3 more"``; an empty string for no items.
     """
     texts = [str(item) for item in items]
-    rest = len(texts) - limit
-    return ", ".join(texts[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more

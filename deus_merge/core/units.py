@@ -1,4 +1,4 @@
-"""Sizes in bytes and tensor dtypes, as people and files spell them. Imports no torch at load time."""
+"""Sizes in bytes and tensor dtypes, as people and files spell them. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def format_size(size: int | float) -> str:
 
 
 def dtype_code(name: str) -> str:
-    """safetensors code of a recipe's dtype: ``"bfloat16"`` -> ``"BF16"`` (torch's ``"torch."`` prefix is allowed).
+    """The safetensors code of a recipe's dtype: ``"bfloat16"`` -> ``"BF16"`` (the prefix ``"torch."`` is allowed).
 
     Raises:
         DeusMergeError: not a floating dtype a merge can write.

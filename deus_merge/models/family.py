@@ -1,6 +1,6 @@
-"""What a model family looks like: which tensors a decoder layer has and which spaces they connect. Data, not code.
+"""The description of a model family as data: the tensors of a decoder layer and the spaces that they connect.
 
-A family is one file in ``families/``.
+A family is one file in ``families/``, and `families` is their registry.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from ..core.plugins import plugins
 
@@ -19,13 +20,14 @@ class TensorSpec:
     """One tensor of a decoder layer.
 
     Attributes:
-        role: What it does: ``q``, ``gate``, ``n1``, ``q.bias`` ...
+        role: Its function in the layer: ``q``, ``gate``, ``n1``, ``q.bias`` ...
         name: Its name under the layer's prefix: ``self_attn.q_proj.weight``.
         in_space: The space its columns read from; None for one-dimensional tensors.
         out_space: The space its rows write to: residual, query_heads, key_heads, value_heads or neurons.
-        follows: For biases and per-head norms: the role whose out space they live in.
-        optional: A checkpoint may lack it (biases that a config switches).
-        multiplies: It scales what it follows (a per-head norm's weight) instead of being added (a bias).
+        follows: For biases and per-head norms: the role whose output they act on.
+        optional: Whether a checkpoint may lack it (biases that a config enables).
+        multiplies: Whether it scales the output that it follows (a per-head norm's weight) instead of being added to
+            it (a bias).
     """
 
     role: str
@@ -47,10 +49,10 @@ class Heads:
     """The attention heads of a model.
 
     Attributes:
-        query: H, how many query heads.
-        key_value: G, how many key-value heads; each serves H/G query heads that follow one another.
-        size: h, components of a head.
-        rotary: Which turns of a pair of components j, j + h/2 leave attention scores as they are: see `Architecture`.
+        query: Number of query heads, H.
+        key_value: Number of key-value heads, G; each serves H/G consecutive query heads.
+        size: Components of a head, h.
+        rotary: The rotations of a pair of components j, j + h/2 that leave attention scores unchanged: see `Family`.
     """
 
     query: int
@@ -59,33 +61,34 @@ class Heads:
     rotary: str = "none"
 
     @property
-    def problem(self) -> str | None:
-        """What is wrong with these numbers; None when nothing is."""
+    def mismatch(self) -> str | None:
+        """The reason why these numbers do not fit together; None when they do."""
         if self.query % self.key_value:
             return f"{self.query} query heads do not divide among {self.key_value} key-value heads"
         return f"heads of size {self.size} have no rotary pairs" if self.size % 2 and self.rotary != "none" else None
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Family:
     """A model family.
 
     Attributes:
-        family: Its name.
-        model_types: The ``model_type`` values of config.json it covers.
-        layer: The tensors of a decoder layer, in the order alignment walks them.
+        name: Its name, which is also its file's.
+        model_types: The ``model_type`` values of config.json that it covers.
+        layer: The tensors of a decoder layer, in the order in which alignment processes them.
         layer_prefix: The layer's prefix with ``{layer}`` for the index.
-        before: Tensors in front of the layers.
-        after: Tensors behind them.
-        tied: Those of them that a checkpoint may lack, unless its config says that embeddings are not tied.
-        ignored: Layer tensors of old checkpoints that today's models compute (rotary buffers): not carried over.
+        before: Tensors before the layers.
+        after: Tensors after the layers.
+        tied: Tensors of ``before`` and ``after`` that a checkpoint may lack, unless its config says that embeddings are
+            not tied.
+        ignored: Layer tensors of old checkpoints that current models compute (rotary buffers): not written to outputs.
         layers_key: The key of config.json that holds the depth.
-        rotary: How the pair of components j and j + h/2 of query and key may be turned together without changing what
-            attention computes: ``phases``: by any angle, it commutes with the rotary embedding; ``signs``: by half a
-            turn only, since per-head norm weights scale the two components differently; ``none``.
+        rotary: The rotations of components j and j + h/2 of query and key that leave the function of attention
+            unchanged. ``phases``: by any angle, since they commute with the rotary embedding; ``signs``: by half a turn
+            only, since per-head norm weights scale the two components differently; ``none``.
     """
 
-    family: str
+    name: str
     model_types: tuple[str, ...]
     layer: tuple[TensorSpec, ...]
     layer_prefix: str = "model.layers.{layer}."
@@ -98,9 +101,10 @@ class Architecture:
 
     @cached_property
     def roles(self) -> Mapping[str, TensorSpec]:
+        """The layer's tensors by role."""
         return {spec.role: spec for spec in self.layer}
 
 
-def families() -> Mapping[str, Architecture]:
+def families() -> Mapping[str, Family]:
     """Every described family, by file name."""
-    return plugins("deus_merge.models.families", "ARCHITECTURE")
+    return cast(Mapping[str, Family], plugins("deus_merge.models.families", "FAMILY"))

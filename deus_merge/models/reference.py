@@ -1,4 +1,4 @@
-"""A model as a recipe names it."""
+"""References to models, as recipes write them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from ..core.located import Located
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as a recipe names it: a local folder, or ``org/name[@revision]`` on the hub; with a LoRA adapter,
-    ``model+adapter``."""
+    """A reference to a model, as a recipe writes it.
+
+    Attributes:
+        text: A local folder, or ``org/name[@revision]`` on the hub; with a LoRA adapter, ``model+adapter``.
+        place: The place in the recipe.
+    """
 
     text: str
     place: Located = field(compare=False, repr=False, default=Located(None))

@@ -1,4 +1,4 @@
-"""The files beside the weights: generation config, tokenizer, chat template, licence."""
+"""The other files of a checkpoint: generation config, tokenizer, chat template, licence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..checkpoint.reader import TensorSource
-from ..recipe.types import Recipe
+from ..core.located import Located
 from .tokenizer.build import Vocabulary
 from .tokenizer.chat_template import find_template, set_template
 from .tokenizer.files import TOKENIZER_FILES, present
@@ -19,22 +19,25 @@ _DONOR_FILES = (
 )  # fmt: skip
 
 
-def extra_files(
-    recipe: Recipe, models: Mapping[str, TensorSource], donor: TensorSource, vocabulary: Vocabulary | None = None
+def output_side_files(
+    models: Mapping[str, TensorSource],
+    donor: TensorSource,
+    vocabulary: Vocabulary | None = None,
+    chat_template: Located | None = None,
 ) -> tuple[dict[str, bytes | Path], list[str]]:
-    """What to put beside the weights.
+    """The files of an output other than weights and config.json.
 
     Args:
-        recipe: Its ``chat_template`` is followed.
-        models: Each model the recipe names.
-        donor: The model that gives everything else.
-        vocabulary: The output's tokens, where the recipe says something of them.
+        models: Every model of the recipe, by name.
+        donor: The model whose files the output takes.
+        vocabulary: The output's tokens, where the recipe configures them.
+        chat_template: The recipe's ``chat_template``, text.
 
     Returns:
-        File name -> its bytes, or a file to copy; and what the user should know.
+        Every file's name with its bytes or the file to copy, and warnings.
 
     Raises:
-        RecipeError: a chat template that is none.
+        RecipeError: the chat template is neither a known name nor a template.
         CheckpointError: a link that leads out of a model's folder.
     """
     files: dict[str, bytes | Path] = _own_files(donor)
@@ -42,23 +45,22 @@ def extra_files(
     warnings: list[str] = []
     if vocabulary:
         files, warnings = set_generation(files, vocabulary)
-    if recipe.chat_template is not None:
-        place = recipe.source.value["chat_template"]
+    if chat_template is not None:
         known = [present(m.side_files, TOKENIZER_FILES) for m in models.values()]
-        template = find_template(recipe.chat_template, place, known)
+        template = find_template(str(chat_template.value), chat_template, known)
         if template is None:
-            warnings.append(f"{place.where}: no model has a chat template")
+            warnings.append(f"{chat_template.where}: no model has a chat template")
         else:
             files = set_template(files, template)
     return dict(sorted(files.items())), warnings
 
 
 def copied_files(source: TensorSource) -> dict[str, bytes | Path]:
-    """Everything beside a model's weights and config that belongs to it: name -> bytes, or a file to copy."""
+    """All files of a model other than weights and config.json: name -> bytes, or a file to copy."""
     return dict(sorted((_own_files(source) | present(source.side_files, TOKENIZER_FILES)).items()))
 
 
 def _own_files(source: TensorSource) -> dict[str, bytes | Path]:
-    """What comes from no other model than the weights do: its code (copied, never run), generation config, licence."""
+    """The files that never come from another model: its code (copied, not run), generation config, licence."""
     code = [n for n in source.side_files if n.endswith(".py")] if '"auto_map"' in json.dumps(source.config) else []
     return present(source.side_files, (*code, *_DONOR_FILES))

@@ -1,4 +1,4 @@
-"""A model that a recipe reads: its tensors, and what they are."""
+"""A model that a recipe reads: its tensors, sorted by layer and role."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class SourceModel:
     """A model the plan reads.
 
     Attributes:
-        ref: As the recipe names it.
+        ref: The recipe's reference to it.
         checkpoint: Its tensors.
         view: Its tensors by layer and role.
-        stamp: Of its files when they were opened: see `stamp`.
+        stamp: The state of its files when they were opened, from `stamp`.
     """
 
     ref: ModelRef
     checkpoint: TensorSource
     view: ModelView
-    stamp: list
+    stamp: list[list[str | int]]
 
     @cached_property
     def modules(self) -> dict[str, ModelView]:
-        """Its modules, by the names that recipes use."""
+        """Its modules, by their names in recipes."""
         return view_modules(self.checkpoint.config, tuple(self.checkpoint.tensors), self.view)
 
     @property
     def main(self) -> str:
-        """The module that `view` shows the layers of."""
+        """The name of the module whose layers `view` describes."""
         return next(name for name, view in self.modules.items() if view.layer_prefix == self.view.layer_prefix)
 
     @classmethod
@@ -52,9 +52,9 @@ class SourceModel:
         """Find a model, and its adapter if it has one; read configs and headers, and check that they agree.
 
         Args:
-            ref: As the recipe names it.
-            known: Sources by their names; a folder (or a hub's) that is opened joins them.
-            load_options: What may be read.
+            ref: The recipe's reference to it.
+            known: Sources by name; one that is opened is added.
+            load_options: The kinds of files that may be read.
 
         Raises:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
@@ -64,7 +64,7 @@ class SourceModel:
             name, adapter = split_adapter(ref.text)
             if name not in known:
                 known[name] = open_source(name, load_options)
-            checkpoint = known[name]
+            checkpoint: TensorSource = known[name]
             if adapter is not None:
                 checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=load_options.cache_dir))
             view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
@@ -86,18 +86,18 @@ class SourceModel:
         return {}
 
     def layer_kinds(self, view: ModelView) -> frozenset:
-        """The shapes that layers of one of its stacks have: what an output layer must look like."""
+        """The shapes of the layers of one of its stacks; an output layer must have the shapes of one of them."""
         key = view.layer_prefix
         if key not in self._layer_kinds:
             self._layer_kinds[key] = frozenset(frozenset(self.shapes(layer).items()) for layer in view.layers)
         return self._layer_kinds[key]
 
 
-def stamp(files: Iterable[Path]) -> list:
-    """Name, size and time of each file: what tells, between runs, that weights have changed. JSON values.
+def stamp(files: Iterable[Path]) -> list[list[str | int]]:
+    """Name, size in bytes and time in nanoseconds of each file, by which a later run notices changed weights.
 
     Raises:
-        CheckpointError: a file is gone.
+        CheckpointError: a file does not exist any more.
     """
     try:
         return [[f.name, status.st_size, status.st_mtime_ns] for f in files for status in [os.stat(f)]]

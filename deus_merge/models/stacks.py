@@ -1,17 +1,19 @@
-"""Stacks of layers, told by tensor names, and where config.json says how deep each is. Knows no family."""
+"""Stacks of layers, found by tensor names, and the keys of config.json that hold their depths. Needs no family."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-INDEX = "0|[1-9][0-9]{0,8}"  # of a layer; with leading zeros two names would stand for one layer
+from .config_json import Config, value_at
+
+INDEX = "0|[1-9][0-9]{0,8}"  # of a layer; with leading zeros, two names could mean one layer
 _LAYER = re.compile(
     rf"(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>{INDEX})\.(?P<suffix>.+)", re.DOTALL
 )
 #: keys of config.json that hold a depth
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-#: words in a stack's prefix -> section of the config, and the keys of a depth there
+#: words in a stack's prefix, section of the config, and the keys that hold a depth there
 _SECTIONS = (
     (("vision", "visual", "image"), "vision_config", (*DEPTH_KEYS, "depth")),
     (("audio", "speech"), "audio_config", (*DEPTH_KEYS, "encoder_layers")),
@@ -20,7 +22,7 @@ _SIDES = {"encoder": ("encoder_layers", "num_encoder_layers"), "decoder": ("deco
 
 
 def find_stacks(names: Sequence[str]) -> dict[str, dict[int, dict[str, str]]]:
-    """Prefix -> layer -> name under the prefix -> name, of all tensors that are named like a layer's."""
+    """All tensors whose names are like a layer's: prefix -> layer -> name under the prefix -> name."""
     stacks: dict[str, dict[int, dict[str, str]]] = {}
     for name in names:
         if match := _LAYER.fullmatch(name):
@@ -29,8 +31,8 @@ def find_stacks(names: Sequence[str]) -> dict[str, dict[int, dict[str, str]]]:
     return stacks
 
 
-def depth_path(config: Mapping, prefix: str, depth: int) -> tuple[str, ...] | None:
-    """The keys that lead to a stack's depth in config.json; None where it does not say."""
+def depth_path(config: Config, prefix: str, depth: int) -> tuple[str, ...] | None:
+    """The keys that lead to a stack's depth in config.json; None where no key holds it."""
     words = set(re.split(r"[._]", prefix))
     for marks, section, keys in _SECTIONS:
         if words & set(marks):
@@ -41,24 +43,16 @@ def depth_path(config: Mapping, prefix: str, depth: int) -> tuple[str, ...] | No
 
 
 def module_name(prefix: str, path: Sequence[str]) -> str:
-    """What recipes call one stack of several, by its prefix and the place of its depth: the names are mergekit's."""
+    """The name in recipes of one stack of several, by its prefix and the keys of its depth. The names are mergekit's."""
     sections = {"vision_config": "vision_tower", "audio_config": "audio_tower", "text_config": "text_decoder"}
     side = next((word for word in re.split(r"[._]", prefix) if word in _SIDES), None)
     return sections.get(path[0]) or side or "text_decoder"
 
 
-def reads_senses(path: Sequence[str]) -> bool:
-    """Whether a stack with its depth here sees or hears for a language model."""
+def is_vision_or_audio(path: Sequence[str]) -> bool:
+    """Whether the stack whose depth these keys lead to is the vision or audio tower of a language model."""
     return path[0] in {section for _, section, _ in _SECTIONS}
 
 
-def at(config: Mapping, path: Sequence[str]) -> object:
-    """What stands in the config at these keys; None where nothing does."""
-    value: object = config
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _first(config: Mapping, paths: Sequence[tuple[str, ...]], depth: int) -> tuple[str, ...] | None:
-    return next((path for path in paths if at(config, path) == depth), None)
+def _first(config: Config, paths: Sequence[tuple[str, ...]], depth: int) -> tuple[str, ...] | None:
+    return next((path for path in paths if value_at(config, path) == depth), None)

@@ -11,7 +11,7 @@ from ..core.tensors import Action, StoredTensor
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
-from ..models.config_rules import LayerOrigin, head_shape, layer_lists
+from ..models.config_rules import LayerEntries, head_shape, layer_lists
 from ..models.family import TensorSpec, families
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
@@ -45,7 +45,7 @@ class BlockBuilder:
     vocabulary: VocabularyPlan
     warnings: list[str]
     module: str | None = None
-    origins: list[LayerOrigin] = field(default_factory=list)
+    origins: list[LayerEntries] = field(default_factory=list)
     blocks: list[BlockPlan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class BlockBuilder:
         entries_of = neighbours[-1 if new else block.base or 0]
         assert entries_of.layer is not None
         model = self.models[entries_of.model]
-        origin = LayerOrigin(model.checkpoint.config, entries_of.layer, str(model.ref), model.view.layers_path)
+        origin = LayerEntries(model.checkpoint.config, entries_of.layer, str(model.ref), model.view.layers_path)
         self.origins += [origin] * count
         if new:
             self._report_types(title, neighbours)
@@ -240,9 +240,9 @@ class BlockBuilder:
         if refusal := method.check(outputs, len(sources)):
             name = refusal.parameter
             levels = (piece.parameters, piece.shared, self.recipe.parameters)
-            place = next((level[name][1] for level in levels if name and name in level), piece.place)
+            place = next((level[name].place for level in levels if name and name in level), piece.place)
             views = [self.view(self.models[s.model].ref) for s in sources]
-            undescribed = [v.model_type for v in views if method.inserts and v.architecture is None]
+            undescribed = [v.model_type for v in views if method.inserts and v.family is None]
             raise RecipeError(
                 f"{name}: {refusal.message}" if name else refusal.message,
                 where=f"{place.where}, {title} of the output",

@@ -14,9 +14,9 @@ from ..core.units import parse_size
 from ..methods.registry import methods
 from ..models.config_rules import deeper_config, typed_config, widened_config
 from ..models.modules import DEFAULT
-from ..models.side_files import extra_files
+from ..models.side_files import output_side_files
 from ..models.source import SourceModel
-from ..models.stacks import reads_senses
+from ..models.stacks import is_vision_or_audio
 from ..models.tokenizer.blocks import plan_vocabulary
 from ..models.tokenizer.files import TOKENIZER_FILES
 from ..models.view import ModelView
@@ -98,7 +98,8 @@ class _Planner:
         self._report_idle_filters(blocks)
         config = vocabulary.config(config, donor.view.layers_path)
         sources = {str(m.ref): m.checkpoint for m in builder.models}
-        files, file_warnings = extra_files(recipe, sources, donor.checkpoint, vocabulary.vocabulary)
+        chat_template = recipe.source.child("chat_template") if recipe.chat_template else None
+        files, file_warnings = output_side_files(sources, donor.checkpoint, vocabulary.vocabulary, chat_template)
         if not copy_tokenizer and recipe.tokenizer is None:
             files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
         if not (recipe.out_dtype or recipe.dtype):
@@ -255,7 +256,7 @@ class _Planner:
         taken = {name for module in self.recipe.modules for name in self.donor.modules[module].names()}
         rest = tuple(name for name in self.donor.checkpoint.tensors if name not in taken)
         if rest:
-            piece = self.recipe.pieces()[0]
+            piece = self.recipe.all_slices()[0]
             sources = (SliceSource(self.donor.ref, place=piece.place),)
             self.builder.add_other(
                 "other modules", replace(_copied(piece), sources=sources), [rest], 0.0, defaults=True
@@ -264,7 +265,7 @@ class _Planner:
     def _report_feature_layer(self, view: ModelView) -> None:
         """Warn of a config that names a layer of the vision tower by its number, when the tower's depth changes."""
         feature, depth = self.donor.checkpoint.config.get("vision_feature_layer"), len(self.builder.origins)
-        if reads_senses(view.layers_path) and feature is not None and depth != view.num_layers:
+        if is_vision_or_audio(view.layers_path) and feature is not None and depth != view.num_layers:
             self.builder.warnings.append(
                 f"config.json's vision_feature_layer is {feature}: it counts layers of {self.builder.module}, which has"
                 f" now {depth}"
@@ -275,12 +276,12 @@ class _Planner:
         outputs = [o for block in blocks for o in block.outputs]
         names = {name for o in outputs for name in (o.name, *(i.name for i in o.inputs))}
         levels = [self.recipe.parameters]
-        for piece in self.recipe.pieces():
+        for piece in self.recipe.all_slices():
             levels += [piece.parameters, piece.shared, *(s.parameters for s in piece.sources)]
-        for setting, place in (value for settings in levels for value in settings.values()):
-            idle = [f for f in filters(setting) if not any(f in name for name in names)]
+        for setting in (value for settings in levels for value in settings.values()):
+            idle = [f for f in filters(setting.value) if not any(f in name for name in names)]
             self.builder.warnings += [
-                f"{place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)
+                f"{setting.place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)
             ]
 
 

@@ -10,7 +10,7 @@ from ..core.errors import PlanError
 from ..core.parameters import REQUIRED
 from ..methods.base import OutputTensor
 from ..methods.registry import methods
-from ..models.config_rules import heads
+from ..models.config_rules import head_counts
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..models.view import ModelView
@@ -45,9 +45,9 @@ def check_heads(models: Sequence[SourceModel], donor: SourceModel) -> list[str]:
     Raises:
         PlanError: another number of heads, which the shapes would not show.
     """
-    wanted = heads(donor.checkpoint.config, donor.view)
+    wanted = head_counts(donor.checkpoint.config, donor.view)
     for model in models:
-        got = heads(model.checkpoint.config, model.view)
+        got = head_counts(model.checkpoint.config, model.view)
         for key in (k for k in wanted if got[k] != wanted[k]):
             raise PlanError(
                 f"models do not match: {key}",

@@ -248,7 +248,7 @@ class Plan:
             "models": [
                 {
                     "model": str(m.ref),
-                    "family": m.view.architecture.family if m.view.architecture else None,
+                    "family": m.view.family.name if m.view.family else None,
                     "model_type": m.view.model_type,
                     "layers": m.view.num_layers,
                     "fingerprint": m.checkpoint.fingerprint,

@@ -1,16 +1,24 @@
-"""What there is: methods, solvers, families and presets, with parameters, defaults and references."""
+"""The catalogue of methods, alignments, solvers, families and presets, with parameters, defaults and references."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..align.options import ALIGNMENTS
 from ..core.plugins import plugins
+from ..methods.base import MergeMethod
 from ..methods.registry import methods
 from ..models.family import families
 from .presets import PRESETS
 
 
-def catalog() -> dict[str, dict[str, dict]]:
-    """Kind -> name -> ``summary``, ``reference`` and, for methods, ``parameters``. JSON data."""
+def catalog() -> dict[str, dict[str, dict[str, Any]]]:
+    """All entries as JSON data.
+
+    Returns:
+        Kind -> name -> ``summary``, ``reference`` and more: ``parameters`` of methods, ``method``, ``insert`` and
+        ``settings`` of presets.
+    """
     solvers = plugins("deus_merge.ot.solvers", "SOLVER")
     return {
         "methods": {n: _method(m) for n, m in methods().items()},
@@ -18,10 +26,10 @@ def catalog() -> dict[str, dict[str, dict]]:
         "solvers": {n: {"summary": s.summary, "reference": s.reference} for n, s in solvers.items()},
         "families": {
             n: {
-                "summary": f"model_type {', '.join(a.model_types)}",
-                "reference": f"roles: {' '.join(s.role for s in a.layer)}",
+                "summary": f"model_type {', '.join(f.model_types)}",
+                "reference": f"roles: {' '.join(s.role for s in f.layer)}",
             }
-            for n, a in families().items()
+            for n, f in families().items()
         },
         "presets": {
             n: {
@@ -36,7 +44,7 @@ def catalog() -> dict[str, dict[str, dict]]:
     }
 
 
-def _method(method) -> dict:
+def _method(method: MergeMethod) -> dict[str, Any]:
     parameters = [
         {"name": p.name, "values": p.expected, "default": p.default, "scope": p.scope, "help": p.help}
         for p in method.parameters

@@ -1,6 +1,6 @@
-"""Recipes of several documents: which of them is the result, what it needs, and in which order they are planned.
+"""The order in which the documents of a recipe are planned.
 
-Reference: mergekit's ``mergekit-multi``, which runs them one after the other through folders.
+Reference: mergekit's ``mergekit-multi``, which runs documents one after the other through folders.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.located import Located
+from ..core.text import some_of
 
-MAX_DOCUMENTS = 100  # of a recipe: each may need the one before it
+MAX_DOCUMENTS = 100  # the order is found by recursion over documents that need each other
 _ONE = "exactly one document without a name: the result"
 
 
@@ -19,9 +20,9 @@ class Document:
     """One document of a recipe.
 
     Attributes:
-        root: All of it.
-        name: What others call its result; None for the last, which is written.
-        models: Every model that it names, with the place.
+        root: The document as YAML.
+        name: The name of its result in other documents; None for the document whose result is written.
+        models: The place of every model that it names.
     """
 
     root: Located
@@ -30,25 +31,35 @@ class Document:
 
 
 def in_order(documents: Sequence[Document]) -> tuple[int, ...]:
-    """Indices of the documents, each behind those that it needs, so the result last. Their own order does not matter.
+    """The order of planning: each document after the documents that it needs, so the written one is last.
+
+    Args:
+        documents: The documents in any order.
+
+    Returns:
+        Indices into ``documents``.
 
     Raises:
-        RecipeError: no result or several, a name twice, documents that need each other or that nothing needs; or too
-            many.
+        RecipeError: no written document or several, a duplicate name, a circular dependency, a document that no other
+            uses; or too many.
     """
     if len(documents) > MAX_DOCUMENTS:
         place = documents[MAX_DOCUMENTS].root
         place.fail("the recipe has too many documents", expected=f"at most {MAX_DOCUMENTS}", got=len(documents))
-    index: dict[str | None, int] = {}
+    index: dict[str, int] = {}
+    result: int | None = None
     for i, document in enumerate(documents):
-        if document.name is None and None in index:
-            document.root.fail("two documents have no name", expected=_ONE, got="another one without a name")
+        if document.name is None:
+            if result is not None:
+                document.root.fail("two documents have no name", expected=_ONE, got="another one without a name")
+            result = i
+            continue
         if document.name in index:
-            document.root.value["name"].fail("two documents have one name", expected="each name once")
+            document.root.child("name").fail("two documents have one name", expected="each name once")
         index[document.name] = i
-    if None not in index:
-        hint = "leave the name of the result away"
-        documents[-1].root.fail("every document has a name", expected=_ONE, got=", ".join(index), hint=hint)
+    if result is None:
+        hint = "remove the name of the result"
+        documents[-1].root.fail("every document has a name", expected=_ONE, got=some_of(index), hint=hint)
     done: list[int] = []
 
     def visit(i: int, above: tuple[int, ...]) -> None:
@@ -57,16 +68,20 @@ def in_order(documents: Sequence[Document]) -> tuple[int, ...]:
                 continue
             needed = index[name]
             if needed in (*above, i):
-                way = [documents[j].name for j in (*above, i)][(*above, i).index(needed) :]
-                place.fail("documents need each other", expected="no circle", got=" -> ".join([*way, name]))
+                cycle = [str(documents[j].name) for j in (*above, i)][(*above, i).index(needed) :]
+                place.fail(
+                    "circular dependency between documents",
+                    expected="documents that do not need each other",
+                    got=" -> ".join([*cycle, name]),
+                )
             if needed not in done:
                 visit(needed, (*above, i))
         done.append(i)
 
-    visit(index[None], ())
+    visit(result, ())
     for i, document in enumerate(documents):
         if i not in done:
-            document.root.value["name"].fail(
+            document.root.child("name").fail(
                 "no document uses this one", expected="a document that names it as a model", hint="use it, or remove it"
             )
     return tuple(done)

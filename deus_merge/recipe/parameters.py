@@ -1,18 +1,23 @@
-"""Parameter values as recipes set them: plain, gradients over layers, filters by tensor name; and how they resolve."""
+"""Parameter settings of recipes: plain values, gradients over layers, filters by tensor name; and their resolution."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..core.errors import nearest
-from ..core.located import Located
+from ..core.located import Located, Plain
 from ..core.parameters import Parameter, as_number
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """A list of numbers spread over a slice's layers and interpolated linearly."""
+    """Numbers that are spread over the layers of a slice and interpolated linearly.
+
+    Attributes:
+        values: The numbers at equally spaced positions, the first layer's first.
+    """
 
     values: tuple[float, ...]
 
@@ -26,114 +31,147 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Filtered:
-    """A value per tensor: the first entry whose filter is part of the tensor's name wins; None matches all."""
+    """Values by tensor name.
 
-    entries: tuple[tuple[str | None, object], ...]
+    Attributes:
+        entries: Filter and value. The first entry whose filter is part of the tensor's name applies; None matches every
+            tensor.
+    """
+
+    entries: tuple[tuple[str | None, Value], ...]
 
 
-Setting = object  # a plain value, a Gradient or a Filtered
-Settings = Mapping[str, tuple[Setting, Located]]
+Value = Plain | Gradient | Filtered
 
 
-def read_settings(node: Located | None) -> dict[str, tuple[Setting, Located]]:
-    """A ``parameters`` section. Raises RecipeError where it is none."""
+@dataclass(frozen=True)
+class Setting:
+    """A parameter's value in a recipe.
+
+    Attributes:
+        value: The value.
+        place: The place in the recipe.
+    """
+
+    value: Value
+    place: Located = field(compare=False, repr=False, default=Located(None))
+
+
+Settings = Mapping[str, Setting]
+
+
+def read_settings(node: Located | None) -> dict[str, Setting]:
+    """The settings of a ``parameters`` section; none where there is no section.
+
+    Raises:
+        RecipeError: not a mapping, or a list that is neither a gradient nor a list of filters.
+    """
     if node is None or node.value is None:
         return {}
-    return {name: (_setting(item), item) for name, item in node.mapping(what="a mapping of parameters").items()}
+    return {name: Setting(_value(item), item) for name, item in node.mapping(kind="a mapping of parameters").items()}
 
 
-def _setting(node: Located) -> Setting:
+def _value(node: Located) -> Value:
     if not isinstance(node.value, tuple):
         return node.plain()
     items = node.sequence("a value, a gradient or a list of filters")
     if all(isinstance(i.value, dict) for i in items):
         return Filtered(tuple(_filter(item) for item in items))
     numbers = [as_number(i.value) for i in items]
-    if None not in numbers:
-        return Gradient(tuple(numbers))
+    known = [number for number in numbers if number is not None]
+    if len(known) == len(items):
+        return Gradient(tuple(known))
     if any(isinstance(i.value, dict | tuple) for i in items):
         node.fail("mixed list", expected="a list of numbers, or of {filter: ..., value: ...} entries")
-    if any(n is not None for n in numbers):
+    if known:
         items[numbers.index(None)].fail("a gradient is a list of numbers", expected="a number")
     return node.plain()
 
 
-def _filter(node: Located) -> tuple[str | None, Setting]:
+def _filter(node: Located) -> tuple[str | None, Value]:
     keys = node.mapping(("filter", "value"), "a filter entry")
     if "value" not in keys:
         node.fail("a filter entry needs a value", expected="{filter: part of a tensor name, value: ...}")
     pattern = keys["filter"].plain() if "filter" in keys else None
     if pattern is not None and not isinstance(pattern, str):
         keys["filter"].fail("wrong value", expected="part of a tensor name")
-    return (None if pattern == "*" else pattern), _setting(keys["value"])
+    return (None if pattern == "*" else pattern), _value(keys["value"])
 
 
-def check_setting(parameter: Parameter, setting: Setting, place: Located) -> None:
-    """Raise a RecipeError unless every value in the setting fits the parameter."""
-    if isinstance(setting, Filtered):
+def check_setting(parameter: Parameter, setting: Setting) -> None:
+    """Raise a RecipeError unless every value of the setting is valid for the parameter."""
+    value, place = setting.value, setting.place
+    if isinstance(value, Filtered):
         if parameter.scope == "block":
-            place.fail(f"{parameter.name} stands for a whole layer: filters do not apply", expected=parameter.expected)
-        for entry, (_, value) in zip(place.value, setting.entries, strict=True):
-            check_setting(parameter, value, entry.value["value"])
+            place.fail(
+                f"{parameter.name} applies to a whole layer, so it takes no filters", expected=parameter.expected
+            )
+        for entry, (_, inner) in zip(place.sequence(), value.entries, strict=True):
+            check_setting(parameter, Setting(inner, entry.child("value")))
         return
-    if isinstance(setting, Gradient) and parameter.kind not in ("number", "other"):
+    if isinstance(value, Gradient) and parameter.kind not in ("number", "other"):
         place.fail(f"{parameter.name} takes no gradient", expected=parameter.expected)
-    for value in setting.values if isinstance(setting, Gradient) else (setting,):
+    for plain in value.values if isinstance(value, Gradient) else (value,):
         try:
-            parameter.read(value)
+            parameter.read(plain)
         except ValueError as error:
-            hint = nearest(value, parameter.choices) if isinstance(value, str) else None
+            hint = nearest(plain, parameter.choices) if isinstance(plain, str) else None
             place.fail(f"not a value of {parameter.name}", expected=str(error), hint=hint)
 
 
-def filters(setting: Setting) -> Iterator[str]:
-    """Every filter in a setting, also nested ones."""
-    if isinstance(setting, Filtered):
-        for pattern, value in setting.entries:
+def filters(value: Value) -> Iterator[str]:
+    """Every filter in a value, also nested ones."""
+    if isinstance(value, Filtered):
+        for pattern, inner in value.entries:
             if pattern is not None:
                 yield pattern
-            yield from filters(value)
+            yield from filters(inner)
 
 
-def evaluate(setting: Setting, tensor_name: str | None, position: float) -> object:
-    """A setting's plain value for one tensor.
+def evaluate(value: Value, tensor_name: str | None, position: float) -> Plain:
+    """The plain value for one tensor.
 
     Args:
-        setting: Plain value, Gradient or Filtered.
-        tensor_name: The output tensor's name, None for a whole block.
-        position: Of the layer in its slice, 0 for the first and 1 for the last.
+        value: A plain value, gradient or filters.
+        tensor_name: The tensor's name; None for a whole block.
+        position: The layer's position in its slice, from 0 for the first layer to 1 for the last.
 
     Returns:
-        The value; None when no filter matches.
+        The plain value; None when no filter matches.
     """
-    if isinstance(setting, Gradient):
-        return setting.at(position)
-    if isinstance(setting, Filtered):
-        for pattern, value in setting.entries:
+    if isinstance(value, Gradient):
+        return value.at(position)
+    if isinstance(value, Filtered):
+        for pattern, inner in value.entries:
             if pattern is None or (tensor_name is not None and pattern in tensor_name):
-                return evaluate(value, tensor_name, position)
+                return evaluate(inner, tensor_name, position)
         return None
-    return setting
+    return value
 
 
-def resolve_setting(
-    parameter: Parameter, levels: Sequence[Settings], tensor_name: str | None, position: float
-) -> object:
-    """A parameter's value for one tensor: the first of ``levels`` that sets it, or its default.
+def resolve_setting(parameter: Parameter, levels: Sequence[Settings], tensor_name: str | None, position: float) -> Any:
+    """A parameter's value for one tensor: that of the first of ``levels`` that sets it, or its default.
 
     Args:
-        parameter: Which.
-        levels: In order of precedence: source, slice, recipe. A filter list without a match falls through.
+        parameter: The parameter.
+        levels: Settings in order of precedence: source, slice, recipe. Filters without a match leave the value to the
+            next level.
         tensor_name, position: See `evaluate`.
+
+    Returns:
+        The value as `Parameter.read` gives it, whose type depends on the parameter.
+
+    Raises:
+        RecipeError: a gradient's value that is not valid at this position.
     """
     for settings in levels:
         if parameter.name in settings:
-            setting, place = settings[parameter.name]
-            value = evaluate(setting, tensor_name, position)
+            setting = settings[parameter.name]
+            value = evaluate(setting.value, tensor_name, position)
             if value is None:
                 continue
             try:
                 return parameter.read(value)
             except ValueError as error:
-                place.fail(f"not a value of {parameter.name}", expected=str(error), got=value)
+                setting.place.fail(f"not a value of {parameter.name}", expected=str(error), got=value)
     return parameter.default

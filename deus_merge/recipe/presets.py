@@ -1,4 +1,4 @@
-"""The ``upscale:`` shorthand -> slices: named inits, and where new layers go.
+"""The ``upscale:`` shorthand: named initialisations, the places of new layers, and the slices that they expand to.
 
 Reference: "Progressive Depth Up-scaling via Optimal Transport", arXiv 2508.08011 (opt_deus and its placement);
 LLaMA Pro, arXiv 2401.02415; SOLAR, arXiv 2312.15166; G_stack, arXiv 2405.15319.
@@ -6,36 +6,36 @@ LLaMA Pro, arXiv 2401.02415; SOLAR, arXiv 2312.15166; G_stack, arXiv 2405.15319.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..core.errors import nearest
-from ..core.located import Located, locate
+from ..core.located import Located, Plain, locate
 from ..methods.registry import methods
 from ..models.reference import ModelRef
-from .parameters import check_setting
+from .parameters import Setting, Settings, check_setting
 from .types import OutputSlice, SliceSource, Upscale
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named init.
+    """A named initialisation of new layers.
 
     Attributes:
-        summary: What a new layer is.
-        reference: Where it comes from.
-        function_preserving: Whether the deeper model computes what the base computes.
-        insert: Where new layers go when the recipe does not say.
-        parameters: Of the method; None for presets that only repeat layers.
-        after_last: Whether a new layer may stand behind the last base layer (it needs no upper neighbour).
-        method: What makes the new layers.
+        summary: One line that describes a new layer.
+        reference: Its publication.
+        function_preserving: Whether the deeper model computes the same function as the base.
+        insert: The places of new layers where the recipe sets none, in a recipe's form.
+        parameters: The method's parameters that the preset sets; None for presets that only repeat layers.
+        after_last: Whether a new layer may follow the last base layer (it needs no upper neighbour).
+        method: The merge method that computes the new layers.
     """
 
     summary: str
     reference: str
     function_preserving: bool
-    insert: object
-    parameters: Mapping[str, object] | None = field(default_factory=dict)
+    insert: Plain
+    parameters: Mapping[str, Plain] | None = field(default_factory=dict)
     after_last: bool = False
     method: str = "ot_fuse"
 
@@ -77,7 +77,7 @@ PRESETS: Mapping[str, Preset] = {
         "copy of the layer above, output projections zero", "baseline", True, "top_half", {**_PLAIN, "t": 1.0}
     ),
     "average": Preset(
-        "mean of two neighbours, outputs kept",
+        "mean of two neighbours, outputs not zero",
         _PAPER + " (baseline)",
         False,
         "top_half",
@@ -87,14 +87,14 @@ PRESETS: Mapping[str, Preset] = {
         "mean of two neighbours, output projections zero", "baseline", True, "top_half", {**_PLAIN, "t": 0.5}
     ),
     "lesa": Preset(
-        "predicted from two neighbours by a network that learned from all layers of the model, outputs kept",
+        "predicted from two neighbours by a network that learned from all layers of the model, outputs not zero",
         "Yang et al., LESA, arXiv 2502.13794",
         False,
         "top_half",
         method="lesa",
     ),
     "solar": Preset(
-        "layers [0, n-m) then [m, n): the middle stands twice",
+        "layers [0, n-m) then [m, n): the middle is repeated",
         "Kim et al., SOLAR, arXiv 2312.15166",
         False,
         None,
@@ -115,40 +115,41 @@ _WHERE = ("top", "middle", "bottom", "even", "sandwich")
 
 
 def expand(upscale: Upscale, base: ModelRef, num_layers: int) -> tuple[OutputSlice, ...]:
-    """The slices an ``upscale:`` section stands for.
+    """The slices that an ``upscale:`` section means.
 
     Args:
         upscale: The section.
         base: The base model.
-        num_layers: Its depth.
+        num_layers: The base model's depth.
 
     Raises:
         RecipeError: an unknown preset, parameter or insert form, or a place that the base does not have.
     """
     if upscale.preset not in PRESETS:
-        upscale.place.value["preset"].fail(
+        upscale.place.child("preset").fail(
             "unknown preset", expected=" | ".join(PRESETS), hint=nearest(upscale.preset, PRESETS)
         )
     preset = PRESETS[upscale.preset]
     if preset.parameters is None:
         if upscale.parameters:
-            upscale.place.value["parameters"].fail(f"{upscale.preset} has no parameters", expected="none")
+            upscale.place.child("parameters").fail(f"{upscale.preset} has no parameters", expected="none")
         ranges = (_solar if upscale.preset == "solar" else _stack)(upscale, num_layers)
         return tuple(_copy(base, start, end, upscale.place) for start, end in ranges if start < end)
     known = {p.name: p for p in methods()[preset.method].parameters}
-    for name, (setting, place) in upscale.parameters.items():
+    for name, setting in upscale.parameters.items():
         if name not in known:
-            names, what = ", ".join(sorted(known)), f"{preset.method} has no parameter {name!r}"
-            place.fail(what, expected=names, got=name, hint=nearest(name, known))
-        check_setting(known[name], setting, place)
-    settings = {name: (value, upscale.place) for name, value in preset.parameters.items()} | upscale.parameters
+            names, message = ", ".join(sorted(known)), f"{preset.method} has no parameter {name!r}"
+            setting.place.fail(message, expected=names, got=name, hint=nearest(name, known))
+        check_setting(known[name], setting)
+    presets = {name: Setting(value, upscale.place) for name, value in preset.parameters.items()}
+    settings = {**presets, **upscale.parameters}
     insert = upscale.insert or locate(preset.insert, "upscale.insert")
     places = _places(insert, num_layers, preset.after_last)
     return tuple(_filled_slices(base, places, num_layers, preset.method, settings, upscale.place))
 
 
 def _places(insert: Located, n: int, after_last: bool) -> list[int]:
-    """Base layers behind which a new layer goes, ascending. Layer i's gap lies between i and i+1."""
+    """The base layers that a new layer follows, ascending. Gap i is between layers i and i+1."""
     gaps = list(range(n - 1))
     form = insert.value
     if isinstance(form, str):
@@ -164,13 +165,13 @@ def _places(insert: Located, n: int, after_last: bool) -> list[int]:
         step = insert.mapping(("every",))["every"].integer(1)
         places = [i for i in range(step - 1, n, step) if after_last or i < n - 1]
         if step == n and not places:
-            insert.fail("this inserts no layer at all: the last one has no upper neighbour", expected=_FORMS)
+            insert.fail("this inserts no layer: the last layer has no upper neighbour", expected=_FORMS)
     elif "after" in form:
         places = _after(insert.mapping(("after",))["after"], n, after_last)
     else:
         places = _count(insert, gaps)
     if not places:
-        insert.fail("this inserts no layer at all", expected=f"a place among the {n - 1} gaps of {n} layers")
+        insert.fail("this inserts no layer", expected=f"a place among the {n - 1} gaps of {n} layers")
     return places
 
 
@@ -181,7 +182,7 @@ def _after(node: Located, n: int, after_last: bool) -> list[int]:
         layer = item.integer()
         if layer > last:
             reason = "the model ends there" if layer >= n else "the last layer has no upper neighbour to fuse with"
-            item.fail(f"no new layer can stand after layer {layer}: {reason}", expected=f"0 to {last}")
+            item.fail(f"no new layer can follow layer {layer}: {reason}", expected=f"0 to {last}")
         if layer in places:
             item.fail(f"layer {layer} is named twice", expected="each once", hint="parameters: {layers_per_gap: 2}")
         places.append(layer)
@@ -208,8 +209,10 @@ def _count(insert: Located, gaps: list[int]) -> list[int]:
     }[where]
 
 
-def _filled_slices(base: ModelRef, places: list[int], n: int, method: str, settings, place: Located):
-    """Runs of neighbouring gaps become one single-source slice of the method; what lies between is copied."""
+def _filled_slices(
+    base: ModelRef, places: list[int], n: int, method: str, settings: Settings, place: Located
+) -> Iterator[OutputSlice]:
+    """Slices with new layers at ``places``. A run of neighbouring gaps is one slice of the method; the rest is copied."""
     cursor = 0
     for start, end in _runs([p for p in places if p < n - 1]):
         if start > cursor:
@@ -219,7 +222,7 @@ def _filled_slices(base: ModelRef, places: list[int], n: int, method: str, setti
         cursor = end + 2
     if cursor < n:
         yield _copy(base, cursor, n, place)
-    if places[-1] == n - 1:  # behind the last layer: it is its own neighbour
+    if places[-1] == n - 1:  # after the last layer, which is its own upper neighbour
         sources = (SliceSource(base, (n - 1, n), place=place),) * 2
         yield OutputSlice(sources, method, parameters=settings, place=place)
 
@@ -239,7 +242,7 @@ def _copy(base: ModelRef, start: int, end: int, place: Located) -> OutputSlice:
 
 
 def _extra(upscale: Upscale, default: int, allowed: tuple[str, ...]) -> tuple[int, Located]:
-    """How many layers a repeating preset adds: ``insert: {count: m}``, or the default."""
+    """The number of layers that a repeating preset adds (``insert: {count: m}``, or the default), and its place."""
     if upscale.insert is None:
         return default, upscale.place
     if not isinstance(upscale.insert.value, dict) or "count" not in upscale.insert.value:
@@ -252,7 +255,7 @@ def _extra(upscale: Upscale, default: int, allowed: tuple[str, ...]) -> tuple[in
 
 
 def _solar(upscale: Upscale, n: int) -> list[tuple[int, int]]:
-    """[0, n-m) and [m, n) with n - 2m added layers; m = n/4 by default, so that 32 -> 48."""
+    """[0, n-m) and [m, n) with n - 2m added layers. By default m = n/4, so that 32 layers become 48."""
     added, place = _extra(upscale, n - 2 * (n // 4), ("count",))
     if added > n or (n - added) % 2:
         place.fail(
@@ -267,7 +270,7 @@ def _solar(upscale: Upscale, n: int) -> list[tuple[int, int]]:
 def _stack(upscale: Upscale, n: int) -> list[tuple[int, int]]:
     """The whole model repeated, or with ``where`` one block of ``count`` layers repeated in its place."""
     added, place = _extra(upscale, n, ("count", "where"))
-    keys = upscale.insert.value if upscale.insert else {}
+    keys = upscale.insert.mapping(("count", "where")) if upscale.insert else {}
     if "where" not in keys:
         if added % n:
             place.fail(

@@ -1,21 +1,22 @@
-"""YAML -> `Recipe`: what a recipe says, checked as far as it can be without looking at a model."""
+"""Reads YAML as a `Recipe` and checks it as far as possible without opening a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..align.parameters import PARAMETERS
 from ..checkpoint.hub import split_adapter
 from ..core.errors import DeusMergeError, RecipeError, nearest
-from ..core.located import MAX_BYTES, Located, parse_documents
+from ..core.located import MAX_BYTES, Located, Plain, parse_documents
 from ..core.units import dtype_code
 from ..methods.registry import methods
 from ..models.reference import ModelRef
 from ..models.tokenizer.settings import read_tokenizer
 from .documents import Document, in_order
-from .parameters import Settings, check_setting, read_settings
+from .parameters import Setting, Settings, check_setting, read_settings
 from .types import Align, Module, OutputSlice, Recipe, SliceSource, Upscale
 
 _TOP = (
@@ -27,9 +28,9 @@ _SOURCE = ("model", "layer_range", "parameters")
 _UPSCALE = ("preset", "insert", "parameters")
 _MODULE = ("slices", "models", "parameters")
 _NOT_WITH_UPSCALE = {
-    "align": "new layers are aligned by themselves; set parameters: {alignment: ...} inside upscale",
+    "align": "the preset aligns new layers; set parameters: {alignment: ...} inside upscale",
     "merge_method": "choose a preset inside upscale, or write slices",
-    "parameters": "they may stand inside upscale",
+    "parameters": "write them inside upscale",
 }
 _A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
 
@@ -38,7 +39,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        RecipeError: with the recipe path, the line, what was expected and what came.
+        RecipeError: the file cannot be read or the recipe is invalid; with recipe path, line, expected and got.
     """
     try:
         with open(path, "rb") as file:
@@ -50,7 +51,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def parse_recipe(text: str, file: str = "recipe") -> Recipe:
-    """The text of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
+    """Read a recipe's text; raises RecipeError as `read_recipe`."""
     recipes = [recipe_from(root) for root in parse_documents(text, file)]
     if len(recipes) == 1:
         return replace(recipes[0], name=None)
@@ -61,7 +62,7 @@ def parse_recipe(text: str, file: str = "recipe") -> Recipe:
 
 
 def recipe_from(root: Located) -> Recipe:
-    """The values of a recipe -> `Recipe`. Raises RecipeError, as `read_recipe` does."""
+    """Read a recipe's values; raises RecipeError as `read_recipe`."""
     top = root.mapping(_TOP, "a recipe")
     form = [k for k in ("slices", "models", "modules", "upscale") if k in top]
     if len(form) != 1:
@@ -85,33 +86,33 @@ def recipe_from(root: Located) -> Recipe:
             root.fail("upscale needs base_model", expected="base_model: a folder or org/name", got="no base_model")
         for key, hint in _NOT_WITH_UPSCALE.items():
             if key in top:
-                top[key].fail(f"upscale does not go with {key}", hint=hint)
+                top[key].fail(f"upscale and {key} exclude each other", hint=hint)
         return Recipe(upscale=_upscale(top["upscale"]), **common)
     if form == ["modules"]:
         recipe = Recipe(modules=_modules(top["modules"], method, base, align), **common)
     else:
         recipe = Recipe(slices=_either(top, method, base, align), **common)
-    _check_names(parameters, [s.merge_method for s in recipe.pieces()])
+    _check_names(parameters, [s.merge_method for s in recipe.all_slices()])
     for module in recipe.modules.values():
         _check_names(module.parameters, [s.merge_method for s in module.slices])
-    for piece in recipe.pieces():
-        _check_names(piece.parameters, [piece.merge_method])
-        for source in piece.sources:
-            _check_names(source.parameters, [piece.merge_method], scope="source")
+    for part in recipe.all_slices():
+        _check_names(part.parameters, [part.merge_method])
+        for source in part.sources:
+            _check_names(source.parameters, [part.merge_method], scope="source")
     return recipe
 
 
 def _modules(node: Located, method: str | None, base: ModelRef | None, align: Align | None) -> dict[str, Module]:
-    """mergekit's ``modules:``; which names a model has is seen when it is opened."""
+    """The ``modules:`` section, whose names are checked when the models are opened."""
     modules = {}
-    for name, item in node.mapping(what="a mapping of modules").items():
+    for name, item in node.mapping(kind="a mapping of modules").items():
         keys = item.mapping(_MODULE, "a module")
         form = [key for key in ("slices", "models") if key in keys]
         if len(form) != 1:
             item.fail("a module has exactly one of slices and models", got=", ".join(form) or "neither")
         shared = read_settings(keys.get("parameters"))
-        pieces = tuple(replace(piece, shared=shared) for piece in _either(keys, method, base, align))
-        modules[name] = Module(pieces, shared, item)
+        slices = tuple(replace(part, shared=shared) for part in _either(keys, method, base, align))
+        modules[name] = Module(slices, shared, item)
     if not modules:
         node.fail("no module", expected="modules: {name: {slices: [...]}}")
     return modules
@@ -120,7 +121,7 @@ def _modules(node: Located, method: str | None, base: ModelRef | None, align: Al
 def _either(
     keys: Mapping[str, Located], method: str | None, base: ModelRef | None, align: Align | None
 ) -> tuple[OutputSlice, ...]:
-    """``slices``, or ``models``, which is one slice."""
+    """The slices of a ``slices`` or a ``models`` section; the latter is one slice."""
     if "slices" in keys:
         return _slices(keys["slices"], method, align)
     return (_with_align(_models(keys["models"], method, base), align),)
@@ -130,10 +131,10 @@ def _slices(node: Located, method: str | None, align: Align | None) -> tuple[Out
     return tuple(_with_align(_slice(item, method), align) for item in node.sequence("a list of slices"))
 
 
-def _with_align(piece: OutputSlice, align: Align | None) -> OutputSlice:
-    """The recipe's ``align`` stands for every slice that could have one of its own."""
-    takes = len(piece.sources) > 1 and not methods()[piece.merge_method].inserts
-    return replace(piece, align=align) if takes and piece.align is None else piece
+def _with_align(part: OutputSlice, align: Align | None) -> OutputSlice:
+    """The slice with the recipe's ``align``, if it can have one and sets none itself."""
+    takes = len(part.sources) > 1 and not methods()[part.merge_method].inserts
+    return replace(part, align=align) if takes and part.align is None else part
 
 
 def _slice(node: Located, method: str | None) -> OutputSlice:
@@ -147,32 +148,32 @@ def _slice(node: Located, method: str | None) -> OutputSlice:
     first = sources[0]
     for source in sources[1:]:
         if first.layer_range and source.layer_range and source.num_layers != first.num_layers:
-            source.place.value["layer_range"].fail(
-                "sources of a slice must have equally many layers",
+            source.place.child("layer_range").fail(
+                "the sources of a slice must have the same number of layers",
                 expected=f"{first.num_layers} layers, as in sources[0]",
                 got=f"{source.num_layers} layers: {list(source.layer_range)}",
             )
     base = _model(keys["base_model"]) if "base_model" in keys else None
     align = _align(keys["align"]) if "align" in keys else None
     if align and methods()[name].inserts:
-        align.place.fail(f"{name} aligns by itself", hint=f"parameters: {{alignment: {align.given['alignment']}}}")
+        align.place.fail(f"{name} has its own alignment", hint=f"parameters: {{alignment: {align.given['alignment']}}}")
     if align and len(sources) == 1:
         align.place.fail("align needs at least two sources", expected="a source to align, and one to align it to")
     return OutputSlice(sources, name, base, align, read_settings(keys.get("parameters")), node)
 
 
 def _align(node: Located) -> Align:
-    """``align: symmetry``, or a mapping with ``alignment`` and its parameters."""
+    """An ``align`` section: the name of an alignment, or a mapping with ``alignment`` and its parameters."""
     names = [p.name for p in PARAMETERS]
     keys = node.mapping(names, "an align section") if isinstance(node.value, dict) else {"alignment": node}
-    given = {}
+    given: dict[str, Plain] = {}
     for parameter in PARAMETERS:
         if parameter.name in keys:
             place = keys[parameter.name]
-            check_setting(parameter, place.plain(), place)
+            check_setting(parameter, Setting(place.plain(), place))
             given[parameter.name] = place.plain()
-    values = {p.name: p.read(given[p.name]) if p.name in given else p.default for p in PARAMETERS}
-    return Align({"alignment": values["alignment"]} | given, values, node)
+    values: dict[str, Any] = {p.name: p.read(given[p.name]) if p.name in given else p.default for p in PARAMETERS}
+    return Align({"alignment": values["alignment"], **given}, values, node)
 
 
 def _source(node: Located) -> SliceSource:
@@ -184,7 +185,7 @@ def _source(node: Located) -> SliceSource:
 
 
 def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputSlice:
-    """``models:`` is one slice of whole models."""
+    """A ``models`` section: one slice of whole models."""
     if method is None:
         node.fail("no merge_method", expected="merge_method at the top level", got="none")
     sources = []
@@ -201,7 +202,7 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
 def _name(node: Located) -> str:
     text = node.string("a name for other documents to use")
     if "+" in text or "@" in text:
-        node.fail("not a name a document can have", expected="no + and no @, which mean something in model references")
+        node.fail("not a valid name of a document", expected="no + and no @, which have a meaning in model references")
     return text
 
 
@@ -210,7 +211,7 @@ def _model(node: Located) -> ModelRef:
 
 
 def _reference(node: Located) -> str:
-    """A model reference as text, also mergekit's long forms."""
+    """A model reference as text; mergekit's long forms are shortened."""
     if not isinstance(node.value, dict):
         return node.string(_A_MODEL)
     if "model" in node.value:
@@ -263,17 +264,17 @@ def _upscale(node: Located) -> Upscale:
 
 
 def _check_names(settings: Settings, names: list[str], scope: str | None = None) -> None:
-    """Every setting must be a parameter of one of the methods it can apply to, with values of its kind."""
-    for name, (setting, place) in settings.items():
+    """Raise a RecipeError unless every setting is a valid value of a parameter of one of the methods it applies to."""
+    for name, setting in settings.items():
         known = [p for m in names for p in methods()[m].parameters if p.name == name and scope in (None, p.scope)]
         if not known:
             every = {p.name: p for m in names for p in methods()[m].parameters}
             here = sorted(n for n, p in every.items() if scope in (None, p.scope))
-            place.fail(
+            setting.place.fail(
                 f"{', '.join(dict.fromkeys(names))} has no parameter {name!r}{' of a source' if scope else ''}",
                 expected=", ".join(here) or "no parameters here",
                 got=name,
                 hint=f"{name} is a parameter of the whole slice" if name in every else nearest(name, here),
             )
         for parameter in known:
-            check_setting(parameter, setting, place)
+            check_setting(parameter, setting)

@@ -1,15 +1,16 @@
 """A recipe as frozen dataclasses.
 
-Reference: mergekit's merge configuration, whose keys mean here what they mean there; ``merge_method``, ``base_model``
-and ``parameters`` of a slice, and ``upscale``, are additions.
+Reference: mergekit's merge configuration; its keys have the same meaning here. ``merge_method``, ``base_model`` and
+``parameters`` of a slice, and ``upscale``, are additions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..core.located import Located
+from ..core.located import Located, Plain
 from ..models.reference import ModelRef
 from ..models.tokenizer.settings import TokenizerSettings
 from .parameters import Settings
@@ -17,7 +18,14 @@ from .parameters import Settings
 
 @dataclass(frozen=True)
 class SliceSource:
-    """Layers of one model; ``layer_range`` is zero-based and half-open, None for all layers."""
+    """Layers of one model.
+
+    Attributes:
+        model: The model.
+        layer_range: First layer and last layer + 1, zero-based; None for all layers.
+        parameters: Settings of this source.
+        place: The place in the recipe.
+    """
 
     model: ModelRef
     layer_range: tuple[int, int] | None = None
@@ -26,30 +34,37 @@ class SliceSource:
 
     @property
     def num_layers(self) -> int | None:
-        """None when only the model's depth tells."""
+        """Number of layers; None where it is the model's depth, which a recipe does not know."""
         return self.layer_range and self.layer_range[1] - self.layer_range[0]
 
 
 @dataclass(frozen=True)
 class Align:
-    """What ``align:`` says: sources are brought to the base model (or to the last one) before the method runs.
+    """An ``align:`` section: sources are aligned to the base model (or to the last source) before the method runs.
 
     Attributes:
-        given: The parameters that are set, ``alignment`` first.
-        values: Of all parameters of `alignment.ALIGNMENT`.
+        given: The parameters that the recipe sets, ``alignment`` first.
+        values: The value of every parameter of `align.parameters.PARAMETERS`, whose types depend on the parameters.
+        place: The place in the recipe.
     """
 
-    given: Mapping[str, object]
-    values: Mapping[str, object] = field(compare=False, repr=False)
+    given: Mapping[str, Plain]
+    values: Mapping[str, Any] = field(compare=False, repr=False)
     place: Located = field(compare=False, repr=False, default=Located(None))
 
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """Consecutive output layers, made from equally long sources by one method.
+    """Consecutive output layers that one method computes from sources of equal length.
 
     Attributes:
-        shared: Parameters of the module that it is in: behind its own, before the recipe's.
+        sources: The layers to merge.
+        merge_method: The method's name.
+        base_model: The base model, where the slice sets one.
+        align: The alignment of the sources; None for none.
+        parameters: Settings of this slice.
+        place: The place in the recipe.
+        shared: Settings of the slice's module. They apply after the slice's own and before the recipe's.
     """
 
     sources: tuple[SliceSource, ...]
@@ -63,7 +78,13 @@ class OutputSlice:
 
 @dataclass(frozen=True)
 class Module:
-    """One of the stacks of layers that a model has, with what is around it: its slices."""
+    """One module of a model: a stack of layers with its embeddings and norms.
+
+    Attributes:
+        slices: Its output layers.
+        parameters: Settings of the module.
+        place: The place in the recipe.
+    """
 
     slices: tuple[OutputSlice, ...]
     parameters: Settings = field(default_factory=dict)
@@ -72,22 +93,38 @@ class Module:
 
 @dataclass(frozen=True)
 class Upscale:
-    """The ``upscale:`` shorthand; `presets.expand` turns it into slices once the depth is known."""
+    """The ``upscale:`` shorthand, which `presets.expand` turns into slices once the depth is known.
+
+    Attributes:
+        preset: The preset's name.
+        insert: The places of new layers, which `presets.expand` reads; None for the preset's own.
+        parameters: Settings of the preset's method.
+        place: The place in the recipe.
+    """
 
     preset: str
-    insert: Located | None = None  # its forms need the depth: presets reads them
+    insert: Located | None = None
     parameters: Settings = field(default_factory=dict)
     place: Located = field(compare=False, repr=False, default=Located(None))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. Exactly one of ``slices`` (also made from ``models``), ``modules`` and ``upscale`` is set.
+    """A whole recipe. Exactly one of ``slices`` (which ``models`` also gives), ``modules`` and ``upscale`` is set.
 
     Attributes:
-        modules: By name; those that are not named are the donor's.
-        name: Of a document whose result others use as a model.
-        documents: Those that a recipe of several documents needs, each behind the ones that it needs itself.
+        slices: The output's layers.
+        modules: Modules by name; the others are copied from the donor.
+        upscale: The shorthand for a deeper model.
+        base_model: The base model.
+        parameters: Settings of the recipe.
+        dtype: safetensors code of the dtype of arithmetic and output.
+        out_dtype: safetensors code of the output's dtype, where it differs from ``dtype``.
+        tokenizer: Settings of the output's tokenizer; None to copy the donor's.
+        chat_template: ``auto``, the name of a template, or a template.
+        name: The name of a document whose result other documents use as a model.
+        documents: The other documents of the recipe, each after the documents that it needs.
+        source: The recipe as YAML.
     """
 
     slices: tuple[OutputSlice, ...] = ()
@@ -103,19 +140,19 @@ class Recipe:
     documents: tuple[Recipe, ...] = ()
     source: Located = field(compare=False, repr=False, default=Located(None))
 
-    def pieces(self) -> tuple[OutputSlice, ...]:
+    def all_slices(self) -> tuple[OutputSlice, ...]:
         """Every slice, also those of modules."""
-        return (*self.slices, *(piece for module in self.modules.values() for piece in module.slices))
+        return (*self.slices, *(part for module in self.modules.values() for part in module.slices))
 
     def models(self) -> tuple[ModelRef, ...]:
-        """Every model named, base first, each once."""
+        """Every model that the recipe names, the base model first, each once."""
         refs = [self.base_model] if self.base_model else []
-        for piece in self.pieces():
-            refs += [s.model for s in piece.sources]
-            refs += [piece.base_model] if piece.base_model else []
+        for part in self.all_slices():
+            refs += [s.model for s in part.sources]
+            refs += [part.base_model] if part.base_model else []
         return tuple(dict.fromkeys(refs))
 
     @property
     def donor(self) -> ModelRef:
-        """The model whose config, tokenizer, embeddings and head the output takes: the base, or the first one named."""
+        """The model whose config, tokenizer, embeddings and head the output takes: the base, or the first model."""
         return self.models()[0]

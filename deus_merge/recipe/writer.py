@@ -1,4 +1,4 @@
-"""`Recipe` -> YAML text that reads back as the same recipe."""
+"""Writes a `Recipe` as YAML text that reads back as the same recipe."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from pathlib import Path
 import yaml
 
 from ..checkpoint.hub import split_adapter
+from ..core.located import Plain
 from ..core.units import dtype_name
 from ..models.reference import ModelRef
-from .parameters import Filtered, Gradient, Setting, Settings
+from .parameters import Filtered, Gradient, Settings, Value
 from .types import OutputSlice, Recipe, SliceSource
 
-Names = frozenset  # of documents: they are no folders
+_Names = frozenset[str]  # names of documents, which are not folders
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, for any working directory: local models are named by absolute paths.
+    """The recipe as YAML that is valid in any working directory: paths of local models are absolute.
 
     Args:
-        recipe: Usually a plan's, so with presets spelled out as slices.
+        recipe: A recipe; usually a plan's, in which presets are expanded to slices.
     """
-    names = frozenset(document.name for document in recipe.documents)
+    names = frozenset(document.name for document in recipe.documents if document.name)
     return "---\n".join(_dump(_document(r, names)) for r in (*recipe.documents, recipe))
 
 
 def _dump(data: dict) -> str:
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
-    if not text.replace("\n", "").isprintable():  # what would drive a terminal is written as escapes
+    if not text.replace("\n", "").isprintable():  # escape characters that would control a terminal
         text = yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
     return text
 
 
-def _document(recipe: Recipe, names: Names) -> dict:
+def _document(recipe: Recipe, names: _Names) -> dict:
     data: dict[str, object] = {}
     if recipe.name:
         data["name"] = recipe.name
@@ -53,31 +54,31 @@ def _document(recipe: Recipe, names: Names) -> dict:
         data["upscale"] = section
     elif recipe.modules:
         data["modules"] = {
-            name: _parameters(module.parameters) | {"slices": [_slice(piece, names) for piece in module.slices]}
+            name: _parameters(module.parameters) | {"slices": [_slice(part, names) for part in module.slices]}
             for name, module in recipe.modules.items()
         }
     else:
-        data["slices"] = [_slice(piece, names) for piece in recipe.slices]
+        data["slices"] = [_slice(part, names) for part in recipe.slices]
     return data
 
 
-def _model(ref: ModelRef, names: Names) -> str:
+def _model(ref: ModelRef, names: _Names) -> str:
     parts = [part for part in split_adapter(ref.text) if part is not None]
     local = [part for part in parts if part not in names and Path(part).exists()]
     return "+".join(str(Path(part).absolute()) if part in local else part for part in parts)
 
 
-def _slice(piece: OutputSlice, names: Names) -> dict:
-    data: dict[str, object] = {"merge_method": piece.merge_method}
-    if piece.base_model:
-        data["base_model"] = _model(piece.base_model, names)
-    if piece.align:
-        given = dict(piece.align.given)
+def _slice(part: OutputSlice, names: _Names) -> dict:
+    data: dict[str, object] = {"merge_method": part.merge_method}
+    if part.base_model:
+        data["base_model"] = _model(part.base_model, names)
+    if part.align:
+        given = dict(part.align.given)
         data["align"] = given if len(given) > 1 else given["alignment"]
-    return data | _parameters(piece.parameters) | {"sources": [_source(s, names) for s in piece.sources]}
+    return data | _parameters(part.parameters) | {"sources": [_source(s, names) for s in part.sources]}
 
 
-def _source(source: SliceSource, names: Names) -> dict:
+def _source(source: SliceSource, names: _Names) -> dict:
     data: dict[str, object] = {"model": _model(source.model, names)}
     if source.layer_range:
         data["layer_range"] = list(source.layer_range)
@@ -85,12 +86,12 @@ def _source(source: SliceSource, names: Names) -> dict:
 
 
 def _parameters(settings: Settings) -> dict:
-    return {"parameters": {name: _plain(value) for name, (value, _) in settings.items()}} if settings else {}
+    return {"parameters": {name: _plain(setting.value) for name, setting in settings.items()}} if settings else {}
 
 
-def _plain(setting: Setting) -> object:
-    if isinstance(setting, Gradient):
-        return list(setting.values)
-    if isinstance(setting, Filtered):
-        return [({"filter": f} if f is not None else {}) | {"value": _plain(v)} for f, v in setting.entries]
-    return setting
+def _plain(value: Value) -> Plain:
+    if isinstance(value, Gradient):
+        return list(value.values)
+    if isinstance(value, Filtered):
+        return [{**({"filter": f} if f is not None else {}), "value": _plain(v)} for f, v in value.entries]
+    return value

@@ -25,7 +25,7 @@ def summary(model: str, load_options: LoadOptions | None = None) -> dict:
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     facts = {
         "model": model,
-        "family": view.architecture.family if view.architecture else f"{view.model_type} (by tensor names)",
+        "family": view.family.name if view.family else f"{view.model_type} (by tensor names)",
         "layers": view.num_layers,
         "hidden_size": config.get("hidden_size"),
         "intermediate_size": config.get("intermediate_size"),
@@ -89,11 +89,11 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
 
     source = SourceModel.open(ModelRef(model), {}, load_options)
     checkpoint, view = source.checkpoint, source.view
-    if view.architecture is None:
+    if view.family is None:
         raise ArchitectureError(
             f"similarity needs a described family, {view.model_type!r} is none", hint="deus-merge methods lists them"
         )
-    roles = [s.role for s in view.architecture.layer if s.in_space]
+    roles = [s.role for s in view.family.layer if s.in_space]
     for i in range(view.num_layers - 1):
         row: dict[str, dict] = {}
         for role in roles:

@@ -13,7 +13,7 @@ from ..checkpoint.index import INDEX
 from ..core.errors import DeusMergeError, PlanError, VerifyError, json_text
 from ..core.tensors import UNCHANGED, StoredTensor
 from ..core.units import dtype_name, parse_size, promoted
-from ..models.config_rules import LayerOrigin, check_config, deeper_config
+from ..models.config_rules import LayerEntries, check_config, deeper_config
 from ..models.side_files import copied_files
 from ..models.view import ModelView, prefix_of, view_model
 from ..report.lineage import generations
@@ -239,7 +239,7 @@ def _base_config(
     checkpoint: Checkpoint, view: ModelView, kept: list[int], record: Mapping, sources: Mapping[str, StoredTensor]
 ) -> dict:
     """The checkpoint's config.json with the base's depth and lists, without what the growth added to it."""
-    origins = [LayerOrigin(checkpoint.config, layer, str(checkpoint.folder), view.layers_path) for layer in kept]
+    origins = [LayerEntries(checkpoint.config, layer, str(checkpoint.folder), view.layers_path) for layer in kept]
     config = deeper_config(checkpoint.config, view.layers_path, origins, None)
     _drop_added(config, record["donor_config"])
     stored = {dtype_name(info.dtype) for info in sources.values()}

@@ -13,6 +13,7 @@ from ..checkpoint.reader import Checkpoint, TensorSource
 from ..core.errors import DeusMergeError
 from ..core.tensors import StoredTensor
 from ..core.units import dtype_name, promoted
+from ..models.config_json import section
 from ..models.config_rules import check_config
 from ..models.modules import view_modules
 from ..models.view import ModelView, view_model
@@ -136,11 +137,9 @@ class Output:
             got = modules[name].num_layers if name in modules else "no"
             if got != planned["num_layers"]:
                 return False, f"config.json: {name} has {got} layers, planned {planned['num_layers']}"
-        section = checkpoint.config
-        for key in view.layers_path[:-1]:
-            section = section[key]
+        layer_settings = section(checkpoint.config, view.layers_path)
         for key in record["layer_lists"]:
-            entries = section.get(key)
+            entries = layer_settings.get(key)
             if not isinstance(entries, list) or len(entries) != view.num_layers:
                 return False, f"config.json: {key} is no list of {view.num_layers} entries, one a layer"
         dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")

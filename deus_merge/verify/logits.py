@@ -88,7 +88,7 @@ def run(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, str | None]:
 def _stream(model: PreTrainedModel, view: ModelView, checkpoint: Checkpoint) -> str | None:
     """Let each part of a model without weights fetch them when it is called. Returns why that cannot be done."""
     stored = _stored_names(model, checkpoint)
-    if view.architecture is None:
+    if view.family is None:
         return f"family {view.model_type!r} is not described"
     if model.state_dict().keys() != stored.keys():
         return "transformers names its tensors otherwise"

@@ -40,7 +40,7 @@ def run_with(tmp_path):
 
 def test_tree_is_up_to_date():
     script = runpy.run_path(str(ROOT / "docs/make_tree.py"))
-    assert PAGE == script["with_tree"](PAGE), "run: python docs/make_tree.py"
+    assert script["with_tree"](PAGE) == PAGE, "run: python docs/make_tree.py"
     package = ROOT / "deus_merge"
     folders = {path.name for path in package.iterdir() if path.is_dir() and not path.name.startswith("_")}
     assert folders == set(script["FOLDERS"])

@@ -126,8 +126,16 @@ def test_no_right_to_write(refused, tiny, tmp_path, mount):
     else:
         (parent := tmp_path / "parent").mkdir()
         parent.chmod(0o555)
-    refused(("upscale", tiny, parent / "out"), "out: the output folder cannot be created", f"no permission to write in {parent}")
-    refused(("upscale", tiny, parent / "deep/out"), "the output folder cannot be created", f"no permission to write in {parent}")
+    refused(
+        ("upscale", tiny, parent / "out"),
+        "out: the output folder cannot be created",
+        f"no permission to write in {parent}",
+    )
+    refused(
+        ("upscale", tiny, parent / "deep/out"),
+        "the output folder cannot be created",
+        f"no permission to write in {parent}",
+    )
 
 
 @pytest.mark.parametrize("out", ["x" * 250, "x" * 300, "recipe.yml/out", "recipe.yml/deep/out", "loop", "loop/out"])

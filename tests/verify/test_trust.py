@@ -53,8 +53,8 @@ def test_a_models_code_is_copied_and_never_run(run, fit, workshop, tmp_path):
 _TRUNCATED = """
 import os, sys, torch
 from deus_merge.checkpoint import Checkpoint
-from deus_merge.cli.failures import tell_bus_errors
-tell_bus_errors()
+from deus_merge.cli.failures import report_bus_errors
+report_bus_errors()
 torch.set_num_threads(2)
 tensor = Checkpoint.open(sys.argv[1]).read("w")
 os.truncate(sys.argv[1] + "/model.safetensors", 100_000)

@@ -1,4 +1,4 @@
-"""The pre-norm decoder layer that Llama and its relatives share (`ot_fuse`: n1, q, k, v, o, n2, gate, up, down)."""
+"""The pre-norm decoder layer of Llama and related families (roles: n1, q, k, v, o, n2, gate, up, down)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PROJECTIONS = {
 
 
 def decoder_layer(biases: str = "", head_norms: bool = False) -> tuple[TensorSpec, ...]:
-    """The layer's tensors in the order alignment walks them.
+    """The layer's tensors in the order in which alignment processes them.
 
     Args:
         biases: Roles that may have a bias, separated by spaces.
-        head_norms: Whether q and k are normalised per head (shape: head size).
+        head_norms: Whether q and k are normalised per head, by weights of shape (h,).
     """
     biased = biases.split()
 

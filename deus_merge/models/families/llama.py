@@ -1,6 +1,6 @@
-"""Llama 1 to 3, SmolLM, TinyLlama: whatever says ``model_type: llama``; biases where a config has them."""
+"""Llama 1 to 3, SmolLM, TinyLlama: every model with ``model_type: llama``. Biases exist where a config enables them."""
 
-from ..family import Architecture
+from ..family import Family
 from ._decoder import decoder_layer
 
-ARCHITECTURE = Architecture("llama", ("llama",), decoder_layer(biases="q k v o gate up down"), rotary="phases")
+FAMILY = Family("llama", ("llama",), decoder_layer(biases="q k v o gate up down"), rotary="phases")

@@ -1,6 +1,6 @@
-"""Mistral: a Llama layer without biases; sliding attention is a matter of its config."""
+"""Mistral: a Llama layer without biases. Its config.json decides on sliding attention."""
 
-from ..family import Architecture
+from ..family import Family
 from ._decoder import decoder_layer
 
-ARCHITECTURE = Architecture("mistral", ("mistral",), decoder_layer(), rotary="phases")
+FAMILY = Family("mistral", ("mistral",), decoder_layer(), rotary="phases")

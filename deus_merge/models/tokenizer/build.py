@@ -1,4 +1,4 @@
-"""All tokenizers of a recipe -> the output's, and where each model keeps each of its tokens. Reads no tensor."""
+"""Combines all tokenizers of a recipe into the output's, and finds each model's row of each token. Reads no tensor."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ from ...checkpoint.hub import resolve
 from ...checkpoint.reader import TensorSource
 from ...core.errors import CheckpointError, PlanError, nearest
 from ...core.located import Located
+from ..reference import ModelRef
 from . import union
-from .files import KEPT_FILES, TOKENIZER_FILES, Files, as_json, beyond_rows, has_tokenizer, present, read_json
+from .files import (
+    NON_VOCABULARY_FILES,
+    TOKENIZER_FILES,
+    Files,
+    Json,
+    as_json,
+    beyond_rows,
+    has_tokenizer,
+    present,
+    read_json,
+)
 from .settings import SOURCES, WORDS, TokenizerSettings, TokenSetting
 from .tokenizer import Tokenizer, identity, load, tokens_digest
 
@@ -28,29 +39,29 @@ class Member:
     """A model of the recipe.
 
     Attributes:
-        model: As the recipe names it.
+        model: The recipe's reference to it.
         checkpoint: Its tensors.
-        tensors: Names of its embeddings and head, as far as they are stored.
+        tensors: Names of its stored embeddings and head.
     """
 
-    model: object
+    model: ModelRef
     checkpoint: TensorSource
     tensors: tuple[str, ...]
 
     @property
     def rows(self) -> int:
-        """How many tokens it has embeddings for."""
+        """Number of tokens with an embedding."""
         return self.checkpoint.tensors[self.tensors[0]].shape[0]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token whose embedding the recipe chooses.
+    """The embedding that the recipe chooses for a token.
 
     Attributes:
-        model: Whose row it is (an index into the members); None for zeros.
-        row: That row.
-        force: Whether models with an embedding of their own take this one all the same.
+        model: The model of the row, as an index into the members; None for zeros.
+        row: The row.
+        force: Whether models that have an embedding of the token take this one too.
     """
 
     model: int | None
@@ -66,12 +77,12 @@ class Vocabulary:
         source: ``union``, ``base``, or the name of the model whose tokenizer it is.
         tokens: Token -> id.
         roles: ``bos_token_id`` and the like -> id.
-        rows: Of the output's embeddings.
-        own: (models, rows): the row a member keeps for the token of an output row; -1 for none.
-        chosen: By output id: tokens whose embedding the recipe chooses.
+        rows: Number of rows of the output's embeddings.
+        own: (models, rows): each member's own row of the token of an output row; -1 for none.
+        chosen: The embeddings that the recipe chooses, by output id.
         moves: Id of the donor's token -> id in the output.
         files: The output's tokenizer: name -> bytes, or a file to copy.
-        warnings: What the user should know.
+        warnings: Warnings for the user.
     """
 
     source: str
@@ -86,57 +97,59 @@ class Vocabulary:
 
     @property
     def digest(self) -> str:
-        """Of the tokens and their ids."""
+        """sha256 of the tokens and their ids."""
         return tokens_digest(self.tokens)
 
 
 def build_vocabulary(
     settings: TokenizerSettings, members: Sequence[Member], cache_dir: Path | None = None
 ) -> Vocabulary:
-    """Load every tokenizer and unite them as the recipe says.
+    """Load every tokenizer and combine them by the recipe's settings.
 
     Args:
-        settings: What it says.
-        members: Its models, the base model (or the first one named) first.
-        cache_dir: The hub's cache, for a tokenizer of another model; None for where huggingface_hub keeps it.
+        settings: The recipe's settings.
+        members: The recipe's models, the donor first.
+        cache_dir: The hub's cache, for the tokenizer of another model; None for huggingface_hub's own.
 
     Raises:
-        RecipeError, PlanError, CheckpointError: whatever does not go together, with the place in the recipe.
+        RecipeError, PlanError, CheckpointError: tokenizers, settings and embeddings do not fit together; with the place
+            in the recipe.
     """
     import numpy as np
 
     warnings: list[str] = []
     loaded = _load_all(settings, members, warnings)
-    kept = []  # what each member has a row for
+    embedded: list[dict[str, int]] = []  # per member, the tokens that have a row
     for member, tokenizer in zip(members, loaded, strict=True):
         stored = member.rows
         if beyond := [token for token, i in tokenizer.tokens.items() if i >= stored]:
-            warnings.append(f"{beyond_rows(member.model, beyond, stored)}: it counts as if it lacked them")
-        kept.append({token: i for token, i in tokenizer.tokens.items() if i < stored})
-    made, files = _output(settings, members, loaded, cache_dir)
-    rows = max(len(made.tokens), max(made.tokens.values(), default=0) + 1)
+            warnings.append(f"{beyond_rows(member.model, beyond, stored)}: they are ignored")
+        embedded.append({token: i for token, i in tokenizer.tokens.items() if i < stored})
+    output, files = _output(settings, members, loaded, cache_dir)
+    rows = max(len(output.tokens), max(output.tokens.values(), default=0) + 1)
     rows += -rows % (settings.pad_to_multiple_of or 1)
     own = np.full((len(members), rows), -1, dtype=np.int64)  # (models, rows)
-    for i, tokens in enumerate(kept):
-        pairs = np.array([(at, tokens[t]) for t, at in made.tokens.items() if t in tokens], dtype=np.int64)  # (n, 2)
+    for i, tokens in enumerate(embedded):
+        pairs = np.array([(at, tokens[t]) for t, at in output.tokens.items() if t in tokens], dtype=np.int64)  # (n, 2)
         if len(pairs):
             own[i, pairs[:, 0]] = pairs[:, 1]
     chosen = {}
     for token, setting in settings.tokens.items():
         if setting.kind != "default":
-            chosen[made.tokens[token]] = _choice(token, setting, members, kept)
+            chosen[output.tokens[token]] = _choice(token, setting, members, embedded)
         if not any(token in tokenizer.tokens for tokenizer in loaded):
-            hint = _nearest(token, made.tokens.keys() - {token})
+            hint = _nearest(token, output.tokens.keys() - {token})
             if setting.kind == "default":
                 setting.place.fail(f"no model's tokenizer has a token {token!r}", expected=SOURCES, hint=hint)
             warnings.append(f"{token!r} is in no model's tokenizer: it is added" + (f" ({hint})" if hint else ""))
-    moves = {i: made.tokens[token] for token, i in loaded[0].tokens.items() if token in made.tokens}
-    source = settings.source if settings.source in WORDS else str(settings.source)
-    return Vocabulary(source, made.tokens, made.roles, rows, own, chosen, moves, files, tuple(warnings))
+    moves = {i: output.tokens[token] for token, i in loaded[0].tokens.items() if token in output.tokens}
+    return Vocabulary(
+        str(settings.source), output.tokens, output.roles, rows, own, chosen, moves, files, tuple(warnings)
+    )
 
 
 def _load_all(settings: TokenizerSettings, members: Sequence[Member], warnings: list[str]) -> list[Tokenizer]:
-    """Each member's tokenizer; a member without one is taken to have the first one's."""
+    """Each member's tokenizer. A member without one is assumed to have the first member's."""
     found: dict[str, Tokenizer] = {}
     loaded: list[Tokenizer] = []
     for member in members:
@@ -158,20 +171,20 @@ def _assume(settings: TokenizerSettings, member: Member, first: Member, warnings
     if member is first or member.rows != first.rows:
         settings.place.fail(
             f"{member.model} has no tokenizer",
-            expected="tokenizer.json, or another file that transformers makes a tokenizer of",
+            expected="tokenizer.json, or another file that transformers can convert",
             got=f"none of them, and {member.rows} rows of embeddings" + f", not {first.rows}" * (member is not first),
         )
-    warnings.append(f"{member.model} has no tokenizer: it is taken to have that of {first.model}")
+    warnings.append(f"{member.model} has no tokenizer: that of {first.model} is assumed")
 
 
 def _output(
     settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer], cache_dir: Path | None
 ) -> tuple[Tokenizer, Files]:
-    """The output's tokenizer and its files: those of one model as they are where nothing has to change."""
-    files, tokenizer, rows = _one(settings, members, loaded, cache_dir)
+    """The output's tokenizer and its files, which are the files of one model unless the tokens change."""
+    files, tokenizer, rows = _first_tokenizer(settings, members, loaded, cache_dir)
 
-    def become(data: Mapping) -> None:
-        """What transformers makes of a changed tokenizer.json: it adds special tokens that other files name."""
+    def replace_data(data: Json) -> None:
+        """Load a changed tokenizer.json with transformers, which adds special tokens that other files name."""
         nonlocal tokenizer, files
         if data is not tokenizer.data:
             files = _changed(files, data)
@@ -179,20 +192,22 @@ def _output(
 
     with _at(settings.place):
         if rows is not None:
-            become(union.limited(tokenizer.data, rows))
+            replace_data(union.limited(tokenizer.data, rows))
         if settings.source == "union":
             others = [
                 union.Named(m.model, union.limited(t.data, m.rows))
                 for m, t in zip(members[1:], loaded[1:], strict=True)
             ]
-            become(union.united([union.Named(members[0].model, tokenizer.data), *others]))
-        become(union.with_tokens(tokenizer.data, list(settings.tokens)))
+            replace_data(union.united([union.Named(members[0].model, tokenizer.data), *others]))
+        replace_data(union.with_tokens(tokenizer.data, list(settings.tokens)))
     return tokenizer, files
 
 
-def _changed(files: Files, data: Mapping) -> Files:
-    """A tokenizer's files with another tokenizer.json, which alone has the vocabulary."""
-    files = {name: file for name, file in files.items() if name in KEPT_FILES} | {"tokenizer.json": as_json(data)}
+def _changed(files: Files, data: Json) -> Files:
+    """A tokenizer's files with another tokenizer.json; other files with a vocabulary are left out."""
+    files = {name: file for name, file in files.items() if name in NON_VOCABULARY_FILES} | {
+        "tokenizer.json": as_json(data)
+    }
     config = read_json(files[_CONFIG], _CONFIG) if _CONFIG in files else {}
     if "added_tokens_decoder" in config:
         entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in data["added_tokens"]}
@@ -200,10 +215,10 @@ def _changed(files: Files, data: Mapping) -> Files:
     return files
 
 
-def _one(
+def _first_tokenizer(
     settings: TokenizerSettings, members: Sequence[Member], loaded: Sequence[Tokenizer], cache_dir: Path | None
 ) -> tuple[Files, Tokenizer, int | None]:
-    """The model whose tokenizer the output takes or begins with: files, tokenizer, and its rows if it is a member."""
+    """The tokenizer that the output takes or extends: its files, itself, and its model's rows if that is a member."""
     for member, tokenizer in zip(members, loaded, strict=True):
         if settings.source in (*WORDS, member.model):
             return present(member.checkpoint.side_files, TOKENIZER_FILES), tokenizer, member.rows
@@ -215,8 +230,10 @@ def _one(
         return files, load(files, config, folder), None
 
 
-def _choice(token: str, setting: TokenSetting, members: Sequence[Member], kept: Sequence[Mapping[str, int]]) -> Chosen:
-    """Where the recipe takes a token's embedding from."""
+def _choice(
+    token: str, setting: TokenSetting, members: Sequence[Member], embedded: Sequence[Mapping[str, int]]
+) -> Chosen:
+    """The embedding that the recipe chooses for a token."""
     if setting.kind == "zero":
         return Chosen(None, 0, setting.force)
     names = [str(m.model) for m in members]
@@ -229,13 +246,13 @@ def _choice(token: str, setting: TokenSetting, members: Sequence[Member], kept: 
             hint=nearest(str(setting.model), names),
         )
     wanted = token if setting.kind == "model" else setting.token
-    row = setting.token_id if wanted is None else kept[model].get(wanted)
+    row = setting.token_id if wanted is None else embedded[model].get(wanted)
     if row is None:
         setting.place.fail(
             f"{names[model]} has no embedding for a token {wanted!r}",
-            expected=f"one of its {len(kept[model])} tokens",
+            expected=f"one of its {len(embedded[model])} tokens",
             got=wanted,
-            hint=_nearest(wanted, kept[model]),
+            hint=_nearest(str(wanted), embedded[model]),
         )
     if row >= members[model].rows:
         setting.place.fail(
@@ -245,13 +262,13 @@ def _choice(token: str, setting: TokenSetting, members: Sequence[Member], kept: 
 
 
 def _nearest(token: str, known: Iterable[str]) -> str | None:
-    """A hint with the closest token; of a large vocabulary only those that may be meant are compared."""
+    """A hint with the closest token. Only tokens with the same first character and a similar length are compared."""
     return nearest(token, [t for t in known if t[:1] == token[:1] and abs(len(t) - len(token)) < 4])
 
 
 @contextmanager
 def _at(place: Located, hint: str | None = None) -> Iterator[None]:
-    """Errors about a file also name the place in the recipe that made us look at it."""
+    """Adds the place in the recipe to errors about a file that it refers to."""
     try:
         yield
     except (CheckpointError, PlanError) as error:

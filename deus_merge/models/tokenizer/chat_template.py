@@ -1,6 +1,6 @@
-"""Chat templates: by name, written out, or the one that most models have.
+"""Chat templates: by name, as text, or the most common one of the models.
 
-``chat_templates/NAME.jinja`` are the prompt formats that models' makers published, in Jinja as transformers runs it.
+``chat_templates/NAME.jinja`` are published prompt formats, in the Jinja dialect of transformers.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
 def template_names() -> tuple[str, ...]:
-    """Templates that recipes can name."""
+    """The names of templates in recipes."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
 
 
 def find_template(text: str, place: Located, models: Sequence[Files]) -> str | None:
-    """What ``chat_template`` stands for.
+    """The template that a recipe's ``chat_template`` means.
 
     Args:
         text: ``auto``, a name, or a template.
-        place: Where the recipe has it.
-        models: What stands beside each model's weights.
+        place: The place in the recipe.
+        models: The tokenizer files of each model.
 
     Returns:
         The template; None for ``auto`` when no model has one.
 
     Raises:
-        RecipeError: neither a name that is known nor a template.
+        RecipeError: neither a known name nor a valid template.
     """
     if text == "auto":
         found = [template for files in models if (template := template_of(files))]
@@ -54,7 +54,7 @@ def find_template(text: str, place: Located, models: Sequence[Files]) -> str | N
 
 
 def template_of(files: Files) -> str | None:
-    """A model's (default) chat template, without space around it; None where it has none, or none that can be read."""
+    """A model's (default) chat template, stripped; None where it has none or an unreadable one."""
     try:
         if _FILE in files:
             found = content(files[_FILE]).decode()
@@ -71,7 +71,7 @@ def template_of(files: Files) -> str | None:
 
 
 def set_template(files: Files, template: str) -> dict[str, bytes | Path]:
-    """An output's files, with this template in the place of every other."""
+    """An output's files with this template, which replaces all others."""
     files = {name: file for name, file in files.items() if name != "chat_template.json"}
     files[_FILE] = template.encode()
     if _CONFIG in files:
@@ -82,16 +82,16 @@ def set_template(files: Files, template: str) -> dict[str, bytes | Path]:
 
 
 def _is_text(template: str) -> bool:
-    """Whether it has no half characters (lone surrogates), which no file can hold."""
+    """Whether it has no lone surrogates, which cannot be encoded."""
     return not any("\ud800" <= c <= "\udfff" for c in template)
 
 
 def _check(template: str, place: Located) -> None:
-    """That Jinja can read it, with what transformers adds to the language."""
+    """Raise a RecipeError unless Jinja with the extensions of transformers can read the template."""
     import jinja2
 
     if not _is_text(template):
-        place.fail("half a character (a lone surrogate)", expected="text")
+        place.fail("the text has a lone surrogate", expected="text that can be encoded")
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)

@@ -1,4 +1,4 @@
-"""Tokenizers as files, and what can be told of them without transformers: which ids their tokens have."""
+"""Tokenizers as files, and the ids of their tokens as far as tokenizer.json shows them, without transformers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...checkpoint.header import parse_json, read_small
 from ...core.errors import CheckpointError, json_text
+from ...core.text import some_of
+from ..reference import ModelRef
 
-#: what makes up a tokenizer, beside what is said about chats
 _JSON = "tokenizer.json"
 _VOCABULARY = (_JSON, "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CHAT_FILES = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES = (*_VOCABULARY, *_SETTINGS, *CHAT_FILES)
-#: of a tokenizer that was changed: its vocabulary stands in tokenizer.json alone
-KEPT_FILES = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_FILES)
+#: the files that a changed tokenizer keeps: without vocabularies, since tokenizer.json has the only one
+NON_VOCABULARY_FILES = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_FILES)
 
-Files = Mapping[str, "bytes | Path"]
+Files = Mapping[str, bytes | Path]
+#: a parsed JSON object; its values may be anything until they are checked
+Json = Mapping[str, Any]
 
 
 def present(files: Files, names: Sequence[str]) -> dict[str, bytes | Path]:
-    """Those of a model's files that have one of these names, to be copied or told of in an output.
+    """The files that have one of these names, to be copied or described in an output.
 
     Raises:
         CheckpointError: a link that leads out of the model's folder.
@@ -36,14 +40,14 @@ def present(files: Files, names: Sequence[str]) -> dict[str, bytes | Path]:
 
 
 def _check_link(path: Path) -> None:
-    """These files go into the output as they are, so no link may fetch somebody's private files into it.
+    """Refuse a link that would copy private files of the user into the output.
 
     A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or to a file of the
-    same name (but for code, whose names are the model's own). Weights and config.json may be links to anywhere: they
-    are parsed.
+    same name (except for code, whose names the model chooses). Weights and config.json may be links to any place, since
+    they are parsed and not copied.
 
     Raises:
-        CheckpointError: it leads elsewhere.
+        CheckpointError: it leads to another place.
     """
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
     homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
@@ -58,33 +62,34 @@ def _check_link(path: Path) -> None:
 
 
 def has_tokenizer(files: Files) -> bool:
+    """Whether one of these files has a vocabulary."""
     return bool(present(files, _VOCABULARY))
 
 
 def content(file: bytes | Path) -> bytes:
-    """The bytes of a file that stands somewhere, or was made."""
+    """The bytes of a file on disk or in memory."""
     return file if isinstance(file, bytes) else read_small(file)
 
 
 def read_json(file: bytes | Path, name: str) -> dict:
-    """A JSON file. Raises CheckpointError where it is none."""
+    """The content of a JSON file; raises CheckpointError if it is not a JSON object."""
     return parse_json(content(file), file if isinstance(file, Path) else Path(name), name)
 
 
-def as_json(data: Mapping, indent: int | None = None) -> bytes:
-    """The bytes of a JSON file; without ``indent`` of a large one that a library wrote before."""
+def as_json(data: Json, indent: int | None = None) -> bytes:
+    """The bytes of a JSON file, on one line without ``indent``."""
     text = json.dumps(data, ensure_ascii=False) if indent is None else json_text(data, indent)
     return f"{text}\n".encode()
 
 
-def model_tokens(model: Mapping) -> dict[str, int]:
-    """Token -> id of the ``model`` of a tokenizer.json; a list (Unigram) counts its pieces."""
+def model_tokens(model: Json) -> dict[str, int]:
+    """Token -> id of the ``model`` of a tokenizer.json; the ids of a list (Unigram) are its indices."""
     tokens = model["vocab"]
-    return {piece[0]: i for i, piece in enumerate(tokens)} if isinstance(tokens, list) else tokens
+    return {entry[0]: i for i, entry in enumerate(tokens)} if isinstance(tokens, list) else tokens
 
 
 def token_ids(file: bytes | Path) -> dict[str, int]:
-    """Token -> id as a tokenizer.json has them.
+    """Token -> id of a tokenizer.json, with added tokens.
 
     Raises:
         CheckpointError: not a tokenizer.json.
@@ -99,8 +104,8 @@ def token_ids(file: bytes | Path) -> dict[str, int]:
     raise CheckpointError("not a tokenizer", where=file if isinstance(file, Path) else _JSON, expected="tokens and ids")
 
 
-def misfit(model: object, files: Files, rows: int) -> str | None:
-    """What is wrong with a tokenizer beside embeddings of so many rows, as a warning; None where nothing is."""
+def mismatch_warning(model: ModelRef, files: Files, rows: int) -> str | None:
+    """A warning if a model's tokenizer does not fit its ``rows`` rows of embeddings or cannot be checked; else None."""
     if _JSON not in files:
         return None
     try:
@@ -110,15 +115,18 @@ def misfit(model: object, files: Files, rows: int) -> str | None:
     return beyond_rows(model, beyond, rows) if beyond else None
 
 
-def beyond_rows(model: object, tokens: Sequence[str], rows: int) -> str:
+def beyond_rows(model: ModelRef, tokens: Sequence[str], rows: int) -> str:
     """The warning about tokens whose id is beyond the embeddings."""
-    return f"the tokenizer of {model} has {some(tokens)} beyond the {rows} rows of its embeddings"
+    return f"the tokenizer of {model} has {quoted(tokens)} beyond the {rows} rows of its embeddings"
 
 
 def difference(models: Sequence[Files]) -> tuple[int, list[str]] | None:
-    """Which of these models' tokenizers means other tokens by its ids than the first one: its index, and its tokens.
+    """The first model whose tokenizer has other tokens at the ids of the first model's tokenizer.
 
-    Only what stands in tokenizer.json is looked at; files that are equal byte for byte are not read twice.
+    Only tokenizer.json is compared; a file that equals the first one byte for byte is not parsed.
+
+    Returns:
+        The model's index and its differing tokens; None when all agree.
     """
     found = [files.get(_JSON) for files in models]
     if found[0] is None:
@@ -131,14 +139,13 @@ def difference(models: Sequence[Files]) -> tuple[int, list[str]] | None:
             first = first or token_ids(found[0])
             theirs = token_ids(file)
         except CheckpointError:
-            continue  # the model's own check says so
+            continue  # the check of the model reports it
         names = {at: token for token, at in first.items()}
         if others := [t for t, at in theirs.items() if first.get(t, at) != at or names.get(at, t) != t]:
             return i, others
     return None
 
 
-def some(tokens: Sequence[str]) -> str:
-    """``3 tokens ('<a>', '<b>', ...)``"""
-    shown = ", ".join(map(repr, tokens[:3])) + (", ..." if len(tokens) > 3 else "")
-    return f"{len(tokens)} token{'s' if len(tokens) != 1 else ''} ({shown})"
+def quoted(tokens: Sequence[str]) -> str:
+    """``5 tokens ('<a>', '<b>', '<c>' and 2 more)``"""
+    return f"{len(tokens)} token{'s' if len(tokens) != 1 else ''} ({some_of(map(repr, tokens), 3)})"

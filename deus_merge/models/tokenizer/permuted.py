@@ -1,4 +1,4 @@
-"""Embeddings and head in the output's order: made row by row as they are read."""
+"""Checkpoints whose embeddings and head are read in the order of the output's tokens, row by row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_NEAR = 64  # stored rows that lie closer than this are read at once
+_NEAR = 64  # stored rows with a distance of at most this are read together
 _CHUNK = 32 << 20  # bytes of a tensor that are averaged at once
 
 
@@ -26,9 +26,9 @@ class Permuted:
     """One tensor in another order.
 
     Attributes:
-        info: What readers see: the output's number of rows, in the dtype that holds every source's.
-        map: Where its rows come from.
-        sources: By index of the map's models: whose tensor of the same name it is.
+        info: The tensor as readers see it: with the output's number of rows, in a dtype that holds every source's.
+        map: The origin of its rows.
+        sources: The checkpoints that rows are taken from, by the map's model indices.
     """
 
     info: StoredTensor
@@ -39,14 +39,14 @@ class Permuted:
 def permute(
     name: str, member: int, members: Sequence[int], rows: RowMap, checkpoints: Sequence[TensorSource]
 ) -> Permuted | None:
-    """A model's tensor in the output's order; None where it is that already.
+    """A model's tensor in the output's order; None if the stored tensor has that order.
 
     Args:
-        name: The tensor's.
-        member: The model it belongs to.
+        name: The tensor's name.
+        member: The tensor's model, as an index into ``checkpoints``.
         members: The models of all sources of its block.
-        rows: Where its rows come from.
-        checkpoints: Of every model of the recipe, as they are stored.
+        rows: The origin of its rows.
+        checkpoints: The stored checkpoint of every model of the recipe.
 
     Raises:
         PlanError: a model that rows are taken from has no such tensor, or one of another width.
@@ -72,7 +72,7 @@ def permute(
 
 
 class PermutedCheckpoint:
-    """A checkpoint some of whose tensors are read in another order (`checkpoint.reader.TensorSource`)."""
+    """A checkpoint (`checkpoint.reader.TensorSource`) with some tensors read in the order of the output's tokens."""
 
     def __init__(self, stored: TensorSource, permuted: Mapping[str, Permuted]):
         self.where, self.folders, self.files = stored.where, stored.folders, stored.files
@@ -90,8 +90,8 @@ class PermutedCheckpoint:
         return self.slice(name, 0, self._permuted[name].map.rows)
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop``. Where some of them are means, all are widened to float32: a mean is rounded once,
-        when it is written."""
+        """Rows ``start`` to ``stop``. If some of them are means, all are widened to float32, so that a mean is rounded
+        only once, when it is written."""
         import numpy as np
         import torch
 
@@ -125,7 +125,7 @@ class PermutedCheckpoint:
         return self._stored.root(name)
 
     def givers(self, name: str) -> tuple[TensorSource, ...]:
-        """Every source whose rows are in a tensor."""
+        """The sources that a tensor's rows are taken from."""
         return tuple(self._permuted[name].sources.values()) if name in self._permuted else (self._stored,)
 
     def bound(self, results: Mapping[str, TensorSource]) -> PermutedCheckpoint:
@@ -136,11 +136,11 @@ class PermutedCheckpoint:
         return PermutedCheckpoint(self._stored.bound(results), permuted)
 
     def workspace(self, name: str, minimum: bool = False) -> int:
-        """That of what rows are taken from: rows themselves are read as they are needed."""
+        """The workspace of the sources; the rows themselves are read when they are needed."""
         return sum(source.workspace(name, minimum) for source in self.givers(name))
 
     def _mean_row(self, name: str) -> torch.Tensor:
-        """The mean of all rows that have a token, (d,), float64; made when first asked for."""
+        """The mean of all rows that have a token, (d,), float64; computed once."""
         import numpy as np
         import torch
 
@@ -156,13 +156,13 @@ class PermutedCheckpoint:
 
 
 def roots(source: TensorSource, name: str) -> list[tuple[TensorSource, str]]:
-    """`TensorSource.origin` of all that a tensor comes from."""
+    """`TensorSource.root` of every source that a tensor's rows are taken from."""
     givers = source.givers(name) if isinstance(source, PermutedCheckpoint) else (source,)
     return [giver.root(name) for giver in givers]
 
 
 def _gather(source: TensorSource, name: str, rows: np.ndarray, out: torch.Tensor, places: np.ndarray) -> None:
-    """Stored rows (m,) into rows ``places`` (m,) of ``out``. Rows that lie near each other are read together."""
+    """Copy stored rows (m,) to rows ``places`` (m,) of ``out``. Rows near each other are read together."""
     import numpy as np
     import torch
 
@@ -175,7 +175,7 @@ def _gather(source: TensorSource, name: str, rows: np.ndarray, out: torch.Tensor
 
 
 def _means(tensor: Permuted, rows: np.ndarray) -> torch.Tensor:
-    """The means of rows (m, models) of several models, (m, d), float64."""
+    """The means (m, d), float64, over rows (m, models) of several models."""
     import numpy as np
     import torch
 
@@ -190,8 +190,8 @@ def _means(tensor: Permuted, rows: np.ndarray) -> torch.Tensor:
 
 
 def _runs(values: np.ndarray, longest: int) -> list[np.ndarray]:
-    """Ascending numbers, cut where they have gaps and into runs of at most ``longest``."""
+    """Ascending numbers (n,), split at gaps and into runs of at most ``longest``."""
     import numpy as np
 
-    pieces = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    return [piece[i : i + longest] for piece in pieces for i in range(0, len(piece), longest)]
+    parts = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return [part[i : i + longest] for part in parts for i in range(0, len(part), longest)]

@@ -1,8 +1,8 @@
-"""Where each row of a source's embeddings comes from once they are in the output's order.
+"""The origin of each row of a source's embeddings in the output's order.
 
-The rule is mergekit's. A source keeps its own embedding of a token. One that lacks the token takes what the recipe
-chooses for it; else the embedding of the only source that has it; else the base model's; else the mean of those that
-have it; else zeros. Rows without a token take the mean of the source's others.
+The rule is mergekit's. A source keeps its own embedding of a token. A source that lacks the token takes the embedding
+that the recipe chooses; else the embedding of the only source that has the token; else the base model's; else the mean
+over the sources that have it; else zeros. Rows without a token take the mean of the source's other rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .build import Vocabulary
 if TYPE_CHECKING:
     import numpy as np
 
-#: in place of a model's index
+#: special values in place of a model's index
 ZERO, MEAN, PADDING = -1, -2, -3
 
 
@@ -26,8 +26,8 @@ class RowMap:
     """The rows of one source's tensors, in the output's order.
 
     Attributes:
-        model: (rows,) index of the model a row is taken from, or `ZERO`, `MEAN`, `PADDING`.
-        row: (rows,) that model's row; for `MEAN` a row of ``means``.
+        model: (rows,) index of the model that gives the row, or `ZERO`, `MEAN`, `PADDING`.
+        row: (rows,) row in that model; for `MEAN` a row of ``means``.
         means: (k, models) rows to average, -1 for a model that is left out.
     """
 
@@ -37,17 +37,18 @@ class RowMap:
 
     @property
     def rows(self) -> int:
+        """Number of rows of the output."""
         return len(self.model)
 
     def is_identity(self, model: int, stored: int) -> bool:
-        """Whether it leaves a tensor of so many rows of this model as it is."""
+        """Whether a tensor of this model with ``stored`` rows stays unchanged."""
         import numpy as np
 
         same = stored == self.rows and bool((self.model == model).all())
         return same and bool((self.row == np.arange(self.rows)).all())
 
     def describe(self, model: int) -> dict:
-        """In figures, and a digest of the whole."""
+        """Counts of rows by origin, and a digest of the map, as JSON data."""
         kinds = {"zero": ZERO, "mean": MEAN, "padding": PADDING}
         counts = {name: int((self.model == kind).sum()) for name, kind in kinds.items()}
         own = int((self.model == model).sum())
@@ -62,9 +63,9 @@ def row_maps(vocabulary: Vocabulary, members: Sequence[int], base: int | None) -
     """A map for each source of a block.
 
     Args:
-        vocabulary: The output's.
-        members: The models of the block's sources (indices into ``vocabulary.own``).
-        base: Which of the sources is the base model.
+        vocabulary: The output's tokens.
+        members: The models of the block's sources, as indices into ``vocabulary.own``.
+        base: The base model's index in ``members``.
 
     Returns:
         The maps, in the order of ``members``, and the tokens that no source of the block has an embedding for.
@@ -77,7 +78,7 @@ def row_maps(vocabulary: Vocabulary, members: Sequence[int], base: int | None) -
     used = np.zeros(vocabulary.rows, dtype=bool)  # (rows,)
     used[list(vocabulary.tokens.values())] = True
 
-    # what a source takes that has no embedding of its own
+    # rows for sources that lack the token
     model = np.where(used, ZERO, PADDING)  # (rows,)
     row = np.zeros(vocabulary.rows, dtype=np.int64)  # (rows,)
     first = has.argmax(axis=0)  # (rows,)

@@ -1,6 +1,6 @@
 """``tokenizer_source`` and the ``tokenizer:`` section of a recipe.
 
-Reference: mergekit 0.1.5, whose keys mean here what they mean there.
+Reference: mergekit 0.1.5, whose keys have the same meaning here.
 """
 
 from __future__ import annotations
@@ -8,71 +8,75 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ...core.located import Located
+from ...core.located import Located, Plain
+from ..reference import ModelRef
 
 #: in place of a model: the tokens of all models, or of the base model
 WORDS = ("union", "base")
 _SECTION = ("source", "tokens", "pad_to_multiple_of")
 _KINDS = {"zero": (), "model_token": ("model", "token", "token_id")}
-#: what a token's source can be
+#: the forms of a token's source, for messages
 SOURCES = "a model, {kind: zero}, or {kind: model_token, model: ..., token: ... or token_id: ...}"
 
-Model = object  # a model as the recipe names it: hashable, with its name as text
-ReadModel = Callable[[Located], Model]
+ReadModel = Callable[[Located], ModelRef]
 
 
 @dataclass(frozen=True)
 class TokenSetting:
-    """What a recipe says of one token's embedding.
+    """A recipe's setting for the embedding of one token.
 
     Attributes:
-        kind: ``default`` (that of tokens the recipe does not name), ``model``, ``zero`` or ``model_token``.
-        model: Whose embedding, for ``model`` and ``model_token``.
-        token, token_id: Which token's of that model, for ``model_token``: one of the two.
-        force: Whether models with an embedding of their own take this one all the same.
+        kind: ``default`` (as for tokens that the recipe does not name), ``model``, ``zero`` or ``model_token``.
+        model: The model whose embedding is taken, for ``model`` and ``model_token``.
+        token, token_id: The token of that model, for ``model_token``; one of the two is set.
+        force: Whether models that have an embedding of the token take this one too.
+        place: The place in the recipe.
     """
 
     kind: str = "default"
-    model: Model | None = None
+    model: ModelRef | None = None
     token: str | None = None
     token_id: int | None = None
     force: bool = False
     place: Located = field(compare=False, repr=False, default=Located(None))
 
-    def plain(self, name: Callable[[Model], str]) -> dict:
-        """As recipes have it, models named by ``name``."""
-        data: dict[str, object] = {}
-        if self.kind == "model":
+    def plain(self, name: Callable[[ModelRef], str]) -> dict[str, Plain]:
+        """The setting in a recipe's form, with models written by ``name``."""
+        data: dict[str, Plain] = {}
+        if self.kind == "model" and self.model is not None:
             data["source"] = name(self.model)
         elif self.kind == "zero":
             data["source"] = {"kind": "zero"}
-        elif self.kind == "model_token":
-            which = {"token": self.token} if self.token is not None else {"token_id": self.token_id}
-            data["source"] = {"kind": "model_token", "model": name(self.model), **which}
-        return data | ({"force": True} if self.force else {})
+        elif self.kind == "model_token" and self.model is not None:
+            token: dict[str, Plain] = {"token": self.token} if self.token is not None else {"token_id": self.token_id}
+            data["source"] = {"kind": "model_token", "model": name(self.model), **token}
+        if self.force:
+            data["force"] = True
+        return data
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What a recipe says of the output's tokenizer.
+    """A recipe's settings for the output's tokenizer.
 
     Attributes:
         source: ``union``, ``base``, or a model.
         tokens: Settings of single tokens.
-        pad_to_multiple_of: What the number of embedding rows must be a multiple of.
+        pad_to_multiple_of: The number of embedding rows is rounded up to a multiple of this; None for no rounding.
+        place: The place in the recipe.
     """
 
-    source: Model = "union"
+    source: ModelRef | str = "union"
     tokens: Mapping[str, TokenSetting] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
     place: Located = field(compare=False, repr=False, default=Located(None))
 
-    def plain(self, name: Callable[[Model], str]) -> dict:
-        """As keys of a recipe, models named by ``name``."""
-        source = self.source if self.source in WORDS else name(self.source)
+    def plain(self, name: Callable[[ModelRef], str]) -> dict[str, Plain]:
+        """The settings as keys of a recipe, with models written by ``name``."""
+        source = self.source if isinstance(self.source, str) else name(self.source)
         if not self.tokens and self.pad_to_multiple_of is None:
             return {"tokenizer_source": source}
-        data: dict[str, object] = {"source": source}
+        data: dict[str, Plain] = {"source": source}
         if self.tokens:
             data["tokens"] = {token: setting.plain(name) for token, setting in self.tokens.items()}
         if self.pad_to_multiple_of is not None:
@@ -81,14 +85,14 @@ class TokenizerSettings:
 
 
 def read_tokenizer(top: Mapping[str, Located], read_model: ReadModel) -> TokenizerSettings | None:
-    """What a recipe's top level says of the tokenizer; None for nothing.
+    """Read the tokenizer settings of a recipe; None where it has none.
 
     Args:
         top: The recipe's keys.
         read_model: Reads a model reference.
 
     Raises:
-        RecipeError: both ways of saying it, unknown keys, wrong values.
+        RecipeError: both ``tokenizer`` and ``tokenizer_source``, unknown keys, wrong values.
     """
     if "tokenizer_source" in top:
         if "tokenizer" in top:
@@ -96,7 +100,7 @@ def read_tokenizer(top: Mapping[str, Located], read_model: ReadModel) -> Tokeniz
                 "a recipe has tokenizer or tokenizer_source, not both",
                 expected="one of them",
                 got="both",
-                hint="write tokenizer_source as source: inside of tokenizer",
+                hint="write tokenizer_source as source: inside tokenizer",
             )
         place = top["tokenizer_source"]
         return TokenizerSettings(_source(place, read_model), place=place)
@@ -107,7 +111,7 @@ def read_tokenizer(top: Mapping[str, Located], read_model: ReadModel) -> Tokeniz
     source = _source(keys["source"], read_model) if "source" in keys else "union"
     tokens = {}
     if "tokens" in keys and keys["tokens"].value is not None:
-        named = keys["tokens"].mapping(what="a mapping from tokens to their settings")
+        named = keys["tokens"].mapping(kind="a mapping from tokens to their settings")
         tokens = {token: _token(node, read_model) for token, node in named.items()}
         if "" in tokens:
             named[""].fail("a token has at least one character")
@@ -116,7 +120,7 @@ def read_tokenizer(top: Mapping[str, Located], read_model: ReadModel) -> Tokeniz
     return TokenizerSettings(source, tokens, size, place)
 
 
-def _source(node: Located, read_model: ReadModel) -> Model:
+def _source(node: Located, read_model: ReadModel) -> ModelRef | str:
     return node.value if isinstance(node.value, str) and node.value in WORDS else read_model(node)
 
 
@@ -134,15 +138,15 @@ def _token(node: Located, read_model: ReadModel) -> TokenSetting:
         return TokenSetting(place=node)
     if not isinstance(source.value, dict) or "kind" not in source.value:
         return TokenSetting("model", read_model(source), force=bool(force), place=source)
-    kind = source.value["kind"].choice(_KINDS, "kind of a token's source")
+    kind = source.child("kind").choice(_KINDS, "kind of a token's source")
     inner = source.mapping(("kind", *_KINDS[kind]), SOURCES)
     if kind == "zero":
         return TokenSetting("zero", force=bool(force), place=source)
-    which = [k for k in ("token", "token_id") if k in inner and inner[k].value is not None]
-    if "model" not in inner or len(which) != 1:
+    given = [k for k in ("token", "token_id") if k in inner and inner[k].value is not None]
+    if "model" not in inner or len(given) != 1:
         source.fail("a model_token has a model, and a token or a token_id", expected=SOURCES)
-    token = inner["token"].value if which == ["token"] else None
+    token = inner["token"].value if given == ["token"] else None
     if token is not None and not isinstance(token, str):
         inner["token"].fail("wrong value", expected="a token, as text")
-    token_id = inner["token_id"].integer() if which == ["token_id"] else None
+    token_id = inner["token_id"].integer() if given == ["token_id"] else None
     return TokenSetting("model_token", read_model(inner["model"]), token, token_id, bool(force), source)

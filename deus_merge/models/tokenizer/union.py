@@ -1,45 +1,52 @@
-"""tokenizer.json, cut down and added to: pure functions on the parsed file.
+"""Pure functions that reduce, extend and unite parsed tokenizer.json files.
 
-The union keeps the first tokenizer's ids. Behind them come the tokens that only others have, first those of their
-models, then their added tokens, source by source in the order of their ids. That is mergekit's order. mergekit lets
-every new token match its spelling anywhere in a text, though, which cuts words of the first tokenizer apart; here a
-token of another's model joins the model of the union, with its merges behind all merges that are there already. So what
-all sources encode alike the union encodes in the same way, and a source that extends the first one is reproduced.
+The union keeps the first tokenizer's ids. The tokens that only other sources have follow: first the tokens of their
+models, then their added tokens, source by source in the order of their ids. This is mergekit's order. In mergekit every
+new token matches its spelling anywhere in a text, which splits words of the first tokenizer; here a token of another
+source's model is added to the model of the union, and its merges follow all merges of earlier sources. Therefore the
+union encodes a text in the same way as the sources if they agree on it, and a source that extends the first one is
+reproduced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...core.errors import PlanError
-from .files import model_tokens
+from ..reference import ModelRef
+from .files import Json, model_tokens
 
-#: what `tokenizers.AddedToken` makes of a plain string
+#: the fields that `tokenizers.AddedToken` gives a plain string
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
 @dataclass(frozen=True)
 class Named:
-    """A parsed tokenizer.json and the model it belongs to, for messages."""
+    """A parsed tokenizer.json and its model, for messages.
 
-    model: object
-    data: Mapping
+    Attributes:
+        model: The recipe's reference to the model.
+        data: The parsed file.
+    """
+
+    model: ModelRef
+    data: Json
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Every token -> id."""
+        """Its tokens with their ids, from `tokens_of`."""
         return tokens_of(self.data)
 
 
-def tokens_of(data: Mapping) -> dict[str, int]:
+def tokens_of(data: Json) -> dict[str, int]:
     """Every token of a tokenizer.json -> id, in the order of ids."""
     found = dict(model_tokens(data["model"])) | {t["content"]: t["id"] for t in data["added_tokens"]}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def limited(data: Mapping, rows: int) -> Mapping:
-    """The tokenizer without tokens whose id is not below ``rows``; the same object where it has none."""
+def limited(data: Json, rows: int) -> Json:
+    """The tokenizer without tokens whose id is ``rows`` or more; the same object if it has no such token."""
     if max(tokens_of(data).values(), default=0) < rows:
         return data
     model = dict(data["model"])
@@ -52,11 +59,11 @@ def limited(data: Mapping, rows: int) -> Mapping:
     return {**data, "added_tokens": [t for t in data["added_tokens"] if t["id"] < rows], "model": model}
 
 
-def united(sources: Sequence[Named]) -> Mapping:
-    """The union of tokenizers; the first one's very object where the others have nothing that it lacks.
+def united(sources: Sequence[Named]) -> Json:
+    """The union of tokenizers; the first one's object itself if it has the tokens of all others.
 
     Raises:
-        PlanError: tokens of another kind of model would have to join the first one's.
+        PlanError: tokens would have to be added from a model of another kind.
     """
     first = sources[0]
     known = first.tokens
@@ -64,7 +71,7 @@ def united(sources: Sequence[Named]) -> Mapping:
     for source in sources:
         for token in source.data["added_tokens"]:
             added.setdefault(token["content"], token)
-    fresh: dict[str, float | None] = {}  # token -> its score, which only Unigram models have
+    fresh: dict[str, float | None] = {}  # token -> its score; only Unigram models have scores
     merges: list = []
     for source in sources[1:]:
         scores = _scores(source.data["model"])
@@ -77,7 +84,7 @@ def united(sources: Sequence[Named]) -> Mapping:
                 where=source.model,
                 expected=f"{kind(first.data)}, as that of {first.model}",
                 got=kind(source.data),
-                hint="tokenizer_source: base keeps the base model's tokens alone",
+                hint="tokenizer_source: base takes only the base model's tokens",
             )
         fresh |= {token: scores.get(token) for token in new}
         merges += source.data["model"].get("merges", ())
@@ -85,20 +92,20 @@ def united(sources: Sequence[Named]) -> Mapping:
     return extended(first.data, fresh, merges, [t for content, t in added.items() if content not in known_added])
 
 
-def with_tokens(data: Mapping, tokens: Sequence[str]) -> Mapping:
-    """The tokenizer with these added tokens too; the same object where it has them all."""
+def with_tokens(data: Json, tokens: Sequence[str]) -> Json:
+    """The tokenizer with these added tokens; the same object if it has them all."""
     known = tokens_of(data)
     return extended(data, {}, (), [{"content": t, **_PLAIN} for t in tokens if t not in known])
 
 
-def extended(data: Mapping, fresh: Mapping[str, float | None], merges: Sequence, added: Sequence[Mapping]) -> Mapping:
-    """A tokenizer with more tokens, all behind those it has; the same object where there are none.
+def extended(data: Json, fresh: Mapping[str, float | None], merges: Sequence, added: Sequence[Json]) -> Json:
+    """A tokenizer with more tokens, which follow the existing ones; the same object if there are none.
 
     Args:
         data: The tokenizer.
-        fresh: Tokens that join its model; with scores for Unigram.
-        merges: What makes them of others, where the model is BPE; merges of other tokens are left out.
-        added: Entries of ``added_tokens``, whose ids are not looked at: known tokens keep theirs.
+        fresh: New tokens of its model, with scores for Unigram.
+        merges: Merges that produce them, where the model is BPE; merges of unknown tokens are left out.
+        added: Entries of ``added_tokens``. Their ids are ignored, and known tokens keep their ids.
     """
     if not fresh and not added:
         return data
@@ -117,35 +124,36 @@ def extended(data: Mapping, fresh: Mapping[str, float | None], merges: Sequence,
     if not _natural(len(vocab), vocab, entries):
         vocab |= {entry["content"]: entry["id"] for entry in entries}
     if isinstance(model["vocab"], list):
-        model["vocab"] = _pieces(model["vocab"], vocab, fresh)
+        model["vocab"] = _unigram_entries(model["vocab"], vocab, fresh)
     else:
         model["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
     if "merges" in model:
-        there = set(map(_pair, model["merges"]))
-        more = [m for m in dict.fromkeys(map(_pair, merges)) if m not in there and _within(m, vocab, model)]
+        existing = set(map(_pair, model["merges"]))
+        more = [m for m in dict.fromkeys(map(_pair, merges)) if m not in existing and _within(m, vocab, model)]
         model["merges"] = [list(_pair(m)) for m in model["merges"]] + [list(m) for m in more]
     return {**data, "added_tokens": entries, "model": model}
 
 
-def kind(data: Mapping) -> str:
-    """What must agree for tokens to join a model, in words."""
+def kind(data: Json) -> str:
+    """A description of the properties in which models must agree for tokens to be added."""
     model = data["model"]
     alphabet = "bytes" if _has_part(data.get("pre_tokenizer"), "ByteLevel") else "characters"
     affixes = [f" with {k} {model[k]!r}" for k in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
     return f"{model['type']} over {alphabet}{''.join(affixes)}"
 
 
-def _has_part(part: Mapping | None, name: str) -> bool:
-    """Whether a pre-tokenizer is, or contains, one of this type."""
+def _has_part(part: Json | None, name: str) -> bool:
+    """Whether a pre-tokenizer is of this type or contains one of this type."""
     if not part:
         return False
     return part.get("type") == name or any(_has_part(p, name) for p in part.get("pretokenizers", ()))
 
 
-def _natural(size: int, vocab: Mapping[str, int], entries: Sequence[Mapping]) -> bool:
-    """Whether added tokens get the ids they shall have without standing in the model.
+def _natural(size: int, vocab: Mapping[str, int], entries: Sequence[Json]) -> bool:
+    """Whether the tokenizers library gives added tokens the intended ids although they are not in the model.
 
-    The tokenizers library knows the ids of the model's tokens; to others it gives the next free one as it reads them.
+    The library takes the ids of tokens that are in the model, and gives every other token the next free id as it reads
+    them.
     """
     highest = -1
     for entry in entries:
@@ -156,26 +164,26 @@ def _natural(size: int, vocab: Mapping[str, int], entries: Sequence[Mapping]) ->
     return True
 
 
-def _pieces(pieces: list, vocab: Mapping[str, int], scores: Mapping[str, float | None]) -> list:
-    """A Unigram model's pieces in the order of ids. Added tokens among them get the lowest score: they are found before
-    the model is asked."""
-    lowest = min(score for _, score in pieces)
+def _unigram_entries(entries: list, vocab: Mapping[str, int], scores: Mapping[str, float | None]) -> list:
+    """A Unigram model's entries in the order of ids. Added tokens get the lowest score, since they are matched before
+    the model is applied."""
+    lowest = min(score for _, score in entries)
     ordered = sorted(vocab.items(), key=lambda item: item[1])
-    return pieces + [[token, scores.get(token, lowest)] for token, at in ordered if at >= len(pieces)]
+    return entries + [[token, scores.get(token, lowest)] for token, at in ordered if at >= len(entries)]
 
 
-def _scores(model: Mapping) -> dict[str, float]:
+def _scores(model: Json) -> dict[str, float]:
     return dict(model["vocab"]) if isinstance(model["vocab"], list) else {}
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
-    """Both ways a merge is written: ``"a b"`` and ``["a", "b"]``."""
+    """The two parts of a merge, which files write as ``"a b"`` or ``["a", "b"]``."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
 
-def _within(merge: str | Sequence[str], vocab: Mapping[str, int], model: Mapping) -> bool:
-    """Whether a merge's parts and what it makes are tokens of the model."""
+def _within(merge: str | Sequence[str], vocab: Container[str], model: Json) -> bool:
+    """Whether the parts and the result of a merge are tokens of the model."""
     left, right = _pair(merge)
-    made = left + right[len(model.get("continuing_subword_prefix") or "") :]
-    return left in vocab and right in vocab and made in vocab
+    merged = left + right[len(model.get("continuing_subword_prefix") or "") :]
+    return left in vocab and right in vocab and merged in vocab
