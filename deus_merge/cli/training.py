@@ -54,10 +54,10 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
     if as_json:
         emit_json(done.describe())
         return
-    taken = ", ".join(map(str, done.removed))
-    say(f"{base}: {done.num_layers} layers; taken out: {taken}")
+    removed = ", ".join(map(str, done.removed))
+    say(f"{base}: {done.num_layers} layers; removed: {removed}")
     if done.equal is None:
-        say("the base is no folder, not where it was, or not as it was: nothing to compare with")
+        say("the base is not available, or has changed: nothing to compare with")
     else:
         say(
             f"{done.equal} tensors equal to the base, byte for byte"
@@ -67,7 +67,7 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
         say(f"{done.widened} equal to the base in a wider dtype")
     if done.different:
         say(f"{len(done.different)} not, first {done.different[0]}")
-    if done.carried:
-        say("the manifest of the growth before came along: this can be stripped again")
-    elif done.carried is False:
+    if done.has_manifest:
+        say("the manifest of the growth before was copied: this can be stripped again")
+    elif done.has_manifest is False:
         say("no manifest of the growth before that fits: to strip this again, name one with --manifest")
