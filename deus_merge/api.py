@@ -220,9 +220,9 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
 
     out = Path(out)
     page = Path(html) if html is not None else out / REPORT
-    record = read_manifest(out)
+    manifest = read_manifest(out)
     recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
-    text = render_page(record, recipe, (verification or verify(out, quick=True)).describe())
+    text = render_page(manifest, recipe, (verification or verify(out, quick=True)).describe())
     try:
         page.write_text(text, encoding="utf-8")
     except OSError as error:

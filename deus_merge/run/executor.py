@@ -18,8 +18,9 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
 from ..report.lineage import ancestors
-from ..report.manifest import MANIFEST, RECIPE, manifest, plan_sources, sealed
+from ..report.manifest import MANIFEST, RECIPE, Growth
 from ..report.model_card import model_card
+from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
 from .block_runner import run_blocks
 from .preflight import RunOptions, preflight
@@ -89,12 +90,14 @@ def execute(
         _check_same_sources(plan)
         output.flush(wait=False)  # while the result is checked
         run_record = ready.run_record | {"seconds": round(time.monotonic() - began, 3)}
-        record = manifest(plan, _write_files(plan, output, past, options.model_card), diagnostics, run_record, past)
+        files = _write_files(plan, output, past, options.model_card)
+        manifest = manifest_of(plan, files, diagnostics, run_record, past)
         verification = None
         if options.verify:
-            found = verify(output.folder, quick=True, record=record, sources=list(plan_sources(plan)))
+            found = verify(output.folder, quick=True, manifest=manifest, sources=list(plan_sources(plan)))
             verification = _passed(found, out, "the output was not put in place")
-        output.put(MANIFEST, sealed(record, verification.checksums if verification else None))
+            manifest = manifest.with_checksums(verification.checksums)
+        output.put(MANIFEST, manifest.sealed())
         output.finish()
     return verification, (
         *plan.warnings,
@@ -125,7 +128,7 @@ def _check_same_sources(plan: Plan) -> None:
         ) from None
 
 
-def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Mapping], card: bool) -> dict[str, bytes]:
+def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], card: bool) -> dict[str, bytes]:
     """Write all files but the weights and the manifest."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}

@@ -138,11 +138,11 @@ def _identity(path: Path) -> tuple[int, int]:
 def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
     """Whether a finished output is what this run would make."""
     try:
-        record, written = read_manifest(out), os.stat(out / MANIFEST).st_mtime_ns
+        manifest, written = read_manifest(out), os.stat(out / MANIFEST).st_mtime_ns
     except (DeusMergeError, OSError):
         return False
-    options = {key: record.get("options", {}).get(key) for key in run_record}
-    same = (record.get("plan_hash"), record.get("deus_merge"), options) == (plan.hash, __version__, run_record)
+    options = {key: manifest.options.get(key) for key in run_record}
+    same = (manifest.plan_hash, manifest.deus_merge, options) == (plan.hash, __version__, run_record)
     return same and all(changed <= written for m in plan.models for _, _, changed in m.stamp)
 
 

@@ -13,7 +13,7 @@ from fuzz.workshop import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, Special, hea
 from safetensors.torch import load_file, save_file
 from support import make_model, weights
 
-from deus_merge.report.manifest import sealed
+from deus_merge.report.manifest import seal
 
 GIGABYTES = 100_000_000_000
 SECONDS = 10  # each takes far less than one
@@ -210,7 +210,7 @@ def test_a_manifest_that_lies_is_refused(fit, workshop, monkeypatch, change, fra
     monkeypatch.chdir(workshop.root)
     record = json.loads(workshop.finished["done/deus_merge.json"])
     change(record)
-    with workshop.changed({"done/deus_merge.json": sealed(record)}):
+    with workshop.changed({"done/deus_merge.json": seal(record)}):
         assert fragment in fit("verify", "done", expect=3).out
         assert fragment in fit("report", "done", expect=3).err
 
