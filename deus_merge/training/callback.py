@@ -15,7 +15,7 @@ from .watching import Watch
 
 
 class NewLayersCallback(TrainerCallback):
-    """Checks that frozen weights stay frozen: at the beginning, at every save, at the end, and every ``check_every`` steps.
+    """Checks that frozen weights stay frozen: at the start, at every save, at the end, and every ``check_every`` steps.
 
     It logs norms of the new layers and of their gradients (after clipping) with the Trainer's losses, and puts the
     manifest into every ``checkpoint-N`` folder. Add it with `watch`: given as ``callbacks=[...]`` it runs after

@@ -108,7 +108,7 @@ def test_as_peft_merges_it(run, bases, tmp_path, case):
         changed += not their.equal(tensor)
     record = json.loads((tmp_path / "model/deus_merge.json").read_text())
     actions = [o["action"] for o in record["tensors"].values()]
-    assert changed >= actions.count("cast") > 0 and set(actions) == {"copy", "cast"}
+    assert changed >= actions.count("derive") > 0 and set(actions) == {"copy", "derive"}
     assert record["sources"][0]["adapter"] == str(folder)
     assert run("verify", tmp_path / "model", "--json").json()["passed"]
 
