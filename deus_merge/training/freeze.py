@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
 from ..core.tensors import Action
-from ..report.manifest import MANIFEST, Manifest, ManifestTensor, read_manifest
+from ..report.manifest import MANIFEST, Manifest, read_manifest
+from ..report.manifest_parts import ManifestTensor
 from .names import Parameters, check_zeroed, parameters_of
 
 if TYPE_CHECKING:
