@@ -2,8 +2,8 @@
 
 Supported annotations: ``str``, ``bool``, ``int``, ``float``, ``Any``, an `Enum` of strings, a frozen dataclass, a
 `TypedDict` (which keeps keys that it does not name), ``tuple[X, ...]``, ``Sequence[X]``, ``Mapping[str, X]``,
-``X | None``, and ``Annotated[int, Range(...)]``. A field with a default may be missing in the JSON, and is left out where
-it has its default. Unknown keys of a dataclass are ignored.
+``X | None``, and ``Annotated[int, Range(...)]``. A field with a default may be missing in the JSON, and is omitted
+where it has its default. Unknown keys of a dataclass are ignored.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _has_default(field: dataclasses.Field, value: object) -> bool:
 
 def step(key: str) -> str:
     """A key as a part of a place."""
-    return f".{key}" if _IDENTIFIER.fullmatch(key) else f"[{key[:200]!r}]"
+    return f".{key}" if len(key) <= 200 and _IDENTIFIER.fullmatch(key) else f"[{key[:200]!r}]"
 
 
 def shown(value: object) -> str:

@@ -11,7 +11,8 @@ from ..models.source import SourceModel
 from ..plan.documents import PlannedResult
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
-from .manifest import MANIFEST, Growth, read_manifest
+from .manifest import MANIFEST, read_manifest
+from .manifest_parts import Growth
 from .plan_manifest import planned_source, sha256
 
 

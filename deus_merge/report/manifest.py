@@ -1,5 +1,5 @@
 """``deus_merge.json``: how an output was made, and checksums of every byte that was written. docs/manifest.md is its
-specification, and docs/manifest.schema.json is generated from the classes here.
+specification, and docs/manifest.schema.json is generated from the classes here and in `manifest_parts`.
 
 The last line of the file is the sha256 of all bytes before that line (the seal), so damage is found.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.reader import TensorSource
@@ -19,6 +19,18 @@ from ..core.errors import CheckpointError, VerifyError, json_text
 from ..core.tensors import Action
 from ..core.typed_json import Misfit, Range, dump, parse, step
 from ..models.view import ModelView, prefix_of, view_model
+from .manifest_parts import (
+    Count,
+    DocumentRecord,
+    Growth,
+    ManifestLayer,
+    ManifestModule,
+    ManifestSource,
+    ManifestTensor,
+    RunSettings,
+    VocabularyRecord,
+    WeightFile,
+)
 from .old_formats import upgraded
 
 MANIFEST = "deus_merge.json"
@@ -28,193 +40,6 @@ FORMAT = 3
 #: Files that the run writes for the user to edit: they have no checksum.
 USER_FILES = frozenset({"README.md"})
 _SEAL = ' "sha256": "%s"\n}\n'
-
-Count = Annotated[int, Range(0, 99_999)]  # of layers and the like: small enough to loop over
-Size = Annotated[int, Range(0)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManifestSource:
-    """A model that the output was made from, or a checkpoint that copied tensors are stored in.
-
-    Attributes:
-        model: The reference in the recipe: a folder, ``org/name[@revision]``, either with ``+adapter``, or the name of
-            a document.
-        fingerprint: sha256 over its config and its headers.
-        folder: The folder of a checkpoint; None where the tensors are derived when they are read.
-        layers: The number of its layers; None for checkpoints that the recipe does not name.
-        adapter: The folder of an adapter.
-        base: The source that the adapter was applied to.
-        document: The name of the recipe's document that the source is the result of.
-    """
-
-    model: str
-    fingerprint: str
-    folder: str | None = None
-    layers: Count | None = None
-    adapter: str | None = None
-    base: Mapping[str, Any] | None = None
-    document: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSource:
-    """A layer of a source.
-
-    Attributes:
-        model: The ``model`` of one of the manifest's sources.
-        layer: The number of the layer there.
-    """
-
-    model: str
-    layer: Count
-
-
-class _RequiredDiagnostics(TypedDict):
-    role: str
-    tensor: str
-
-
-class TensorDiagnostics(_RequiredDiagnostics, total=False):
-    """What a merge method reported about a tensor; methods add keys of their own.
-
-    Attributes:
-        role: The role of the tensor in its layer.
-        tensor: The name of the tensor.
-        queries: The query head of A in the place of each query head of B.
-    """
-
-    queries: Sequence[Count]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManifestLayer:
-    """A layer of the output.
-
-    Attributes:
-        layer: Its number.
-        new: Whether it was added, to be trained.
-        actions: How its tensors came about, each action once.
-        method: The name of the merge method.
-        sources: The layers that it was made from, at least one.
-        diagnostics: What the method reported.
-    """
-
-    layer: Count
-    new: bool
-    actions: tuple[Action, ...]
-    method: str
-    sources: tuple[LayerSource, ...]
-    diagnostics: tuple[TensorDiagnostics, ...]
-
-    @property
-    def how(self) -> str:
-        """Its actions in words, for tables."""
-        return " + ".join(self.actions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManifestModule:
-    """Another stack of layers than the main one (a vision tower, an encoder).
-
-    Attributes:
-        num_layers: The number of its layers.
-        layers: Its layers.
-    """
-
-    num_layers: Count
-    layers: tuple[ManifestLayer, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ManifestTensor:
-    """How a tensor of the output came about.
-
-    Attributes:
-        action: How. Where it is ``copy``, ``model`` and ``tensor`` are given, and the source has a folder.
-        dtype: safetensors dtype code; missing in format 1 only.
-        shape: Its sizes; missing in format 1 only.
-        model: The index of the source that it was copied from.
-        tensor: The name of the tensor that it was copied from.
-        derived: The indices of the sources whose stored tensor is changed before the method sees it.
-        xxh3_128: Checksum of its bytes; missing where the run was not verified.
-    """
-
-    action: Action
-    dtype: str | None = None
-    shape: tuple[Size, ...] | None = None
-    model: Count | None = None
-    tensor: str | None = None
-    derived: tuple[Count, ...] = ()
-    xxh3_128: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightFile:
-    """A safetensors file of the output.
-
-    Attributes:
-        bytes: Its size.
-        header_sha256: sha256 over its length prefix and its header.
-    """
-
-    bytes: Size
-    header_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """A run that added layers, as the manifests of later runs record it.
-
-    Attributes:
-        plan_hash: The hash of its plan.
-        sources: The models that its output was made from.
-        recipe: sha256 of its deus_merge.yml.
-        new_layers: The layers that it added, as they are numbered in this output.
-        trained: Whether its output was trained afterwards.
-    """
-
-    plan_hash: str
-    sources: tuple[ManifestSource, ...]
-    recipe: str | None
-    new_layers: tuple[Count, ...]
-    trained: bool
-
-
-class RunSettings(TypedDict):
-    """The options of the run; versions of deus_merge add keys of their own.
-
-    Attributes:
-        device: The type of the device that computed; ``none`` where nothing was computed.
-        threads: The number of CPU threads.
-    """
-
-    device: str
-    threads: Count
-
-
-class VocabularyRecord(TypedDict):
-    """The outcome of the recipe's tokenizer settings; versions of deus_merge add keys of their own.
-
-    Attributes:
-        tokens: The number of tokens.
-        digest: A digest of all tokens with their ids.
-    """
-
-    tokens: Size
-    digest: str
-
-
-class DocumentRecord(TypedDict):
-    """A document of the recipe whose result was used as a model; versions of deus_merge add keys of their own.
-
-    Attributes:
-        name: Its name.
-        plan_hash: The hash of its plan.
-    """
-
-    name: str
-    plan_hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,8 +172,9 @@ class Manifest:
                 _check_layer_sources(layer, depths, f"{place}[{i}].sources", own_depth=place == "layers")
         for name, tensor in self.tensors.items():
             if tensor.action is Action.COPY:
-                source = self.sources[tensor.model] if tensor.model in range(len(self.sources)) else None
-                if source is None or source.folder is None or tensor.tensor is None:
+                index = len(self.sources) if tensor.model is None else tensor.model
+                folders = [source.folder for source in self.sources[index : index + 1]]
+                if folders in ([], [None]) or tensor.tensor is None:
                     expected = "model and tensor: the index of a source that has a folder, and a tensor's name there"
                     raise Misfit(expected, "the copy of no stored tensor", f"tensors{step(name)}")
         for name in self.files:

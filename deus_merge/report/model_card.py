@@ -16,7 +16,7 @@ from ..core.errors import printable
 from ..core.tensors import Action
 from ..core.typed_json import parse
 from ..plan.types import Plan
-from .manifest import Growth, ManifestLayer
+from .manifest_parts import Growth, ManifestLayer
 
 
 def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -> str:

@@ -19,8 +19,8 @@ _ACTIONS = {
 def upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """A manifest's JSON data in the words of format 3.
 
-    Formats 1 and 2 call it ``cast`` also where a tensor was derived in the same dtype: it stays ``cast``. Format 1 lacks
-    ``weights`` and ``layer_lists``. The model card had a checksum in both. Parts that are malformed stay as they are.
+    Formats 1 and 2 say ``cast`` also where a tensor was derived in the same dtype: it stays ``cast``. Format 1 lacks
+    ``weights`` and ``layer_lists``. The model card has a checksum in both. Malformed parts stay as they are.
 
     Args:
         data: Of any format; it is not changed.

@@ -13,7 +13,8 @@ from pathlib import Path
 from ..core.errors import printable
 from ..core.tensors import Action
 from ..core.units import format_size
-from .manifest import Manifest, ManifestLayer, TensorDiagnostics
+from .manifest import Manifest
+from .manifest_parts import ManifestLayer, TensorDiagnostics
 
 REPORT = "report.html"
 
@@ -151,7 +152,7 @@ def _metric_table(diagnostics: Sequence[tuple[int, TensorDiagnostics]], key: str
         found = {d["role"]: d.get(key)}
         if key == "cosine":
             found |= {name: d.get(head) for head, name in _HEADS.items()}
-        rows.setdefault(layer, {}).update({k: v for k, v in found.items() if short(v) != "–"})
+        rows.setdefault(layer, {}).update({k: v for k, v in found.items() if v is not None and short(v) != "–"})
     columns = list(dict.fromkeys(role for row in rows.values() for role in row))
     if not columns:
         return None

@@ -17,12 +17,10 @@ from ..methods.base import OutputTensor
 from ..models.config_rules import config_patch, layer_lists
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
-from .manifest import (
-    FORMAT,
-    USER_FILES,
+from .manifest import FORMAT, USER_FILES, Manifest
+from .manifest_parts import (
     DocumentRecord,
     Growth,
-    Manifest,
     ManifestLayer,
     ManifestModule,
     ManifestSource,

@@ -18,7 +18,8 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
 from ..report.lineage import ancestors
-from ..report.manifest import MANIFEST, RECIPE, Growth
+from ..report.manifest import MANIFEST, RECIPE
+from ..report.manifest_parts import Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify

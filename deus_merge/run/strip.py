@@ -15,7 +15,8 @@ from ..core.units import dtype_name, parse_size, promoted
 from ..models.config_rules import LayerEntries, check_config, deeper_config
 from ..models.side_files import copied_files
 from ..models.view import ModelView, prefix_of, view_model
-from ..report.manifest import MANIFEST, RECIPE, Manifest, ManifestLayer, WeightFile, check_belongs, read_manifest
+from ..report.manifest import MANIFEST, RECIPE, Manifest, check_belongs, read_manifest
+from ..report.manifest_parts import ManifestLayer, WeightFile
 from ..report.plan_manifest import sha256
 from ..verify.weights import TensorCheck, examine
 from .preflight import check_apart

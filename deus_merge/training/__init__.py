@@ -18,9 +18,14 @@ one of them is first used.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .carry import carry_manifest
 from .freeze import Trainable, freeze_base, new_parameters, optimizer_groups
 from .watching import Watch
+
+if TYPE_CHECKING:
+    from .callback import NewLayersCallback, watch
 
 __all__ = [
     "NewLayersCallback",

@@ -15,7 +15,7 @@ from .watching import Watch
 
 
 class NewLayersCallback(TrainerCallback):
-    """Checks that frozen weights stay frozen: at the beginning, at every save, at the end, and every ``check_every`` steps.
+    """Checks that frozen weights stay frozen: at the start, at every save, at the end, and every ``check_every`` steps.
 
     It logs norms of the new layers and of their gradients (after clipping) with the Trainer's losses, and puts the
     manifest into every ``checkpoint-N`` folder. Add it with `watch`: given as ``callbacks=[...]`` it runs after
@@ -36,6 +36,7 @@ class NewLayersCallback(TrainerCallback):
         self._gradients: dict = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert model is not None  # the Trainer always passes it
         self._watch = Watch(model, self.path, self.generation)
         if self._watch.unsaved and args.save_strategy != "no":
             hint = "or train without checkpoints: save_strategy='no'"
@@ -57,7 +58,7 @@ class NewLayersCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._watch.check()
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (folder / "config.json").is_file():  # not an adapter, not a shard
             try:
                 carry_manifest(self.path, folder, replace=True)

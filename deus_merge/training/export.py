@@ -107,8 +107,8 @@ def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
             "LLaMA-Factory cannot train only the new layers",
             expected="the last of every k layers (use_llama_pro), the last layers, or the first",
             got=f"new layers {', '.join(map(str, new))} of {depth}",
-            hint=f"--preset llama_pro --insert '{{every: {every}}}' adds layers that it can train; --for trainer or axolotl"
-            " trains these",
+            hint=f"--preset llama_pro --insert '{{every: {every}}}' adds layers that it can train; --for trainer or"
+            " axolotl trains these",
         )
     parts = [f".{layer}." for layer in chosen]
     _check_choice("LLaMA-Factory", manifest, lambda name: any(part in name for part in parts))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
 from ..core.tensors import Action
-from ..report.manifest import MANIFEST, Manifest, ManifestTensor, read_manifest
+from ..report.manifest import MANIFEST, Manifest, read_manifest
+from ..report.manifest_parts import ManifestTensor
 from .names import Parameters, check_zeroed, parameters_of
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def new_names(manifest: Manifest, generation: int = -1) -> tuple[str, ...]:
 def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Trainable:
     """Let only the new layers of a model train. A second call changes nothing.
 
-    The model may be wrapped (torch.compile, DistributedDataParallel, accelerate, peft). Tensors that peft added are left
-    as they are; peft freezes everything else, so call this after it, and before DistributedDataParallel.
+    The model may be wrapped (torch.compile, DistributedDataParallel, accelerate, peft). Tensors that peft added are
+    left as they are; peft freezes everything else, so call this after it, and before DistributedDataParallel.
 
     Args:
         model: The model, loaded from the folder (or from a checkpoint of its training).
@@ -208,8 +209,8 @@ def optimizer_groups(
         weight_decay: The weight decay of matrices; norms and biases have none.
 
     Returns:
-        ``name``, ``params``, ``lr`` and ``weight_decay`` of each group: zeroed and other matrices, vectors, tensors that
-        peft added.
+        ``name``, ``params``, ``lr`` and ``weight_decay`` of each group: zeroed and other matrices, vectors, tensors
+        that peft added.
 
     Raises:
         CheckpointError, TrainingError: as `freeze_base`; or nothing trains.

@@ -109,8 +109,8 @@ def _active(wrapper: Any) -> tuple[str, ...]:
 
 
 def check_zeroed(parameters: Parameters, manifest: Manifest, path: Path | str) -> None:
-    """Check that no frozen output projection is zero that was not zero when the manifest was written, while new ones are
-    trained already: then the manifest is another model's, with as many layers and its new ones at other places.
+    """Check that no frozen output projection is zero that was not zero when the manifest was written, while new ones
+    are trained already: then the manifest is another model's, with as many layers and its new ones at other places.
 
     Args:
         parameters: The model's.

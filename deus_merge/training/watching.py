@@ -83,7 +83,7 @@ class Watch:
                     "a frozen weight has changed",
                     where=name,
                     expected="the value it had when the training began",
-                    hint="find the code that writes to it: an optimizer created before freeze_base, or a merged adapter",
+                    hint="find what writes to it: an optimizer created before freeze_base, or a merged adapter",
                 )
         return len(self._sums)
 

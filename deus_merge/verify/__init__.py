@@ -105,7 +105,8 @@ def verify(
     for name, check in wanted:
         began = time.monotonic()
         result = _run(check, output) if output else (None, "no manifest to compare with")
-        checks.append(Check(name, *result, seconds=time.monotonic() - began))
+        facts = result[2] if len(result) == 3 else {}
+        checks.append(Check(name, result[0], result[1], facts, time.monotonic() - began))
     return Verification(folder, tuple(checks), strict, output.computed if output else {})
 
 

@@ -198,7 +198,7 @@ class Output:
         return (False, self._places(wrong, "is not zero")) if wrong else (True, f"{len(names)} zero")
 
     def copied(self) -> CheckResult:
-        """Copied tensors are equal to their sources. Where one has nothing to be compared with, the check is skipped."""
+        """Copied tensors are equal to their sources. Where one cannot be compared, the check is skipped."""
         names, derived = self._names(Action.COPY), self._names(Action.DERIVE)
         compared = [name for name in names if self._source_of(name) is not None]
         wrong = [name for name in compared if not self.results[name].equal]

@@ -5,8 +5,8 @@ Copies do not pass through this process when they are written (the kernel copies
 the first time: together with those of their source, 256 KiB at a time, small enough to stay in the processor's cache.
 
 The checksum is XXH3-128. It finds damage (a flipped bit, a lost block), not malice: anyone who can write to the
-folder can also write a new manifest. Measured on the processor of the benchmarks, one thread, from the cache: XXH3-128 51 GB/s,
-BLAKE3 5.7 GB/s, SHA-256 1.8 GB/s.
+folder can also write a new manifest. Measured on the processor of the benchmarks, one thread, from the cache: XXH3-128
+51 GB/s, BLAKE3 5.7 GB/s, SHA-256 1.8 GB/s.
 """
 
 from __future__ import annotations
