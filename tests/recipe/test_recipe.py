@@ -42,7 +42,9 @@ def without_places(value: object) -> object:
     if isinstance(value, Located):
         return value.plain()
     if is_dataclass(value):
-        return type(value).__name__, {f.name: without_places(getattr(value, f.name)) for f in fields(value) if f.compare}
+        return type(value).__name__, {
+            f.name: without_places(getattr(value, f.name)) for f in fields(value) if f.compare
+        }
     if isinstance(value, Mapping):
         return {name: without_places(v) for name, v in value.items()}
     return tuple(map(without_places, value)) if isinstance(value, tuple | list) else value
