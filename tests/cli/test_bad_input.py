@@ -126,7 +126,7 @@ RECIPES = {
     "unequal": (pair("model: base, layer_range: [0, 4]", "model: other, layer_range: [0, 3]"),
                 "slices[0].sources[1].layer_range (line 5): the sources of a slice must have the same",
                 "4 layers, as in sources[0]", "3 layers: [0, 3]"),
-    "unequal depth": (pair("model: base", "model: deep"), "slices[0] (line 3): the sources of a slice must have the same",
+    "unequal depth": (pair("model: base", "model: deep"), "slices[0] (line 3): the sources of a slice must",
                       "base: 4, deep: 6", "give each source a layer_range"),
     "unequal models": (models("base", "deep"), "models (line 3)", "base: 4, deep: 6", "layer_range (in slices)"),
 
@@ -156,7 +156,7 @@ RECIPES = {
                   "'q' does not write to the residual stream; these do: o, down"),
     "no layers per gap": (parameter("layers_per_gap: 0"), "layers_per_gap (line 4)", "a whole number from 1 to 64"),
     "layers per gap list": (parameter("layers_per_gap: [1, 2]"), "layers_per_gap takes no gradient", "whole number"),
-    "filter on a layer": (parameter("t: [{filter: mlp, value: 0.5}]"), "t applies to a whole layer, so it takes no filters"),
+    "filter on a layer": (parameter("t: [{filter: mlp, value: 0.5}]"), "t applies to a whole layer, so it"),
     "yes": (parameter("unit_rows: 'yes'"), "upscale.parameters.unit_rows (line 4)", "true or false", "got:      'yes'"),
     "upscale's parameter": (parameter("rge: 1"), "upscale.parameters.rge (line 4): ot_fuse has no", "mean 'reg'?"),
 
@@ -166,7 +166,7 @@ RECIPES = {
     "upscale a name": (upscale("opt_deus"), "upscale (line 2): must be an upscale section", "keys insert, parameters"),
     "upscale nothing": (upscale(""), "upscale (line 2): must be an upscale section", "got:      nothing"),
     "upscale what": ("upscale: {preset: solar}\n", "upscale needs base_model", "base_model: a folder or org/name"),
-    "upscale and method": (f"{upscale('{}')}merge_method: linear\n", "merge_method (line 3): upscale and merge_method exclude",
+    "upscale and method": (f"{upscale('{}')}merge_method: linear\n", "upscale and merge_method exclude",
                            "choose a preset inside upscale"),
     "upscale and parameters": (f"{upscale('{}')}parameters: {{reg: 1}}\n", "parameters (line 3)", "inside upscale"),
     "insert name": (insert("tophalf"), "upscale.insert (line 2): unknown insert form", "did you mean 'top_half'?"),

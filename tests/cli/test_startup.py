@@ -1,4 +1,4 @@
-"""Start-up of the command line is fast since it imports little; heavy packages are imported by the work that needs them.
+"""Start-up of the command line is fast, since it imports little and heavy packages only when they are needed.
 
 Imported modules are counted, and not seconds: a busy machine must not fail these tests.
 """
@@ -20,7 +20,7 @@ def imported(code: str) -> set[str]:
 
 
 def test_help_imports_no_command():
-    code = "from deus_merge.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
+    code = "from deus_merge.cli import main\ntry: main(['--help'])\nexcept SystemExit as end: assert not end.code"
     modules = imported(code)
     ours = {name for name in modules if name.startswith("deus_merge")}
     assert ours == {f"deus_merge{name}" for name in ("", ".cli", ".cli.main", ".core", ".core.errors")}
@@ -29,7 +29,7 @@ def test_help_imports_no_command():
 
 
 def test_commands_are_imported_without_heavy_packages():
-    """``deus-merge merge --help`` and ``plan`` import no arithmetic; ``rich`` draws tables when there is one to draw."""
+    """The help of every command, and a plan of copies, need no arithmetic; ``rich`` is imported for tables only."""
     commands = ("merge", "inspect", "training", "demo")
     modules = imported("\n".join(f"import deus_merge.cli.{name}" for name in commands))
     assert not modules & HEAVY
