@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from ``--help``; a test checks that it is up to date. Run: python docs/make_cli.py"""
+"""Generates docs/cli.md from ``--help``; a test checks that it is up to date. Run: python docs/make_cli.py"""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ PAGE = Path(__file__).parent / "cli.md"
 
 def render() -> str:
     """Every command's help, as Markdown."""
-    lines = ["# Command line", "", "Made from `--help` by `python docs/make_cli.py`.", ""]
+    lines = ["# Command line", "", "Generated from `--help` by `python docs/make_cli.py`.", ""]
     settings = {**cli.context_settings, "terminal_width": 100}
     root = click.Context(cli, info_name="deus-merge", **settings)
     lines += ["```", cli.get_help(root), "```", ""]
     for name in cli.list_commands(root):
         command = cli.get_command(root, name)
+        assert command is not None
         context = click.Context(command, info_name=name, parent=root, **settings)
         lines += [f"## deus-merge {name}", "", "```", command.get_help(context), "```", ""]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from fuzz.workshop import Workshop
 
-from deus_merge.cli.main import _run
+from deus_merge.cli.main import run_command
 from deus_merge.models.demo import smollm2, tiny_model
 
 torch.set_num_threads(1)  # tests run side by side
@@ -39,7 +39,7 @@ def run(capsys):
 
     def call(*arguments, expect: int | None = 0) -> Done:
         capsys.readouterr()
-        code = _run([str(a) for a in arguments])
+        code = run_command([str(a) for a in arguments])
         told = capsys.readouterr()
         if expect is not None:
             assert code == expect, f"exit code {code}\n{told.out}\n{told.err}"

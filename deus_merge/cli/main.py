@@ -77,14 +77,20 @@ def cli():
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit.
+    """Run the command line and exit; the arguments are those of the process unless given."""
+    sys.exit(run_command(arguments))
 
-    Exit codes: 0 success, 2 wrong input, 3 failed verification, 130 interrupted, 1 a bug or a failure of the machine.
+
+def run_command(arguments: list[str] | None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The arguments after the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0 success, 2 wrong input, 3 failed verification, 130 interrupted, 1 a bug or a failure of the
+        machine.
     """
-    sys.exit(_run(arguments))
-
-
-def _run(arguments: list[str] | None) -> int:
     # Waiting threads that spin slow a shared machine down several times. torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -92,7 +98,7 @@ def _run(arguments: list[str] | None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        error.message = printable(error.message)
+        vars(error)["message"] = printable(error.message)
         error.show()
         return 2
     except DeusMergeError as error:

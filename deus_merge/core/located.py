@@ -188,7 +188,7 @@ def parse_documents(text: str, file: str = "recipe") -> tuple[Located, ...]:
     except RecursionError:
         raise RecipeError("the recipe is nested too deeply", where=file, expected=f"depth {MAX_DEPTH}") from None
     if not nodes:
-        raise RecipeError("the recipe is empty", where=file, hint="deus-merge --help and recipes/ have examples")
+        raise RecipeError("the text is empty", where=file, hint="deus-merge --help and recipes/ have examples")
     reader = _Reader(file)
     return tuple(reader.read(node, "", 0) for node in nodes)
 

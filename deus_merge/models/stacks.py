@@ -43,7 +43,7 @@ def depth_path(config: Config, prefix: str, depth: int) -> tuple[str, ...] | Non
 
 
 def module_name(prefix: str, path: Sequence[str]) -> str:
-    """The name in recipes of one stack of several, by its prefix and the keys of its depth. The names are mergekit's."""
+    """The name of one stack of several in recipes, by its prefix and the keys of its depth. Names are mergekit's."""
     sections = {"vision_config": "vision_tower", "audio_config": "audio_tower", "text_config": "text_decoder"}
     side = next((word for word in re.split(r"[._]", prefix) if word in _SIDES), None)
     return sections.get(path[0]) or side or "text_decoder"

@@ -155,7 +155,7 @@ class _Planner:
         lengths = {len(r) for r in ranges}
         if len(lengths) > 1:
             piece.place.fail(
-                "sources of a slice must have equally many layers",
+                "the sources of a slice must have the same number of layers",
                 expected=f"{len(ranges[0])} layers each",
                 got=", ".join(f"{s.model}: {len(r)}" for s, r in zip(piece.sources, ranges, strict=True)),
                 hint="give each source a layer_range" + (" (in slices)" if piece.place.path == "models" else ""),

@@ -212,7 +212,7 @@ def _count(insert: Located, gaps: list[int]) -> list[int]:
 def _filled_slices(
     base: ModelRef, places: list[int], n: int, method: str, settings: Settings, place: Located
 ) -> Iterator[OutputSlice]:
-    """Slices with new layers at ``places``. A run of neighbouring gaps is one slice of the method; the rest is copied."""
+    """Slices with new layers at ``places``. A run of adjacent gaps is one slice of the method; the rest is copied."""
     cursor = 0
     for start, end in _runs([p for p in places if p < n - 1]):
         if start > cursor:

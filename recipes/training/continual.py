@@ -3,8 +3,8 @@
     deus-merge upscale demo/SmolLM2-135M-Instruct deeper
     python recipes/training/continual.py deeper TEXT [TEXT ...] --out trained
 
-Minutes on a CPU. The result is a model like any other: it runs in transformers, `deus-merge upscale` makes it deeper
-still, `deus-merge strip trained base` takes the new layers out again. Needs accelerate.
+Takes minutes on a CPU; needs accelerate. The result is an ordinary model: it runs in transformers, `deus-merge upscale`
+can make it deeper, and `deus-merge strip trained base` removes the new layers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("text", type=Path, nargs="+", help="plain text files")
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="windows a step")
-    parser.add_argument("--context", type=int, default=256, help="tokens a window")
+    parser.add_argument("--batch", type=int, default=4, help="windows per step")
+    parser.add_argument("--context", type=int, default=256, help="tokens per window")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -61,25 +61,25 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
-    print(f"loss on what was held out: {before:.4f} before, {after:.4f} after {options.steps} steps")
+    print(f"held-out loss: {before:.4f} before, {after:.4f} after {options.steps} steps")
 
-    model.to(dtype).save_pretrained(options.out)  # as it was stored: the frozen tensors keep their bytes
+    model.to(dtype).save_pretrained(options.out)  # in the stored dtype, so that frozen tensors keep their bytes
     tokenizer.save_pretrained(options.out)
     training.carry_manifest(options.model, options.out)
     return {"before": before, "after": after}
 
 
 def windows(tokenizer, files: list[Path], context: int) -> tuple[list[dict], list[dict]]:
-    """The texts one behind the other, cut into windows; one in twenty is held out."""
+    """Windows of the concatenated texts to learn from, and one in twenty held out."""
     ids: list[int] = []
     for file in files:
         ids += tokenizer(file.read_text(encoding="utf-8", errors="replace"), verbose=False)["input_ids"]
         ids.append(tokenizer.eos_token_id)
     cut = [ids[i : i + context] for i in range(0, len(ids) - context + 1, context)]
     if len(cut) < 2:
-        raise SystemExit(f"the texts have {len(ids)} tokens: two windows of {context} are the least")
-    made = [{"input_ids": window, "labels": window} for window in cut]
-    return [w for i, w in enumerate(made) if i % 20], made[::20]
+        raise SystemExit(f"the texts have {len(ids)} tokens: at least two windows of {context} are needed")
+    examples = [{"input_ids": window, "labels": window} for window in cut]
+    return [example for i, example in enumerate(examples) if i % 20], examples[::20]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python recipes/training/sft.py deeper CONVERSATIONS.jsonl --out trained
 
 A line of the file is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}. The last
-message is learned, the ones before it are its prompt; the model's chat template joins them. Minutes on a CPU, with trl.
+message is the completion to learn, the ones before it are its prompt; the model's chat template joins them. Takes
+minutes on a CPU, with trl.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import trl
 
 from deus_merge import training
 
-#: for models that have no chat template
+#: for models without a chat template
 PLAIN = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
@@ -34,8 +35,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("conversations", type=Path, help="a JSON lines file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="conversations a step")
-    parser.add_argument("--context", type=int, default=256, help="most tokens of a conversation")
+    parser.add_argument("--batch", type=int, default=4, help="conversations per step")
+    parser.add_argument("--context", type=int, default=256, help="maximum number of tokens of a conversation")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -76,22 +77,22 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
-    print(f"loss on what was held out: {before:.4f} before, {after:.4f} after {options.steps} steps")
+    print(f"held-out loss: {before:.4f} before, {after:.4f} after {options.steps} steps")
 
-    model.to(dtype).save_pretrained(options.out)  # as it was stored: the frozen tensors keep their bytes
+    model.to(dtype).save_pretrained(options.out)  # in the stored dtype, so that frozen tensors keep their bytes
     tokenizer.save_pretrained(options.out)
     training.carry_manifest(options.model, options.out)
     return {"before": before, "after": after}
 
 
 def conversations(file: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Prompts and completions, of which only completions count for the loss; one in twenty is held out."""
+    """Prompts and completions to learn from, and one in twenty held out. Only completions count for the loss."""
     lines = file.read_text(encoding="utf-8").splitlines()
     messages = [json.loads(line)["messages"] for line in lines if line.strip()]
     if len(messages) < 2:
-        raise SystemExit(f"{file} has {len(messages)} conversations: two are the least")
-    made = [{"prompt": m[:-1], "completion": m[-1:]} for m in messages]
-    learn, held_out = [m for i, m in enumerate(made) if i % 20], made[::20]
+        raise SystemExit(f"{file} has {len(messages)} conversations: at least two are needed")
+    pairs = [{"prompt": m[:-1], "completion": m[-1:]} for m in messages]
+    learn, held_out = [pair for i, pair in enumerate(pairs) if i % 20], pairs[::20]
     return datasets.Dataset.from_list(learn), datasets.Dataset.from_list(held_out)
 
 

@@ -96,7 +96,7 @@ def test_devices(run, place, tmp_path):
     ("option", "message"),
     [
         ("--no-safe-serialization", "only safetensors files are written"),
-        ("--unsafe-truncate-embeddings", "it drops tokens without a word"),
+        ("--unsafe-truncate-embeddings", "it drops tokens silently"),
         ("--out-shard-size=many", "'many' is not a size: expected bytes, or a number with K, M or B"),
         ("--out-shard-size=-many", "'-many' is not a size"),
         ("--no-such-option", "No such option"),

@@ -31,7 +31,7 @@ from faults import Faults
 
 from deus_merge.checkpoint import OutputFolder
 from deus_merge.cli import merge as commands  # noqa: F401
-from deus_merge.cli.main import _run
+from deus_merge.cli.main import run_command
 from deus_merge.methods.registry import methods
 from deus_merge.run import preflight
 
@@ -56,7 +56,7 @@ def child(request: dict, told: list[int], result: int) -> None:
     began = time.monotonic()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        code = _run(request["run"])
+        code = run_command(request["run"])
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     except KeyboardInterrupt:  # the command had not begun, or had ended
         code = 130
@@ -97,7 +97,7 @@ def main() -> None:
                 time.sleep(request["seconds"])
                 os.kill(pid, getattr(signal, request["signal"]))
         elif "prime" in request:
-            print(json.dumps({"code": _run(request["prime"])}), flush=True)
+            print(json.dumps({"code": run_command(request["prime"])}), flush=True)
             continue
         else:
             pid = request["pid"]

@@ -1,4 +1,4 @@
-"""The README's commands run, its table and tree name what there is, and the command-line page is up to date."""
+"""The README's commands run, its tables are complete, and the command-line page is up to date."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import runpy
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 from support import make_model
 
@@ -53,13 +54,20 @@ def test_readme_recipe_is_one(workplace, monkeypatch):
     assert [s.merge_method for s in recipe.slices] == ["slerp", "ot_fuse"]
 
 
-def test_readme_names_every_preset_and_package_part():
+def test_readme_names_every_preset_and_command():
+    from deus_merge.cli.main import cli
     from deus_merge.recipe.presets import PRESETS
 
-    assert all(f"`{name}`" in README for name in PRESETS)
-    tree = README.split("## Where things are")[1]
-    parts = {p.name for p in (ROOT / "deus_merge").iterdir() if not p.name.startswith("_")}
-    assert [p for p in sorted(parts) if p not in tree] == []
+    assert [name for name in PRESETS if f"`{name}`" not in README] == []
+    assert [name for name in cli.list_commands(click.Context(cli)) if f"| `deus-merge {name}" not in README] == []
+
+
+def test_paths_in_the_readme_exist():
+    """Folders and files that it links or passes to pytest and python."""
+    links = re.findall(r"\]\(((?!http|#)[^)]+)\)", README)
+    arguments = re.findall(r"\b((?:tests|benchmarks|recipes|docs)/[\w/.-]*\w)", README)
+    missing = {path for path in links + arguments if not (ROOT / path).exists()}
+    assert not missing
 
 
 def test_page_for_mergekit_users_names_every_method_with_its_parameters():

@@ -12,7 +12,7 @@ from random import Random
 from deus_merge import api
 from deus_merge.checkpoint import Checkpoint
 from deus_merge.checkpoint.header import read_header
-from deus_merge.cli.main import _run
+from deus_merge.cli.main import run_command
 from deus_merge.core.errors import DeusMergeError
 from deus_merge.recipe.reader import parse_recipe
 from deus_merge.recipe.writer import dump_recipe
@@ -85,7 +85,7 @@ def command(*arguments: str) -> int:
     """A command through the real entry point; what it says must be fit for a terminal."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = _run(list(arguments))
+        code = run_command(list(arguments))
     assert code in (0, 2, 3), f"{' '.join(arguments)}: exit code {code}\n{err.getvalue()[-3000:]}"
     for text in (out.getvalue(), err.getvalue()):
         strange = [c for c in text if not c.isprintable() and c != "\n"]

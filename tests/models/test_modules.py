@@ -263,7 +263,7 @@ def test_layers_that_are_told_by_number_stay(run, models, tmp_path):
     (numbered / "config.json").write_text(json.dumps(config))
     text = f"merge_method: passthrough\nmodules:\n  vision_tower:\n    slices: [{{sources: [{{model: {numbered}"
     recipe = write_recipe(tmp_path / "r.yml", f"{text}, layer_range: [0, 5]}}]}}]\n")
-    assert "fullatt_block_indexes tells layers by their numbers" in run("plan", recipe, expect=2).err
+    assert "fullatt_block_indexes refers to layers by index" in run("plan", recipe, expect=2).err
     write_recipe(recipe, f"{text}, layer_range: [0, 6]}}]}}]\n")
     planned = run("plan", recipe, "--json").json()
     assert planned["modules"]["vision_tower"]["num_layers"] == 6 and planned["num_layers"] == 4

@@ -37,15 +37,17 @@ def other(base):
 # round trips ----------------------------------------------------------------------------------------------------------
 
 
-def bare(value: object) -> object:
-    """A recipe without the places where its values stood."""
+def without_places(value: object) -> object:
+    """A recipe without the places of its values."""
     if isinstance(value, Located):
         return value.plain()
     if is_dataclass(value):
-        return type(value).__name__, {f.name: bare(getattr(value, f.name)) for f in fields(value) if f.compare}
-    if isinstance(value, Mapping):  # of settings: (value, place)
-        return {name: bare(v[0] if isinstance(v, tuple) else v) for name, v in value.items()}
-    return tuple(map(bare, value)) if isinstance(value, tuple | list) else value
+        return type(value).__name__, {
+            f.name: without_places(getattr(value, f.name)) for f in fields(value) if f.compare
+        }
+    if isinstance(value, Mapping):
+        return {name: without_places(v) for name, v in value.items()}
+    return tuple(map(without_places, value)) if isinstance(value, tuple | list) else value
 
 
 NUMBERS = st.floats(-10, 10) | st.integers(-10, 10) | st.sampled_from(["1e-3", "2.5E+2"])
@@ -127,7 +129,7 @@ def test_recipes_round_trip(data, tokenizer):
     recipe = parse_recipe(yaml.safe_dump(data, allow_unicode=True))
     text = dump_recipe(recipe)
     again = parse_recipe(text)
-    assert bare(again) == bare(recipe)
+    assert without_places(again) == without_places(recipe)
     assert dump_recipe(again) == text
 
 
@@ -195,7 +197,7 @@ def test_source_before_slice_before_global_before_default(base, levels):
     source = {"model": str(base), "layer_range": [0, 1], **given_at(2)}
     data = {"merge_method": "passthrough", "slices": [{"sources": [source], **given_at(1)}], **given_at(0)}
     plan = api.plan(parse_recipe(yaml.safe_dump(data)))
-    scales = {t.task.role: t.task.source_parameters[0]["scale"] for b in plan.blocks for t in b.tensors}
+    scales = {o.role: o.source_parameters[0]["scale"] for block in plan.blocks for o in block.outputs}
     expected = max((level + 2 for level in range(3) if levels[level]), default=1)
     assert {scales["gate"], scales["up"], scales["down"]} == {expected}
     assert {s for role, s in scales.items() if role not in ("gate", "up", "down")} == {1}  # no filter: the default

@@ -145,8 +145,8 @@ class VocabularyPlan:
         return config
 
     def describe(self) -> dict[str, Any] | None:
-        """The tokenizer, the sizes, whether all rows stay in their order (``kept``), and the row maps of each tensor, as
-        JSON data; None without tokenizer settings."""
+        """The tokenizer, the sizes, whether all rows stay in their order (``kept``), and the row maps of each tensor;
+        JSON data, None without tokenizer settings."""
         found = self.vocabulary
         if found is None:
             return None
