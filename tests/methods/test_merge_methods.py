@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import make_model, weights, write_recipe
 
+from deus_merge import api
 from deus_merge.methods import _runs
 from deus_merge.methods._random import Draws
 from deus_merge.methods._ranks import cuts, keys
@@ -162,28 +164,22 @@ def test_coins_fall_as_often_as_they_should(probability):
     assert abs(count - 9_999_830 * probability) <= 5 * deviation if 0 < probability < 1 else count in (0, 9_999_830)
 
 
-def test_random_methods_resume_to_the_same_bytes(run, family, tmp_path, monkeypatch):
-    """Each draw is of its tensor and source alone, so a block that is made later is made alike."""
+def test_random_methods_resume_to_the_same_bytes(run, family, tmp_path):
+    """Each draw is of its tensor and source alone, so a block that is computed later is computed alike."""
     whole = merge(run, tmp_path / "whole", family, "dare_ties", TASK_VECTORS, "--seed", 5)
-    from deus_merge.methods.dare_linear import DareLinear
+    recipe, out, options = tmp_path / "whole/recipe.yml", tmp_path / "cut", api.RunOptions(seed=5)
 
-    calls = []
-    sparsify = DareLinear.sparsify
-
-    def stops(self, pieces, source):
-        calls.append(pieces.task.name)
-        if len(calls) == 20:
+    def stop(block, resumed):
+        if block.layers == (0,):
             raise KeyboardInterrupt
-        return sparsify(self, pieces, source)
 
-    out = tmp_path / "cut"
-    out.mkdir()
-    recipe = write_recipe(out / "recipe.yml", (tmp_path / "whole/recipe.yml").read_text())
-    monkeypatch.setattr(DareLinear, "sparsify", stops)
-    run("merge", recipe, out / "model", "--seed", 5, expect=130)
-    run("merge", recipe, out / "model", "--seed", 5, "--resume")
-    assert calls.count("model.embed_tokens.weight") == 2  # one per source: it was not made again
-    assert all(tensor.equal(whole[name]) for name, tensor in weights(out / "model").items())
+    with pytest.raises(KeyboardInterrupt):
+        api.merge(recipe, out, options, on_block=stop)
+    finished = []
+    resume = replace(options, resume=True)
+    api.merge(recipe, out, resume, on_block=lambda block, resumed: finished.append(resumed))
+    assert finished == [True, True, False, False]
+    assert all(tensor.equal(whole[name]) for name, tensor in weights(out).items())
 
 
 def test_config_holds_the_dtype_of_what_is_written(run, tmp_path):
