@@ -88,12 +88,16 @@ def test_sources_tensors_and_runs_draw_for_themselves(run, kept, tmp_path, metho
 def test_larger_changes_are_kept_more_often(run, kept, family, tmp_path, method):
     """From density - 0.15 for the smallest of a row to density + 0.15 for its largest, in equal steps."""
     found, base = kept(run, tmp_path, method)[LONG], weights(family / "base")[LONG]
+    chances, ranked = [], []
     for source, mask in found.items():
         change = (weights(family / source)[LONG] - base).abs()  # (4500, 64)
         order = change.argsort(dim=1)
         by_rank = mask.gather(1, order).double().mean(dim=0)  # (64,)
         chance = DENSITY[source] + torch.linspace(-0.15, 0.15, 64, dtype=torch.float64)  # (64,)
         assert (by_rank - chance).abs().max() < 5 * math.sqrt(0.25 / 4500)
+        chances.append(chance)
+        ranked.append(mask.gather(1, order))  # (4500, 64)
+    as_often(ranked[0] & ranked[1], float((chances[0] * chances[1]).mean()))  # draws are by rank, so also there
 
 
 @pytest.mark.parametrize("method", METHODS)
