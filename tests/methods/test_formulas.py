@@ -176,3 +176,17 @@ def test_of_the_smallest_density_one_element_is_left(run, small, tmp_path):
 @pytest.mark.parametrize("cosine", [0.9999, -0.9999, 1.0, -1.0])
 def test_slerp_of_directions_on_one_line_is_the_chord(cosine):
     assert arc(0.3, cosine) == pytest.approx((0.7, 0.3))
+
+
+@pytest.mark.parametrize("method", ["ties", "sce"])
+def test_where_changes_cancel_out_the_sign_is_positive(run, tmp_path, method):
+    """Of x and -x the positive one, as in mergekit."""
+    model = make_model(tmp_path / "model", layers=1)
+    tensors = weights(model)
+    for name, factor in (("base", 0), ("plus", 1), ("minus", -1)):
+        shutil.copytree(model, tmp_path / name)
+        scaled = {key: factor * x for key, x in tensors.items()}
+        save_file(scaled, tmp_path / name / "model.safetensors", {"format": "pt"})
+    weight = [1.0, 1.0] if method == "ties" else None
+    ours = merged(run, tmp_path, tmp_path / "out", ["base", "plus", "minus"], method, {}, weight)
+    assert all(tensor.equal(tensors[name].abs()) for name, tensor in ours.items())
