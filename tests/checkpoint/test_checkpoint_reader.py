@@ -163,7 +163,11 @@ BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "missing", "config.json"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object", "config.json"),
     "config with NaN": (lambda f: (f / "config.json").write_text('{"a": NaN}'), "strict JSON", "config.json"),
-    "config with a key twice": (lambda f: (f / "config.json").write_text('{"a":1,"a":1}'), "duplicate key 'a'", "config.json"),
+    "config with a key twice": (
+        lambda f: (f / "config.json").write_text('{"a":1,"a":1}'),
+        "duplicate key 'a'",
+        "config.json",
+    ),
     "config not UTF-8": (lambda f: (f / "config.json").write_bytes(b'{"a":"\xff"}'), "strict JSON", "config.json"),
     "config a fifo": (
         lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),

@@ -275,7 +275,11 @@ WRONG = {
     "half": ("model.layers.0.self_attn.q_proj: lora_A.weight is missing",),
     "ranks": ("its two matrices have different ranks", "3 and 4"),
     "shapes": ("for a model of other shapes", "[32, 32] for model.layers.0.self_attn.q_proj.weight", "[32, 40]"),
-    "strange module": ("changes tensors that are missing from the model", "layers.0.self_attn.qkv", "may be an adapter of another model"),
+    "strange module": (
+        "changes tensors that are missing from the model",
+        "layers.0.self_attn.qkv",
+        "may be an adapter of another model",
+    ),
     "strange tensor": ("a tensor of an unknown kind", "lora_C"),
     "vocabulary": ("for a model of other shapes", "[128, 32] for lm_head.weight", "[130, 32]", "added tokens"),
     "empty": ("the adapter changes nothing",),

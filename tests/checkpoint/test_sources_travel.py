@@ -120,7 +120,7 @@ def test_a_closed_checkpoint_opens_again(folders):
 
 
 def test_in_another_process(folders):
-    source = LoraSource(Checkpoint.open(folders / "base"), folders / "adapter")
+    source = Checkpoint.open(folders / "base")
     name = "model.layers.0.self_attn.q_proj.weight"
     code = f"import pickle, sys; print(pickle.load(sys.stdin.buffer).read({name!r}).double().sum().item())"
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True)

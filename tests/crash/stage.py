@@ -113,21 +113,21 @@ class Stage:
         overwrite = ["--overwrite"] if self.before else []
         return self.warm.run(folder, *self.arguments, *overwrite, *more, **request)
 
-    def check_state(self, folder: Path, told: str) -> None:
+    def check_state(self, folder: Path, context: str) -> None:
         """OUT is absent, or the old one whole, or the new one whole; nothing else is in its parent."""
         kept = folder / ".out.deus-tmp/old"
         if (folder / "out").exists():
-            assert content(folder / "out") in (self.old, self.new), told
+            assert content(folder / "out") in (self.old, self.new), context
         elif self.old is not None:
-            assert not self.exchange and content(kept) == self.old, told
-        assert set(os.listdir(folder)) <= {"out", ".out.deus-tmp", ".out.deus-lock"}, told
+            assert not self.exchange and content(kept) == self.old, context
+        assert set(os.listdir(folder)) <= {"out", ".out.deus-tmp", ".out.deus-lock"}, context
 
-    def check_resumes(self, folder: Path, told: str, **request) -> None:
+    def check_resumes(self, folder: Path, context: str, **request) -> None:
         """``--resume`` ends with the bytes of an undisturbed run, and leaves nothing else."""
         ended = self.run(folder, "--resume", **request)
-        assert ended.code == 0, f"{told}\n{ended.err}"
-        assert content(folder / "out") == self.new, told
-        assert os.listdir(folder) == ["out"], told
+        assert ended.code == 0, f"{context}\n{ended.err}"
+        assert content(folder / "out") == self.new, context
+        assert os.listdir(folder) == ["out"], context
         shutil.rmtree(folder)
 
     def spread(self, points: int, seed: int, last: int = 0) -> list[int]:

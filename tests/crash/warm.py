@@ -36,10 +36,10 @@ from deus_merge.methods.registry import methods
 from deus_merge.run import preflight
 
 
-def child(request: dict, told: list[int], result: int) -> None:
+def child(request: dict, outputs: list[int], result: int) -> None:
     """One run; does not return."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    for fd, own in enumerate(told, 1):
+    for fd, own in enumerate(outputs, 1):
         os.dup2(own, fd)
     if request.get("closed"):
         reader, closed = os.pipe()
