@@ -103,7 +103,7 @@ def _refuse(code):
 KERNEL = os.copy_file_range
 WAYS = {
     "kernel": KERNEL,
-    "in small pieces": lambda s, d, n, so, do: KERNEL(s, d, min(n, 5), so, do),
+    "in small parts": lambda s, d, n, so, do: KERNEL(s, d, min(n, 5), so, do),
     "other device": _refuse(errno.EXDEV),
     "unknown call": _refuse(errno.ENOSYS),
     "unsupported": _refuse(errno.EOPNOTSUPP),

@@ -43,8 +43,8 @@ def test_stopped_at_any_step(stages, stage, how, points):
         else:
             said = {"enospc": "no space left", "eio": "Input/output error"}[how]
             assert ended.code == 1 and said in ended.err and "error: " in ended.err, context
-        kept = (folder / ".out.deus-tmp/journal.jsonl").exists() and not (folder / "out/deus_merge.json").exists()
-        if kept and stage.old is None:
+        resumable = (folder / ".out.deus-tmp/journal.jsonl").exists() and not (folder / "out/deus_merge.json").exists()
+        if resumable and stage.old is None:
             assert "--resume" in ended.err and "are saved" in ended.err, context
         assert not (folder / ".out.deus-lock").exists() or "deus-lock" in step, context
         stage.check_resumes(folder, context)
