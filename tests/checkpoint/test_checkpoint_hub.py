@@ -1,4 +1,4 @@
-"""References become folders: local ones as they are, hub ones through a local server in place of the hub."""
+"""References are resolved to folders: local ones as they are, hub ones through a local server in place of the hub."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 
-from deus_merge.checkpoint import hub as hub_module
 from deus_merge.checkpoint import resolve
 from deus_merge.core.errors import CheckpointError
 
@@ -108,7 +108,6 @@ def hub():
 
 CHILD = """
 import json, sys
-from deus_merge.checkpoint import hub as hub_module
 from deus_merge.checkpoint import resolve
 from deus_merge.core.errors import CheckpointError
 answers = []
@@ -227,7 +226,7 @@ def test_bad_references_never_reach_the_hub(ref, message, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("here").mkdir()
     Path("here/file").touch()
-    monkeypatch.setattr(hub_module, "_download", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match=message) as caught:
         resolve(ref)
     assert caught.value.where == ref
