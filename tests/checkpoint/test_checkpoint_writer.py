@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -228,6 +230,56 @@ def test_everything_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, mon
     assert all(name in ("unlink", "rmdir") for name, _ in calls[sealed + 5 :])
 
 
+def test_names_are_on_the_disk_before_any_data(tmp_path, monkeypatch):
+    """The new folders, the journal's head, and the journal's own name, before a shard is created."""
+    calls = DiskCalls(monkeypatch)
+    with OutputFolder(tmp_path / "deep/er/out", plan_hash="p"):
+        assert [c for c in calls if c[1] != ".out.deus-lock"] == [
+            ("fsync", tmp_path.name),
+            ("fsync", "deep"),
+            ("write", "journal.jsonl"),
+            ("fdatasync", "journal.jsonl"),
+            ("fsync", ".out.deus-tmp"),
+            ("fsync", "er"),
+        ]
+
+
+def test_the_journal_is_removed_last(tmp_path, monkeypatch):
+    """Until then it says what the rest of the staging folder is."""
+    interrupted(tmp_path / "out")
+    calls = DiskCalls(monkeypatch)
+    with OutputFolder(tmp_path / "out", plan_hash="q", overwrite=True):
+        removed = [name for call, name in calls if call in ("unlink", "rmdir")]
+    assert removed == ["model.safetensors", "new", "journal.jsonl", ".out.deus-tmp"]
+
+
+def test_a_staging_folder_that_cannot_be_set_up_is_removed(tmp_path, monkeypatch):
+    def fail(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(MachineError, match="Input/output error"):
+        write(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_locks_nothing(tmp_path, monkeypatch):
+    """The other run ends between our opening of the file and our lock: the next file is locked."""
+    flock, removed = fcntl.flock, []
+
+    def lock(fd, how):
+        if not removed:
+            removed.append(fd)
+            os.unlink(tmp_path / ".out.deus-lock")
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with OutputFolder(tmp_path / "out", plan_hash="p"):
+        assert (tmp_path / ".out.deus-lock").exists()
+        with pytest.raises(PlanError, match="another run is writing"):
+            write(tmp_path / "out")
+
+
 def test_a_failed_flush_finishes_no_block(tmp_path, monkeypatch):
     def fail(fd):
         if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"):
@@ -237,6 +289,27 @@ def test_a_failed_flush_finishes_no_block(tmp_path, monkeypatch):
     with pytest.raises(MachineError, match="no space left"):
         write(tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_flush_stays_failed(tmp_path, monkeypatch):
+    """The kernel reports lost pages once: that a later sync succeeds says nothing about them."""
+    real, failures = os.fdatasync, [OSError(errno.EIO, "Input/output error")]
+
+    def fail_once(fd):
+        if failures and os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"):
+            raise failures.pop()
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    with pytest.raises(MachineError), OutputFolder(tmp_path / "out", plan_hash="p") as folder:
+        shards = folder.shards(LAYOUTS)
+        for name in ("a", "b"):
+            shards.write(name, b"abc")
+            folder.record(name, {})
+            with pytest.raises(MachineError, match="Input/output error"):
+                folder.flush()
+        folder.finish()
+    assert not failures and not folder.resumable and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def descriptors() -> int:
 @pytest.mark.parametrize("source", KINDS, indirect=True)
 @pytest.mark.parametrize("used", [False, True])
 def test_a_copy_reads_the_same(source, used):
+    unused = len(pickle.dumps(source))
     expected = {name: source.read(name) for name in source.tensors} if used else {}
     if used:
         source.slice(next(n for n in source.tensors if "q_proj" in n), 0, 1)  # leaves something in a cache
@@ -71,7 +72,7 @@ def test_a_copy_reads_the_same(source, used):
     copy = pickle.loads(data)
     assert descriptors() == before  # nothing is opened yet
     expected = expected or {name: source.read(name) for name in source.tensors}
-    assert len(data) < 50_000  # no weights travel
+    assert len(data) <= unused < 50_000  # no weights travel
     assert type(copy) is type(source)
     for name in ("config", "fingerprint", "files", "folders", "tensors", "provenance", "where"):
         assert getattr(copy, name) == getattr(source, name), name
