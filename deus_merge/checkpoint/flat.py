@@ -11,7 +11,7 @@ from ..core.units import torch_dtype
 if TYPE_CHECKING:
     import torch
 
-    from .reader import TensorSource
+    from .tensor_source import TensorSource
 
 
 class FlatRows:

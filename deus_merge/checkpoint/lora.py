@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
 from .adapter import CONFIG, Adapted, Adapter
-from .reader import Checkpoint, TensorSource
+from .reader import Checkpoint
+from .tensor_source import TensorSource
 
 if TYPE_CHECKING:
     import torch

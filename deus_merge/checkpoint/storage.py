@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .hub import resolve
 from .pickled import PickledCheckpoint, has_safetensors
-from .reader import Checkpoint, TensorSource
+from .reader import Checkpoint
+from .tensor_source import TensorSource
 
 
 @dataclass(frozen=True)

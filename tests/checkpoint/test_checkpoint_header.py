@@ -31,7 +31,7 @@ def two(first: list[int], second: list[int]) -> dict:
     return {"a": sized(first), "b": sized(second)}
 
 
-# name: (file, what the message says, whether the safetensors library refuses it too)
+# name: (file, a part of the message, whether the safetensors library refuses it too)
 BAD = {
     "empty": (b"", "too short", True),
     "seven bytes": (b"\0" * 7, "too short", True),

@@ -59,7 +59,7 @@ def test_golden_split_and_index():
     )
 
 
-def test_a_tensor_over_the_limit_stands_alone():
+def test_a_tensor_over_the_limit_is_alone():
     entries = [TensorEntry(n, "U8", (size,)) for n, size in [("a", 4), ("b", 50), ("c", 4), ("d", 6), ("e", 1)]]
     assert [list(s.tensors) for s in plan_shards([[e] for e in entries], 10)] == [["a"], ["b"], ["c", "d"], ["e"]]
 
@@ -114,7 +114,7 @@ def test_laws_of_the_cut(blocks, limit):
 @settings(deadline=None)
 @given(block_lists(), st.integers(1, 400))
 def test_laws_of_a_file(tmp_path_factory, blocks, limit):
-    """Contiguous, aligned, and what the format's own library reads."""
+    """Contiguous, aligned, and read by the format's own library."""
     shards = plan_shards(blocks, limit)
     folder = tmp_path_factory.mktemp("law")
     for shard in shards:

@@ -1,4 +1,4 @@
-"""Checkpoints open lazily, read what is stored, and refuse folders that are not what they say."""
+"""Checkpoints open lazily, read stored tensors, and refuse inconsistent folders."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_tensor_outlives_the_checkpoint_and_nothing_leaks(model, tensors):
 
     before = descriptors()
     with Checkpoint.open(model) as checkpoint:
-        kept = {name: checkpoint.read(name) for name in tensors}
-    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
-    kept.clear()
+        read = {name: checkpoint.read(name) for name in tensors}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    read.clear()
     assert descriptors() == before
     Checkpoint.open(model).read("model.scale")  # not closed, but dropped
     assert descriptors() == before
@@ -158,7 +158,7 @@ def _points_to(file):
     return _index(lambda index: index["weight_map"].update({"model.scale": file}))
 
 
-# name: (what is done to a good folder of two shards, what the message says, the file it names)
+# name: (the change to a valid folder of two shards, a part of the message, the file it names)
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "missing", "config.json"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object", "config.json"),

@@ -1,7 +1,9 @@
-"""An output folder appears when it is whole, or not at all; a kill costs what was not yet on the disk."""
+"""An output folder appears when it is complete, or not at all; a kill loses only what was not yet on the disk."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -52,7 +54,7 @@ def test_finishes_into_place_and_leaves_nothing_else(tmp_path):
     assert os.listdir(tmp_path / "deep") == ["out"]
     assert folder.notes == [] and not folder.resumable and folder.resume_hint == f"{folder.out} is complete"
     (tmp_path / "empty").mkdir()
-    write(tmp_path / "empty")  # an empty folder is no obstacle
+    write(tmp_path / "empty")  # an empty folder may be there
     assert len(content(tmp_path / "empty")) == 2
 
 
@@ -70,7 +72,7 @@ def test_nothing_is_final_without_finish(stop, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [ValueError("bug"), KeyboardInterrupt()])
-def test_a_finished_block_is_kept_and_resumed(stop, tmp_path):
+def test_a_finished_block_is_saved_and_resumed(stop, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(type(stop)):
         write(out, stop=stop)
@@ -127,7 +129,7 @@ def test_identity_is_compared_as_json(tmp_path):
 
 
 @pytest.mark.parametrize("tail", [b'{"block": "b", "diag', b'{"block": "b", "diagnostics": {}}', b"\0" * 50, b"[1]\n"])
-def test_a_torn_line_is_no_line(tail, tmp_path):
+def test_a_torn_line_is_ignored(tail, tmp_path):
     temporary = interrupted(tmp_path / "out")
     with open(temporary / "journal.jsonl", "ab") as journal:
         journal.write(tail)
@@ -228,7 +230,57 @@ def test_everything_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, mon
     assert all(name in ("unlink", "rmdir") for name, _ in calls[sealed + 5 :])
 
 
-def test_a_failed_flush_is_no_finished_block(tmp_path, monkeypatch):
+def test_names_are_on_the_disk_before_any_data(tmp_path, monkeypatch):
+    """The new folders, the journal's head, and the journal's own name, before a shard is created."""
+    calls = DiskCalls(monkeypatch)
+    with OutputFolder(tmp_path / "deep/er/out", plan_hash="p"):
+        assert [c for c in calls if c[1] != ".out.deus-lock"] == [
+            ("fsync", tmp_path.name),
+            ("fsync", "deep"),
+            ("write", "journal.jsonl"),
+            ("fdatasync", "journal.jsonl"),
+            ("fsync", ".out.deus-tmp"),
+            ("fsync", "er"),
+        ]
+
+
+def test_the_journal_is_removed_last(tmp_path, monkeypatch):
+    """Until then it says what the rest of the staging folder is."""
+    interrupted(tmp_path / "out")
+    calls = DiskCalls(monkeypatch)
+    with OutputFolder(tmp_path / "out", plan_hash="q", overwrite=True):
+        removed = [name for call, name in calls if call in ("unlink", "rmdir")]
+    assert removed == ["model.safetensors", "new", "journal.jsonl", ".out.deus-tmp"]
+
+
+def test_a_staging_folder_that_cannot_be_set_up_is_removed(tmp_path, monkeypatch):
+    def fail(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(MachineError, match="Input/output error"):
+        write(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_locks_nothing(tmp_path, monkeypatch):
+    """The other run ends between our opening of the file and our lock: the next file is locked."""
+    flock, removed = fcntl.flock, []
+
+    def lock(fd, how):
+        if not removed:
+            removed.append(fd)
+            os.unlink(tmp_path / ".out.deus-lock")
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with OutputFolder(tmp_path / "out", plan_hash="p"):
+        assert (tmp_path / ".out.deus-lock").exists()
+        with pytest.raises(PlanError, match="another run is writing"):
+            write(tmp_path / "out")
+
+
+def test_a_failed_flush_finishes_no_block(tmp_path, monkeypatch):
     def fail(fd):
         if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"):
             raise OSError(28, "No space left on device")
@@ -237,6 +289,27 @@ def test_a_failed_flush_is_no_finished_block(tmp_path, monkeypatch):
     with pytest.raises(MachineError, match="no space left"):
         write(tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_flush_stays_failed(tmp_path, monkeypatch):
+    """The kernel reports lost pages once: that a later sync succeeds says nothing about them."""
+    real, failures = os.fdatasync, [OSError(errno.EIO, "Input/output error")]
+
+    def fail_once(fd):
+        if failures and os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"):
+            raise failures.pop()
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    with pytest.raises(MachineError), OutputFolder(tmp_path / "out", plan_hash="p") as folder:
+        shards = folder.shards(LAYOUTS)
+        for name in ("a", "b"):
+            shards.write(name, b"abc")
+            folder.record(name, {})
+            with pytest.raises(MachineError, match="Input/output error"):
+                folder.flush()
+        folder.finish()
+    assert not failures and not folder.resumable and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -261,7 +334,7 @@ def test_flushes_are_batched(limits, batches, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("atomic", [True, False])
 @pytest.mark.parametrize("through_link", [True, False])
-def test_overwrite_replaces_when_whole(atomic, through_link, tmp_path, monkeypatch):
+def test_overwrite_replaces_when_complete(atomic, through_link, tmp_path, monkeypatch):
     if not atomic:
         monkeypatch.setattr(staging, "exchange", lambda *_: False)
     place = tmp_path / "real"
@@ -284,7 +357,7 @@ def test_overwrite_replaces_when_whole(atomic, through_link, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("what", ["file", "no model", "more than a model", "mount point", "name taken"])
-def test_what_is_never_overwritten(what, tmp_path):
+def test_never_overwritten(what, tmp_path):
     out = tmp_path / "out"
     if what == "file":
         out.write_text("mine")
@@ -307,7 +380,7 @@ def test_what_is_never_overwritten(what, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["file/out", "file/deep/out", "x" * 250, "x" * 300, "/proc/nothing/out", "loop"])
-def test_a_place_where_no_folder_can_be(where, tmp_path):
+def test_paths_where_no_folder_can_be(where, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(DeusMergeError, match="cannot be|No such file"):
@@ -315,7 +388,7 @@ def test_a_place_where_no_folder_can_be(where, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
 
 
-def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(PlanError, match="not empty"), OutputFolder(out, plan_hash="p") as folder:
         folder.shards(LAYOUTS).write("a", b"abc")
@@ -354,7 +427,7 @@ def test_kill_and_resume_give_the_same_bytes(block, model, tmp_path):
         child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    kept = interrupted_child.run(model, tmp_path / "out", resume=True)
-    assert kept == [str(i) for i in range(block // 3 * 3)]  # it flushes every third block
+    resumed = interrupted_child.run(model, tmp_path / "out", resume=True)
+    assert resumed == [str(i) for i in range(block // 3 * 3)]  # it flushes every third block
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
     assert sorted(os.listdir(tmp_path)) == ["out", "source", "undisturbed"]

@@ -1,4 +1,4 @@
-"""Hostile input by name: what fuzzing or thinking found, told in a message and in no time. The files are small ones of
+"""Hostile input by name, found by fuzzing or thinking: refused at once with a message. The files are small ones of
 `fuzz.workshop`, changed in one place."""
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ REFUSED = {
     "a licence from elsewhere": ({"base/LICENSE": Special("link", "/etc/passwd")}, "base/LICENSE: a link leads out"
                                  " of the model's folder", "got:      a link to /etc/passwd", "cp -L"),
     "a licence through the folder": ({"base/LICENSE": Special("link", "../base/../recipe.yml")}, "a link leads out of"),
-    "code of somebody else's": ({**config(auto_map={}), "base/me.py": Special("link", "../other/me.py"),
+    "another model's code": ({**config(auto_map={}), "base/me.py": Special("link", "../other/me.py"),
                                  "other/me.py": b"SECRET = 1\n"}, "base/me.py: a link leads out of the model's folder"),
     "a tokenizer that is gone": ({"base/tokenizer.json": Special("link", "../base/gone")}, "to a missing file"),
     "a loop of links": ({"base/config.json": Special("link", "config.json")}, "config.json: the file cannot be opened"),
@@ -124,7 +124,7 @@ TAKEN = {
     "weights from elsewhere": {"blob": tensors({})["base/model.safetensors"],
                                "base/model.safetensors": Special("link", "../blob")},
     "half a character in the config": raw_config('"\\ud800"'),
-    "half a character beside it": {"base/tokenizer_config.json": b'{"x": "\\ud800", "chat_template": ""}'},
+    "half a character in another key": {"base/tokenizer_config.json": b'{"x": "\\ud800", "chat_template": ""}'},
     "a number of 31 digits": {"base/tokenizer_config.json": json.dumps(TOKENIZER_CONFIG).encode()},
 }  # fmt: skip
 
@@ -172,11 +172,11 @@ def test_models_whose_configs_name_the_depth_differently(fit, workshop, monkeypa
     }
     with workshop.changed(recipe(text) | files):
         fit("merge", "recipe.yml", "out")
-        made = json.loads(Path("out/config.json").read_text())
-    assert made["num_hidden_layers"] == 6 and made["layer_types"] == ["full_attention"] * 6
+        written = json.loads(Path("out/config.json").read_text())
+    assert written["num_hidden_layers"] == 6 and written["layer_types"] == ["full_attention"] * 6
 
 
-def test_heads_beyond_float32_are_told(fit, tmp_path):
+def test_heads_beyond_float32(fit, tmp_path):
     base = make_model(tmp_path / "base", layers=2)
     tensors = load_file(base / "model.safetensors")
     for role in ("q", "k"):  # what they compute together is infinite

@@ -1,4 +1,4 @@
-"""model+adapter in recipes, beside peft's own merge of the whole model."""
+"""model+adapter in recipes, compared with peft's own merge of the whole model."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Models of two layers, made when asked for: family, tied?, dtype -> folder."""
-    root, made = tmp_path_factory.mktemp("bases"), {}
+    """Models of two layers, created on demand: family, tied?, dtype -> folder."""
+    root, created = tmp_path_factory.mktemp("bases"), {}
 
     def base(family: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float32):
         key = (family, tied, dtype)
-        if key not in made:
-            folder = root / str(len(made))
+        if key not in created:
+            folder = root / str(len(created))
             if family == "gpt2":
                 sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 32}
                 config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
                 transformers.GPT2LMHeadModel(config).save_pretrained(folder)
             else:
                 make_model(folder, family, layers=2, tied=tied, dtype=dtype)
-            made[key] = folder
-        return made[key]
+            created[key] = folder
+        return created[key]
 
     return base
 
@@ -165,13 +165,13 @@ def test_adapters_everywhere(run, bases, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     for number, part in enumerate(text.split("---\n")):
-        made = []
+        created = []
         for kind, (a, b) in {"ours": (short, long), "theirs": ("a-merged", "b-merged")}.items():
             recipe = write_recipe(tmp_path / f"{kind}{number}.yml", part.format(base=base, a=a, b=b))
             run("merge", recipe, tmp_path / f"{kind}{number}")
-            made.append(weights(tmp_path / f"{kind}{number}"))
-        for name, tensor in made[1].items():
-            torch.testing.assert_close(made[0][name], tensor, rtol=1e-5, atol=1e-5)
+            created.append(weights(tmp_path / f"{kind}{number}"))
+        for name, tensor in created[1].items():
+            torch.testing.assert_close(created[0][name], tensor, rtol=1e-5, atol=1e-5)
     planned = run("plan", tmp_path / "ours1.yml", "--json").json()
     assert planned["function_preserving"] and planned["models"][0]["model"] == short
     again = write_recipe(tmp_path / "again.yml", (tmp_path / "ours1/deus_merge.yml").read_text())
@@ -202,8 +202,8 @@ def test_rows_are_those_of_the_whole(bases, tmp_path):
     source = LoraSource(base, adapter(bases(), tmp_path / "adapter", target_modules=LINEAR, use_dora=True))
     for name, info in source.tensors.items():
         whole, rows = source.read(name), info.shape[0]
-        pieces = [source.slice(name, at, min(at + 5, rows)) for at in range(0, rows, 5)]
-        assert torch.cat(pieces).equal(whole), name
+        parts = [source.slice(name, at, min(at + 5, rows)) for at in range(0, rows, 5)]
+        assert torch.cat(parts).equal(whole), name
         assert source.root(name) == (base, name) and info.derived == (not whole.equal(base.read(name)))
     base.close()
 
@@ -212,8 +212,8 @@ def test_only_what_is_needed_is_read(bases, tmp_path, monkeypatch):
     folder = adapter(bases(), tmp_path / "adapter", target_modules=LINEAR)
     source = LoraSource(Checkpoint.open(bases()), folder)
     read = []
-    original = Checkpoint.read
-    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or original(self, name))
+    real = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or real(self, name))
     source.read("model.layers.1.mlp.down_proj.weight")
     assert sorted(n.rpartition("layers.1.mlp.down_proj.")[2] for n in read) == [
         "lora_A.weight", "lora_B.weight", "weight",

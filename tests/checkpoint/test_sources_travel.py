@@ -62,6 +62,7 @@ def descriptors() -> int:
 @pytest.mark.parametrize("source", KINDS, indirect=True)
 @pytest.mark.parametrize("used", [False, True])
 def test_a_copy_reads_the_same(source, used):
+    unused = len(pickle.dumps(source))
     expected = {name: source.read(name) for name in source.tensors} if used else {}
     if used:
         source.slice(next(n for n in source.tensors if "q_proj" in n), 0, 1)  # leaves something in a cache
@@ -71,7 +72,7 @@ def test_a_copy_reads_the_same(source, used):
     copy = pickle.loads(data)
     assert descriptors() == before  # nothing is opened yet
     expected = expected or {name: source.read(name) for name in source.tensors}
-    assert len(data) < 50_000  # no weights travel
+    assert len(data) <= unused < 50_000  # no weights travel
     assert type(copy) is type(source)
     for name in ("config", "fingerprint", "files", "folders", "tensors", "provenance", "where"):
         assert getattr(copy, name) == getattr(source, name), name
@@ -120,7 +121,7 @@ def test_a_closed_checkpoint_opens_again(folders):
 
 
 def test_in_another_process(folders):
-    source = LoraSource(Checkpoint.open(folders / "base"), folders / "adapter")
+    source = Checkpoint.open(folders / "base")
     name = "model.layers.0.self_attn.q_proj.weight"
     code = f"import pickle, sys; print(pickle.load(sys.stdin.buffer).read({name!r}).double().sum().item())"
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True)

@@ -31,7 +31,7 @@ class Faults:
             input/output error, and a failed sync loses what it should have synced; fill: the disk is really filled up.
         at: The step, counted from 1; None for none.
         exchange: Whether the file system can exchange two names.
-        seed: Of what a power cut leaves.
+        seed: Of the random bytes that a power cut leaves.
 
     Attributes:
         log: Name and file of every step.
@@ -192,7 +192,7 @@ class Faults:
 
         return call
 
-    # what is lost ------------------------------------------------------------------------------------------------
+    # losses ----------------------------------------------------------------------------------------------------
 
     def _dirty(self, fd: int, offset: int, count: int) -> None:
         with self._lock:
@@ -207,10 +207,10 @@ class Faults:
         for way, ranges in files.values():
             fd = self._real["open"](way, os.O_WRONLY)
             for offset, count in ranges:
-                kept = self._random.randrange(count)
+                intact = self._random.randrange(count)
                 if self._random.random() < 0.8:
-                    noise = self._random.choice([bytes(count - kept), self._random.randbytes(count - kept)])
-                    self._real["pwrite"](fd, noise, offset + kept)
+                    noise = self._random.choice([bytes(count - intact), self._random.randbytes(count - intact)])
+                    self._real["pwrite"](fd, noise, offset + intact)
             os.close(fd)
             ranges.clear()
 

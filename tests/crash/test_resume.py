@@ -1,4 +1,4 @@
-"""What ``--resume`` goes on with, what it finds done, and what it refuses."""
+"""Runs that ``--resume`` continues, finds complete, or refuses."""
 
 from __future__ import annotations
 
@@ -174,9 +174,9 @@ def test_a_closed_pipe_stops_no_run(stages):
     assert ended.code == 0 and content(folder / "out") == stage.new
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 @pytest.mark.parametrize("what", ["parent", "output", "shared parent"])
-def test_what_belongs_to_somebody_else(stages, what):
+def test_folders_of_another_user(stages, what):
     stage = stages["overwrite"]
     folder = stage.folder()
     folder.chmod({"parent": 0o755, "output": 0o777, "shared parent": 0o1777}[what])

@@ -2,16 +2,16 @@
 
 Reads one JSON request a line from stdin and answers each with one line::
 
-    prime    arguments of a run in this very process, so that what is imported late is imported once
+    prime    arguments of a run in this very process, so that late imports happen once
     run      arguments of a run in a child; with it
       folder            where
       fault             what goes wrong: arguments of `Faults`
       seconds, signal   a signal that it gets after so many seconds
       user              who runs it
       closed            its stderr is a closed pipe
-    pid      of a child that stands still, and a ``signal`` for it
+    pid      of a stopped child, and a ``signal`` for it
 
-A run's answer has its exit code (or minus the signal; none when it stands still), what it said, and its steps.
+A run's answer has its exit code (or minus the signal; none when it is stopped), its output, and its steps.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from deus_merge.methods.registry import methods
 from deus_merge.run import preflight
 
 
-def child(request: dict, told: list[int], result: int) -> None:
+def child(request: dict, outputs: list[int], result: int) -> None:
     """One run; does not return."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    for fd, own in enumerate(told, 1):
+    for fd, own in enumerate(outputs, 1):
         os.dup2(own, fd)
     if request.get("closed"):
         reader, closed = os.pipe()
