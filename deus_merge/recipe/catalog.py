@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from ..align.options import ALIGNMENTS
-from ..core.plugins import plugins
 from ..methods.registry import methods
 from ..models.family import families
+from ..ot.registry import solvers
 from .presets import PRESETS
 
 
 def catalog() -> dict[str, dict[str, dict]]:
     """Kind -> name -> ``summary``, ``reference`` and, for methods, ``parameters``. JSON data."""
-    solvers = plugins("deus_merge.ot.solvers", "SOLVER")
     return {
         "methods": {n: _method(m) for n, m in methods().items()},
         "alignments": {n: {"summary": summary, "reference": ref} for n, (summary, ref) in ALIGNMENTS.items()},
-        "solvers": {n: {"summary": s.summary, "reference": s.reference} for n, s in solvers.items()},
+        "solvers": {n: {"summary": s.summary, "reference": s.reference} for n, s in solvers().items()},
         "families": {
             n: {
                 "summary": f"model_type {', '.join(a.model_types)}",
