@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError
-from ..core.parameters import Parameter, parse_roles
+from ..core.parameters import block_parameter, parse_roles
 from ..core.tensors import Diagnostics, OutputChunk
 from ._predictor import BATCH, Training, learn, predict
 from ._stacked import decompose, decomposing_memory, group_size
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 _MINIMUM_LAYERS = 3  # one between two others
-
-
-def _block(name: str, kind: str, default: object, help: str, **more) -> Parameter:
-    return Parameter(name, kind, default, help, "block", **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +52,14 @@ class Lesa(MergeMethod):
     inserts = True
     learns = True
     parameters = (
-        _block("epochs", "integer", 5, "how often the network sees every sample", minimum=1),
-        _block("width", "integer", 256, "of the network's two hidden layers", minimum=1),
-        _block("learning_rate", "number", 1e-3, "of AdamW", minimum=0),
-        _block("norm_weight", "number", 5e-5, "share of the loss that holds the norm of predictions", minimum=0,
+        block_parameter("epochs", "integer", 5, "how often the network sees every sample", minimum=1),
+        block_parameter("width", "integer", 256, "of the network's two hidden layers", minimum=1),
+        block_parameter("learning_rate", "number", 1e-3, "of AdamW", minimum=0),
+        block_parameter("norm_weight", "number", 5e-5, "share of the loss that holds the norm of predictions", minimum=0,
                maximum=1),
-        _block("zero_init", "other", False, "zero the tensors that write to the residual stream, or only these roles",
+        block_parameter("zero_init", "other", False, "zero the tensors that write to the residual stream, or only these roles",
                parse=parse_roles),
-        _block("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
+        block_parameter("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
     )  # fmt: skip
 
     def check(self, outputs, sources):

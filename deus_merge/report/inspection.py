@@ -95,7 +95,7 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
 
     from ..ot.costs import cost_matrix, unit_rows
     from ..ot.problem import OTProblem
-    from ..ot.solvers.assignment import SOLVER
+    from ..ot.registry import solver
 
     source = SourceModel.open(ModelRef(model), {}, load_options)
     checkpoint, view = source.checkpoint, source.view
@@ -109,7 +109,7 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
         for role in roles:
             a, b = (checkpoint.read(view.layers[j][role]).to(torch.float32) for j in (i, i + 1))  # (n, d)
             a, b = unit_rows(a), unit_rows(b)
-            solution = SOLVER.solve(OTProblem.uniform(cost_matrix(a, b)))
+            solution = solver("assignment").solve(OTProblem.uniform(cost_matrix(a, b)))
             moved = solution.coupling.transport_map().to_rows(a)  # (n, d)
             row[role] = {
                 "cost": solution.transport_cost,
