@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +35,28 @@ def models(tmp_path_factory) -> dict[str, str]:
     return {name: str(make_model(root / name, layers=3, seed=seed)) for seed, name in enumerate(("base", "one", "two"))}
 
 
-@pytest.fixture
-def as_on_cpu(device_process, tmp_path) -> Callable[..., Result]:
-    """Run a recipe on the CPU and on the device: every tensor, and all diagnostics, must be the same."""
-    numbers = count()
+@pytest.fixture(scope="session")
+def as_on_cpu(device_process, tmp_path_factory) -> Callable[..., Result]:
+    """Run a recipe on the CPU and on the device: every tensor, and all diagnostics, must be the same. Once a recipe."""
+    root, results = tmp_path_factory.mktemp("runs"), {}
 
     def check(recipe: Mapping[str, Any] | list[Mapping[str, Any]], **options: Any) -> Result:
-        number = next(numbers)
         documents = recipe if isinstance(recipe, list) else [recipe]
-        file = tmp_path / f"recipe{number}.yml"
-        file.write_text("\n---\n".join(map(json.dumps, documents)))  # JSON is YAML
-        expected = run_recipe(file, tmp_path / f"cpu{number}", "cpu", **options)
-        ours = device_process.call(run_recipe, file, tmp_path / f"device{number}", DEVICE, **options)
-        assert differences(ours.folder, expected.folder, tolerance({"": documents})) == []
+        text = "\n---\n".join(map(json.dumps, documents))  # JSON is YAML
+        key = text, *sorted(options.items())
+        if key in results:
+            return results[key]
+        folder = root / str(len(results))
+        folder.mkdir()
+        file = folder / "recipe.yml"
+        file.write_text(text)
+        expected = run_recipe(file, folder / "cpu", "cpu", **options)
+        ours = device_process.call(run_recipe, file, folder / "device", DEVICE, **options)
+        assert differences(ours.folder, expected.folder, tolerance(text)) == []
         if device_runs.IS_SIMULATED:
             assert ours.diagnostics == expected.diagnostics
             assert ours.transfers.uploads, "nothing was computed on the device"
+        results[key] = ours
         return ours
 
     return check

@@ -10,10 +10,10 @@ Not run on CUDA so far: no machine with a GPU was available. The tolerances are 
 from __future__ import annotations
 
 import os
-import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,11 +30,14 @@ from support import weights
 from deus_merge import api
 from deus_merge.checkpoint.reader import Checkpoint
 from deus_merge.checkpoint.shards import ShardWriter
+from deus_merge.core.plugins import plugins
+from deus_merge.ot.costs import PointCost
+from deus_merge.ot.problem import OTProblem
 from deus_merge.plan.types import Plan
 from deus_merge.run.block_runner import run_blocks
 
 DEVICE = os.environ.get("DEUS_MERGE_TEST_DEVICE", simulated.DEVICE)
-IS_SIMULATED = torch.device(DEVICE).type == simulated.NAME if DEVICE != simulated.DEVICE else True
+IS_SIMULATED = simulated.DEVICE == DEVICE
 
 #: relative error of a tensor, in the Frobenius norm, on a device that adds in another order than the CPU
 TOLERANCE = 1e-3
@@ -52,13 +55,15 @@ class Result:
         diagnostics: What methods and solvers reported, without times.
         transfers: What crossed between host and device; empty on devices that do not count.
         reads: Size in bytes of every stored tensor that was read as a whole, in order.
-        writers: Names of the threads that wrote computed tensors.
+        written: Size in bytes of everything that was computed and written, in order.
+        writers: Names of the threads that wrote it.
     """
 
     folder: Path
     diagnostics: list[dict] = field(default_factory=list)
     transfers: Transfers = field(default_factory=Transfers)
     reads: list[int] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
     writers: set[str] = field(default_factory=set)
 
     @property
@@ -117,6 +122,26 @@ def read_ahead(recipe: Path, out: Path, device: str, patience: float = 20.0) -> 
     return seen
 
 
+def solve_points(solver: str, rows: int, columns: int, device: str) -> tuple[list[int], float, Transfers]:
+    """A solver's plan between random points.
+
+    Args:
+        solver: Its name.
+        rows, columns: Points on either side, and numbers of each.
+        device: Where to solve.
+
+    Returns:
+        The row that goes to each column most of all, the transport cost, and what crossed between host and device.
+    """
+    random = torch.Generator().manual_seed(0)
+    place = _torch_device(device)
+    x, y = (torch.randn(rows, columns, generator=random).to(place) for _ in range(2))  # (n, d) each
+    with simulated.recording() as transfers:
+        cost = PointCost(x, y)
+        solution = plugins("deus_merge.ot.solvers", "SOLVER")[solver].solve(OTProblem.uniform(cost))
+    return solution.coupling.matrix.argmax(0).tolist(), solution.transport_cost, transfers
+
+
 @contextmanager
 def _recorded(result: Result) -> Iterator[None]:
     """Count transfers and reads."""
@@ -134,14 +159,13 @@ def _recorded(result: Result) -> Iterator[None]:
 
 @contextmanager
 def _writer(plan: Plan, out: Path, result: Result) -> Iterator[ShardWriter]:
-    import threading
-
     out.mkdir()
     writer = ShardWriter(out, plan.shards)
     write = writer.write
 
     def recording(name: str, data: Any, *, at: int | None = None) -> None:
         result.writers.add(threading.current_thread().name)
+        result.written.append(data.nbytes)
         write(name, data, at=at)
 
     with mock.patch.object(writer, "write", recording):
@@ -173,18 +197,19 @@ def differences(ours: Path, expected: Path, tolerance: float | None) -> list[str
     return [f"{name}: {float(error):.3g}" for name, error in errors.items() if not error <= tolerance]
 
 
-def tolerance(recipe: Mapping[str, Any]) -> float | None:
-    """How far a recipe's tensors may be from the CPU's on the tests' device; None: not at all."""
+def tolerance(recipe: str) -> float | None:
+    """How far the tensors of a recipe, given as text, may be from the CPU's on the tests' device; None: not at all."""
     if IS_SIMULATED:
         return None
-    return max((value for name, value in TOLERANCES.items() if name in str(recipe)), default=TOLERANCE)
+    return max((value for name, value in TOLERANCES.items() if name in recipe), default=TOLERANCE)
 
 
 class DeviceProcess:
     """A process that computes on the tests' device; the tests' own process stays as it is. A context manager."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+        context = get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(1,))
 
     def __enter__(self) -> DeviceProcess:
         return self

@@ -4,8 +4,9 @@
 - Every kernel is the CPU's, so results have the CPU's bytes.
 - Transfers and scalar reads are counted: each scalar read makes a program wait for a GPU.
 
-The device lives in torch's Python backend (torch 2.10 or newer), and what `register` does to a process cannot be undone:
-``torch.accelerator`` then names this device. Tests therefore use it in a process of their own (`process.DeviceProcess`).
+The device lives in torch's Python backend (torch 2.10 or newer). What `register` does to a process cannot be undone:
+``torch.accelerator`` then names this device, which changes what other libraries do. Tests therefore use it in a process
+of their own (`device_runs.DeviceProcess`).
 
 Differences to CUDA, all harmless here: a tensor's strides look contiguous, so that a view of a transposed tensor
 copies where CUDA would refuse; there are no streams, so nothing runs at the same time as the host; and there is no
@@ -221,8 +222,12 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("pin_memory", None)
     if _waits_for_a_size(operation, args):
         _record(_add_value_size)
-    if operation._schema.name.startswith("aten::bitwise_"):  # torch's kernels take numbers as tensors here, and only here
-        args = tuple(torch.tensor(x) if isinstance(x, int) else x for x in args)
+    if operation._schema.name.startswith("aten::bitwise_"):  # the only ones that want their numbers as tensors
+        wanted = [str(argument.type) for argument in operation._schema.arguments]
+        args = tuple(
+            torch.tensor(x) if kind == "Tensor" and isinstance(x, int) else x
+            for kind, x in zip(wanted, args, strict=False)
+        )
     on_cpu = partial(_on_cpu, operation)
     result = operation(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
     for i, argument in enumerate(operation._schema.arguments):
@@ -236,15 +241,15 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """Between the host and the device, or within the device."""
+    """Between the host and the device, or within the device. Values are cast first, so the target's size counts."""
     if isinstance(source, SimulatedTensor) and isinstance(target, SimulatedTensor):
         target.values.copy_(source.values)
     elif isinstance(source, SimulatedTensor):
-        _record(_add_scalar_read if source.numel() == 1 else partial(_add_download, source.values.nbytes))
+        _record(_add_scalar_read if source.numel() == 1 else partial(_add_download, target.nbytes))
         target.copy_(source.values)
     else:
         assert isinstance(target, SimulatedTensor)
-        _record(partial(_add_upload, source.nbytes))
+        _record(partial(_add_upload, target.nbytes))
         target.values.copy_(source)
     return target
 
