@@ -55,8 +55,8 @@ class Predictor:
         self.weights: list[torch.Tensor] = []  # (in, out) and (1, out) of each layer
         for inputs, outputs in ((2 * m, width), (width, width), (width, m)):
             for rows in (inputs, 1):
-                start = torch.empty(rows, outputs, dtype=like.dtype, device=like.device)
-                self.weights.append(start.uniform_(-1, 1, generator=random).mul_(1 / math.sqrt(inputs)))
+                start = torch.empty(rows, outputs, dtype=like.dtype).uniform_(-1, 1, generator=random)
+                self.weights.append(start.mul_(1 / math.sqrt(inputs)).to(like.device))
 
     def __call__(self, below: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """(b, m) and (b, m) -> (b, m)."""
@@ -87,7 +87,7 @@ def learn(
 
     m = stacked.read(0).shape[1]
     network = Predictor(m, training.width, random, stacked.u)
-    order = torch.randperm(stacked.rank, generator=random, device=random.device)  # (r,)
+    order = torch.randperm(stacked.rank, generator=random).to(stacked.u.device)  # (r,)
     size = group_size(stacked.layers, m)
     aside = min(size, stacked.rank // _HELD_OUT)
     held, seen = order[:aside], order[aside:]
@@ -95,7 +95,7 @@ def learn(
     adam = _AdamW(network.weights, training.learning_rate)
     for _ in range(training.epochs):
         losses: list[torch.Tensor] = []
-        for number in torch.randperm(len(groups.which), generator=random, device=random.device).tolist():
+        for number in torch.randperm(len(groups.which), generator=random).tolist():
             for below, between, above in _batches(groups[number], random):
                 loss, gradients = _loss(network, below, between, above, training.norm_weight)
                 adam.step(gradients)
@@ -139,7 +139,7 @@ def _batches(group: torch.Tensor, random: torch.Generator) -> Iterator[tuple[tor
 
     layers, count, m = group.shape
     rows = group.reshape(-1, m)  # (L * c, m)
-    for batch in torch.randperm((layers - 2) * count, generator=random, device=group.device).split(BATCH):
+    for batch in torch.randperm((layers - 2) * count, generator=random).to(group.device).split(BATCH):
         yield tuple(rows[batch + skip * count] for skip in range(3))
 
 

@@ -163,7 +163,11 @@ class Block(Protocol):
         ...
 
     def generator(self, output: OutputTensor, source: int) -> torch.Generator:
-        """Random numbers for one source of one output, of this run's seed: the same ones each time."""
+        """Random numbers for one source of one output, of this run's seed: the same ones each time.
+
+        The generator is on the CPU, whatever the run's device: draw there and move the numbers, so that every device
+        gets the same ones.
+        """
         ...
 
 

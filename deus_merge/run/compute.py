@@ -180,8 +180,7 @@ class _BlockInputs:
         import torch
 
         digest = hashlib.sha256(f"{self._computer.seed} {source} {output.name}".encode()).digest()
-        device = self._computer.device or "cpu"
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
     def stored_names(self, role: str) -> str | None:
         """The stored tensors of a role, for messages."""
