@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ..align.options import ALIGNMENTS
-
 from ..methods.base import MergeMethod
 from ..methods.registry import methods
 from ..models.family import families
