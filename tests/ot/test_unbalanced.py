@@ -15,7 +15,7 @@ from deus_merge.core.errors import SolverError
 from deus_merge.ot.costs import cost_matrix
 from deus_merge.ot.problem import OTProblem, SolverOptions
 from deus_merge.ot.solvers import sinkhorn
-from deus_merge.ot.solvers.unbalanced import SOLVER, Unbalanced
+from deus_merge.ot.solvers.unbalanced import Unbalanced
 
 
 def problem_of(seed: int, n: int, m: int, dtype: torch.dtype = torch.float64) -> OTProblem:
@@ -109,7 +109,8 @@ def test_small_reg_in_float32_where_pot_underflows():
     problem = OTProblem.uniform(cost)
     solution = Unbalanced(marginal_penalty=1.0).solve(problem, SolverOptions(reg=1e-3))
     assert solution.converged and torch.isfinite(solution.coupling.matrix).all()
-    double = Unbalanced(marginal_penalty=1.0).solve(OTProblem.uniform(cost.double()), SolverOptions(reg=1e-3, tolerance=1e-9))
+    twice = OTProblem.uniform(cost.double())
+    double = Unbalanced(marginal_penalty=1.0).solve(twice, SolverOptions(reg=1e-3, tolerance=1e-9))
     assert double.converged
     assert (solution.coupling.matrix - double.coupling.matrix).abs().sum() < 1e-2
     assert solution.mass == pytest.approx(double.mass, rel=1e-4)

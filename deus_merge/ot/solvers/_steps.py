@@ -1,7 +1,7 @@
 """How the entropic solvers solve their semi-dual: annealing, Sinkhorn steps, Newton steps, and the search for a reg.
 
-1. *Annealing*: reg starts at the spread of the cost and is halved to its goal, every level starting from the dual of the
-   level before (Schmitzer 2019, arXiv 1610.06519, section 3).
+1. *Annealing*: reg starts at the spread of the cost and is halved to its goal, every level starting from the dual of
+   the level before (Schmitzer 2019, arXiv 1610.06519, section 3).
 2. *Sinkhorn steps* while they converge fast: ``u = p / Kv``, ``log v += k log(q/c)``, ``k = rho/(rho + reg)``; log v is
    absorbed into g before it grows.
 3. *Newton steps* where they do not: the semi-dual's Hessian ``diag(c + reg/rho q) - k Tᵀ diag(1/p) T`` is solved by
