@@ -76,7 +76,9 @@ def test_neurons_are_matched_at_the_least_cost(pair, unit_rows):
     if unit_rows:
         x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
     cost = np.linalg.norm(x[:, None] - y[None], axis=2)  # (f, f)
-    rows = [int((a["gate"] == row).all(1).nonzero()) for row in got["gate"].values]  # A's neuron in place of each of B's
+    rows = [
+        int((a["gate"] == row).all(1).nonzero()) for row in got["gate"].values
+    ]  # A's neuron in place of each of B's
     assert sorted(rows) == list(range(len(cost)))
     best = cost[linear_sum_assignment(cost)].sum()
     assert cost[rows, range(len(rows))].sum() == pytest.approx(best, rel=1e-12)
@@ -184,6 +186,7 @@ def test_rotary_pairs_are_turned_by_the_nearest_angle(pair):
     x, y, z = (by_head(family, side, at) for side in (a, b, moved))
     angles = np.array([0, np.pi]) if at.rotary == "signs" else np.linspace(0, 2 * np.pi, 2001)
     for g in range(at.key_value):
+
         def stacked(side: dict, g: int = g) -> np.ndarray:
             """Keys and queries of the group, (h/2, e·(1 + H/G))"""
             queries = [pairs_of(side["q"][i]) for i in range(g * share, (g + 1) * share)]
