@@ -62,7 +62,7 @@ PARAMETERS = (
            " sinkhorn", choices=("auto", *solvers())),
     block_parameter("reg", "other", "auto", "entropic regularisation in units of the cost; auto: by effective support",
            parse=parse_reg),
-    block_parameter("effective_support", "number", 2.0, "reg auto: number of rows of A that form a row of B", minimum=1),
+    block_parameter("effective_support", "number", 2.0, "reg auto: how many rows of A form a row of B", minimum=1),
     block_parameter("max_iterations", "integer", 10_000, "of the solver", minimum=1),
     block_parameter("tolerance", "number", 1e-4, "L1 error of the plan's marginals", minimum=0),
     *solver_parameters(),

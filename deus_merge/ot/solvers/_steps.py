@@ -119,7 +119,7 @@ def _conjugate_gradients(kernel: Kernel, state: State, tolerance: float) -> tupl
     direction, rz = z, residual.dot(z)
     going = torch.ones((), dtype=torch.bool, device=x.device)
     start, done = kernel.passes, 0
-    ahead = _AHEAD if x.device.type != "cpu" and kernel.shape[0] * kernel.shape[1] <= _SMALL else 1
+    ahead = steps_ahead(x.device.type, kernel.shape[0] * kernel.shape[1])
     while True:
         count = going.new_zeros((), dtype=torch.int64)
         left = max(1, min(ahead, _CG_STEPS - done, kernel.max_passes - kernel.passes))
@@ -141,6 +141,11 @@ def _conjugate_gradients(kernel: Kernel, state: State, tolerance: float) -> tupl
         kernel.passes = start + done
         if not more or kernel.spent or done >= _CG_STEPS:
             return shifted, longest
+
+
+def steps_ahead(device: str, entries: int) -> int:
+    """How many conjugate gradient steps to do for one read, on a device of this type, with this many kernel entries."""
+    return _AHEAD if device != "cpu" and entries <= _SMALL else 1
 
 
 def _find_reg(kernel: Kernel, g: Tensor, level: float, target: float) -> tuple[Tensor, float]:
