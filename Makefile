@@ -24,6 +24,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: oracle  ## the figures in the README
 	$(BIN)/python benchmarks/run_all.py

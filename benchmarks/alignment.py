@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -88,9 +89,10 @@ class Layers:
         """The layer under a random symmetry."""
         import torch
 
-        from deus_merge.align.heads import AttentionAlignment
+        sys.path.append(str(Path(__file__).parents[1] / "tests" / "align"))
+        from symmetries import random_symmetry
 
-        attention = AttentionAlignment.random(self.heads, seed)
+        attention = random_symmetry(self.heads, seed)
         neurons = torch.randperm(len(b["gate"]), generator=torch.Generator().manual_seed(seed))
         moved = dict(b)
         for role, x in b.items():

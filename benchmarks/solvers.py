@@ -60,10 +60,10 @@ def solve(name: str, problem, options: dict) -> tuple[object, dict]:
     """Our solver, or a peer of ours: the plan, and what it tells."""
     import torch
 
-    from deus_merge.core.plugins import plugins
     from deus_merge.ot.problem import SolverOptions
+    from deus_merge.ot.registry import solvers
 
-    ours = plugins("deus_merge.ot.solvers", "SOLVER").get(name)
+    ours = solvers().get(name)
     if ours is not None:
         solution = ours.solve(problem, SolverOptions(tolerance=options["tolerance"]))
         return solution.coupling, {"reg": solution.reg, "passes": solution.iterations, "gap": solution.gap}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.header import read_small
-from .checkpoint.storage import PLAIN, Access
+from .checkpoint.storage import LoadOptions
 from .core.errors import DeusMergeError, VerifyError
 from .core.located import Plain, locate
 from .plan.blocks import BlockPlan
@@ -28,13 +28,15 @@ from .plan.types import Plan
 from .recipe.reader import read_recipe, recipe_from
 from .recipe.types import Recipe
 from .report.manifest import RECIPE, read_manifest
+from .run.block_runner import run_blocks
 from .run.executor import execute
 from .run.preflight import RunOptions
 from .run.strip import Stripped
 from .verify import Verification
 
 __all__ = [
-    "Access",
+    "DeusMergeError",
+    "LoadOptions",
     "MergeResult",
     "RunOptions",
     "Stripped",
@@ -42,6 +44,7 @@ __all__ = [
     "merge",
     "plan",
     "report",
+    "run_blocks",
     "strip",
     "upscale_recipe",
     "verify",
@@ -85,7 +88,7 @@ def plan(
     recipe: Recipe | str | Path,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    access: Access = PLAIN,
+    load_options: LoadOptions | None = None,
     copy_tokenizer: bool = True,
 ) -> Plan:
     """Plan a recipe. Reads configs and headers, no tensor.
@@ -93,7 +96,7 @@ def plan(
     Args:
         recipe: A recipe or its file.
         max_shard_size: Upper bound of an output file's size, in bytes or like ``"5GB"``.
-        access: Whether pickled weights may be read, and the folder for downloads.
+        load_options: Whether pickled weights may be read, and the folder for downloads.
         copy_tokenizer: Whether the output gets the tokenizer.
 
     Returns:
@@ -104,7 +107,7 @@ def plan(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
-    return build_plan(recipe, max_shard_size=max_shard_size, access=access, copy_tokenizer=copy_tokenizer)
+    return build_plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
 
 
 def merge(
@@ -113,7 +116,7 @@ def merge(
     options: RunOptions | None = None,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    access: Access = PLAIN,
+    load_options: LoadOptions | None = None,
     copy_tokenizer: bool = True,
     on_block: Callable[[BlockPlan, bool], None] | None = None,
 ) -> MergeResult:
@@ -123,7 +126,7 @@ def merge(
         recipe: A recipe, its file, or a plan from `plan`.
         out: The output folder.
         options: Device, resume, overwrite, verification.
-        max_shard_size, access, copy_tokenizer: See `plan`; not used for a plan, which has its own.
+        max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
         on_block: Called after each block with the block and whether an earlier run had finished it.
 
     Returns:
@@ -136,7 +139,7 @@ def merge(
     """
     started = time.monotonic()
     if not isinstance(recipe, Plan):
-        recipe = plan(recipe, max_shard_size=max_shard_size, access=access, copy_tokenizer=copy_tokenizer)
+        recipe = plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
     verification, warnings = execute(
         recipe, Path(out), options or RunOptions(), on_block or (lambda block, resumed: None)
     )
@@ -217,9 +220,9 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
 
     out = Path(out)
     page = Path(html) if html is not None else out / REPORT
-    record = read_manifest(out)
+    manifest = read_manifest(out)
     recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
-    text = render_page(record, recipe, (verification or verify(out, quick=True)).describe())
+    text = render_page(manifest, recipe, (verification or verify(out, quick=True)).describe())
     try:
         page.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -50,5 +50,5 @@ def needed(setting: Setting, files: Scratch) -> list[float]:
 def transport_costs(setting: Setting, files: Scratch) -> list[float]:
     """Cost of the transport plan between the neurons of neighbouring layers, for every gap."""
     folder = Scratch(files.root, setting.at("all")).deeper("symmetry", INITS["symmetry"])
-    told = [layer["diagnostics"] for layer in read_manifest(folder)["layers"] if layer["new"]]
+    told = [layer.diagnostics for layer in read_manifest(folder).layers if layer.new]
     return [next(d["transport_cost"] for d in of if "transport_cost" in d) for of in told]

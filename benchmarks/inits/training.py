@@ -262,7 +262,7 @@ def run(job: Job, init: Init, scratch: Path) -> dict:
 
 
 def _new_layers(setting: Setting, folder: Path, init: Init) -> tuple[int, ...]:
-    return tuple(read_manifest(folder)["new_layers"]) if init.repeats else new_positions(setting.folder, setting.insert)
+    return read_manifest(folder).new_layers if init.repeats else new_positions(setting.folder, setting.insert)
 
 
 def _freeze(model, new: Sequence[int]) -> list[torch.nn.Parameter]:

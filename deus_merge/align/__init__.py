@@ -1,4 +1,4 @@
-"""Bringing a layer A into the order of a layer B before the two are fused; imports no torch by itself."""
+"""Alignment of a layer A to the order of a layer B, and fusion of the two. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def fuse_layer(
     """Align layer A to layer B and fuse them.
 
     Args:
-        a, b: role -> tensor in its stored dtype. Each is looked up at most once, and late, so a lazy mapping may read
-            here.
+        a, b: role -> tensor in its stored dtype. Each is looked up at most once, and late, so that a lazy mapping may
+            read the tensor at that moment.
         specs: The roles that are present, in forward order.
-        options: See there.
+        options: How to align and to fuse.
 
     Yields:
         The chunks of each role, a slot for every t, in the order of ``specs``.
 
     Raises:
-        SolverError: naming the role: shapes that do not fit, weights that are not finite, nothing that matches, or
-            what a solver refuses.
+        SolverError: naming the role: shapes that do not fit, weights that are not finite, no match good enough, or a
+            problem that the solver refuses.
     """
     from . import symmetry, transport_flow
 
@@ -41,6 +41,9 @@ def fuse_layer(
 def align_layer(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions
 ) -> Iterator[OutputChunk]:
-    """Layer A in the order of layer B and nothing fused: `fuse_layer` at t = 0, in full, with no zeros."""
+    """Layer A in the order of layer B, without fusion: `fuse_layer` at t = 0, in full, with no zeros.
+
+    Where a plan with relaxed marginals leaves rows of B unmatched, the result has B's own rows.
+    """
     alone = replace(options, t=0.0, zero=frozenset(), match="full", restore_norm="none", output_scale=1.0)
     return fuse_layer(a, b, specs, alone)

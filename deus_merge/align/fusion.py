@@ -1,16 +1,15 @@
-"""What alignments share: reading a role, a plan between the rows of two matrices, choosing matches, and the mix."""
+"""The parts that alignments share: reading a role, a plan between the rows of two matrices, choosing matches, mixing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
-from ..core.plugins import plugins
 from ..core.tensors import Diagnostics, OutputChunk
-from ..ot.problem import OTProblem
+from ..ot.problem import OTProblem, OTSolution
 from .options import AlignOptions
 
 if TYPE_CHECKING:
@@ -21,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanDiagnostics(Diagnostics):
-    """How one plan came about, and how alike it makes the two sides; the solver's fields are those of `OTSolution`.
+    """Statistics of one plan, and how similar it makes the two sides; the solver's fields are those of `OTSolution`.
 
     Attributes:
-        cosine: Mean cosine between what A gives and B, before the fusion.
-        fused: How many rows (neurons) are fused; less than all of them only under ``match: partial``.
+        cosine: Mean cosine between the matched rows of A, moved to B's order, and those of B, before the fusion.
+        fused: How many rows (neurons) are fused; fewer than all of them under ``match: partial``, or where a plan with
+            relaxed marginals left rows of B unmatched.
     """
 
     solver: str
@@ -40,10 +40,26 @@ class PlanDiagnostics(Diagnostics):
     cosine: float | None = None
     fused: int | None = None
 
+    @classmethod
+    def of(cls, role: str, solver: str, solution: OTSolution) -> PlanDiagnostics:
+        """The statistics of a solution."""
+        return cls(
+            role=role,
+            solver=solver,
+            iterations=solution.iterations,
+            marginal_error=solution.marginal_error,
+            transport_cost=solution.transport_cost,
+            reg=solution.reg,
+            effective_support=solution.effective_support,
+            converged=solution.converged,
+            seconds=solution.seconds,
+            gap=solution.gap,
+        )
+
 
 def chunks(role: str, tensors: Sequence[Tensor], diagnostics: Diagnostics | None = None) -> Iterator[OutputChunk]:
     """One finished role: a chunk for each value of t, in the compute dtype. The first one carries the diagnostics; for
-    a role of zeros it carries nothing else."""
+    a role of zeros there is no other."""
     if not tensors and diagnostics is not None:
         yield OutputChunk(role, None, diagnostics=diagnostics)
     for slot, tensor in enumerate(tensors):
@@ -54,7 +70,7 @@ def read(layer: Mapping[str, Tensor], role: str, options: AlignOptions) -> Tenso
     """One role in the compute dtype.
 
     Raises:
-        SolverError: it has more than two axes, or NaN or infinity in it.
+        SolverError: it has more than two axes.
     """
     import torch
 
@@ -66,10 +82,27 @@ def read(layer: Mapping[str, Tensor], role: str, options: AlignOptions) -> Tenso
             got=f"shape {tuple(tensor.shape)}",
             hint="presets that copy a layer (copy_next, llama_pro) take such tensors",
         )
-    tensor = tensor.to(getattr(torch, options.compute_dtype))
-    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
-        raise SolverError("the weights are not finite", where=role, got="NaN or infinity", hint="mend the checkpoint")
-    return tensor
+    return tensor.to(getattr(torch, options.compute_dtype))
+
+
+def check_finite(flags: Iterable[tuple[str, Tensor]]) -> None:
+    """Check tensors with one read from the device.
+
+    Args:
+        flags: The role of each and its `core.units.all_finite`, ().
+
+    Raises:
+        SolverError: naming the first role that holds NaN or infinity.
+    """
+    import torch
+
+    if not (found := list(flags)):
+        return
+    for (role, _), finite in zip(found, torch.stack([flag for _, flag in found]).tolist(), strict=True):
+        if not finite:
+            raise SolverError(
+                "the weights are not finite", where=role, got="NaN or infinity", hint="correct the checkpoint"
+            )
 
 
 def check_fit(role: str, wa: Tensor, wb: Tensor) -> None:
@@ -79,10 +112,10 @@ def check_fit(role: str, wa: Tensor, wb: Tensor) -> None:
 
 
 def plan_between(role: str, x: Tensor, y: Tensor, options: AlignOptions) -> tuple[Coupling, PlanDiagnostics]:
-    """The plan between the rows of A, (n, d), and of B, (m, d). The cost lives only in here."""
+    """The plan between the rows of A, (n, d), and of B, (m, d). The cost is freed on return."""
     from ..ot.costs import PointCost
 
-    solver = plugins("deus_merge.ot.solvers", "SOLVER")[options.solver_name]
+    solver = options.chosen_solver
     try:
         cost = PointCost(
             x,
@@ -96,8 +129,7 @@ def plan_between(role: str, x: Tensor, y: Tensor, options: AlignOptions) -> tupl
     except SolverError as error:
         error.where = error.where or role
         raise
-    told = {key: getattr(solution, key) for key in PlanDiagnostics.__dataclass_fields__ if hasattr(solution, key)}
-    return solution.coupling, PlanDiagnostics(role=role, solver=options.solver_name, **told)
+    return solution.coupling, PlanDiagnostics.of(role, solver.name, solution)
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
@@ -107,31 +139,58 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
     return dots / norms.where(norms > 0, 1)
 
 
-def choose(scores: Tensor, what: str, role: str, options: AlignOptions) -> Tensor | None:
-    """Which of them to fuse under ``match: partial``, (n,) bool; None for all of them.
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Which rows (neurons, groups) of N are fused; B's own are used for the others.
+
+    Attributes:
+        chosen: (n,) bool; None for all of them.
+        cosine: Mean score of the matched ones.
+        count: How many are fused.
+    """
+
+    chosen: Tensor | None
+    cosine: float
+    count: int
+
+
+def choose(scores: Tensor, what: str, role: str, options: AlignOptions, unmatched: Tensor | None = None) -> Choice:
+    """Choose the rows to fuse: those that match, and under ``match: partial`` the best of them.
+
+    Args:
+        scores: (n,) cosines of A's with B's.
+        what: Their name in messages.
+        role: The place in messages.
+        options: ``match``, ``match_fraction`` and ``match_score`` are used.
+        unmatched: (n,) bool: those that match nothing; None if all match something.
 
     Raises:
         SolverError: no score reaches ``match_score``.
     """
     import torch
 
-    if options.match == "full":
-        return None
-    if options.match_score is not None:
-        chosen = scores >= options.match_score  # (n,)
-        if not bool(chosen.any()):
-            raise SolverError(
-                f"no {what} matches well enough: nothing would be fused",
-                where=role,
-                expected=f"a cosine of at least {options.match_score:g} (match_score)",
-                got=f"the best of {len(scores)} has {scores.max().item():.3g}",
-                hint="lower match_score, or choose by match_fraction",
-            )
-        return chosen
-    count = max(1, math.ceil(options.match_fraction * len(scores) - 1e-9))
-    chosen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    chosen[scores.sort(descending=True, stable=True).indices[:count]] = True
-    return chosen
+    chosen, matched = None, None if unmatched is None else ~unmatched  # (n,)
+    compared = scores if matched is None else scores.where(matched, -math.inf)  # (n,)
+    if options.match == "partial" and options.match_score is not None:
+        chosen = compared >= options.match_score  # (n,)
+    elif options.match == "partial":
+        count = max(1, math.ceil(options.match_fraction * len(scores) - 1e-9))
+        chosen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        chosen[compared.sort(descending=True, stable=True).indices[:count]] = True
+    if matched is not None:
+        chosen = matched if chosen is None else chosen & matched
+    mean = scores.mean() if matched is None else (scores * matched).sum() / matched.sum().clamp_min(1)  # ()
+    fused = torch.full_like(mean, len(scores)) if chosen is None else chosen.sum()  # ()
+    cosine, count, best = torch.stack([t.double() for t in (mean, fused, compared.max())]).tolist()
+    if options.match == "partial" and options.match_score is not None and not count:
+        raise SolverError(
+            f"no {what} matches well enough: nothing would be fused",
+            where=role,
+            expected=f"a cosine of at least {options.match_score:g} (match_score)",
+            got=f"the best of {len(scores)} has {best:.3g}",
+            hint="lower match_score, or choose by match_fraction",
+        )
+    return Choice(chosen, cosine, int(count))
 
 
 def mix(
@@ -140,8 +199,7 @@ def mix(
     options: AlignOptions,
     *,
     norm_a: Tensor | None = None,
-    chosen: Tensor | None = None,
-    axis: int = 0,
+    fused: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """W_N = (1-t) W_A + t W_B for every t, with norms restored; equation 8 of OpT-DeUS.
@@ -150,26 +208,39 @@ def mix(
         wa: A's weight after the alignment, (n, d) or (n,). Not written to.
         wb: B's, of the same shape.
         norm_a: A's norms in B's order, (n, 1) for ``restore_norm: row``; by default those of ``wa``.
-        chosen: (n,) or (d,) bool: B is kept elsewhere.
-        axis: Which axis ``chosen`` is about.
+        fused: A bool mask that broadcasts to the weight: B's own values are used where it is false.
         scale: Factor of the result.
     """
-    norms = None
+    norms, per_row = None, options.restore_norm == "row"
     if wa.ndim == 2 and options.restore_norm != "none":
-        per_row = options.restore_norm == "row"
-        norm_a = _norm(wa, per_row) if norm_a is None else norm_a
-        norms = norm_a, _norm(wb, per_row)
+        norms = _norm(wa, per_row) if norm_a is None else norm_a, _norm(wb, per_row)
     mixed = []
     for t in options.ts:
-        fused = (wa * (1 - t)).add_(wb, alpha=t)
+        new = (wa * (1 - t)).add_(wb, alpha=t)
         if norms is not None:
-            goal, now = (1 - t) * norms[0] + t * norms[1], _norm(fused, per_row)
-            fused.mul_((goal / now).where(now > 0, 1))
-        if chosen is not None:
-            mask = chosen.view(-1, *[1] * (fused.ndim - 1)) if axis == 0 else chosen
-            fused = fused.where(mask, wb)
-        mixed.append(fused.mul_(scale) if scale != 1 else fused)
+            goal, now = (1 - t) * norms[0] + t * norms[1], _norm(new, per_row)
+            new.mul_((goal / now).where(now > 0, 1))
+        if fused is not None:
+            new = new.where(fused, wb)
+        mixed.append(new.mul_(scale) if scale != 1 else new)
     return tuple(mixed)
+
+
+def own_where_unmatched(moved: Tensor, own: Tensor, unmatched: Tensor | None, axis: int = 0) -> Tensor:
+    """A's weight in B's order, with B's own rows (or columns) where nothing of A matches.
+
+    Args:
+        moved: (m, d), (d, m) or (m,).
+        own: B's, of the same shape.
+        unmatched: (m,) bool; None if all match.
+        axis: 0 for rows, 1 for columns.
+    """
+    return moved if unmatched is None else own.where(along(unmatched, moved, axis), moved)
+
+
+def along(mask: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """A mask of the rows (axis 0) or columns (axis 1) of a weight, so that it broadcasts to the weight."""
+    return mask.unsqueeze(1) if weight.ndim == 2 and axis == 0 else mask
 
 
 def _norm(weight: Tensor, per_row: bool) -> Tensor:

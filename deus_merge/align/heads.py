@@ -1,14 +1,14 @@
-"""The attention half of ``alignment: symmetry``: which head becomes which, and how its two inner spaces are turned.
+"""The attention half of ``alignment: symmetry``: which head matches which, and how its two inner spaces are turned.
 
-A query head works with its key-value group. What attention computes does not change under
+A query head works with its key-value group. The function of attention does not change under
 
 - a permutation of the G groups, their query heads going along, and of the H/G query heads inside a group;
 - an orthogonal R (h, h) on a group's values: ``v <- R v``, ``o_j <- o_j Rᵀ`` for every query head j of the group;
 - a turn of the pair of components (j, j + h/2) of a group's keys and of all its queries: it commutes with the rotary
   embedding. Per-head norm weights scale the two components differently; then only half a turn, a sign, is left.
 
-Which head matches which is scored by what none of these turns changes (`ot_fuse`, section 3; git re-basin, arXiv
-2209.04836, for the idea of aligning by the symmetries of the function): for the value path ``⟨o_A v_A, o_B v_B⟩``,
+Heads are compared by scores that none of these turns changes (git re-basin, arXiv 2209.04836, for the idea of aligning
+by the symmetries of the function): for the value path ``⟨o_A v_A, o_B v_B⟩``,
 for the query-key path ``Σ_j Re((q_Aᴴ q_B)_j conj (k_Aᴴ k_B)_j)``, each over the norms of both sides.
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
+from ..core.units import is_finite
 from ..models.family import Heads
 
 if TYPE_CHECKING:
@@ -30,40 +31,24 @@ class AttentionAlignment:
     """The transform of A's attention.
 
     Attributes:
-        groups: (G,) int64: A's group that takes the place of B's group g.
-        queries: (H,) int64: A's query head that takes the place of B's query head i.
+        groups: G of them: A's group that takes the place of B's group g.
+        queries: H of them: A's query head that takes the place of B's query head i.
         values: (G, h, h) float64: R of the group in place g. This and ``turns`` are None where that step is not taken.
         turns: (G, h/2) complex128 of absolute value 1: the turn of each rotary pair.
         scores: (G,) mean of value and query-key cosines of each group with its match.
         value_cosine, query_key_cosine: Means over the query heads, after matching.
     """
 
-    groups: Tensor
-    queries: Tensor
+    groups: tuple[int, ...]
+    queries: tuple[int, ...]
     values: Tensor | None
     turns: Tensor | None
     scores: Tensor
     value_cosine: float
     query_key_cosine: float
 
-    @classmethod
-    def random(cls, heads: Heads, seed: int) -> AttentionAlignment:
-        """A random element of the group of symmetries, which alignment must be able to undo."""
-        import torch
-
-        random = torch.Generator().manual_seed(seed)
-        n, per_group, h = heads.key_value, heads.query // heads.key_value, heads.size
-        groups = torch.randperm(n, generator=random)
-        queries = torch.cat([i * per_group + torch.randperm(per_group, generator=random) for i in groups.tolist()])
-        values = torch.linalg.qr(torch.randn(n, h, h, generator=random, dtype=torch.float64)).Q
-        angles = 2 * torch.pi * torch.rand(n, h // 2, generator=random, dtype=torch.float64)
-        turns = torch.polar(torch.ones_like(angles), angles)
-        if heads.rotary != "phases":
-            turns = turns.real.sign().to(turns) if heads.rotary == "signs" else None
-        return cls(groups, queries, values, turns, torch.ones(n), 1.0, 1.0)
-
     def move(self, weight: Tensor, in_space: str | None, out_space: str) -> Tensor:
-        """A's weight where B has it.
+        """A's weight in B's order.
 
         Args:
             weight: q, k or v (n·h, d), a bias of theirs (n·h, 1), or o (d, H·h).
@@ -71,8 +56,8 @@ class AttentionAlignment:
         """
         if in_space == "value_heads":
             return self._move_outputs(weight)
-        order = self.queries if out_space == "query_heads" else self.groups  # (n,)
-        heads = weight.view(len(order), -1, weight.shape[1])[order]  # (n, h, d)
+        order = self.queries if out_space == "query_heads" else self.groups
+        heads = _take(weight.view(len(order), -1, weight.shape[1]), order)  # (n, h, d)
         if out_space == "value_heads":
             moved = heads if self.values is None else self.values.to(heads) @ heads
         elif self.turns is None:
@@ -83,7 +68,7 @@ class AttentionAlignment:
 
     def _move_outputs(self, weight: Tensor) -> Tensor:
         """o: (d, H·h) -> (d, H·h)."""
-        heads = weight.view(len(weight), len(self.queries), -1)[:, self.queries]  # (d, H, h)
+        heads = _take(weight.view(len(weight), len(self.queries), -1), self.queries, 1)  # (d, H, h)
         if self.values is None:
             return heads.flatten(1)
         grouped = heads.unflatten(1, (len(self.groups), -1)).transpose(0, 1)  # (G, d, H/G, h)
@@ -91,14 +76,16 @@ class AttentionAlignment:
         return moved.view(grouped.shape).transpose(0, 1).flatten(1)
 
 
-def align_heads(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads, steps: frozenset) -> AttentionAlignment:
+def align_heads(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads, steps: frozenset[str]
+) -> AttentionAlignment:
     """The transform that brings A's attention closest to B's.
 
     Args:
         a, b: ``q`` (H·h, e), ``k`` and ``v`` (G·h, e) with the input norm's weight folded in and a bias as one more
             column, and ``o`` (d, H·h); float32 or float64.
         heads: Their numbers.
-        steps: Of ``heads``, ``values``, ``rotary``: which to take.
+        steps: The steps to take, of ``heads``, ``values``, ``rotary``.
 
     Raises:
         SolverError: NaN or infinity among the weights, or their products overflow.
@@ -107,30 +94,28 @@ def align_heads(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads, 
 
     g, per_group = heads.key_value, heads.query // heads.key_value
     value, query_key = _value_scores(a, b, heads), _query_key_scores(a, b, heads)  # (H, H) each
-    if not bool(torch.isfinite(value + query_key).all()):
+    scores = (value + query_key).double().cpu()  # (H, H), on the host, where they are assigned
+    if not is_finite(scores):
         raise SolverError(
             "the attention heads cannot be compared",
             expected="finite weights, whose products are finite",
             hint="look for NaN in the sources, or compute in float64 (compute_dtype)",
         )
-    device = value.device
+    groups, queries = tuple(range(g)), tuple(range(heads.query))
     if "heads" in steps:
-        groups, queries = _match(value + query_key, g, per_group)
-    else:
-        groups, queries = torch.arange(g, device=device), torch.arange(heads.query, device=device)
-    own = torch.arange(heads.query, device=device)
-    matched = value[queries, own], query_key[queries, own]  # (H,) each
+        groups, queries = _match(scores, g, per_group)
+    matched = [_take(x, queries).diagonal().clone() for x in (value, query_key)]  # (H,) each
+    value_cosine, query_key_cosine = torch.stack([x.mean() for x in matched]).tolist()
     side_a, side_b = _split(a, heads), _split(b, heads)
-    taken = {"q": side_a["q"][queries], "k": side_a["k"][groups], "v": side_a["v"][groups]}
-    taken["o"] = side_a["o"][queries]
+    taken = {role: _take(side_a[role], queries if role in ("q", "o") else groups) for role in side_a}
     return AttentionAlignment(
         groups,
         queries,
         _procrustes(taken, side_b, g) if "values" in steps else None,
         _turns(taken, side_b, heads) if "rotary" in steps and heads.rotary != "none" else None,
-        sum(matched).view(g, per_group).mean(1) / 2,
-        matched[0].mean().item(),
-        matched[1].mean().item(),
+        (matched[0] + matched[1]).view(g, per_group).mean(1) / 2,
+        value_cosine,
+        query_key_cosine,
     )
 
 
@@ -146,6 +131,13 @@ def turn(rows: Tensor, turns: Tensor) -> Tensor:
     first, second = rows.chunk(2, dim=1)  # (G, h/2, d) each
     cos, sin = (part.to(rows).unsqueeze(2) for part in (turns.real, turns.imag))  # (G, h/2, 1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=1)
+
+
+def _take(heads: Tensor, order: tuple[int, ...], axis: int = 0) -> Tensor:
+    """The heads of an axis in another order."""
+    import torch
+
+    return heads.index_select(axis, torch.tensor(order, device=heads.device))
 
 
 def _split(side: Mapping[str, Tensor], heads: Heads) -> dict[str, Tensor]:
@@ -209,18 +201,23 @@ def _over_norms(inner: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
     return inner / norms.where(norms > 0, 1)
 
 
-def _match(scores: Tensor, g: int, per_group: int) -> tuple[Tensor, Tensor]:
-    """The best heads inside every pair of groups, then the best groups: (H, H) -> (G,), (H,), A's for each of B's."""
-    import torch
+def _match(scores: Tensor, g: int, per_group: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The best heads inside every pair of groups, then the best groups: (H, H) -> G and H numbers, A's for each of B's.
+
+    Args:
+        scores: (H, H) float64, on the host.
+        g: G.
+        per_group: H/G.
+    """
     from scipy.optimize import linear_sum_assignment
 
-    table = scores.double().cpu().view(g, per_group, g, per_group).transpose(1, 2).numpy()  # (G, G, H/G, H/G)
+    table = scores.view(g, per_group, g, per_group).transpose(1, 2).numpy()  # (G, G, H/G, H/G)
     inside = {(i, j): linear_sum_assignment(table[i, j].T, maximize=True)[1] for i in range(g) for j in range(g)}
     own = range(per_group)
     totals = [[table[i, j][inside[i, j], own].sum() for i in range(g)] for j in range(g)]  # B's group by A's
-    groups = linear_sum_assignment(totals, maximize=True)[1]  # (G,)
-    queries = [i * per_group + k for j, i in enumerate(groups.tolist()) for k in inside[i, j].tolist()]
-    return torch.tensor(groups, device=scores.device), torch.tensor(queries, device=scores.device)
+    groups = linear_sum_assignment(totals, maximize=True)[1].tolist()  # (G,)
+    queries = [i * per_group + k for j, i in enumerate(groups) for k in inside[i, j].tolist()]
+    return tuple(groups), tuple(queries)
 
 
 def _procrustes(a: Mapping[str, Tensor], b: Mapping[str, Tensor], g: int) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ..core.errors import SolverError, nearest
-from ..core.plugins import plugins
 from ..models.family import Heads
-from ..ot.problem import SolverOptions
+from ..ot.problem import DEFAULT_OPTIONS, SolverOptions
+from ..ot.registry import solver
+from ..ot.solver import OTSolver
 
 #: The alignments a recipe can name: name -> (summary, reference).
 ALIGNMENTS = {
@@ -21,9 +22,9 @@ ALIGNMENTS = {
         "a transport plan for every matrix by itself, input sides follow the plans of the residual stream",
         "Cao, Wang, Aletras, arXiv 2508.08011",
     ),
-    "none": ("as it stands", "baseline"),
+    "none": ("A unchanged", "baseline"),
 }
-#: The steps of ``symmetry``, in the order they are taken.
+#: The steps of ``symmetry``, in their order.
 STEPS = ("neurons", "heads", "values", "rotary")
 
 
@@ -37,15 +38,16 @@ class AlignOptions:
         heads: The attention heads of the model; ``symmetry`` needs them.
         plan_scale: ``barycentric``: apply n·T, rows are weighted means; ``coupling``: apply T, as the published script.
         cost, unit_rows, cost_scale: See `ot.costs.PointCost`.
-        solver: A module of ``ot/solvers``; ``auto`` is ``assignment`` for symmetry and ``sinkhorn`` for transport_flow.
-        solver_options: See there.
-        match: ``partial``: fuse only the rows (symmetry: neurons, key-value groups) that match best, keep B's others.
-        match_fraction: Of them, the share to fuse, above 0 and at most 1.
+        solver: The solver with its own options; None for the default of the alignment (`default_solver`).
+        solver_options: The options that all solvers share.
+        match: ``partial``: fuse only the rows (symmetry: neurons, key-value groups) that match best, and use B's for
+            the others.
+        match_fraction: For ``partial``: the share to fuse, above 0 and at most 1.
         match_score: Instead of a share: fuse those whose cosine with their match is at least this.
         restore_norm: ``row`` or ``tensor``: scale fused 2-D weights back to the mean norm of their parents.
         t: W_N = (1-t) W_A + t W_B; several values make several layers from one set of plans.
-        zero: Roles that will be zeros: not fused, and not even read where no plan depends on them.
-        output_scale: Factor of what writes to the residual stream and is not zero.
+        zero: Roles that will be zeros: they are not fused, and are read only where a plan depends on them.
+        output_scale: Factor of the roles that write to the residual stream and are not zero.
         compute_dtype: ``float32`` or ``float64``.
     """
 
@@ -56,8 +58,8 @@ class AlignOptions:
     cost: str = "euclidean"
     unit_rows: bool = False
     cost_scale: str = "none"
-    solver: str = "auto"
-    solver_options: SolverOptions = field(default_factory=SolverOptions)
+    solver: OTSolver | None = None
+    solver_options: SolverOptions = DEFAULT_OPTIONS
     match: Literal["full", "partial"] = "full"
     match_fraction: float = 0.25
     match_score: float | None = None
@@ -74,7 +76,6 @@ class AlignOptions:
             "match": ("full", "partial"),
             "restore_norm": ("none", "row", "tensor"),
             "compute_dtype": ("float32", "float64"),
-            "solver": ("auto", *plugins("deus_merge.ot.solvers", "SOLVER")),
         }
         for key, known in choices.items():
             _check(key, getattr(self, key), known)
@@ -87,11 +88,14 @@ class AlignOptions:
         return tuple(self.t) if isinstance(self.t, Sequence) else (self.t,)
 
     @property
-    def solver_name(self) -> str:
-        """The solver that ``auto`` stands for."""
-        if self.solver != "auto":
-            return self.solver
-        return "assignment" if self.alignment == "symmetry" else "sinkhorn"
+    def chosen_solver(self) -> OTSolver:
+        """The solver, or the default one of the alignment."""
+        return self.solver or solver(default_solver(self.alignment))
+
+
+def default_solver(alignment: str) -> str:
+    """The name of the solver that an alignment uses unless another one is chosen."""
+    return "assignment" if alignment == "symmetry" else "sinkhorn"
 
 
 def _check(key: str, got: str, known: Sequence[str]) -> None:

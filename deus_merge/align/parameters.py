@@ -1,4 +1,4 @@
-"""What recipes say about alignment: the parameters that `ot_fuse` and ``align:`` of a slice share."""
+"""The parameters of alignment in recipes, which `ot_fuse` and ``align:`` of a slice share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..core.parameters import Parameter, as_number
-from ..core.plugins import plugins
+from ..core.parameters import as_number, block_parameter
 from ..models.family import Heads, TensorSpec
 from ..ot.costs import COST_SCALES, COSTS
 from ..ot.problem import SolverOptions
-from ..ot.solvers.progot import SCHEDULES
-from .options import ALIGNMENTS, STEPS, AlignOptions
+from ..ot.registry import solver, solver_parameters, solvers
+from ..ot.solver import OTSolver
+from .options import ALIGNMENTS, STEPS, AlignOptions, default_solver
 from .symmetry import missing_for_symmetry
 
 
@@ -48,35 +48,27 @@ def parse_steps(value: object) -> object:
     raise ValueError(parse_steps.__doc__)
 
 
-def _block(name: str, kind: str, default: object, help: str, **more) -> Parameter:
-    return Parameter(name, kind, default, help, "block", **more)
-
-
-#: what ``ot_fuse`` and ``align:`` of a slice can set
+#: The parameters of ``ot_fuse`` and of ``align:`` of a slice. Solvers add their own options.
 PARAMETERS = (
-    _block("alignment", "choice", "symmetry", "how A is brought to B: by symmetries that keep A's function, by the"
+    block_parameter("alignment", "choice", "symmetry", "how A is brought to B: by symmetries that keep A's function, by the"
            " paper's plans, or not at all", choices=tuple(ALIGNMENTS)),
-    _block("symmetry", "other", STEPS, "steps of alignment symmetry", parse=parse_steps),
-    _block("plan_scale", "choice", "barycentric", "weighted means of rows, or the coupling as it is",
+    block_parameter("symmetry", "other", STEPS, "steps of alignment symmetry", parse=parse_steps),
+    block_parameter("plan_scale", "choice", "barycentric", "weighted means of rows, or the coupling as it is",
            choices=("barycentric", "coupling")),
-    _block("cost", "choice", "euclidean", "distance between rows", choices=COSTS),
-    _block("unit_rows", "boolean", True, "compare directions: rows are scaled to norm 1 for the cost"),
-    _block("cost_scale", "choice", "max", "what the cost is divided by", choices=COST_SCALES),
-    _block("solver", "choice", "auto", "who solves the transport problem; auto: assignment for symmetry, else sinkhorn",
-           choices=("auto", *plugins("deus_merge.ot.solvers", "SOLVER"))),
-    _block("reg", "other", "auto", "entropic regularisation in units of the cost; auto: by effective support",
+    block_parameter("cost", "choice", "euclidean", "distance between rows", choices=COSTS),
+    block_parameter("unit_rows", "boolean", True, "compare directions: rows are scaled to norm 1 for the cost"),
+    block_parameter("cost_scale", "choice", "max", "what the cost is divided by", choices=COST_SCALES),
+    block_parameter("solver", "choice", "auto", "who solves the transport problem; auto: assignment for symmetry, else sinkhorn",
+           choices=("auto", *solvers())),
+    block_parameter("reg", "other", "auto", "entropic regularisation in units of the cost; auto: by effective support",
            parse=parse_reg),
-    _block("effective_support", "number", 2.0, "reg auto: rows of A that a row of B is made of", minimum=1),
-    _block("max_iterations", "integer", 10_000, "of the solver", minimum=1),
-    _block("tolerance", "number", 1e-4, "L1 error of the plan's marginals", minimum=0),
-    _block("progot_steps", "integer", 8, "stages of solver progot", minimum=1),
-    _block("progot_schedule", "choice", "linear", "step sizes of progot", choices=tuple(SCHEDULES)),
-    _block("marginal_penalty", "number", 1.0, "solver unbalanced: weight of the marginals, in units of the mean cost",
-           minimum=0),
-    _block("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
+    block_parameter("effective_support", "number", 2.0, "reg auto: rows of A that a row of B is made of", minimum=1),
+    block_parameter("max_iterations", "integer", 10_000, "of the solver", minimum=1),
+    block_parameter("tolerance", "number", 1e-4, "L1 error of the plan's marginals", minimum=0),
+    *solver_parameters(),
+    block_parameter("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
 )  # fmt: skip
-_SOLVER = ("max_iterations", "tolerance", "progot_steps", "progot_schedule", "marginal_penalty")
-_DIRECT = ("alignment", "plan_scale", "cost", "unit_rows", "cost_scale", "solver", "compute_dtype")
+_DIRECT = ("alignment", "plan_scale", "cost", "unit_rows", "cost_scale", "compute_dtype")
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ class AlignmentProblem:
 
 
 class PlannedRole(Protocol):
-    """What the estimates of memory need to know of an output tensor."""
+    """The properties of an output tensor that the estimates of memory use."""
 
     @property
     def role(self) -> str: ...
@@ -124,19 +116,20 @@ def align_options(values: Mapping[str, Any], heads: Heads | None, memory: int | 
     Args:
         values: By name.
         heads: The model's attention heads.
-        memory: Bytes for the buffers of a plan; None for as many as it takes.
-        more: Fields that are about the fusion.
+        memory: Bytes for the buffers of a plan; None for no limit.
+        more: Fields about the fusion.
     """
-    solver = SolverOptions(
-        reg=values["reg"],
-        target_support=values["effective_support"],
-        memory=memory,
-        **{key: values[key] for key in _SOLVER},
-    )
     return AlignOptions(
         symmetry=frozenset(values["symmetry"]),
         heads=heads,
-        solver_options=solver,
+        solver=_chosen_solver(values).configured(values),
+        solver_options=SolverOptions(
+            reg=values["reg"],
+            target_support=values["effective_support"],
+            max_iterations=values["max_iterations"],
+            tolerance=values["tolerance"],
+            memory=memory,
+        ),
         **{key: values[key] for key in _DIRECT},
         **more,
     )
@@ -151,8 +144,8 @@ def check_alignment(
     described = [spec for spec in specs if spec is not None]
     if len(described) < len(specs):
         message = (
-            "nobody described what every tensor of a layer does in this family. Describe it in models/families/, or"
-            " merge without alignment"
+            "this family has no description of the tensors of its layers. Describe it in models/families/, or merge"
+            " without alignment"
         )
         return AlignmentProblem(message, "alignment")
     if values["alignment"] == "symmetry":
@@ -165,7 +158,7 @@ def check_alignment(
 
 
 def alignment_memory(values: Mapping[str, Any], outputs: Sequence[PlannedRole]) -> Memory:
-    """Bytes that aligning two layers takes."""
+    """The memory in bytes that the alignment of two layers takes."""
     width = 8 if values["compute_dtype"] == "float64" else 4
     matrices = [o for o in outputs if len(o.shape) == 2]
     shapes = [o.shape for o in matrices]
@@ -174,19 +167,18 @@ def alignment_memory(values: Mapping[str, Any], outputs: Sequence[PlannedRole]) 
     weights = 5 * width * max(s[0] * s[1] for s in shapes)
     if values["alignment"] == "none":
         return Memory(weights, weights)
-    # POT's simplex takes a stored cost, in float64, and gives a stored plan; the others can work in row blocks.
-    stored = (width + 2 * 8) if values["solver"] == "emd" else 0
+    stored = _chosen_solver(values).stored_bytes(width)
     if values["alignment"] == "transport_flow":
         flow = width * min(max(s) for s in shapes) ** 2  # the plan of the residual stream stays in memory
         count = max(s[0] for s in shapes)
         minimum = weights + flow + stored * count**2
         return Memory(max(minimum, weights + flow + 2 * width * count**2), minimum)
     reads = [o.shape for o in matrices if o.spec and o.spec.in_space == "neurons"]  # (d, f)
-    makes = [o.shape for o in matrices if o.spec and o.spec.out_space == "neurons"]  # (f, d)
-    features = 2 * width * sum(map(math.prod, reads + makes))
+    writes = [o.shape for o in matrices if o.spec and o.spec.out_space == "neurons"]  # (f, d)
+    features = 2 * width * sum(map(math.prod, reads + writes))
     attention = 2 * width * sum(map(math.prod, shapes)) - features
     heads = 4 * width * max((max(o.shape) ** 2 for o in matrices if o.role == "o"), default=0)
-    count = max([s[1] for s in reads] + [s[0] for s in makes], default=0)
+    count = max([s[1] for s in reads] + [s[0] for s in writes], default=0)
     plans = features + weights // 5
     minimum = max(features + 2 * width * max(map(math.prod, shapes)), attention + heads, weights)
     minimum = max(minimum, plans + stored * count**2)
@@ -194,5 +186,10 @@ def alignment_memory(values: Mapping[str, Any], outputs: Sequence[PlannedRole]) 
 
 
 def solver_memory(values: Mapping[str, Any], outputs: Sequence[PlannedRole], memory: int | None) -> int | None:
-    """What is left of a block's memory for n x n buffers."""
+    """The rest of a block's memory in bytes, for n x n buffers."""
     return None if memory is None else max(0, memory - alignment_memory(values, outputs).minimum)
+
+
+def _chosen_solver(values: Mapping[str, Any]) -> OTSolver:
+    name = values["solver"]
+    return solver(default_solver(values["alignment"]) if name == "auto" else name)

@@ -1,16 +1,17 @@
-"""Align A to B only by transforms that leave the function of A as it is.
+"""Align A to B only by transforms that do not change the function of A.
 
-A matrix of a layer has no order of rows of its own: neuron r of the MLP is ``silu(gate_r·x)·(up_r·x)·down[:, r]``, so
+The rows of a layer's matrices have no inherent order: neuron r of the MLP is ``silu(gate_r·x)·(up_r·x)·down[:, r]``, so
 gate, up and down move together; a query head works with its key-value head (`heads`). The residual stream keeps its
-basis, which neighbouring layers share. Steps, each of which can be left out:
+basis, which neighbouring layers share. The steps, each optional:
 
 - ``neurons``: one plan between the f neurons, applied to the rows of gate and up and to the columns of down. Neurons
-  are compared by ``[gate_r ⊙ n2, up_r ⊙ n2, down[:, r]]``, each of the three scaled to the same mean norm. The solver
-  ``assignment`` makes it a permutation; others make each neuron a mixture, which is not A's function any more.
+  are compared by ``[gate_r ⊙ n2, up_r ⊙ n2, down[:, r]]``, each of the three scaled to the same mean norm. With the
+  solver ``assignment`` it is a permutation; with others each neuron is a mixture, which changes A's function. Where
+  ``unbalanced`` leaves neurons of B unmatched, the result has B's own.
 - ``heads``: a permutation of key-value groups, and of the query heads inside a group.
 - ``values``: an orthogonal turn of each group's values. ``rotary``: turns of the rotary pairs of queries and keys.
 
-What a role does is read from its spaces, so no family is named here. Biases and per-head norms are in the space of the
+The rules depend only on a role's spaces, so no family is named here. Biases and per-head norms are in the space of the
 weight they follow.
 """
 
@@ -22,9 +23,22 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
 from ..core.tensors import Diagnostics, OutputChunk
+from ..core.units import all_finite
 from ..models.family import RESIDUAL, Heads, TensorSpec
-from ..ot.coupling import PermutationCoupling, TransportMap
-from .fusion import PlanDiagnostics, check_fit, choose, chunks, cosines, mix, plan_between, read
+from ..ot.coupling import TransportMap
+from .fusion import (
+    PlanDiagnostics,
+    along,
+    check_finite,
+    check_fit,
+    choose,
+    chunks,
+    cosines,
+    mix,
+    own_where_unmatched,
+    plan_between,
+    read,
+)
 from .heads import AttentionAlignment, align_heads
 from .options import AlignOptions
 
@@ -33,12 +47,11 @@ if TYPE_CHECKING:
 
 _ATTENTION = {"q": (RESIDUAL, "query_heads"), "k": (RESIDUAL, "key_heads"), "v": (RESIDUAL, "value_heads")}
 _ATTENTION["o"] = ("value_heads", RESIDUAL)
-_ROWS = 1024  # neurons compared at once after the plan: bounds a (rows, 3d) buffer
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadDiagnostics(Diagnostics):
-    """Which of A's heads came where, and how alike the matched ones are (1 is the same function).
+    """Which of A's heads replace which of B's, and how similar the matched ones are (1 is the same function).
 
     Attributes:
         groups: A's key-value group in place of each of B's.
@@ -60,14 +73,14 @@ def missing_for_symmetry(specs: Sequence[TensorSpec], steps: frozenset[str], hea
     lacking = []
     if "neurons" in steps:
         lacking += [w for w, there in (
-            ("a weight that makes neurons (gate, up)", (RESIDUAL, "neurons") in found),
+            ("a weight that writes neurons (gate, up)", (RESIDUAL, "neurons") in found),
             ("a weight that reads neurons (down)", ("neurons", RESIDUAL) in found),
         ) if not there]  # fmt: skip
     if steps - {"neurons"}:
         lacking += [role for role, spaces in _ATTENTION.items() if spaces not in found]
         if not lacking and heads is None:
-            return "symmetry needs the numbers of attention heads, and config.json does not tell them"
-        if not lacking and heads.mismatch:
+            return "symmetry needs the numbers of attention heads, which config.json lacks"
+        if not lacking and heads is not None and heads.mismatch:
             return f"symmetry: {heads.mismatch}"
     return f"symmetry needs roles that these layers lack: {', '.join(lacking)}" if lacking else None
 
@@ -90,17 +103,38 @@ def fuse(
         yield from layer.step(spec)
 
 
-class _Layer:
-    """One pair of layers: what was read, and the two transforms once they are known."""
+@dataclass(frozen=True)
+class _Moved:
+    """A tensor of A in B's order.
 
-    def __init__(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options):
+    Attributes:
+        weight: Of the shape of B's.
+        norm_a: A's norms, where the move changed them.
+        fused: (n,) bool: the rows or columns to fuse; None for all of them.
+        unmatched: (n,) bool: those where nothing of A matches; None if there are none.
+        axis: 0 for rows, 1 for columns.
+    """
+
+    weight: Tensor
+    norm_a: Tensor | None = None
+    fused: Tensor | None = None
+    unmatched: Tensor | None = None
+    axis: int = 0
+
+
+class _Layer:
+    """One pair of layers: the tensors that were read, and the two transforms once they are known."""
+
+    def __init__(
+        self, a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions
+    ):
         self.a, self.b = _Stored(a), _Stored(b)
         self.specs, self.options = {s.role: s for s in specs}, options
         self.norm_of = _input_norms(specs)
         self.attention: AttentionAlignment | None = None
         self.neurons: TransportMap | None = None
-        self.chosen_groups: Tensor | None = None  # (G,) bool
-        self.chosen_neurons: Tensor | None = None  # (f,) bool
+        self.fused_groups: Tensor | None = None  # (G,) bool
+        self.fused_neurons: Tensor | None = None  # (f,) bool
 
     def step(self, spec: TensorSpec) -> Iterator[OutputChunk]:
         role, options = spec.role, self.options
@@ -112,32 +146,53 @@ class _Layer:
         if role in options.zero:
             self._drop(spec)
             return chunks(role, (), diagnostics)
-        wa, wb = read(self.a, role, options), read(self.b, role, options)
+        wa, wb = self._read(self.a, role), self._read(self.b, role)
+        self._check_finite()
         check_fit(role, wa, wb)
         self._drop(spec)
-        moved, norm_a, chosen, axis = self._move(spec, wa)
+        moved = self._move(spec, wa)
         del wa
         scale = options.output_scale if spec.writes_residual else 1.0
-        mixed = mix(moved, wb, options, norm_a=norm_a, chosen=chosen, axis=axis, scale=scale)
-        return chunks(role, mixed, diagnostics)
+        weight = own_where_unmatched(moved.weight, wb, moved.unmatched, moved.axis)
+        fused = None if moved.fused is None else along(moved.fused, wb, moved.axis)
+        return chunks(role, mix(weight, wb, options, norm_a=moved.norm_a, fused=fused, scale=scale), diagnostics)
 
-    def _move(self, spec: TensorSpec, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-        """A's tensor where B has it; A's norms if the move changes them; what of it is fused, along which axis."""
+    def _read(self, side: _Stored, role: str) -> Tensor:
+        """One role in the compute dtype; its values are checked by the next `_check_finite`."""
+        tensor = read(side, role, self.options)
+        if role not in side.checked:
+            side.unchecked[role] = all_finite(tensor)
+        return tensor
+
+    def _check_finite(self) -> None:
+        """Check every tensor that was read for the first time since the last check, with one read from the device."""
+        roles = dict.fromkeys((*self.a.unchecked, *self.b.unchecked))
+        sides = (self.a, self.b)
+        check_finite((role, side.unchecked[role]) for role in roles for side in sides if role in side.unchecked)
+        for side in sides:
+            side.checked.update(side.unchecked)
+            side.unchecked.clear()
+
+    def _move(self, spec: TensorSpec, weight: Tensor) -> _Moved:
         spaces, rows = _spaces(spec), weight if weight.ndim == 2 else weight.unsqueeze(1)  # (n, d), a bias (n, 1)
         if self.neurons is not None and "neurons" in spaces:
+            fused, unmatched = self.fused_neurons, self.neurons.unmatched
             if spec.in_space == "neurons":
-                return self.neurons.to_columns(weight), self._norms(weight, None), self.chosen_neurons, 1
+                return _Moved(self.neurons.to_columns(weight), self._norms(weight, None), fused, unmatched, axis=1)
             moved = self.neurons.to_rows(rows).view_as(weight)
-            return moved, self._norms(weight, self.neurons), self.chosen_neurons, 0
+            return _Moved(moved, self._norms(weight, self.neurons), fused, unmatched)
         # The residual stream stays as it is; a per-head norm is shared by all heads, and no turn that is allowed
         # changes it.
-        if self.attention is None or spec.multiplies or set(spaces) <= {None, RESIDUAL, "neurons"}:
-            return weight, None, None, 0
+        if self.attention is None or spec.out_space is None or spec.multiplies:
+            return _Moved(weight)
+        if set(spaces) <= {None, RESIDUAL, "neurons"}:
+            return _Moved(weight)
         moved = self.attention.move(rows, spec.in_space, spec.out_space).view_as(weight)
-        return moved, None, self._chosen_components(moved.shape[axis := int(spec.in_space == "value_heads")]), axis
+        axis = int(spec.in_space == "value_heads")
+        return _Moved(moved, fused=self._fused_components(moved.shape[axis]), axis=axis)
 
     def _drop(self, spec: TensorSpec) -> None:
-        """Let go of a matrix that is done with; vectors are small, and weights after them may still need them."""
+        """Release a matrix after its last use; vectors are small, and later weights may still need them."""
         if spec.in_space:
             self.a.held.pop(spec.role, None)
             self.b.held.pop(spec.role, None)
@@ -151,47 +206,50 @@ class _Layer:
         rows = weight.norm(dim=1, keepdim=True)  # (n, 1)
         return rows if plan is None else plan.to_rows(rows)
 
-    def _chosen_components(self, size: int) -> Tensor | None:
+    def _fused_components(self, size: int) -> Tensor | None:
         """The groups to fuse as a mask of the components of their heads, (size,)."""
-        if self.chosen_groups is None:
+        if self.fused_groups is None:
             return None
-        return self.chosen_groups.repeat_interleave(size // len(self.chosen_groups))
+        return self.fused_groups.repeat_interleave(size // len(self.fused_groups))
 
     # attention ---------------------------------------------------------------------------------------------------
 
     def _align_attention(self, role: str) -> HeadDiagnostics:
         roles = {name: self._role(spaces) for name, spaces in _ATTENTION.items()}
         sides = [
-            {name: self._folded(side, r) if name != "o" else read(side, r, self.options) for name, r in roles.items()}
+            {name: self._folded(side, r) if name != "o" else self._read(side, r) for name, r in roles.items()}
             for side in (self.a, self.b)
         ]
+        self._check_finite()
         for name, r in roles.items():
             check_fit(r, sides[0][name], sides[1][name])
-        found = align_heads(*sides, self.options.heads, self.options.symmetry)
+        assert self.options.heads is not None, "checked by missing_for_symmetry"
+        found = align_heads(sides[0], sides[1], self.options.heads, self.options.symmetry)
         self.attention = found
-        self.chosen_groups = choose(found.scores, "key-value group", role, self.options)
+        choice = choose(found.scores, "key-value group", role, self.options)
+        self.fused_groups = choice.chosen
         return HeadDiagnostics(
             role=role,
-            groups=tuple(found.groups.tolist()),
-            queries=tuple(found.queries.tolist()),
+            groups=found.groups,
+            queries=found.queries,
             value_cosine=found.value_cosine,
             query_key_cosine=found.query_key_cosine,
-            fused=len(found.groups) if self.chosen_groups is None else int(self.chosen_groups.sum()),
+            fused=choice.count,
         )
 
     def _role(self, spaces: tuple[str, str]) -> str:
         return next(s.role for s in self.specs.values() if _spaces(s) == spaces)
 
     def _folded(self, side: _Stored, role: str) -> Tensor:
-        """A weight as it acts on the normed input: input norm folded in, per-head norm too, bias as a last column."""
+        """A weight as it acts on the normed input: input norm and per-head norm folded in, bias as a last column."""
         import torch
 
-        weight = read(side, role, self.options)  # (n, d)
+        weight = self._read(side, role)  # (n, d)
         if norm := self.norm_of.get(role):
-            weight = weight * read(side, norm, self.options)  # (n, d)
+            weight = weight * self._read(side, norm)  # (n, d)
         for spec in self.specs.values():
             if spec.follows == role:
-                vector = read(side, spec.role, self.options)
+                vector = self._read(side, spec.role)
                 if spec.multiplies:
                     weight = weight * vector.repeat(len(weight) // len(vector)).unsqueeze(1)
                 else:
@@ -201,22 +259,18 @@ class _Layer:
     # neurons -----------------------------------------------------------------------------------------------------
 
     def _align_neurons(self, role: str) -> PlanDiagnostics:
-        x, y = self._neurons(role)  # (f, e) each
+        import torch
+
+        x, y = self._neurons()  # (f, e) each
         coupling, diagnostics = plan_between(role, x, y, replace(self.options, unit_rows=False))
         plan = self.neurons = coupling.transport_map()
-        if isinstance(coupling, PermutationCoupling):
-            import torch
+        scores = torch.cat([cosines(moved, y[rows]) for rows, moved in plan.row_blocks(x)])  # (f,)
+        choice = choose(scores, "neuron", role, self.options, plan.unmatched)
+        self.fused_neurons = choice.chosen
+        return replace(diagnostics, cosine=choice.cosine, fused=choice.count)
 
-            starts = range(0, len(x), _ROWS)
-            scores = torch.cat([cosines(x[coupling.rows[i : i + _ROWS]], y[i : i + _ROWS]) for i in starts])  # (f,)
-        else:
-            scores = cosines(plan.to_rows(x), y)  # (f,)
-        self.chosen_neurons = choose(scores, "neuron", role, self.options)
-        fused = len(scores) if self.chosen_neurons is None else int(self.chosen_neurons.sum())
-        return replace(diagnostics, cosine=scores.mean().item(), fused=fused)
-
-    def _neurons(self, role: str) -> tuple[Tensor, Tensor]:
-        """A's and B's neurons, one a row: every weight that makes or reads them, scaled to the same mean norm."""
+    def _neurons(self) -> tuple[Tensor, Tensor]:
+        """A's and B's neurons, one a row: every weight that writes or reads them, scaled to the same mean norm."""
         import torch
 
         parts = [s for s in self.specs.values() if s.in_space and "neurons" in _spaces(s)]
@@ -226,15 +280,16 @@ class _Layer:
             pair = []
             for side in (self.a, self.b):
                 reads = spec.in_space == "neurons"
-                pair.append(read(side, spec.role, self.options).t() if reads else self._folded(side, spec.role))
+                pair.append(self._read(side, spec.role).t() if reads else self._folded(side, spec.role))
             check_fit(spec.role, *pair)
             mean = (pair[0].norm(dim=1).mean() + pair[1].norm(dim=1).mean()) / 2
             if not sides:  # one more column a weight, for biases
                 width = sum(1 + self.a[s.role].shape[0 if s.in_space == "neurons" else 1] for s in parts)
                 sides = [pair[0].new_zeros(len(pair[0]), width) for _ in pair]  # (f, e) each
-            for whole, piece in zip(sides, pair, strict=True):
-                torch.div(piece, mean.where(mean > 0, 1), out=whole[:, at : at + piece.shape[1]])
+            for whole, weight in zip(sides, pair, strict=True):
+                torch.div(weight, mean.where(mean > 0, 1), out=whole[:, at : at + weight.shape[1]])
             at += pair[0].shape[1]
+        self._check_finite()
         if self.options.unit_rows:
             for whole in sides:
                 norm = whole.norm(dim=1, keepdim=True)  # (f, 1)
@@ -242,11 +297,21 @@ class _Layer:
         return sides[0], sides[1]
 
 
-class _Stored(Mapping):
-    """A layer whose tensors are looked up once and held, in their stored dtype, until they are done with."""
+class _Stored(Mapping[str, "Tensor"]):
+    """A layer whose tensors are looked up once and held, in their stored dtype, until they are not needed any more.
+
+    Attributes:
+        layer: The layer.
+        held: Tensors by role.
+        checked: Roles whose values are known to be finite.
+        unchecked: Of roles that were read but not checked yet: whether their values are finite, () on the device.
+    """
 
     def __init__(self, layer: Mapping[str, Tensor]):
-        self.layer, self.held = layer, {}
+        self.layer = layer
+        self.held: dict[str, Tensor] = {}
+        self.checked: set[str] = set()
+        self.unchecked: dict[str, Tensor] = {}
 
     def __getitem__(self, role: str) -> Tensor:
         if role not in self.held:

@@ -3,13 +3,16 @@
 Each 2-D weight of layer A is moved to the row order of the same weight of layer B by its own plan, after its input
 side was moved by the plan of the last block that wrote to the residual stream (OpT-DeUS, arXiv 2508.08011, section 3).
 
-What a role does is read from its spaces, so no family is named here:
+The rules depend only on a role's spaces, so no family is named here:
 
 - 2-D, reads the residual stream: columns are moved by the *flow*, the out-plan of the last residual writer before it
-  in this layer (none yet: identity). Then rows are moved by its own plan.
+  in this layer (identity before the first). Then rows are moved by its own plan.
 - 2-D, reads another space: no input side.
 - 1-D that follows nothing (a norm): ½ (moved by the flow) + ½ itself; before any residual writer, itself.
 - 1-D that follows a weight (bias, per-head norm): moved by that weight's plan.
+
+A plan with relaxed marginals may leave rows of B unmatched. The new layer has B's own values there: in the rows of the
+weight, in the bias that follows it, and, for a plan that flows on, in the columns and norm entries that it moves.
 """
 
 from __future__ import annotations
@@ -20,9 +23,21 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
 from ..core.tensors import OutputChunk
+from ..core.units import all_finite
 from ..models.family import RESIDUAL, TensorSpec
-from ..ot.coupling import Coupling, TransportMap
-from .fusion import check_fit, choose, chunks, cosines, mix, plan_between, read
+from ..ot.coupling import Coupling, RowMap, ScriptedMap
+from .fusion import (
+    along,
+    check_finite,
+    check_fit,
+    choose,
+    chunks,
+    cosines,
+    mix,
+    own_where_unmatched,
+    plan_between,
+    read,
+)
 from .options import AlignOptions
 
 if TYPE_CHECKING:
@@ -54,58 +69,65 @@ class _Walk:
     options: AlignOptions
     needed: frozenset[str]
     followed: frozenset[str]
-    flow: TransportMap | Coupling | None = None
-    plans: dict[str, TransportMap | Coupling] = field(default_factory=dict)
-    chosen: dict[str, Tensor | None] = field(default_factory=dict)
+    flow: RowMap | None = None
+    plans: dict[str, RowMap] = field(default_factory=dict)
+    fused: dict[str, Tensor | None] = field(default_factory=dict)  # role -> rows to fuse, (m,) bool; None: all
 
     def step(self, spec: TensorSpec) -> Iterator[OutputChunk]:
         role, zero = spec.role, spec.role in self.options.zero
         if zero and role not in self.needed:
             return chunks(role, ())
         wa, wb = read(self.a, role, self.options), read(self.b, role, self.options)
+        check_finite([(role, all_finite(wa)), (role, all_finite(wb))])
         if role not in self.needed or wa.shape[1:] != wb.shape[1:]:
             check_fit(role, wa, wb)
         if spec.in_space is None:
-            return chunks(role, self._mix(spec, self._move_vector(wa, spec), wb))
+            return chunks(role, self._mix_vector(spec, wa, wb))
         if role not in self.needed:
-            return chunks(role, self._mix(spec, wa, wb))
-        moved = wa
-        if self.flow is not None and spec.in_space == RESIDUAL:
-            moved = push_columns(self.flow, wa, self.options.plan_scale)  # W_A T_in
+            return chunks(role, mix(wa, wb, self.options, scale=self._scale(spec)))
+        flow = self.flow if spec.in_space == RESIDUAL else None
+        moved = wa if flow is None else flow.to_columns(wa)  # W_A T_in
         coupling, diagnostics = plan_between(role, moved, wb, self.options)
-        plan = coupling.transport_map() if self.options.plan_scale == "barycentric" else coupling
+        plan: RowMap = coupling.transport_map() if self.options.plan_scale == "barycentric" else ScriptedMap(coupling)
         if role in self.followed:
             self.plans[role] = plan
         if spec.out_space == RESIDUAL:
             self.flow = plan
         if zero:
+            self.fused[role] = None if plan.unmatched is None else ~plan.unmatched
             return chunks(role, (), diagnostics)
         norms = self._norms(wa, coupling)
         del wa
-        moved = push_rows(plan, moved, self.options.plan_scale)  # T_outᵀ W_A
-        scores = cosines(moved, wb)  # (m,)
-        self.chosen[role] = chosen = choose(scores, "row", role, self.options)
-        diagnostics = replace(
-            diagnostics,
-            cosine=scores.mean().item(),
-            fused=len(scores) if chosen is None else int(chosen.sum()),
-        )
-        return chunks(role, self._mix(spec, moved, wb, norms), diagnostics)
+        moved = plan.to_rows(moved)  # T_outᵀ W_A
+        choice = choose(cosines(moved, wb), "row", role, self.options, plan.unmatched)
+        self.fused[role] = choice.chosen  # (m,)
+        diagnostics = replace(diagnostics, cosine=choice.cosine, fused=choice.count)
+        moved = own_where_unmatched(moved, wb, plan.unmatched)
+        mask = None if choice.chosen is None else along(choice.chosen, wb, 0)  # (m, 1)
+        if flow is not None and flow.unmatched is not None:
+            moved = own_where_unmatched(moved, wb, flow.unmatched, axis=1)
+            mask = ~flow.unmatched if mask is None else mask & ~flow.unmatched  # (d,) or (m, d)
+        mixed = mix(moved, wb, self.options, norm_a=norms, fused=mask, scale=self._scale(spec))
+        return chunks(role, mixed, diagnostics)
 
-    def _move_vector(self, vector: Tensor, spec: TensorSpec) -> Tensor:
-        """A 1-D tensor of A in the order of B, (n,) or for per-head norms (h,)."""
-        scale = self.options.plan_scale
-        if spec.follows in self.plans:
+    def _mix_vector(self, spec: TensorSpec, va: Tensor, vb: Tensor) -> tuple[Tensor, ...]:
+        """A 1-D tensor of A, (n,) or for per-head norms (h,), moved to the order of B and fused."""
+        moved, fused = va, None
+        if spec.follows is not None and spec.follows in self.plans:
             plan = self.plans[spec.follows]
-            rows = plan.shape[0]
-            heads, rest = divmod(rows, len(vector))
+            heads, rest = divmod(plan.shape[0], len(va))
             if rest:
-                raise SolverError("does not fit the weight it follows", where=spec.role, expected=rows, got=len(vector))
-            tiled = vector.repeat(heads).unsqueeze(1)  # (H·h, 1), H = 1 for a bias
-            return push_rows(plan, tiled, scale).view(heads, -1).mean(0)
-        if spec.follows is None and self.flow is not None and spec.out_space == RESIDUAL:
-            return 0.5 * push_rows(self.flow, vector.unsqueeze(1), scale).squeeze(1) + 0.5 * vector
-        return vector
+                raise SolverError(
+                    "does not fit the weight it follows", where=spec.role, expected=plan.shape[0], got=len(va)
+                )
+            tiled = plan.to_rows(va.repeat(heads).unsqueeze(1)).squeeze(1)  # (H·h,), H = 1 for a bias
+            tiled = own_where_unmatched(tiled, vb.repeat(heads), plan.unmatched)
+            moved = tiled.view(heads, -1).mean(0)
+            fused = self.fused.get(spec.follows) if heads == 1 else None  # per-head norms are always fused
+        elif spec.follows is None and self.flow is not None and spec.out_space == RESIDUAL:
+            moved = 0.5 * self.flow.to_rows(va.unsqueeze(1)).squeeze(1) + 0.5 * va
+            fused = None if self.flow.unmatched is None else ~self.flow.unmatched  # (d,)
+        return mix(moved, vb, self.options, fused=fused, scale=self._scale(spec))
 
     def _norms(self, wa: Tensor, coupling: Coupling) -> Tensor | None:
         """A's norms before the flow: (m, 1) in B's order for "row", () for "tensor"."""
@@ -113,35 +135,8 @@ class _Walk:
             return coupling.transport_map().to_rows(wa.norm(dim=1, keepdim=True))
         return wa.norm() if self.options.restore_norm == "tensor" else None
 
-    def _mix(self, spec: TensorSpec, wa: Tensor, wb: Tensor, norm_a: Tensor | None = None) -> tuple[Tensor, ...]:
-        chosen = self.chosen.get(spec.follows or spec.role)
-        scale = self.options.output_scale if spec.writes_residual else 1.0
-        fits = chosen is not None and len(chosen) == len(wb)  # a per-head norm is shorter: it is always fused
-        return mix(wa, wb, self.options, norm_a=norm_a, chosen=chosen if fits else None, scale=scale)
-
-
-def push_rows(plan: TransportMap | Coupling, weight: Tensor, plan_scale: str) -> Tensor:
-    """A's rows in B's order, (n, d) -> (m, d), under the arithmetic of ``plan_scale``.
-
-    Raises:
-        TypeError: the plan is of the other kind.
-    """
-    if plan_scale == "coupling":
-        return _expect(Coupling, plan).scripted_rows(weight)
-    return _expect(TransportMap, plan).to_rows(weight)
-
-
-def push_columns(plan: TransportMap | Coupling, weight: Tensor, plan_scale: str) -> Tensor:
-    """A's columns in B's order, (d, n) -> (d, m); see `push_rows`."""
-    if plan_scale == "coupling":
-        return _expect(Coupling, plan).scripted_columns(weight)
-    return _expect(TransportMap, plan).to_columns(weight)
-
-
-def _expect(kind: type, plan: TransportMap | Coupling) -> TransportMap | Coupling:
-    if not isinstance(plan, kind):
-        raise TypeError(f"this plan_scale applies a {kind.__name__}, not a {type(plan).__name__}")
-    return plan
+    def _scale(self, spec: TensorSpec) -> float:
+        return self.options.output_scale if spec.writes_residual else 1.0
 
 
 def _plans_needed(specs: Sequence[TensorSpec], zero: frozenset[str]) -> frozenset[str]:

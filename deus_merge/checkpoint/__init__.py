@@ -1,4 +1,4 @@
-"""Checkpoints in and out: safetensors folders read lazily, written at known offsets, resumed after a kill."""
+"""Reading and writing checkpoints: lazily read safetensors folders, and outputs that survive an interrupted run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from .layout import ShardLayout, TensorEntry, index_json, plan_shards
 from .output_folder import OutputFolder
 from .reader import Checkpoint
 from .shards import ShardWriter
-from .storage import Access, open_source
+from .storage import LoadOptions, open_source
 from .system import free_space
 
 __all__ = [
-    "Access",
+    "LoadOptions",
     "Checkpoint",
     "OutputFolder",
     "ShardLayout",

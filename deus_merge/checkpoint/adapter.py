@@ -1,4 +1,4 @@
-"""A LoRA adapter's files, and which of a model's tensors they change. Reads names and shapes, no tensor."""
+"""The files of a LoRA adapter, and the tensors of a model that they change. Reads names and shapes, no tensor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
+from ..core.text import some_of
 from .header import parse_json, read_header, read_small
 
 CONFIG = "adapter_config.json"
@@ -20,19 +21,19 @@ _PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|l
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
 _EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings)\.weight")
 _HEAD = "lm_head.weight"
-#: what an option may be, where it is there
+#: the types of the options that may be there
 _KINDS = {
     "lora_alpha": int | float | None, "alpha_pattern": dict | None, "use_rslora": bool | None, "use_dora": bool | None,
     "fan_in_fan_out": bool | None, "init_lora_weights": bool | str | None,
 }  # fmt: skip
-#: regular expressions that may take for ever: a repeated group, or many repetitions
+#: regular expressions that may never end: a repeated group, or many repetitions
 _COSTLY = re.compile(r"\)[*+{]|([*+{?].*){5}")
-#: options with which an adapter does more, or other things, than to add to weights
+#: options of adapters that do more than add to weights
 _OTHER_KINDS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
     "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
-#: ways to begin that also changed the model, by chance or by data that only its training had
+#: initialisations that also changed the model, at random or by training data
 _OTHER_STARTS = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
@@ -41,9 +42,9 @@ class Adapted:
     """A module with low-rank weights.
 
     Attributes:
-        name: The module, in the adapter's words: peft's patterns are about these.
+        name: The module's name in the adapter, which peft's patterns match.
         parts: peft's name of a tensor (``lora_A.weight``) -> its name in the adapter's file.
-        weight: The model's tensor that is changed.
+        weight: The tensor of the model that it changes.
         kind: ``linear``; ``transposed``, for a weight stored (in, out); ``embedding``.
     """
 
@@ -55,12 +56,12 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one tensor.
+    """The change of one tensor by an adapter.
 
     Attributes:
-        base: The model's tensor it starts from: itself, or the embeddings for a head that was tied to them.
-        whole: The adapter's tensor it starts from instead.
-        module: What is then added to it.
+        base: The tensor of the model that is changed: itself, or the embeddings for a head that was tied to them.
+        whole: The tensor of the adapter that replaces it first, if there is one.
+        module: The low-rank weights that are then added, if there are any.
     """
 
     base: str
@@ -69,29 +70,32 @@ class Change:
 
 
 class Adapter:
-    """An adapter's folder.
+    """The folder of an adapter.
 
     Attributes:
         folder: The folder.
         options: adapter_config.json.
-        config_bytes: Its bytes.
-        header, shapes: Of its weights.
+        config_bytes: The content of that file.
+        header: The header of its weights.
+        shapes: The shapes of its weights by name.
 
     Raises:
-        CheckpointError: files are missing or malformed, or it is an adapter of a kind that is not merged here.
+        CheckpointError: files are missing or malformed, or this kind of adapter is not supported.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         if not os.path.lexists(folder / CONFIG):
-            raise CheckpointError(f"no adapter: it has no {CONFIG}", where=folder, expected="a folder that peft saved")
+            raise CheckpointError(
+                f"not an adapter: {CONFIG} is missing", where=folder, expected="a folder that peft saved"
+            )
         self.config_bytes = read_small(folder / CONFIG)
         self.options = parse_json(self.config_bytes, folder / CONFIG, "config")
         self._check_options()
         if not os.path.lexists(folder / WEIGHTS):
             others = [n for n in ("adapter_model.bin", "adapter_model.pt") if os.path.lexists(folder / n)]
             raise CheckpointError(
-                f"the adapter has no {WEIGHTS}",
+                f"the adapter's {WEIGHTS} is missing",
                 where=folder,
                 got=", ".join(others) or "no weights",
                 hint="only safetensors is read; load the adapter with peft and write it with .save_pretrained(folder)",
@@ -100,17 +104,17 @@ class Adapter:
         self.shapes = {tensor.name: tensor.shape for tensor in self.header.tensors}
 
     def changes(self, tensors: Mapping[str, StoredTensor], where: object) -> dict[str, Change]:
-        """What it does to a model.
+        """The changes to the tensors of a model.
 
         Args:
-            tensors: The model's.
+            tensors: The model's tensors by name.
             where: The model, for messages.
 
         Returns:
-            Tensor -> what happens to it. `_HEAD` may be a new tensor, see `Change.base`.
+            Tensor -> its change. `_HEAD` may be a new tensor, see `Change.base`.
 
         Raises:
-            CheckpointError: it changes tensors that the model has not, or has in other shapes.
+            CheckpointError: it changes tensors that are missing from the model, or have other shapes there.
         """
         modules: dict[str, Adapted] = {}
         wholes: dict[str, str] = {}  # the model's tensor -> the adapter's
@@ -121,7 +125,7 @@ class Adapter:
             if part := _PART.fullmatch(name):
                 modules.setdefault(part[1], Adapted(part[1])).parts[part[2]] = stored
             elif "lora_" in name or "token_adapter" in name:
-                self._refuse("a tensor of unknown use", expected="those of LoRA and DoRA", got=stored)
+                self._refuse("a tensor of an unknown kind", expected="those of LoRA and DoRA", got=stored)
             elif target := _find(_WRAPPER.sub("", name), tensors):
                 self._check_shape(stored, shape, _tensor(target, tensors))
                 wholes[target] = stored
@@ -143,26 +147,28 @@ class Adapter:
                 changes[bias] = Change(bias, wholes.get(bias), module)
         if missing:
             self._refuse(
-                "the adapter changes tensors that the model has not",
+                "the adapter changes tensors that are missing from the model",
                 expected=f"tensors of {where}",
-                got=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
-                hint="is it an adapter of another model?",
+                got=some_of(missing, 3),
+                hint="it may be an adapter of another model",
             )
         if not changes:
             self._refuse("the adapter changes nothing", expected="lora_A and lora_B of some modules")
-        embeddings = changes.get(_embeddings(tensors))
-        alone = embeddings and embeddings.whole and not embeddings.module
-        if alone and _HEAD not in tensors and not self.options.get("ensure_weight_tying"):
-            changes.setdefault(_HEAD, Change(embeddings.base))  # the head that training used was the old one
+        embeddings = changes.get(_embeddings(tensors) or "")
+        untied = embeddings and embeddings.whole and not embeddings.module
+        if embeddings and untied and _HEAD not in tensors and not self.options.get("ensure_weight_tying"):
+            changes.setdefault(_HEAD, Change(embeddings.base))  # training used the old head
         return changes
 
     def _check_options(self) -> None:
         where, kind = self.folder / CONFIG, self.options.get("peft_type")
         if kind != "LORA":
-            raise CheckpointError("an adapter of another kind", where=where, expected="peft_type: LORA", got=kind)
+            raise CheckpointError(
+                "an adapter of an unsupported kind", where=where, expected="peft_type: LORA", got=kind
+            )
         for option, kinds in _KINDS.items():
             if not isinstance(self.options.get(option), kinds):
-                raise CheckpointError(f"{option} is no value of its kind", where=where, got=repr(self.options[option]))
+                raise CheckpointError(f"{option} has a wrong type", where=where, got=repr(self.options[option]))
         for pattern, alpha in (self.options.get("alpha_pattern") or {}).items():
             if not isinstance(alpha, int | float) or _COSTLY.search(pattern) or len(pattern) > 200:
                 raise CheckpointError("alpha_pattern is malformed", where=where, got=f"{pattern}: {alpha!r}")
@@ -185,7 +191,7 @@ class Adapter:
         )
 
     def _shape_of(self, module: Adapted, info: StoredTensor) -> None:
-        """Check a module's low-rank weights, and tell from them how its weight is stored."""
+        """Check a module's low-rank weights, and set its kind from them."""
         shapes = {part: self.shapes[name] for part, name in module.parts.items()}
         embedding = "lora_embedding_A" in shapes or "lora_embedding_B" in shapes
         halves = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
@@ -193,13 +199,13 @@ class Adapter:
             halves += ("lora_magnitude_vector",)
         for part in halves:
             if part not in shapes:
-                self._refuse(f"{module.name} lacks its {part}", expected=", ".join(halves), got=", ".join(shapes))
+                self._refuse(f"{module.name}: {part} is missing", expected=", ".join(halves), got=", ".join(shapes))
         (rank, columns), (rows, same) = (
-            s if len(s := shapes[half]) == 2 else self._refuse(f"{module.name}: {half} is no matrix", got=list(s))
+            s if len(s := shapes[half]) == 2 else self._refuse(f"{module.name}: {half} is not a matrix", got=list(s))
             for half in halves[:2]
         )
         if rank != same:
-            self._refuse(f"{module.name}: its two halves are of different ranks", got=f"{rank} and {same}")
+            self._refuse(f"{module.name}: its two matrices have different ranks", got=f"{rank} and {same}")
         if embedding:
             rows, columns = columns, rows
         turned = not embedding and info.shape == (columns, rows)
@@ -217,13 +223,15 @@ class Adapter:
                 hint="if its training added tokens, resize the model's embeddings first",
             )
 
-    def _refuse(self, message: str, **told: object) -> NoReturn:
-        raise CheckpointError(message, where=self.folder / WEIGHTS, **told)
+    def _refuse(
+        self, message: str, *, expected: object = None, got: object = None, hint: str | None = None
+    ) -> NoReturn:
+        raise CheckpointError(message, where=self.folder / WEIGHTS, expected=expected, got=got, hint=hint)
 
 
 def _find(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
-    """A model's tensor by its name in an adapter, which may have been trained with the whole model's class, or with
-    that of its body; also a head that is tied to the embeddings."""
+    """The model's name of a tensor that an adapter names. The adapter may have been trained with the class of the whole
+    model or of its body. A head that is tied to the embeddings has its name, too."""
     if name == _HEAD and _HEAD not in tensors and _embeddings(tensors):
         return _HEAD
     inner = name.partition(".")[2]
@@ -231,7 +239,11 @@ def _find(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
 
 
 def _base(name: str, tensors: Mapping[str, StoredTensor]) -> str:
-    return name if name in tensors else _embeddings(tensors)
+    if name in tensors:
+        return name
+    embeddings = _embeddings(tensors)
+    assert embeddings is not None, "only a tied head is not among the tensors, see _find"
+    return embeddings
 
 
 def _tensor(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
@@ -239,6 +251,6 @@ def _tensor(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
 
 
 def _embeddings(tensors: Mapping[str, StoredTensor]) -> str | None:
-    """The token embeddings, where names leave no doubt."""
+    """The token embeddings; None if the names are ambiguous."""
     found = [name for name in tensors if _EMBEDDINGS.fullmatch(name)]
     return found[0] if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""Tensors as long vectors whose runs are read, or made, only when they are cut out."""
+"""Tensors as long vectors, of which only the run at hand is read or computed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..core.units import torch_dtype
 if TYPE_CHECKING:
     import torch
 
-    from .reader import TensorSource
+    from .tensor_source import TensorSource
 
 
 class FlatRows:
     """A derived tensor, (n,): only the rows of the run at hand are in memory.
 
     Attributes:
-        dtype: That of the tensor; a run may come in a wider one.
-        device: Where runs are: the CPU.
+        dtype: The stored dtype; a run may have a wider one.
+        device: The device of the runs: the CPU.
     """
 
     def __init__(self, source: TensorSource, info: StoredTensor):

@@ -1,7 +1,7 @@
-"""safetensors headers and JSON files, read strictly: sources are data that somebody else made.
+"""safetensors headers and JSON files, read strictly: sources are untrusted data.
 
 The format: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes. We parse it ourselves
-because straight copies need every tensor's place in the file, and because a file that lies must be refused by name.
+because straight copies need the offset of every tensor, and because an inconsistent file must be refused by name.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 MAX_JSON = 100_000_000  # bytes of config.json or an index
 MAX_NUMEL = 2**63 - 1  # elements; what a signed 64-bit size can hold
 MAX_DIMS = 64
-MAX_DEPTH = 64  # lists and objects inside each other
-MAX_DIGITS = 100  # of a whole number: a tokenizer's "no limit" has 31
+MAX_DEPTH = 64  # nesting levels of lists and objects
+MAX_DIGITS = 100  # of an integer: a tokenizer's "no limit" has 31
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What one safetensors file says about itself.
+    """The header of one safetensors file.
 
     Attributes:
         file: The file.
         size: Its size in bytes.
-        identity: Device, inode, size and modification time: what must not change while the file is in use.
+        identity: Device, inode, size and modification time; they must not change while the file is in use.
         tensors: Its tensors in file order.
         metadata: The header's ``__metadata__``.
         digest: sha256 over the length prefix and the header.
@@ -55,7 +55,7 @@ def read_header(path: Path) -> FileHeader:
     """Read and check one safetensors file's header; no tensor is read.
 
     Raises:
-        CheckpointError: no regular file, unreadable, or a header that is not whole and true.
+        CheckpointError: not a regular file, unreadable, or a header that is malformed or does not fit the file.
     """
     fd = open_regular(path)
     with os.fdopen(fd, "rb") as stream:
@@ -91,10 +91,14 @@ def read_header(path: Path) -> FileHeader:
 
 
 def check_name(name: str, path: Path) -> None:
-    """Whether a file's tensor may be called so.
+    """Check the name of a tensor.
+
+    Args:
+        name: The name.
+        path: Its file, for the message.
 
     Raises:
-        CheckpointError: it is empty, or has control characters.
+        CheckpointError: the name is empty, or has control characters.
     """
     if not name or _CONTROL.search(name):
         _refuse(path, "a tensor's name is empty or has control characters", got=repr(name[:200]))
@@ -114,7 +118,7 @@ def _tensor(name: str, entry: object, path: Path, data_start: int) -> StoredTens
         _refuse(path, f"tensor {name!r}: unknown dtype", expected=" | ".join(ITEMSIZE), got=repr(dtype)[:100])
     if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
         _refuse(path, f"tensor {name!r}: malformed shape", expected="sizes of at least 0", got=repr(shape)[:100])
-    # The product without the zeros: a size a reader multiplies out must not overflow on its way to 0 either.
+    # The product without the zeros: a reader that multiplies the sizes must not overflow before it meets a zero.
     if math.prod(d for d in shape if d) * ITEMSIZE[dtype] > MAX_NUMEL:
         _refuse(path, f"tensor {name!r}: the shape overflows", expected="less than 2^63 bytes", got=repr(shape)[:100])
     if not _whole_numbers(offsets) or len(offsets) != 2:
@@ -138,7 +142,7 @@ def _check_cover(tensors: list[StoredTensor], path: Path, data_start: int, size:
         if tensor.offset != at:
             _refuse(
                 path,
-                f"tensor {tensor.name!r} {'overlaps' if tensor.offset < at else 'leaves a hole behind'} {before}",
+                f"tensor {tensor.name!r} {'overlaps' if tensor.offset < at else 'leaves a gap after'} {before}",
                 expected=f"its first byte at {at - data_start}",
                 got=tensor.offset - data_start,
             )
@@ -146,20 +150,25 @@ def _check_cover(tensors: list[StoredTensor], path: Path, data_start: int, size:
     if at > size:
         _refuse(
             path,
-            f"tensor {tensors[-1].name!r} ends behind the file's end",
+            f"tensor {tensors[-1].name!r} ends after the end of the file",
             expected=f"a file of {at} bytes",
             got=f"{size} bytes",
-            hint="the file is cut off; download or copy it again",
+            hint="the file is truncated; download or copy it again",
         )
     if at < size:
-        _refuse(path, "bytes behind the last tensor", expected=f"a file of {at} bytes", got=f"{size} bytes")
+        _refuse(path, "bytes after the last tensor", expected=f"a file of {at} bytes", got=f"{size} bytes")
 
 
 def parse_json(raw: bytes, where: Path, what: str) -> dict:
-    """A JSON object: no key twice, no number that JSON does not have, none and no depth beyond all reason.
+    """A JSON object, read strictly: no duplicate keys, no NaN or infinity, and bounds on digits and depth.
+
+    Args:
+        raw: The text in UTF-8.
+        where: The file, for messages.
+        what: What the file is, for messages: ``"config"``.
 
     Raises:
-        CheckpointError: anything else, with ``where``.
+        CheckpointError: the text is not such an object.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -167,13 +176,13 @@ def parse_json(raw: bytes, where: Path, what: str) -> dict:
         if len(result) != len(pairs):
             seen: set[str] = set()
             double = next(k for k, _ in pairs if k in seen or seen.add(k))
-            raise ValueError(f"key {double[:200]!r} stands twice")
+            raise ValueError(f"duplicate key {double[:200]!r}")
         return result
 
     def finite(text: str) -> float:
         value = float(text)
         if not math.isfinite(value):
-            raise ValueError(f"{text} is no JSON number")
+            raise ValueError(f"{text} is not a JSON number")
         return value
 
     def whole(text: str) -> int:
@@ -187,7 +196,7 @@ def parse_json(raw: bytes, where: Path, what: str) -> dict:
         )
         deep = _deeper_than(value, MAX_DEPTH)
     except RecursionError:
-        deep = True
+        value, deep = None, True
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
         _refuse(where, f"the {what} is not strict JSON", expected="one UTF-8 JSON object", got=str(error))
     if deep:
@@ -198,7 +207,7 @@ def parse_json(raw: bytes, where: Path, what: str) -> dict:
 
 
 def _deeper_than(value: object, levels: int) -> bool:
-    """Whether more than ``levels`` lists and objects stand inside each other."""
+    """Whether lists and objects are nested more than ``levels`` deep."""
     row = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
         inner = (v for item in row for v in (item.values() if isinstance(item, dict) else item))
@@ -209,7 +218,11 @@ def _deeper_than(value: object, levels: int) -> bool:
 
 
 def read_small(path: Path) -> bytes:
-    """The bytes of a regular file that has no business being large (config.json, an index)."""
+    """The bytes of a small regular file (config.json, an index).
+
+    Raises:
+        CheckpointError: as `open_regular`; or the file is larger than any such file should be.
+    """
     with os.fdopen(open_regular(path), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         raw = stream.read(MAX_JSON + 1) if size <= MAX_JSON else b""
@@ -225,12 +238,12 @@ def open_regular(path: Path) -> int:
         CheckpointError: missing, unreadable, or a folder, FIFO, socket or device.
     """
     try:
-        # Looked at before opening, since opening a device can have effects; not blocking, since a FIFO may slip in.
+        # Checked before opening: to open a device can have effects. Not blocking: a FIFO may have come in between.
         regular = stat.S_ISREG(os.stat(path).st_mode)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if regular else -1
     except FileNotFoundError:
         dangling = path.is_symlink()
-        _refuse(path, "a link to a file that is gone" if dangling else "the file is missing")
+        _refuse(path, "a link to a missing file" if dangling else "the file is missing")
     except (OSError, ValueError) as error:
         _refuse(path, "the file cannot be opened", got=getattr(error, "strerror", None) or str(error))
     if fd >= 0 and stat.S_ISREG(os.fstat(fd).st_mode):
@@ -241,7 +254,7 @@ def open_regular(path: Path) -> int:
 
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:
-    """What tells that a file was replaced or written to."""
+    """Device, inode, size and modification time: they differ when a file was replaced or written to."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 

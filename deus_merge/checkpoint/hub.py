@@ -10,7 +10,7 @@ from ..core.errors import CheckpointError
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
-#: What a merge reads of a repository. Weights in other formats and other folders' weights stay where they are.
+#: The files that a merge reads of a repository. Weights in other formats and in subfolders are not downloaded.
 NEEDED = (
     "config.json",
     "adapter_config.json",
@@ -36,9 +36,9 @@ NEEDED = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
-#: The hub's ``*`` also matches ``/``. ``consolidated`` is a second copy of the weights in their maker's own format.
+#: The hub's ``*`` also matches ``/``. ``consolidated`` is a second copy of the weights in the format of their authors.
 UNNEEDED = ("*/*", "consolidated*")
-#: and this, for a repository without safetensors, where pickles are allowed
+#: Also needed of a repository without safetensors, where pickles are allowed.
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -54,9 +54,9 @@ def resolve(
 
     Args:
         ref: A folder, or ``org/name`` on the hub with an optional ``@revision`` (branch, tag or commit). A folder of
-            that very name wins.
+            that name takes precedence.
         cache_dir: The hub's cache; by default where huggingface_hub keeps it.
-        offline: Use only the cache. None leaves it to ``HF_HUB_OFFLINE``.
+        offline: Use only the cache; by default ``HF_HUB_OFFLINE`` decides.
         pickle: Also fetch pickled weights, of a repository that has no others.
         weights: Whether weights are needed at all.
 
@@ -70,13 +70,17 @@ def resolve(
     if path is not None:
         if not path.is_dir():
             raise CheckpointError(
-                "a model is a folder, this is a file", where=ref, hint=f"name its folder: {path.parent}"
+                "not a folder",
+                where=ref,
+                expected="the folder of a model",
+                got="a file",
+                hint=f"name its folder: {path.parent}",
             )
         return path.absolute()
     repository, at, revision = ref.partition("@")
     if at and _local(repository) is not None:
         raise CheckpointError(
-            "a local folder has no revisions", where=ref, got=f"@{revision}", hint=f"leave @{revision} away"
+            "a local folder has no revisions", where=ref, got=f"@{revision}", hint=f"remove @{revision}"
         )
     if not _REPOSITORY.fullmatch(repository) or len(repository) > 96 or "--" in repository or ".." in repository:
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
@@ -92,7 +96,7 @@ def resolve(
 
 
 def split_adapter(ref: str) -> tuple[str, str | None]:
-    """``model+adapter`` -> the two; a folder whose own name has a plus goes before that."""
+    """``model+adapter`` -> the two; an existing folder whose own name contains a plus takes precedence."""
     if "+" not in ref or _local(ref) is not None:
         return ref, None
     cuts = [i for i, character in enumerate(ref) if character == "+"][-100:]
@@ -141,7 +145,7 @@ def _download(
             ) from error
         raise _unreachable(ref, error) from error
     except HFValidationError as error:
-        raise CheckpointError("no such folder, and no name of a repository", where=ref, got=str(error)) from error
+        raise CheckpointError("no such folder, and not a valid repository name", where=ref, got=str(error)) from error
     except HfHubHTTPError as error:
         raise _unreachable(ref, error) from error
     except OSError as error:  # a full disk, an unwritable cache
@@ -165,9 +169,9 @@ def _unreachable(ref: str, error: Exception) -> CheckpointError:
 
 
 def _local(ref: str) -> Path | None:
-    """The file or folder a reference names; None when there is none."""
+    """The file or folder that a reference names; None when it does not exist."""
     try:
         path = Path(ref).expanduser()
         return path if ref and path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a user that nobody is
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a user that does not exist
         return None

@@ -7,6 +7,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from ..core.errors import CheckpointError
+from ..core.text import some_of
 from .header import parse_json, read_small
 
 SINGLE = "model.safetensors"
@@ -19,11 +20,11 @@ def weight_map(folder: Path, index: str, single: str, suffixes: tuple[str, ...])
     Args:
         folder: The model.
         index: The index's name.
-        single: The file that stands in a folder without an index.
-        suffixes: Of the files an index may name.
+        single: The name of the weights in a folder without an index.
+        suffixes: Endings of the files that an index may name.
 
     Raises:
-        CheckpointError: malformed, names files outside of the folder, or stands beside another checkpoint.
+        CheckpointError: malformed, names files outside of the folder, or there is another checkpoint in the folder.
     """
     path = folder / index
     if not os.path.lexists(path):
@@ -41,7 +42,7 @@ def weight_map(folder: Path, index: str, single: str, suffixes: tuple[str, ...])
             where=folder,
             expected=f"{single} or {index}",
             got="both, and the index does not name the file",
-            hint="remove the one that is left over",
+            hint="remove the one that is not needed",
         )
     return files
 
@@ -50,10 +51,12 @@ def _check_file_name(name: str, where: Path, suffixes: tuple[str, ...]) -> None:
     parts = PurePosixPath(name).parts
     leaves = name.startswith("/") or ".." in parts or "\\" in name or re.match(r"[A-Za-z]:", name)
     if leaves or not parts or not name.isprintable():
-        raise CheckpointError("an entry leaves the folder", where=where, expected="a file name", got=repr(name[:200]))
+        raise CheckpointError(
+            "an entry is outside of the folder", where=where, expected="a file name", got=repr(name[:200])
+        )
     if not name.endswith(suffixes):
         kinds = " or ".join(f"*{suffix}" for suffix in suffixes)
-        raise CheckpointError("an entry is no file of weights", where=where, expected=kinds, got=name[:200])
+        raise CheckpointError("an entry is not a file of weights", where=where, expected=kinds, got=name[:200])
 
 
 def single_file(folder: Path) -> str:
@@ -73,7 +76,7 @@ def single_file(folder: Path) -> str:
             "several safetensors files and no index",
             where=folder,
             expected=f"{SINGLE} or {INDEX}",
-            got=", ".join(found[:5]) + (" ..." if len(found) > 5 else ""),
+            got=some_of(found),
             hint=f"{INDEX} is missing; copy it from where the files came from",
         )
     others = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"))]
@@ -81,7 +84,7 @@ def single_file(folder: Path) -> str:
         "no safetensors file",
         where=folder,
         expected=f"{SINGLE} or {INDEX}",
-        got=", ".join(others[:5]) or "neither",
+        got=some_of(others) or "neither",
         hint="a pickle is a program: --allow-pickle reads its tensors and runs nothing else"
         if any(n.endswith((".bin", ".pt", ".pth")) for n in others)
         else "only safetensors is read; load the model with transformers and write it with .save_pretrained(new_folder)"

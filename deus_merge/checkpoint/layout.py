@@ -1,6 +1,6 @@
-"""Names, dtypes and shapes -> shards, headers and byte offsets. Pure: no tensor, no file.
+"""Names, dtypes and shapes -> shards, headers and byte offsets. A pure function: reads no tensor and no file.
 
-Every output byte has its place before any tensor is read, so blocks can be written in any order and by anyone.
+The offset of every output byte is known before any tensor is read, so any process can write blocks in any order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..core.errors import PlanError
 from ..core.units import ITEMSIZE
 from .index import SINGLE
 
-ALIGNMENT = 8  # bytes; the header's end, so that every dtype starts aligned
+HEADER_ALIGNMENT = 8  # bytes; the header's end is a multiple, so that the tensors of every dtype are aligned
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One output file.
+    """One output file. Pickles.
 
     Attributes:
         filename: Its name in the output folder.
@@ -49,21 +49,28 @@ class ShardLayout:
     tensors: Mapping[str, tuple[int, int]]
     size: int
 
+    def __post_init__(self) -> None:
+        for name in ("entries", "tensors"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __reduce__(self) -> tuple:  # read-only views of mappings do not pickle
+        return type(self), (self.filename, self.header, dict(self.entries), dict(self.tensors), self.size)
+
 
 def plan_shards(blocks: Iterable[Sequence[TensorEntry]], max_shard_size: int) -> tuple[ShardLayout, ...]:
     """Split tensors into files, in the given order.
 
-    Files end where blocks end, so that a file belongs to whole blocks: a file takes blocks until the next would lift
-    its tensors over the limit. A block larger than the limit has files of its own, which take its tensors until the
-    next would lift their sum over the limit; a tensor larger than that has a file of its own. Within a file wider
-    dtypes come first (otherwise the order is kept), so each tensor is aligned to its element size.
+    Files end where blocks end, so that a file belongs to whole blocks: a file is filled with blocks until the next one
+    would exceed the limit. A block larger than the limit has files of its own, each filled with its tensors until the
+    next one would exceed the limit; a tensor larger than the limit has a file of its own. Within a file, wider dtypes
+    come first (tensors of one width stay in order), so each tensor is aligned to its element size.
 
     Args:
         blocks: The tensors of each block, in layer order.
-        max_shard_size: Most bytes of tensors in one file.
+        max_shard_size: Limit of the tensors of one file in bytes.
 
     Returns:
-        The files. One alone is called ``model.safetensors``.
+        The files in order. A single one is called ``model.safetensors``.
 
     Raises:
         PlanError: no tensor, a duplicate name, a name or dtype that safetensors cannot hold.
@@ -83,14 +90,14 @@ def plan_shards(blocks: Iterable[Sequence[TensorEntry]], max_shard_size: int) ->
             groups[-1] += part
             room = room - size if len(parts) == 1 else -1  # a file of a split block takes no other block
     if not groups:
-        raise PlanError("there is no tensor to write")
+        raise PlanError("no tensor to write")
     total = len(groups)
     names = [SINGLE] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
     return tuple(_layout(name, group) for name, group in zip(names, groups, strict=True))
 
 
 def _parts(block: Sequence[TensorEntry], max_shard_size: int) -> list[list[TensorEntry]]:
-    """A block as it goes into files: whole, or in parts that the limit allows."""
+    """The tensors of a block, in one part if the limit allows it, otherwise in one part per file."""
     parts: list[list[TensorEntry]] = [[]]
     filled = 0
     for entry in block:
@@ -122,22 +129,22 @@ def _layout(filename: str, group: Sequence[TensorEntry]) -> ShardLayout:
         }
         at += entry.nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     tensors, begin = {}, len(header)
     for entry in ordered:
         tensors[entry.name] = (begin, begin + entry.nbytes)
         begin += entry.nbytes
     by_name = {entry.name: entry for entry in ordered}
-    return ShardLayout(filename, header, MappingProxyType(by_name), MappingProxyType(tensors), begin)
+    return ShardLayout(filename, header, by_name, tensors, begin)
 
 
 def _check_entry(entry: TensorEntry, seen: set[str]) -> None:
     if entry.name in seen:
-        raise PlanError("duplicate name of an output tensor", where=entry.name)
+        raise PlanError("duplicate name of an output tensor", where=entry.name, expected="each name once")
     seen.add(entry.name)
     if not entry.name or entry.name == "__metadata__" or not _encodes(entry.name):
-        raise PlanError("not a name a tensor can have", got=repr(entry.name))
+        raise PlanError("not a valid tensor name", got=repr(entry.name))
     if entry.dtype not in ITEMSIZE:
         raise PlanError("unknown dtype", where=entry.name, expected=" | ".join(ITEMSIZE), got=repr(entry.dtype))
     if any(size < 0 for size in entry.shape):

@@ -1,4 +1,4 @@
-"""A model with a LoRA adapter: each adapted tensor is merged, by peft, when it is read; the model is never loaded."""
+"""A model with a LoRA adapter: peft merges each adapted tensor when it is read; the model is never loaded."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
 from .adapter import CONFIG, Adapted, Adapter
-from .reader import Checkpoint, TensorSource
+from .reader import Checkpoint
+from .tensor_source import TensorSource
 
 if TYPE_CHECKING:
     import torch
 
-#: what peft's arithmetic depends on; ranks stand in the shapes
+#: the options that peft's arithmetic depends on; ranks are known from the shapes
 _OPTIONS = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "init_lora_weights")
 
 
 class LoraSource:
-    """A model with an adapter merged into it (`TensorSource`).
+    """A model with an adapter merged into it (`TensorSource`). Pickles.
 
     Merged tensors are read in float32 (float64 where the model is stored so), not yet rounded to the model's dtype.
-    A head that was tied to the embeddings and is not any more, since the adapter changes only one of the two, becomes a
-    tensor of its own.
+    A head that was tied to the embeddings becomes a tensor of its own if the adapter changes only one of the two.
 
     Args:
         base: The model.
@@ -62,6 +62,12 @@ class LoraSource:
         self.config = {**base.config, "tie_word_embeddings": False} if unties else base.config
         self._last: tuple[str, torch.Tensor] | None = None
 
+    def __getstate__(self) -> dict:  # read-only views of mappings do not pickle, and the cache need not
+        return self.__dict__ | {"tensors": dict(self.tensors), "_last": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, tensors=MappingProxyType(state["tensors"]))
+
     @property
     def where(self) -> str:
         return f"{self.base.where}+{self.folder}"
@@ -88,11 +94,13 @@ class LoraSource:
             return self.base.read(name)
         if change.module is None:
             return self._start(name)
-        layer = self._merged(change.module, bias=name != change.module.weight)
-        return layer.weight if name == change.module.weight else layer.bias
+        merged_weight, merged_bias = self._merged(change.module, bias=name != change.module.weight)
+        merged = merged_weight if name == change.module.weight else merged_bias
+        assert merged is not None
+        return merged
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of `read`: the tensor is merged once, and kept until its last row is asked for."""
+        """Rows of `read`: the tensor is merged once, and cached until its last row has been read."""
         if name not in self._changes:
             return self.base.slice(name, start, stop)
         if self._last is None or self._last[0] != name:
@@ -127,7 +135,7 @@ class LoraSource:
         return 16 * math.prod(self.tensors[name].shape) + self.base.workspace(self._changes[name].base, minimum)
 
     def _start(self, name: str) -> torch.Tensor:
-        """What a tensor is before anything is added to it, in memory that may be written to."""
+        """A tensor before the low-rank change, in memory that may be written to."""
         import torch
 
         change = self._changes.get(name)
@@ -137,8 +145,8 @@ class LoraSource:
             stored = self._adapter.read(change.whole) if change.whole else self.base.read(change.base)
         return stored.to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
 
-    def _merged(self, module: Adapted, bias: bool) -> torch.nn.Module:
-        """peft's layer over this module alone, merged; ``bias``: with its bias, or without."""
+    def _merged(self, module: Adapted, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A module's weight, (out, in) or as stored, and, if ``bias``, its bias, (out,), merged by peft."""
         import torch
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
@@ -150,7 +158,7 @@ class LoraSource:
             if bias or part != "lora_B.bias"
         }
         rank = next(len(tensor) for name, tensor in parts.items() if name.endswith(("_A", "_A.weight")))
-        root = torch.nn.Module()  # nothing but this layer, under its name, which peft's patterns are about
+        root = torch.nn.Module()  # a model of this layer alone, under its full name, which peft's patterns match
         *path, last = module.name.split(".")
         holder = root
         for name in path:
@@ -158,39 +166,39 @@ class LoraSource:
             holder = holder.get_submodule(name)
         holder.add_module(last, layer)
         options = {key: self._adapter.config[key] for key in _OPTIONS if key in self._adapter.config}
-        if options.get("init_lora_weights") not in ("pissa", "olora"):  # these take their start out of the weight
+        if options.get("init_lora_weights") not in ("pissa", "olora"):  # these subtract their start from the weight
             options["init_lora_weights"] = False
         config = LoraConfig(r=rank, target_modules=[module.name], lora_bias=bias, **options)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # about what is not in our one layer
+            warnings.simplefilter("ignore")  # about the modules that are not in this one layer
             try:
                 inject_adapter_in_model(config, root)
                 missed = set_peft_model_state_dict(root, parts)
-                adapted = root.get_submodule(module.name)
-            except Exception as error:  # peft raises whatever a strange adapter makes it stumble on
-                told = f"{type(error).__name__}: {error}"
-                raise CheckpointError(f"peft cannot take {module.name}", where=self.folder, got=told) from error
+                adapted: Any = root.get_submodule(module.name)  # a LoraLayer
+            except Exception as error:  # a malformed adapter can make peft raise anything
+                reason = f"{type(error).__name__}: {error}"
+                raise CheckpointError(f"peft cannot adapt {module.name}", where=self.folder, got=reason) from error
             if missed.unexpected_keys or any("lora_" in key for key in missed.missing_keys):
-                raise CheckpointError(
-                    f"peft cannot load what is there for {module.name}", where=self.folder, got=missed
-                )
+                raise CheckpointError(f"peft cannot load the weights of {module.name}", where=self.folder, got=missed)
             adapted.merge()
-        return adapted.get_base_layer()
+        merged = adapted.get_base_layer()
+        return merged.weight, merged.bias if bias else None
 
 
 def _layer(kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Module:
-    """The module that a weight belongs to."""
+    """A module of this kind with these parameters: weight (rows, columns), bias (outputs,)."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):  # its own weight is not wanted
+    rows, columns = weight.shape
+    with torch.device("meta"):  # its own weight is replaced
         if kind == "embedding":
-            layer = torch.nn.Embedding(*weight.shape)
+            layer = torch.nn.Embedding(rows, columns)
         elif kind == "transposed":
-            layer = Conv1D(*reversed(weight.shape))
+            layer = Conv1D(columns, rows)
         else:
-            layer = torch.nn.Linear(*reversed(weight.shape))
+            layer = torch.nn.Linear(columns, rows)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     if kind != "embedding":
-        layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        layer.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias, requires_grad=False))
     return layer

@@ -1,4 +1,4 @@
-"""The output folder: built beside its place, journalled, and put in place in one step when it is whole."""
+"""The output folder: built in a staging folder, journalled, and renamed in one step when it is complete."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..core.errors import MachineError, PlanError
-from .journal import Journal
+from .journal import FinishedBlock, Journal, check_journal
 from .layout import ShardLayout
 from .shards import ShardWriter
-from .staging import Place
-from .system import check_lock, disk_told, locked, make_folder, sync_path, write_file
+from .staging import StagingArea
+from .system import check_lock, disk_errors, locked, make_folder, sync_path, write_file
 
-# A flush makes the disk's speed ours, so it is rare; what a kill costs is at most this much work.
+# A flush slows the run down to the disk's speed, so it is rare; a kill costs at most this much work.
 FLUSH_BYTES = 1 << 30
 FLUSH_SECONDS = 10.0
 
 
 class OutputFolder:
-    """A folder that appears when it is whole. A context manager; nothing is final before `finish`.
+    """A folder that appears under its name when it is complete. A context manager; nothing is final before `finish`.
 
     Args:
-        out: Where the folder shall stand. A link is followed.
-        plan_hash: What the result depends on; a resume needs the same.
+        out: The path of the output folder. Links are followed.
+        plan_hash: Hash of everything that the result depends on; a resumed run must have the same.
         identity: More that must be equal on resume, by name, so that a refusal can say what differs: JSON values.
-        overwrite: Replace a model folder that is there.
-        resume: Go on with what an interrupted run left; without such a run this is a fresh one.
+        overwrite: Replace a model folder that has this path.
+        resume: Continue an interrupted run; without one this is a fresh run.
+        flush_bytes: Finished blocks are brought to the disk after this many bytes of tensors ...
+        flush_seconds: ... or this many seconds, whichever comes first.
 
     Attributes:
-        place: Where it shall stand, and the names beside that.
-        out: The place, links followed.
-        folder: The folder in the making.
-        finished: Block -> diagnostics, for blocks that are whole on the disk. Filled on resume.
-        notes: What the user should be told: one sentence each.
+        area: The path of the output folder, and the folders next to it that a run works in.
+        out: The path, links resolved.
+        folder: The output folder under construction.
+        finished: Block -> diagnostics, for blocks that are complete on the disk. Filled on resume.
+        notes: Messages for the user: one sentence each.
 
-    Raises (on entering):
+    Raises:
+        PlanError: ``out`` is not a local path.
+
+    Entering raises:
         PlanError: ``out`` is in the way, another run writes there, or the interrupted run was another one.
         MachineError: no space left, or the disk fails.
     """
@@ -52,84 +57,100 @@ class OutputFolder:
         identity: Mapping[str, object] | None = None,
         overwrite: bool = False,
         resume: bool = False,
+        flush_bytes: int = FLUSH_BYTES,
+        flush_seconds: float = FLUSH_SECONDS,
     ):
-        self.place = Place(out)
-        self.out, self.folder = self.place.out, self.place.new
+        self.area = StagingArea(out)
+        self.out, self.folder = self.area.out, self.area.new
         self.notes: list[str] = []
         self._plan_hash = plan_hash
         self._identity = dict(identity or {})
         self._overwrite = overwrite
         self._resume = resume
-        self._journal: Journal | None = None
+        self._flush_bytes, self._flush_seconds = flush_bytes, flush_seconds
+        self._open_journal: Journal | None = None
         self._writer: ShardWriter | None = None
-        self._pending: list[tuple[str, dict]] = []
-        self._flushing: Future | None = None
+        self._pending: list[FinishedBlock] = []
+        self._flushing: Future[None] | None = None
         self._flushed_bytes = 0
         self._flushed_at = time.monotonic()
-        self._placed = False
+        self._committed = False
 
     @property
     def finished(self) -> Mapping[str, dict]:
-        return MappingProxyType(self._journal.finished if self._journal else {})
+        return MappingProxyType(self._open_journal.finished if self._open_journal else {})
 
     @property
     def resumable(self) -> bool:
-        """Whether there is something that a run with ``resume`` need not do again."""
-        return not self._placed and bool(self.finished)
+        """Whether a run with ``resume`` could use finished blocks of this one."""
+        return not self._committed and bool(self.finished)
 
     @property
     def resume_hint(self) -> str | None:
-        """What to tell the user after an interrupt or an error; None when there is nothing."""
-        if self._placed:
-            return f"{self.out} is whole"
+        """Message for the user after an interrupt or an error; None when there is nothing to say."""
+        if self._committed:
+            return f"{self.out} is complete"
         if not self.resumable:
             return None
-        kept = f"{len(self.finished)} blocks are kept in {self.place.workshop}"
-        return f"{kept}; run the same command with --resume to go on"
+        saved = f"{len(self.finished)} finished blocks are saved in {self.area.staging}"
+        return f"{saved}; run the same command with --resume to continue"
 
     def __enter__(self) -> OutputFolder:
-        self.place.check(self._overwrite)
-        with ExitStack() as stack, disk_told(self.out):
+        self.area.check(self._overwrite)
+        with ExitStack() as stack, disk_errors(self.out):
             make_folder(self.out.parent)
-            if not stack.enter_context(locked(self.place.lock, self.out)):
-                self.notes.append("this file system has no locks: make sure that no other run writes to this folder")
-            self.place.settle()
-            self._open(self._goes_on())  # checked again, since a run may have finished while we had no lock
+            if not stack.enter_context(locked(self.area.lock, self.out)):
+                self.notes.append(
+                    "this file system does not support locks: make sure that no other run writes to this folder"
+                )
+            self.area.recover()
+            self._open(self._check_resume())  # checked again: a run may have finished before we got the lock
             self._pool = stack.enter_context(ThreadPoolExecutor(1, "flush"))
             self._stack = stack.pop_all()
         return self
 
     def shards(self, layouts: Sequence[ShardLayout]) -> ShardWriter:
-        """Create the shards, or go on with those of the resumed run. Once a run."""
+        """Create the shards, or open those of the resumed run. Call it once.
+
+        Raises:
+            PlanError, MachineError: as `ShardWriter`.
+        """
         self._writer = ShardWriter(self.folder, layouts, resume=bool(self.finished))
         self._stack.callback(self._writer.close)
         return self._writer
 
     def record(self, block: str, diagnostics: Mapping[str, object]) -> None:
-        """A block is written. Its line goes to the journal with the next flush, after its data.
+        """Record that all tensors of a block are written. Its journal line follows its data with the next flush.
+
+        Args:
+            block: The block's name.
+            diagnostics: What a resumed run needs to know of it: JSON values.
 
         Raises:
             MachineError: an earlier flush failed: no space left, or the disk fails.
         """
-        self._pending.append((block, dict(diagnostics)))
+        self._pending.append(FinishedBlock(block, dict(diagnostics)))
         written = self._writer.bytes_written if self._writer else 0
         if self._flushing is not None and self._flushing.done():
             self._await_flush()
-        due = written - self._flushed_bytes >= FLUSH_BYTES or time.monotonic() - self._flushed_at >= FLUSH_SECONDS
-        if due:
+        seconds = time.monotonic() - self._flushed_at
+        if written - self._flushed_bytes >= self._flush_bytes or seconds >= self._flush_seconds:
             self._start_flush()
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a file beside the weights.
+        """Write a file next to the weights.
 
         Raises:
             MachineError: no space left, or the disk fails.
         """
-        with disk_told(self.folder / name):
+        with disk_errors(self.folder / name):
             write_file(self.folder / name, content)
 
     def flush(self, wait: bool = True) -> None:
-        """Bring every recorded block to the disk now, or begin to.
+        """Bring every recorded block to the disk.
+
+        Args:
+            wait: Return when it is done; otherwise as soon as it has begun.
 
         Raises:
             MachineError: no space left, or the disk fails.
@@ -139,110 +160,117 @@ class OutputFolder:
             self._await_flush()
 
     def finish(self) -> None:
-        """Bring everything to the disk and put the folder in its place.
+        """Bring everything to the disk and give the folder its final name.
 
         Raises:
-            PlanError: something has come into the way meanwhile; what was done stays resumable.
-            MachineError: no space left, or the disk fails; what was done stays resumable.
+            PlanError: ``out`` has become unusable meanwhile; finished blocks stay resumable.
+            MachineError: no space left, or the disk fails; finished blocks stay resumable.
         """
         self.flush()
-        self.place.check(self._overwrite)
+        self.area.check(self._overwrite)
         if self._writer:
             self._writer.close()
-        with disk_told(self.out):
+        with disk_errors(self.out):
             for root, _, files in os.walk(self.folder, topdown=False):
                 for name in files:
                     sync_path(Path(root, name))
                 sync_path(Path(root))
-            self._journal.seal(os.stat(self.folder).st_ino)
+            self._journal.finish(os.stat(self.folder).st_ino)
         try:
-            self.place.take()
+            self.area.commit()
         except OSError as error:
             raise MachineError(
-                f"the finished folder cannot be put in place: {error.strerror}",
+                f"the finished folder cannot be renamed: {error.strerror}",
                 where=self.out,
                 hint=f"move {self.out} away" if self.out.exists() else None,
             ) from error
-        self._placed = True
+        self._committed = True
         try:
-            self.place.clear()
+            self.area.discard()
         except OSError as error:
-            self.notes.append(f"what was replaced could not be removed: {self.place.workshop} ({error.strerror})")
+            self.notes.append(f"the replaced folder could not be removed: {self.area.staging} ({error.strerror})")
 
     def __exit__(self, kind, error, trace) -> None:
-        self._stack.callback(self._leave)  # first in the unwinding: before the files close and the lock goes
+        self._stack.callback(self._leave)  # the first to be called: before the files close and the lock is released
         with self._stack:
-            if not self._placed:
+            if not self._committed:
                 with suppress(Exception) if error is not None else nullcontext():
-                    self.flush()  # an interrupt keeps what is done; a second failure must not hide the first
+                    self.flush()  # an interrupt saves finished blocks; a second failure must not hide the first
 
     def _leave(self) -> None:
         self._pool.shutdown()  # a flush still running uses the files and the journal
         self._journal.close()
-        with suppress(OSError):  # what cannot be ended now is ended by the next run
-            self._placed = self._placed or self.place.taken
-            self.place.settle()
-            if not self._placed and not self.finished:
-                self.place.clear()
+        with suppress(OSError):  # what cannot be completed now is completed by the next run
+            self._committed = self._committed or self.area.committed
+            self.area.recover()
+            if not self._committed and not self.finished:
+                self.area.discard()
 
     def check(self) -> None:
-        """Everything that entering would refuse, with nothing touched.
+        """Raise everything that entering would refuse; changes nothing on the disk.
 
         Raises:
             PlanError: ``out`` is in the way, another run writes there, or the interrupted run was another one.
         """
-        self.place.check(self._overwrite)
-        check_lock(self.place.lock, self.out)
-        self._goes_on()
+        self.area.check(self._overwrite)
+        check_lock(self.area.lock, self.out)
+        self._check_resume()
 
     def tidy(self) -> None:
-        """Remove what a run that was stopped after putting its folder in place has left.
+        """Remove the staging folder of a run that was stopped right after its folder had got its final name.
 
         Raises:
-            PlanError: another run is at work.
+            PlanError: another run is writing there.
             MachineError: it cannot be removed.
         """
-        if self.place.workshop.exists() or self.place.lock.exists():
-            with disk_told(self.out), locked(self.place.lock, self.out):
-                if not self.place.unfinished:
-                    self.place.clear()
+        if self.area.staging.exists() or self.area.lock.exists():
+            with disk_errors(self.out), locked(self.area.lock, self.out):
+                if not self.area.resumable_blocks:
+                    self.area.discard()
 
-    def _goes_on(self) -> bool:
-        """Whether there is an interrupted run to go on with."""
-        self.place.check(self._overwrite)
-        if not (kept := self.place.unfinished):
+    @property
+    def _journal(self) -> Journal:
+        assert self._open_journal is not None, "the output folder has not been entered"
+        return self._open_journal
+
+    def _check_resume(self) -> bool:
+        """Whether there is an interrupted run to continue."""
+        self.area.check(self._overwrite)
+        if not (count := self.area.resumable_blocks):
             return False
         if self._resume:
-            Journal.check(self.place.workshop, self._plan_hash, self._identity)
+            check_journal(self.area.staging, self._plan_hash, self._identity)
             if self.folder.is_symlink() or not self.folder.is_dir():
-                raise PlanError("cannot resume", where=self.folder, got="no folder", hint="start over with --overwrite")
+                raise PlanError(
+                    "cannot resume", where=self.folder, got="not a folder", hint="start over with --overwrite"
+                )
         elif not self._overwrite:
             raise PlanError(
-                "an unfinished run has left its work",
-                where=self.place.workshop,
-                got=f"{kept} finished blocks",
-                hint="go on with --resume, or start over with --overwrite",
+                "an earlier run to this output was interrupted",
+                where=self.area.staging,
+                got=f"{count} finished blocks",
+                hint="continue it with --resume, or start over with --overwrite",
             )
         return self._resume
 
-    def _open(self, go_on: bool) -> None:
-        if go_on:
-            self._journal = Journal.reopen(self.place.workshop)
+    def _open(self, resume: bool) -> None:
+        if resume:
+            self._open_journal = Journal.reopen(self.area.staging)
             return
-        self.place.clear()
+        self.area.discard()
         if self._resume:
             self.notes.append("there was nothing to resume: this is a fresh run")
         try:
-            self.place.workshop.mkdir()
+            self.area.staging.mkdir()
             self.folder.mkdir()
-            self._journal = Journal.create(self.place.workshop, self._plan_hash, self._identity)
-            sync_path(self.place.workshop)
+            self._open_journal = Journal.create(self.area.staging, self._plan_hash, self._identity)
+            sync_path(self.area.staging)
             sync_path(self.out.parent)
         except BaseException:
-            if self._journal:
-                self._journal.close()
+            if self._open_journal:
+                self._open_journal.close()
             with suppress(OSError):
-                self.place.clear()
+                self.area.discard()
             raise
 
     def _start_flush(self) -> None:
@@ -254,15 +282,15 @@ class OutputFolder:
             dirty = self._writer.take_dirty() if self._writer else frozenset()
             self._flushing = self._pool.submit(self._flush, batch, dirty)
 
-    def _flush(self, batch: list[tuple[str, dict]], dirty: frozenset[str]) -> None:
-        # In its own thread: the next block is merged while this one's pages go to the disk.
+    def _flush(self, batch: list[FinishedBlock], dirty: frozenset[str]) -> None:
+        # In a thread of its own: the next block is merged while the pages of this one go to the disk.
         if self._writer:
             self._writer.sync(dirty)
-        with disk_told(self.out):
+        with disk_errors(self.out):
             self._journal.append(batch)
 
     def _await_flush(self) -> None:
-        # A failed flush stays, and fails again: the kernel tells of lost pages once, so a later success proves nothing.
+        # A failed flush stays failed: the kernel reports lost pages once, so a later success would prove nothing.
         if self._flushing is not None:
             self._flushing.result()
             self._flushing = None

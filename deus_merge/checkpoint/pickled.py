@@ -1,6 +1,6 @@
-"""Weights that torch has pickled (``pytorch_model.bin``), read without running what a pickle may ask for.
+"""Weights pickled by torch (``pytorch_model.bin``), read without running code that a pickle may contain.
 
-`torch.load` unpickles with ``weights_only=True``: tensors and plain containers, and nothing that is called by name.
+`torch.load` unpickles with ``weights_only=True``: only tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
+from ..core.text import some_of
 from ..core.units import dtype_name, stored_dtypes
 from .header import FileHeader, check_name, file_identity, open_regular, parse_json, read_small
 from .index import weight_map
@@ -27,31 +29,44 @@ if TYPE_CHECKING:
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".bin", ".pt", ".pth")
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # what trainers leave beside them
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # other files of trainers
 
 
 class PickledCheckpoint(Checkpoint):
-    """A model folder whose weights are pickled. Every tensor is derived: a pickle says where, torch reads it.
+    """A model folder whose weights are pickled. Every tensor is derived: torch alone reads a pickle.
 
-    A file in torch's format since 1.6 (a zip archive) is mapped, so it takes no more memory than a safetensors file. An
-    older one is loaded whole, one file at a time.
+    A file in torch's format since 1.6 (a zip archive) is mapped, so it takes no more memory than a safetensors file. A
+    file in the older format is loaded as a whole, one at a time.
 
-    Of names that share one tensor (tied embeddings) the first is kept, unless config.json says that embeddings are not
-    tied.
+    If several names share one tensor (tied embeddings), only the first is listed, unless config.json says that
+    embeddings are not tied.
+
+    Args:
+        archives: The files in the newer format; the others are as of `Checkpoint`.
     """
 
-    def __init__(self, folder: Path, config: dict, headers: Iterable[FileHeader], fingerprint: str):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict,
+        headers: Iterable[FileHeader],
+        fingerprint: str,
+        archives: frozenset[Path] = frozenset(),
+    ):
         super().__init__(folder, config, headers, fingerprint)
         self._loading = threading.Lock()
-        self._whole: tuple[Path, Mapping[str, torch.Tensor]] | None = None  # of the older format: the last file
-        self._mapped = {file: _is_archive(file) for file in self.files}
+        self._loaded: tuple[Path, Mapping[str, torch.Tensor]] | None = None  # the last file in the older format
+        self._archives = archives
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.folder, self.config, self.headers, self.fingerprint, self._archives)
 
     @classmethod
     def open(cls, folder: Path | str) -> PickledCheckpoint:
         """Read config.json, the index, and names and shapes of every file.
 
         Raises:
-            CheckpointError: as `Checkpoint.open`; or a pickle that holds anything but tensors.
+            CheckpointError: as `Checkpoint.open`; or a pickle holds anything but tensors.
         """
         folder = Path(folder)
         raw_config = read_small(folder / "config.json")
@@ -67,7 +82,8 @@ class PickledCheckpoint(Checkpoint):
             headers.append(header)
             if missing := [t for t, file in (promised or {}).items() if file == name and t not in stored]:
                 raise CheckpointError(f"the index promises tensor {missing[0]!r} in {name}", where=folder / INDEX)
-        return cls(folder, config, headers, digest.hexdigest())
+        archives = frozenset(folder / name for name in names if _is_archive(folder / name))
+        return cls(folder, config, headers, digest.hexdigest(), archives)
 
     def read(self, name: str) -> torch.Tensor:
         """As `Checkpoint.read`."""
@@ -77,24 +93,24 @@ class PickledCheckpoint(Checkpoint):
         """As `Checkpoint.slice`."""
         return self._part(self._rows(name, start, stop), slice(start, stop))
 
-    def _part(self, info: StoredTensor, part: object) -> torch.Tensor:
-        """Part of a tensor, in memory of its own or mapped for it alone: nobody else sees what is written to it."""
+    def _part(self, info: StoredTensor, rows: slice | EllipsisType) -> torch.Tensor:
+        """Rows of a tensor, in memory or in a mapping that no other tensor shares."""
         self._descriptor(info.file)  # refuses a file that has changed
         with self._loading:
-            if self._whole is None or self._whole[0] != info.file:
-                self._whole = None  # before the next is loaded
+            if self._loaded is None or self._loaded[0] != info.file:
+                self._loaded = None  # before the next is loaded
                 tensors, mapped = _load(info.file)
                 if mapped:
-                    return tensors[info.name].detach()[part].contiguous()
-                self._whole = (info.file, tensors)
-            return self._whole[1][info.name].detach()[part].clone()
+                    return tensors[info.name].detach()[rows].contiguous()
+                self._loaded = (info.file, tensors)
+            return self._loaded[1][info.name].detach()[rows].clone()
 
     def workspace(self, name: str, minimum: bool = False) -> int:
         info = self[name]
-        return 0 if self._mapped[info.file] else self._headers[info.file].size + info.nbytes
+        return 0 if info.file in self._archives else self._headers[info.file].size + info.nbytes
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Ask the kernel to read the files of these tensors: where in them a tensor lies only torch knows."""
+        """Ask the kernel to read the whole files of these tensors: only torch knows the offsets in them."""
         if hasattr(os, "posix_fadvise"):
             for file in {self[name].file for name in names}:
                 os.posix_fadvise(self._descriptor(file), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -113,13 +129,13 @@ def _single(folder: Path) -> str:
             "several pickled files and no index" if names else "no weights",
             where=folder,
             expected=f"safetensors, {SINGLE} or {INDEX}",
-            got=", ".join(names[:5]) + (" ..." if len(names) > 5 else "") or "neither",
+            got=some_of(names) or "neither",
         )
     return names[0]
 
 
 def _examine(path: Path, tied: bool) -> tuple[FileHeader, frozenset[str]]:
-    """Names, dtypes and shapes of a file's tensors as a header would tell them; and the names left out beside."""
+    """A header with the names, dtypes and shapes of a file's tensors; and all names, those of tied tensors included."""
     fd = open_regular(path)
     try:
         status = os.fstat(fd)
@@ -131,14 +147,14 @@ def _examine(path: Path, tied: bool) -> tuple[FileHeader, frozenset[str]]:
     tensors, _ = _load(path)
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, path, dtypes)
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if tied and tensor.numel() and place in seen:
+        view = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tied and tensor.numel() and view in seen:
             continue
-        seen.add(place)
+        seen.add(view)
         nbytes = tensor.numel() * tensor.element_size()
         infos.append(StoredTensor(name, dtypes[tensor.dtype], tuple(tensor.shape), path, 0, nbytes, derived=True))
-    told = repr([(i.name, i.dtype, i.shape) for i in infos]) + str(status.st_size)
-    digest = hashlib.sha256(told.encode()).digest()
+    summary = repr([(i.name, i.dtype, i.shape) for i in infos]) + str(status.st_size)
+    digest = hashlib.sha256(summary.encode()).digest()
     header = FileHeader(path, status.st_size, file_identity(status), tuple(infos), {}, digest)
     return header, frozenset(tensors)
 
@@ -147,18 +163,18 @@ def _check_tensor(name: object, tensor: object, path: Path, dtypes: Mapping[torc
     import torch
 
     if not isinstance(name, str):
-        raise CheckpointError("a tensor's name is no text", where=path, got=type(name).__name__)
+        raise CheckpointError("the name of a tensor is not text", where=path, got=type(name).__name__)
     check_name(name, path)
-    problem = None
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        problem = f"is a {type(tensor).__name__}"
+    reason = None
+    if not isinstance(tensor, torch.Tensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        reason = f"is a {type(tensor).__name__}"
     elif tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in dtypes:
-        problem = f"is of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        reason = f"is of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
     elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        problem = f"claims the shape {list(tensor.shape)}, more than the file stores"
-    if problem:
+        reason = f"claims the shape {list(tensor.shape)}, more than the file stores"
+    if reason:
         raise CheckpointError(
-            f"{name!r} {problem}",
+            f"{name!r} {reason}",
             where=path,
             expected=f"a dense tensor of {', '.join(map(dtype_name, dtypes.values()))}",
             hint="only a flat mapping from names to tensors is read, as transformers saves it",
@@ -166,7 +182,7 @@ def _check_tensor(name: object, tensor: object, path: Path, dtypes: Mapping[torc
 
 
 def _load(path: Path) -> tuple[Mapping[str, torch.Tensor], bool]:
-    """What a file holds, and whether it is mapped.
+    """The content of a file, and whether it is mapped.
 
     Raises:
         CheckpointError: it holds more than tensors, or is damaged.
@@ -178,29 +194,29 @@ def _load(path: Path) -> tuple[Mapping[str, torch.Tensor], bool]:
         if mapped:
             _check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's guesses about a damaged file
+            warnings.simplefilter("ignore")  # torch warns of damaged files
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
-    except Exception as error:  # torch raises whatever a damaged or hostile pickle makes it stumble on
+    except Exception as error:  # a damaged or hostile pickle can make torch raise anything
         lines = str(error).splitlines() or [type(error).__name__]
-        told = next((line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")), lines[0])
+        reason = next((line for line in lines if "GLOBAL" in line or line.startswith("Unsupported")), lines[0])
         raise CheckpointError(
-            "the pickle is refused", where=path, expected="tensors and nothing else (weights_only=True)", got=told
+            "the pickle is refused", where=path, expected="tensors and nothing else (weights_only=True)", got=reason
         ) from None
     if not isinstance(state, dict):
-        raise CheckpointError("no mapping from names to tensors", where=path, got=type(state).__name__)
+        raise CheckpointError("the file is not a mapping from names to tensors", where=path, got=type(state).__name__)
     return state, mapped
 
 
 def _is_archive(path: Path) -> bool:
-    """As torch tells it."""
+    """Whether a file has torch's newer format: the same test as torch's own."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\3\4"
 
 
 def _check_archive(path: Path) -> None:
-    """torch stores; what is compressed may become as large as it likes."""
+    """Refuse compressed archives, which torch never writes: they can grow without bounds."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > entry.compress_size:

@@ -1,4 +1,4 @@
-"""A checkpoint folder, opened lazily: headers at once, tensors when asked, as views of mapped files."""
+"""A checkpoint folder, read lazily: headers when it is opened, tensors on request, as views of mapped files."""
 
 from __future__ import annotations
 
@@ -10,68 +10,24 @@ import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError, nearest, printable
 from ..core.tensors import StoredTensor
 from ..core.units import ITEMSIZE, torch_dtype
 from .header import FileHeader, file_identity, open_regular, parse_json, read_header, read_small
 from .index import INDEX, SINGLE, single_file, weight_map
+from .tensor_source import TensorSource
 
 if TYPE_CHECKING:
     import torch
 
-# Private writable mappings count against the commit limit unless told not to: a shard larger than the memory must map.
+# Without this flag private writable mappings count against the commit limit: a shard larger than the memory must map.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
-class TensorSource(Protocol):
-    """What a plan reads: a `Checkpoint`, or one some of whose tensors are derived from others when they are read.
-
-    `StoredTensor.derived` tells which tensors can be had only by `read` and `slice`; all others may be copied from file
-    to file.
-
-    Attributes:
-        where: What messages call it.
-        folders: Every folder it reads.
-        files: Every file it reads, so that a resumed run can tell whether they are still the same.
-        side_files: What stands beside the weights (tokenizer, licence ...): file name -> its bytes, or a file to copy.
-        provenance: Where it came from, for the manifest.
-        config, tensors, fingerprint: As of `Checkpoint`.
-    """
-
-    where: object
-    folders: tuple[Path, ...]
-    files: tuple[Path, ...]
-    side_files: Mapping[str, bytes | Path]
-    provenance: Mapping[str, object]
-    config: dict
-    tensors: Mapping[str, StoredTensor]
-    fingerprint: str
-
-    def read(self, name: str) -> torch.Tensor:
-        """As `Checkpoint.read`; a derived tensor may have more digits than its `StoredTensor.dtype`."""
-
-    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """As `Checkpoint.slice`: the same values as those rows of `read`."""
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """As `Checkpoint.prefetch`."""
-
-    def root(self, name: str) -> tuple[TensorSource, str]:
-        """The innermost source, and its tensor, that this tensor comes from: for one that is not derived, the
-        `Checkpoint` whose bytes it is."""
-
-    def bound(self, results: Mapping[str, TensorSource]) -> TensorSource:
-        """This source for one run, given the run's results of other documents by name."""
-
-    def workspace(self, name: str, minimum: bool = False) -> int:
-        """Estimated bytes alive while a tensor is read, itself included; 0 for one that is only mapped. ``least``: when
-        what makes it works in as little memory as can be."""
-
-
 class Checkpoint:
-    """One model folder. Use `open`; a context manager.
+    """One model folder. Use `open`; a context manager. Pickles, see `TensorSource`.
 
     Attributes:
         folder: The folder.
@@ -79,8 +35,8 @@ class Checkpoint:
         tensors: Every tensor of every file, by name, in the order of files and offsets.
         files: The safetensors files, sorted by name.
         metadata: The ``__metadata__`` of the files, merged in their order.
-        fingerprint: sha256 (hex) over config.json and every file's name, size and header. Tells checkpoints of
-            different layout apart; the weights themselves and times are not in it.
+        fingerprint: sha256 (hex) of config.json and of every file's name, size and header, not of the weights: it
+            differs between checkpoints of different layout.
     """
 
     def __init__(self, folder: Path, config: dict, headers: Iterable[FileHeader], fingerprint: str):
@@ -95,7 +51,7 @@ class Checkpoint:
             for tensor in header.tensors:
                 if tensor.name in tensors:
                     raise CheckpointError(
-                        f"tensor {tensor.name!r} stands in two files",
+                        f"tensor {tensor.name!r} is in two files",
                         where=header.file,
                         expected="each name once",
                         got=f"also in {tensors[tensor.name].file.name}",
@@ -103,23 +59,26 @@ class Checkpoint:
                 tensors[tensor.name] = tensor
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
         self._fds: dict[Path, int] = {}
-        weakref.finalize(self, _close_all, self._fds)  # for those who do not close
+        weakref.finalize(self, _close_all, self._fds)  # in case `close` is never called
         self._lock = threading.Lock()  # read-ahead runs in another thread
         self._closed = False
+
+    def __reduce__(self) -> tuple:  # without descriptors, lock and read-only views
+        return type(self), (self.folder, self.config, self.headers, self.fingerprint)
 
     @classmethod
     def open(cls, folder: Path | str) -> Checkpoint:
         """Read config.json, the index and every header of a folder.
 
         Raises:
-            CheckpointError: something is missing, malformed or untrue; the message names the file.
+            CheckpointError: something is missing, malformed or inconsistent; the message names the file.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError("no such folder" if not folder.exists() else "not a folder", where=folder)
         if os.path.lexists(folder / "adapter_config.json") and not os.path.lexists(folder / "config.json"):
-            hint = f"name the model that it adapts before it: MODEL+{folder}"
-            raise CheckpointError("an adapter and no model", where=folder, hint=hint)
+            hint = f"put the name of the adapted model in front: MODEL+{folder}"
+            raise CheckpointError("the folder holds an adapter, not a model", where=folder, hint=hint)
         raw_config = read_small(folder / "config.json")
         config = parse_json(raw_config, folder / "config.json", "config")
         promised = weight_map(folder, INDEX, SINGLE, (".safetensors",))
@@ -139,11 +98,11 @@ class Checkpoint:
 
     @property
     def headers(self) -> tuple[FileHeader, ...]:
-        """What each file says about itself, in the order of `files`."""
+        """The header of each file, in the order of `files`."""
         return tuple(self._headers.values())
 
     def __getitem__(self, name: str) -> StoredTensor:
-        """Where a tensor lies.
+        """The location of a tensor.
 
         Raises:
             CheckpointError: no tensor of this name.
@@ -159,7 +118,7 @@ class Checkpoint:
         """A tensor in its stored dtype.
 
         Backed by a private mapping of its part of the file: no memory is taken until it is written to, writing to it
-        reaches neither the file nor another read, and its pages are let go of when it dies. It stays valid after
+        changes neither the file nor another read, and its pages are freed together with it. It stays valid after
         `close`.
 
         Raises:
@@ -182,7 +141,10 @@ class Checkpoint:
         info = self[name]
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise CheckpointError(
-                f"tensor {name!r} has no such rows", where=info.file, expected=f"within {info.shape}", got=(start, stop)
+                f"tensor {name!r} does not have these rows",
+                where=info.file,
+                expected=f"within {info.shape}",
+                got=(start, stop),
             )
         return info
 
@@ -228,7 +190,7 @@ class Checkpoint:
         return 0
 
     def close(self) -> None:
-        """Let go of the files. Tensors that were read stay as they are."""
+        """Close the files. Tensors that were read stay valid."""
         with self._lock:
             _close_all(self._fds)
             self._closed = True
@@ -259,7 +221,7 @@ class Checkpoint:
         )
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=offset - start)  # (nbytes,)
         if offset % ITEMSIZE[info.dtype]:
-            raw = raw.clone()  # foreign files may place a tensor off its alignment, where typed loads are not allowed
+            raw = raw.clone()  # other programs' files may have unaligned tensors, which cannot be viewed in their dtype
         return raw.view(dtype).view(shape)
 
     def _descriptor(self, file: Path) -> int:

@@ -1,4 +1,4 @@
-"""Output shards, written at offsets known beforehand, in any order and from any thread."""
+"""Output shards, written at offsets that the layout decides, in any order and from any thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..core.tensors import StoredTensor
 from ..core.units import dtype_name, format_size
 from .header import open_regular
 from .layout import ShardLayout, TensorEntry
-from .system import allocate, copy_range, disk_told, free_space, sync_path, write_all
+from .system import allocate, copy_range, disk_errors, free_space, sync_path, write_all
 
 if TYPE_CHECKING:
     import torch
@@ -23,18 +23,18 @@ _ZEROS = bytes(1 << 20)
 
 
 class ShardWriter:
-    """Every shard of one output folder, at full size from the start.
+    """All shards of one output folder, created at their full size.
 
     Args:
-        folder: Where the files are.
+        folder: The folder of the files.
         shards: Their layouts.
-        resume: Go on with files that an interrupted run of the same plan left, instead of creating them.
+        resume: Open the files of an interrupted run of the same plan instead of creating them.
 
     Attributes:
         bytes_written: Bytes of tensors written so far.
 
     Raises:
-        PlanError: no space for the files; or, on resume, a file is missing or not as that run left it.
+        PlanError: no space for the files; or, on resume, a file is missing or was changed.
         MachineError: the disk fails.
     """
 
@@ -42,15 +42,15 @@ class ShardWriter:
         self.folder = folder
         self.bytes_written = 0
         self._shards = {shard.filename: shard for shard in shards}
-        self._places = {name: shard for shard in shards for name in shard.tensors}
-        self._fresh = set() if resume else set(self._places)
+        self._shard_of = {name: shard for shard in shards for name in shard.tensors}
+        self._fresh = set() if resume else set(self._shard_of)
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
         self._fds: dict[str, int] = {}
         if not resume:
             self._check_space()
         try:
-            with disk_told(folder):
+            with disk_errors(folder):
                 for shard in shards:
                     self._fds[shard.filename] = self._reopen(shard) if resume else self._create(shard)
                 sync_path(folder)
@@ -69,12 +69,12 @@ class ShardWriter:
         Raises:
             MachineError: no space left, or the disk fails.
         """
-        shard, (begin, end) = self._place(name)
+        shard, (begin, end) = self._find(name)
         view = memoryview(data).cast("B")
         size = end - begin
         if (len(view) != size) if at is None else not 0 <= at <= at + len(view) <= size:
             raise ValueError(f"{name}: {len(view)} bytes at {at or 0} do not fit a tensor of {size} bytes")
-        with disk_told(self.folder):
+        with disk_errors(self.folder):
             write_all(self._fds[shard.filename], view, begin + (at or 0))
         self._wrote(shard, (name,), len(view))
 
@@ -90,20 +90,20 @@ class ShardWriter:
         if tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{dtype_name(entry.dtype)}":
             raise ValueError(f"{name}: planned {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)  # (numel,)
-        self.write(name, memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        self.write(name, flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
     def zeros(self, name: str) -> None:
-        """Make a tensor all zero.
+        """Write zeros into a tensor.
 
         Raises:
             MachineError: no space left, or the disk fails.
         """
-        shard, (begin, end) = self._place(name)
-        if name in self._fresh:  # allocated blocks that nobody wrote to read as zeros
+        shard, (begin, end) = self._find(name)
+        if name in self._fresh:  # allocated bytes that were never written read as zeros
             self._wrote(shard, (name,), 0)
             return
         view = memoryview(_ZEROS)
-        with disk_told(self.folder):
+        with disk_errors(self.folder):
             for at in range(begin, end, len(view)):
                 write_all(self._fds[shard.filename], view[: end - at], at)
         self._wrote(shard, (name,), end - begin)
@@ -113,18 +113,18 @@ class ShardWriter:
         self.copy_many([(name, source)])
 
     def copy_many(self, pairs: Iterable[tuple[str, StoredTensor]]) -> None:
-        """Copy tensors of equal size from other files, file to file; neighbours on both sides go in one call.
+        """Copy tensors of equal size from other files, file to file; those adjacent in both files go in one call.
 
         Args:
             pairs: Output name and the stored tensor it comes from.
 
         Raises:
-            CheckpointError: a source is gone or ends early.
+            CheckpointError: a source is missing or ends early.
             MachineError: no space left, or the disk fails.
         """
         runs: list[_Run] = []
         for name, source in sorted(pairs, key=lambda p: (str(p[1].file), p[1].offset)):
-            shard, (begin, end) = self._place(name)
+            shard, (begin, end) = self._find(name)
             if source.nbytes != end - begin:
                 raise ValueError(f"{name}: {source.nbytes} bytes of {source.name} for {end - begin} bytes")
             if not (runs and runs[-1].extend(name, source, shard, begin)):
@@ -133,7 +133,7 @@ class ShardWriter:
             fd = open_regular(file)
             try:
                 for run in group:
-                    with disk_told(self.folder / run.shard.filename, f", copying {printable(file)}"):
+                    with disk_errors(self.folder / run.shard.filename, f", copying {printable(file)}"):
                         target = self._fds[run.shard.filename]
                         copy_range(fd, run.source_offset, target, run.target_offset, run.length, file)
                     self._wrote(run.shard, run.names, run.length)
@@ -141,31 +141,31 @@ class ShardWriter:
                 os.close(fd)
 
     def entry(self, name: str) -> TensorEntry:
-        """What was planned for a tensor."""
-        return self._place(name)[0].entries[name]
+        """The planned name, dtype and shape of a tensor."""
+        return self._find(name)[0].entries[name]
 
     def take_dirty(self) -> frozenset[str]:
-        """Files written to since the last call: what `sync` must bring to the disk."""
+        """Names of the files written to since the last call: those that `sync` must bring to the disk."""
         with self._lock:
             dirty, self._dirty = frozenset(self._dirty), set()
         return dirty
 
     def sync(self, filenames: Iterable[str]) -> None:
-        """Bring these files' data to the disk.
+        """Sync the data of these files to the disk.
 
         Raises:
             MachineError: no space left, or the disk fails.
         """
         for filename in sorted(filenames):
-            with disk_told(self.folder):
+            with disk_errors(self.folder):
                 os.fdatasync(self._fds[filename])
 
     def close(self) -> None:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def _place(self, name: str) -> tuple[ShardLayout, tuple[int, int]]:
-        shard = self._places[name]
+    def _find(self, name: str) -> tuple[ShardLayout, tuple[int, int]]:
+        shard = self._shard_of[name]
         return shard, shard.tensors[name]
 
     def _wrote(self, shard: ShardLayout, names: Iterable[str], count: int) -> None:
@@ -176,7 +176,7 @@ class ShardWriter:
             self.bytes_written += count
 
     def _check_space(self) -> None:
-        # Before allocating: a file system may fill itself up to the brim before it says no.
+        # Before allocating: a file system may fill up completely before it refuses.
         needed, free = sum(shard.size for shard in self._shards.values()), free_space(self.folder)
         if needed > free:
             raise PlanError(
@@ -206,16 +206,16 @@ class ShardWriter:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             if os.fstat(fd).st_size == shard.size and os.pread(fd, len(shard.header), 0) == shard.header:
                 return fd
-            problem = "it is not as the interrupted run left it"
+            reason = "its size or header is not that of the interrupted run"
         except OSError as error:
-            problem = error.strerror
+            reason = error.strerror
         if fd >= 0:
             os.close(fd)
-        raise PlanError("cannot resume", where=path, got=problem, hint="start over with --overwrite")
+        raise PlanError("cannot resume", where=path, got=reason, hint="start over with --overwrite")
 
 
 class _Run:
-    """Neighbouring bytes of one source that become neighbouring bytes of one shard."""
+    """Adjacent bytes of one source file that become adjacent bytes of one shard."""
 
     def __init__(self, name: str, source: StoredTensor, shard: ShardLayout, begin: int):
         self.names = [name]

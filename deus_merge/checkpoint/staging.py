@@ -1,11 +1,11 @@
-"""Where an output folder shall stand: what may be there already, and how the finished folder takes the place.
+"""Where an output folder is built, and how the finished folder gets its final name.
 
 ::
 
-    OUT                  absent, or the folder that was there before, or the new one; always whole
+    OUT                  absent, or the folder that was there before, or the new one; always complete
     .OUT.deus-lock       held while a run writes
-    .OUT.deus-tmp/       all that a run has made so far
-        journal.jsonl    what is finished
+    .OUT.deus-tmp/       the staging folder: everything that a run has written so far
+        journal.jsonl    what is finished, see docs/journal.md
         new/             the folder that becomes OUT
         old/             the folder that was OUT, where the two cannot be exchanged in one step
 """
@@ -14,88 +14,113 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ..core.errors import PlanError
-from .journal import Journal
+from ..core.text import some_of
+from .journal import read_journal
 from .system import exchange, existing, is_mount, sync_path
 
-# What --overwrite may take away: anything else in the folder is somebody's own.
+# What --overwrite may remove: a folder with anything else belongs to the user.
 _MODEL_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt", "README.md", "deus_merge.yml",
     "report.html", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes",
 )  # fmt: skip
+# A `Path` has already joined the two slashes into one. One letter is a drive of Windows.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 
 
-class Place:
-    """A place for an output folder, and the names beside it.
+def check_local(out: Path | str) -> None:
+    """Check that an output is a path of this machine, not an address like ``s3://bucket/model``; reads no disk.
+
+    Raises:
+        PlanError: it is an address.
+    """
+    if match := _ADDRESS.fullmatch(str(out)):
+        scheme, rest = match.groups()
+        raise PlanError(
+            "the output must be on this machine",
+            where=f"{scheme}://{rest}",
+            expected="a local folder",
+            got=f"an address ({scheme}://)",
+            hint="write to a local folder, and upload that",
+        )
+
+
+class StagingArea:
+    """The path of an output folder, and the folders next to it that a run works in.
 
     Args:
-        out: Where the folder shall stand. A link is followed.
+        out: The path of the output folder. Links are resolved.
 
     Attributes:
-        out: The place, links followed.
-        workshop: The folder beside it that a run works in.
-        new: The folder in the making.
-        old: The folder that was replaced, until it is removed.
+        out: The path, links resolved.
+        staging: The folder next to it that holds an unfinished run.
+        new: The output folder under construction, in `staging`.
+        old: The replaced output folder until it is removed, in `staging`.
         lock: The lock file.
 
     Raises:
-        PlanError: links that lead nowhere.
+        PlanError: ``out`` is an address like ``s3://bucket/model``, or a loop of links.
     """
 
     def __init__(self, out: Path | str):
+        check_local(out)
         try:
             self.out = Path(out).resolve()
-        except (OSError, RuntimeError) as error:  # Python before 3.13 calls a loop of links a RuntimeError
-            raise PlanError("the output cannot be found", where=out, got=error) from None
-        self.workshop = self.out.parent / f".{self.out.name}.deus-tmp"
-        self.new, self.old = self.workshop / "new", self.workshop / "old"
+        except (OSError, RuntimeError) as error:  # Python before 3.13 raises RuntimeError for a loop of links
+            raise PlanError("the output path cannot be resolved", where=out, got=error) from None
+        self.staging = self.out.parent / f".{self.out.name}.deus-tmp"
+        self.new, self.old = self.staging / "new", self.staging / "old"
         self.lock = self.out.parent / f".{self.out.name}.deus-lock"
 
     def check(self, overwrite: bool) -> None:
-        """Whether a folder may be made here; touches nothing.
+        """Check that the output folder may be created here; changes nothing on the disk.
+
+        Args:
+            overwrite: Whether a model folder with this path may be replaced.
 
         Raises:
-            PlanError: no folder can be made; a file, a mount point, or a folder that is not empty and may not be
-                overwritten.
+            PlanError: no folder can be created; or there is a file, a mount point, or a folder that is not empty and
+                may not be overwritten.
         """
         try:
-            there = os.path.lexists(self.out)
-            if there and not stat.S_ISDIR(os.lstat(self.out).st_mode):
+            exists = os.path.lexists(self.out)
+            if exists and not stat.S_ISDIR(os.lstat(self.out).st_mode):
                 raise PlanError("the output is not a folder", where=self.out, hint="choose another output folder")
-            if there and is_mount(self.out):
+            if exists and is_mount(self.out):
                 raise PlanError(
-                    "the output is a mount point and cannot be put in place in one step",
+                    "the output is a mount point, which cannot be replaced in one step",
                     where=self.out,
                     hint=f"choose a folder inside it, like {self.out / 'model'}",
                 )
-            self._check_beside(there)
-            names = os.listdir(self.out) if there else []
+            self._check_parent(exists)
+            names = os.listdir(self.out) if exists else []
             if names:
                 self._check_contents(names, overwrite)
                 self._check_rights(self.out)  # it will be moved and removed
         except OSError as error:
-            raise PlanError("the folder cannot be made", where=self.out, got=error.strerror) from None
+            raise PlanError("the output folder cannot be created", where=self.out, got=error.strerror) from None
 
     @property
-    def taken(self) -> bool:
-        """Whether the finished folder of the run whose journal lies here stands in its place."""
-        whole = Journal.read(self.workshop).whole
-        if whole is None or not self.out.exists():
+    def committed(self) -> bool:
+        """Whether the finished folder of the run whose journal is here already has its final name."""
+        inode = read_journal(self.staging).folder_inode
+        if inode is None or not self.out.exists():
             return False
-        return os.stat(self.out).st_ino == whole or not self.new.exists()
+        return os.stat(self.out).st_ino == inode or not self.new.exists()
 
     @property
-    def unfinished(self) -> int:
-        """How many blocks an interrupted run has finished here that are not in place."""
-        return 0 if self.taken else len(Journal.read(self.workshop).finished)
+    def resumable_blocks(self) -> int:
+        """How many blocks of an interrupted run could be used again; 0 once its folder has its final name."""
+        return 0 if self.committed else len(read_journal(self.staging).finished)
 
-    def take(self) -> None:
-        """Put the new folder in place. Whatever stops this, `settle` brings it to an end.
+    def commit(self) -> None:
+        """Give the new folder its final name. `recover` completes or reverts a commit that was interrupted.
 
         Raises:
             OSError: it cannot be renamed.
@@ -107,44 +132,44 @@ class Place:
             os.rename(self.new, self.out)
         self._sync()  # before anything of the old folder is removed
 
-    def settle(self) -> None:
-        """End what was stopped half-way: a replaced folder goes back, or goes away once the new one is in place.
+    def recover(self) -> None:
+        """Complete or revert an interrupted `commit`: the old folder gets its name back, unless the new one has it.
 
         Raises:
-            OSError: it cannot be renamed or removed.
+            OSError: something cannot be renamed or removed.
         """
         if self.old.exists() and not self.out.exists():
             os.rename(self.old, self.out)
             self._sync()
-        elif self.taken:
+        elif self.committed:
             self._sync()
-            self.clear()
+            self.discard()
 
-    def clear(self) -> None:
-        """Remove the workshop; never the only copy of a folder that was to be replaced.
+    def discard(self) -> None:
+        """Remove the staging folder; does nothing while it holds the only copy of the folder to be replaced.
 
         Raises:
             OSError: something cannot be removed.
         """
         if self.old.exists() and not self.out.exists():
             return
-        for folder in (self.new, self.old, self.workshop):  # the journal last: it tells what the others are
+        for folder in (self.new, self.old, self.staging):  # the journal last: it says what the others are
             if folder.exists():
                 shutil.rmtree(folder)
 
     def _sync(self) -> None:
-        sync_path(self.workshop)
+        sync_path(self.staging)
         sync_path(self.out.parent)
 
-    def _check_beside(self, there: bool) -> None:
-        if self.workshop.is_symlink() or (self.workshop.exists() and not self.workshop.is_dir()):
-            raise PlanError("the temporary folder's name is taken", where=self.workshop, hint="remove it")
-        if there and self.old.exists() and not self.taken:
+    def _check_parent(self, exists: bool) -> None:
+        if self.staging.is_symlink() or (self.staging.exists() and not self.staging.is_dir()):
+            raise PlanError("the name of the staging folder is taken", where=self.staging, hint="remove it")
+        if exists and self.old.exists() and not self.committed:
             raise PlanError(
-                "an interrupted run has moved the folder that stood here, and another one has taken its place",
+                "an interrupted run moved the earlier output away, and there is a new folder under its name",
                 where=self.out,
-                got=f"the earlier one is kept: {self.old}",
-                hint="move it away, or remove it",
+                got=f"the earlier output is in {self.old}",
+                hint="move the earlier output to another folder, or remove it",
             )
         parent = existing(self.out.parent)
         if not parent.is_dir():
@@ -153,21 +178,22 @@ class Place:
         longest = max(len(os.fsencode(name)) for name in (self.lock.name, *self.out.relative_to(parent).parts))
         if longest > os.pathconf(parent, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        owners = (0, os.stat(parent).st_uid, os.stat(self.out).st_uid) if there else ()
-        if there and os.stat(parent).st_mode & stat.S_ISVTX and os.geteuid() not in owners:
-            raise PlanError("the output is somebody else's, who alone may rename it", where=self.out)
+        owners = (0, os.stat(parent).st_uid, os.stat(self.out).st_uid) if exists else ()
+        if exists and os.stat(parent).st_mode & stat.S_ISVTX and os.geteuid() not in owners:
+            raise PlanError("the output belongs to another user, and only its owner may rename it", where=self.out)
 
     def _check_rights(self, folder: Path) -> None:
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise PlanError("the folder cannot be made", where=self.out, got=f"no right to write in {folder}")
+            raise PlanError(
+                "the output folder cannot be created", where=self.out, got=f"no permission to write in {folder}"
+            )
 
     def _check_contents(self, names: list[str], overwrite: bool) -> None:
-        told = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
         if not overwrite:
             raise PlanError(
                 "the output folder is not empty",
                 where=self.out,
-                got=told,
+                got=some_of(sorted(names)),
                 hint="choose another folder, or replace this one with --overwrite",
             )
         if not any(n == "config.json" or n.endswith(".safetensors") for n in names):
@@ -175,15 +201,15 @@ class Place:
                 "the output folder is not empty and holds no model: it will not be overwritten",
                 where=self.out,
                 expected="config.json or *.safetensors in it",
-                got=told,
+                got=some_of(sorted(names)),
                 hint="choose another folder, or empty this one",
             )
-        strange = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _MODEL_FILES))
-        if strange:
+        unknown = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _MODEL_FILES))
+        if unknown:
             raise PlanError(
                 "the output folder holds more than a model: it will not be overwritten",
                 where=self.out,
                 expected="only what a merge writes",
-                got=", ".join(strange[:5]) + (" ..." if len(strange) > 5 else ""),
-                hint="move these away, or choose another folder",
+                got=some_of(unknown),
+                hint="move these files away, or choose another folder",
             )

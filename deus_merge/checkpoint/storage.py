@@ -1,4 +1,4 @@
-"""A model reference -> its tensors, from whatever kind of files it is allowed to read."""
+"""Opens a model reference as a tensor source, whatever files its weights are in."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from pathlib import Path
 
 from .hub import resolve
 from .pickled import PickledCheckpoint, has_safetensors
-from .reader import Checkpoint, TensorSource
+from .reader import Checkpoint
+from .tensor_source import TensorSource
 
 
 @dataclass(frozen=True)
-class Access:
-    """What may be read of a model, and where downloads are kept.
+class LoadOptions:
+    """How models are found and read.
 
     Attributes:
-        pickle: Also weights that are pickled, where a model has no safetensors.
-        cache_dir: The hub's cache; None for where huggingface_hub keeps it.
+        allow_pickle: Also read pickled weights, of a model that has no safetensors.
+        cache_dir: The hub's cache; None for the default of huggingface_hub.
     """
 
-    pickle: bool = False
+    allow_pickle: bool = False
     cache_dir: Path | None = None
 
 
-#: nothing but safetensors
-PLAIN = Access()
-
-
-def open_source(ref: str, access: Access) -> TensorSource:
+def open_source(ref: str, options: LoadOptions) -> TensorSource:
     """Find a model's folder (on the hub if need be) and read its config and headers.
+
+    Args:
+        ref: A folder, or ``org/name[@revision]`` on the hub.
+        options: How it is found and read.
 
     Raises:
         CheckpointError: as `resolve` and `Checkpoint.open`.
     """
-    folder = resolve(ref, cache_dir=access.cache_dir, pickle=access.pickle)
-    pickled = access.pickle and not has_safetensors(folder)
+    folder = resolve(ref, cache_dir=options.cache_dir, pickle=options.allow_pickle)
+    pickled = options.allow_pickle and not has_safetensors(folder)
     return (PickledCheckpoint if pickled else Checkpoint).open(folder)

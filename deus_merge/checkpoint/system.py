@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.errors import CheckpointError, MachineError, PlanError
 from ..core.units import format_size
 
-# EPERM is what old container sandboxes say to calls they do not know.
+# EPERM: old container sandboxes answer so to calls they do not know.
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 _CALL_BYTES = 1 << 30  # one copy_file_range: large enough to cost nothing, small enough to be interrupted
 _BUFFER_BYTES = 1 << 18  # pread/pwrite: stays in the cache; measured against 1 and 8 MiB
@@ -30,7 +30,7 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
     Args:
         source, target: Descriptors; their positions are not moved, so threads may share them.
         source_offset, target_offset, length: Bytes.
-        name: What the source is called in messages.
+        name: The source, for messages.
 
     Raises:
         CheckpointError: the source ends early.
@@ -45,7 +45,7 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
             if error.errno not in _UNSUPPORTED:
                 raise
             break
-        if count == 0:  # the end of the file, or a file system that says 0 for "cannot": pread tells which
+        if count == 0:  # the end of the file, or a file system that returns 0 for "unsupported": pread shows which
             break
         done += count
     if done == length:
@@ -74,7 +74,7 @@ def allocate(fd: int, size: int) -> None:
     Not ``os.posix_fallocate``: where that is unsupported, the C library writes into every block instead.
     """
     os.ftruncate(fd, size)
-    fallocate = _libc_call("fallocate")
+    fallocate = libc_function("fallocate")
     if fallocate is None or size == 0:
         return
     while fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
@@ -88,7 +88,7 @@ def allocate(fd: int, size: int) -> None:
 
 def exchange(first: Path, second: Path) -> bool:
     """Swap two paths atomically; False where kernel or file system cannot."""
-    renameat2 = _libc_call("renameat2")
+    renameat2 = libc_function("renameat2")
     if renameat2 is None:
         return False
     if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
@@ -100,7 +100,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Make a file, or replace what is in it."""
+    """Write a file, or replace its content."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         write_all(fd, memoryview(data), 0)
@@ -109,30 +109,30 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process use its freed blocks of up to 32 MiB again, where the C library can be told so.
+    """Let this process use its freed blocks of up to 32 MiB again, where the C library has a setting for it.
 
     A merge allocates the same few sizes all the time; given back, each would be mapped and zeroed anew.
     """
-    mallopt = _libc_call("mallopt")
+    mallopt = libc_function("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def sync_path(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
+    """Sync a file, or a folder's list of names, to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # what file systems say that cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # from file systems that cannot sync a folder
             raise
     finally:
         os.close(fd)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents where they are missing, and bring their names to the disk."""
+    """Create a folder and its missing parents, and sync their names to the disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -140,7 +140,7 @@ def make_folder(path: Path) -> None:
 
 
 def existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there."""
+    """The path itself, or the nearest folder above it that exists."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
@@ -148,7 +148,7 @@ def existing(path: Path) -> Path:
 
 
 def free_space(path: Path) -> int:
-    """Bytes that this user can still write to the file system ``path`` is, or will be, on."""
+    """Bytes that this user can still write to the file system of ``path``, which need not exist."""
     status = os.statvfs(existing(path))
     return status.f_bavail * status.f_frsize
 
@@ -166,12 +166,12 @@ def is_mount(path: Path) -> bool:
 
 
 @contextmanager
-def disk_told(where: Path, doing: str = "") -> Iterator[None]:
-    """What the disk refuses as a MachineError.
+def disk_errors(where: Path, doing: str = "") -> Iterator[None]:
+    """Turn errors of the disk into a MachineError.
 
     Args:
-        where: What is written to.
-        doing: More for the message, where another file may be to blame.
+        where: The file or folder that is written to, for errors that name none.
+        doing: An addition to the message, where another file may be the cause.
 
     Raises:
         MachineError: no space left, an input/output error ...
@@ -184,19 +184,19 @@ def disk_told(where: Path, doing: str = "") -> Iterator[None]:
             ("no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)) + doing,
             where=error.filename or where,
             got=f"{format_size(free_space(where))} free" if full else None,
-            hint={errno.ENOSPC: "make room", errno.EFBIG: "choose a smaller --max-shard-size"}.get(error.errno),
+            hint={errno.ENOSPC: "make room", errno.EFBIG: "choose a smaller --max-shard-size"}.get(error.errno or 0),
         ) from error
 
 
 @contextmanager
 def locked(path: Path, where: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on a lock file, which is gone afterwards.
+    """Hold an exclusive lock on a lock file, which is removed afterwards.
 
     Yields:
-        Whether the file system has locks at all.
+        Whether the file system supports locks.
 
     Raises:
-        PlanError: somebody else holds it.
+        PlanError: another process holds it.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -225,10 +225,10 @@ def locked(path: Path, where: Path) -> Iterator[bool]:
 
 
 def check_lock(path: Path, where: Path) -> None:
-    """Whether `locked` would get the lock; touches nothing.
+    """Check that `locked` would get the lock; changes nothing on the disk.
 
     Raises:
-        PlanError: somebody else holds it.
+        PlanError: another process holds it.
     """
     with suppress(FileNotFoundError):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -239,7 +239,7 @@ def check_lock(path: Path, where: Path) -> None:
 
 
 def _lock(fd: int, where: Path) -> bool:
-    """Lock an open file; False where the file system has no locks."""
+    """Lock an open file; False where the file system does not support locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -257,7 +257,8 @@ def _lock(fd: int, where: Path) -> bool:
 
 
 @cache
-def _libc_call(name: str):
+def libc_function(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where it has no such function."""
     try:
         return getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError):

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .. import api
+from ..checkpoint.staging import check_local
 from .output import note, progress, quiet_transformers, show_verification
 
 _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # by --tiny; number of new tokens
@@ -29,6 +30,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     """
     from ..models.demo import smollm2, tiny_model
 
+    check_local(out)
     quiet_transformers()
     base = tiny_model() if tiny else smollm2(out)
     target = out / f"{'tiny' if tiny else base.name}-{preset}"

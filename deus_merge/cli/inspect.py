@@ -86,10 +86,10 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
     report_bus_errors()
     if plot:
         check_plotting()
-    facts = summary(model, api.Access(allow_pickle))
+    facts = summary(model, api.LoadOptions(allow_pickle))
     if similarity or plot:
         rows = []
-        for row in adjacent_similarity(model, api.Access(allow_pickle)):
+        for row in adjacent_similarity(model, api.LoadOptions(allow_pickle)):
             rows.append(row)
             note(f"layers {row['layers'][0]} and {row['layers'][1]} done")
         facts["similarity"] = rows

@@ -147,7 +147,7 @@ def plan(recipe: Path, expand: bool, as_json: bool, **options):
 
 
 def _plan(recipe: Recipe | Path, *, allow_pickle: bool, cache_dir: Path | None, **options) -> Plan:
-    return api.plan(recipe, access=api.Access(allow_pickle, cache_dir), **options)
+    return api.plan(recipe, load_options=api.LoadOptions(allow_pickle, cache_dir), **options)
 
 
 def _run(

@@ -67,7 +67,7 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
         note(f"{done.widened} equal to the base in a wider dtype")
     if done.different:
         note(f"{len(done.different)} different: {some_of(done.different)}")
-    if done.carried:
+    if done.has_manifest:
         note("the manifest of the previous up-scaling was copied: the result can be stripped again")
-    elif done.carried is False:
+    elif done.has_manifest is False:
         note("no manifest of the previous up-scaling fits: to strip the result again, name one with --manifest")

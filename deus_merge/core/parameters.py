@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 #: the default of a parameter that a recipe must set
 REQUIRED = "required"
@@ -71,6 +72,11 @@ class Parameter:
         if self.minimum is not None:
             return f"{name} of at least {self.minimum:g}"
         return name
+
+
+def block_parameter(name: str, kind: str, default: object, help: str, **more: Any) -> Parameter:
+    """A `Parameter` with one value for a whole layer."""
+    return Parameter(name, kind, default, help, "block", **more)
 
 
 def as_number(value: object) -> float | int | None:

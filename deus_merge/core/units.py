@@ -96,9 +96,14 @@ def promoted(codes: Sequence[str]) -> str:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor of any dtype and shape holds no NaN and no infinity."""
+    return bool(all_finite(tensor))
+
+
+def all_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """`is_finite` as a () bool tensor on the tensor's device, so that several can be read at once."""
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():
-        return True
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
     wide = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 has no order
-    return bool(torch.isfinite(torch.stack(torch.aminmax(wide))).all())  # NaN is both ends, and this is faster
+    return torch.isfinite(torch.stack(torch.aminmax(wide))).all()  # NaN is both ends, and this is faster

@@ -1,8 +1,8 @@
 """A network that tells the layer between two layers, and how it learns that from layers between two others.
 
-Reference: Yang et al., LESA, arXiv 2502.13794, sections 3.2 and 3.3; what the paper leaves open is as in the authors'
-code: AdamW, batches of 64. A sample is one direction (see `_stacked`) of three successive layers. We hold some
-directions out to tell how well the network does, and shuffle within groups of directions and among the groups.
+Reference: Yang et al., LESA, arXiv 2502.13794, sections 3.2 and 3.3; details that the paper leaves open follow the
+authors' code: AdamW, batches of 64. A sample is one direction (see `_stacked`) of three successive layers. We hold
+some directions out to tell how well the network does, and shuffle within groups of directions and among the groups.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Training:
 
     Attributes:
         epochs: How often it sees every sample.
-        width: Of its two hidden layers.
-        learning_rate: Of AdamW.
+        width: Units of its two hidden layers.
+        learning_rate: Learning rate of AdamW.
         norm_weight: λ of the loss ``(1 - λ) mean (p - v)² + λ (|p| - |v|)²`` of predictions p of batches v.
     """
 
@@ -44,7 +44,7 @@ class Predictor:
 
     Args:
         m: Columns of a weight.
-        width: Of the hidden layers.
+        width: Units of the hidden layers.
         random: Where its start comes from.
         like: Gives dtype and device.
     """
@@ -55,8 +55,8 @@ class Predictor:
         self.weights: list[torch.Tensor] = []  # (in, out) and (1, out) of each layer
         for inputs, outputs in ((2 * m, width), (width, width), (width, m)):
             for rows in (inputs, 1):
-                start = torch.empty(rows, outputs, dtype=like.dtype, device=like.device)
-                self.weights.append(start.uniform_(-1, 1, generator=random).mul_(1 / math.sqrt(inputs)))
+                start = torch.empty(rows, outputs, dtype=like.dtype).uniform_(-1, 1, generator=random)
+                self.weights.append(start.mul_(1 / math.sqrt(inputs)).to(like.device))
 
     def __call__(self, below: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """(b, m) and (b, m) -> (b, m)."""
@@ -69,8 +69,8 @@ class Predictor:
 
 def learn(
     stacked: Stacked, training: Training, random: torch.Generator, hold: bool
-) -> tuple[Predictor, dict[str, object]]:
-    """Train a network on every layer that stands between two others.
+) -> tuple[Predictor, dict[str, float]]:
+    """Train a network on every layer that lies between two others.
 
     Args:
         stacked: The weights.
@@ -87,7 +87,7 @@ def learn(
 
     m = stacked.read(0).shape[1]
     network = Predictor(m, training.width, random, stacked.u)
-    order = torch.randperm(stacked.rank, generator=random, device=random.device)  # (r,)
+    order = torch.randperm(stacked.rank, generator=random).to(stacked.u.device)  # (r,)
     size = group_size(stacked.layers, m)
     aside = min(size, stacked.rank // _HELD_OUT)
     held, seen = order[:aside], order[aside:]
@@ -95,7 +95,7 @@ def learn(
     adam = _AdamW(network.weights, training.learning_rate)
     for _ in range(training.epochs):
         losses: list[torch.Tensor] = []
-        for number in torch.randperm(len(groups.which), generator=random, device=random.device).tolist():
+        for number in torch.randperm(len(groups.which), generator=random).tolist():
             for below, between, above in _batches(groups[number], random):
                 loss, gradients = _loss(network, below, between, above, training.norm_weight)
                 adam.step(gradients)
@@ -117,7 +117,7 @@ def predict(stacked: Stacked, network: Predictor, below: int, above: int) -> tor
 
 
 class _Groups:
-    """Directions of all layers, group by group, (L, c, m): kept, or made again whenever asked for."""
+    """Directions of all layers, group by group, (L, c, m): held in memory, or computed again at every access."""
 
     def __init__(self, stacked: Stacked, which: Sequence[torch.Tensor], hold: bool):
         self.which = which
@@ -127,10 +127,10 @@ class _Groups:
     def __getitem__(self, number: int) -> torch.Tensor:
         if number in self._held:
             return self._held[number]
-        made = self._stacked.directions(range(self._stacked.layers), self.which[number])
+        directions = self._stacked.directions(range(self._stacked.layers), self.which[number])
         if self._hold:
-            self._held[number] = made
-        return made
+            self._held[number] = directions
+        return directions
 
 
 def _batches(group: torch.Tensor, random: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -139,7 +139,7 @@ def _batches(group: torch.Tensor, random: torch.Generator) -> Iterator[tuple[tor
 
     layers, count, m = group.shape
     rows = group.reshape(-1, m)  # (L * c, m)
-    for batch in torch.randperm((layers - 2) * count, generator=random, device=group.device).split(BATCH):
+    for batch in torch.randperm((layers - 2) * count, generator=random).to(group.device).split(BATCH):
         yield tuple(rows[batch + skip * count] for skip in range(3))
 
 

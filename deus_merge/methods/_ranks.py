@@ -20,7 +20,7 @@ def keys(values: torch.Tensor, *, descending: bool = False) -> torch.Tensor:
     """Whole numbers of 31 bits that sort like the magnitudes of the values (as float32), int32.
 
     Args:
-        values: Of any shape.
+        values: Values of any shape.
         descending: The other way round: the largest magnitude first.
     """
     import torch
@@ -84,14 +84,17 @@ def cuts(read: Callable[[], Iterable[torch.Tensor]], ranks: Sequence[int]) -> li
     """
     import torch
 
-    upper = sum(torch.bincount(run >> 16, minlength=_HALF // 2) for run in read())  # (2 ** 15,)
+    upper = torch.zeros(_HALF // 2, dtype=torch.int64)  # (2 ** 15,)
+    for run in read():
+        upper = upper.to(run.device) + torch.bincount(run >> 16, minlength=_HALF // 2)
     ends = upper.cumsum(0)
     bins = [int(torch.searchsorted(ends, rank, right=True)) for rank in ranks]
     inside = [b for b in dict.fromkeys(bins) if b < len(ends)]
-    lower = dict.fromkeys(inside, 0)
+    lower: dict[int, torch.Tensor] = {}
     for run in read() if inside else ():
         for b in inside:
-            lower[b] = lower[b] + torch.bincount(_lower(run, b), minlength=_HALF)  # (2 ** 16,)
+            counts = torch.bincount(_lower(run, b), minlength=_HALF)  # (2 ** 16,)
+            lower[b] = lower[b] + counts if b in lower else counts
     everything = Cut(_LARGEST + 1, 0)
     found = zip(bins, ranks, strict=True)
     return [_cut(b, rank - int(ends[b] - upper[b]), lower[b]) if b in lower else everything for b, rank in found]
@@ -109,7 +112,7 @@ def _lower(run: torch.Tensor, upper: int) -> torch.Tensor:
 
 
 def _cut(upper: int, rank: int, counts: torch.Tensor) -> Cut:
-    """The cut at ``rank`` among the numbers with these upper bits, told by counts of their lower ones."""
+    """The cut at ``rank`` among the numbers with these upper bits, from counts of their lower ones."""
     import torch
 
     ends = counts.cumsum(0)

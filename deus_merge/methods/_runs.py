@@ -1,6 +1,6 @@
 """One output tensor in runs of elements: a run is widened, merged and yielded before the next is read.
 
-What makes this fast on a CPU: runs that stay in the cache; a sum with a narrower tensor widens it on the way; and
+This is fast on a CPU because runs stay in the cache, a sum with a narrower tensor widens it on the way, and
 comparisons answer with 0 and 1 in their operands' own dtype, since torch takes ten times as long for bool.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RUN_ELEMENTS = 1 << 18  # elements: enough work for a few threads, little enough for the cache
 _RUN_ON_DEVICE = 1 << 24
 _ROW = 1024  # elements that one thread adds up
-_BYTES = 40  # of one element of a run while it is computed, beside 16 for each source
+_BYTES = 40  # per element of a run while it is computed, plus 16 for each source
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FlatInputs:
         output: The output.
         block: Whose output it is.
         stored: One vector per source, (n,), in its stored dtype. Never written to.
-        dtype: Of the arithmetic: float32, or float64 where a source is stored so.
+        dtype: The dtype of the arithmetic: float32, or float64 where a source is stored so.
         step: No run ends within a multiple of this: the length of a row, where rows belong together.
     """
 
@@ -45,6 +45,12 @@ class FlatInputs:
     @property
     def base(self) -> int | None:
         """Which source is the base model."""
+        return self.output.base
+
+    @property
+    def base_model(self) -> int:
+        """The same, for methods that need a base model."""
+        assert self.output.base is not None, f"{self.output.name} has no base model"
         return self.output.base
 
     @property
@@ -70,7 +76,7 @@ class FlatInputs:
         return self.stored[i][run].to(self.dtype, copy=True)
 
     def delta(self, i: int, run: slice) -> torch.Tensor:
-        """What a source adds to the base model, or the source itself where there is none, (m,), in its own memory."""
+        """A source minus the base model, or the source itself where there is none, (m,), in its own memory."""
         own = self.own(i, run)
         return own if self.base is None else own.sub_(self.addend(self.base, run))
 
@@ -140,7 +146,7 @@ def others(output: OutputTensor) -> list[int]:
 
 
 def row_length(shape: tuple[int, ...]) -> int:
-    """How many elements stand under one index of the first axis; a vector is one row."""
+    """How many elements one index of the first axis has; a vector is one row."""
     return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
 

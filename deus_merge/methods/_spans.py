@@ -22,7 +22,7 @@ def gram(inputs: FlatInputs, sources: Sequence[int], *, relative: bool = False) 
     Args:
         inputs: The inputs.
         sources: Which of them.
-        relative: Of their differences to the base model.
+        relative: Whether to take their differences to the base model.
 
     Returns:
         ``G_ij = ⟨x_i, x_j⟩``, (s, s), float64, on the CPU.
@@ -50,6 +50,6 @@ def combined(
         for i, coefficient in zip(sources[1:], coefficients[1:], strict=True):
             other = inputs.delta(i, run) if relative else inputs.addend(i, run)  # (m,)
             result.add_(other, alpha=float(coefficient))
-        return result.add_(inputs.addend(inputs.base, run)) if relative else result
+        return result.add_(inputs.addend(inputs.base_model, run)) if relative else result
 
     return inputs.each_run(combine)

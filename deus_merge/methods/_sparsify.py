@@ -1,13 +1,15 @@
 """Which elements of a task vector are kept: by magnitude, by chance, or by both.
 
-A choice is made once for a whole task vector δ. `Begin` starts a pass over it: it gives a function that is called with
-one run of δ after another and answers with 1 for elements to keep and 0 for others, (m,). Every pass keeps the same.
+A choice is made once for a whole task vector δ. `Begin` starts a pass over it: it returns a function that is called
+with one run of δ after another and returns 1 for elements to keep and 0 for others, (m,). Every pass keeps the same
+ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ._random import Draws
@@ -116,7 +118,8 @@ def by_ranked_chance(inputs: FlatInputs, source: int, density: float, epsilon: f
             order = magnitudes.argsort(dim=1, stable=True)  # (rows, length, inner)
             rank = torch.linspace(-epsilon, epsilon, length) if length > 1 else torch.zeros(1)  # (length,)
             chances = (density + rank).view(-1, 1).to(delta.device)  # (length, 1)
-            drawn = draws.uniform(tuple(order.shape)) < chances  # (rows, length, inner), by rank
+            numbers = draws.uniform(tuple(order.shape)).to(delta.device)  # (rows, length, inner)
+            drawn = numbers < chances  # (rows, length, inner), by rank
             return torch.empty_like(drawn).scatter_(1, order, drawn).view(-1)  # (m,)
 
         return kept
@@ -125,7 +128,7 @@ def by_ranked_chance(inputs: FlatInputs, source: int, density: float, epsilon: f
 
 
 def restoring_factor(inputs: FlatInputs, source: int, begin: Begin | None) -> float:
-    """What the kept elements of δ must be multiplied with for the sum of magnitudes to be that of all of δ."""
+    """The factor that brings the sum of magnitudes of the kept elements of δ to that of all of δ."""
     if begin is None:
         return 1.0
     kept, before, after = begin(), 0.0, 0.0
@@ -139,21 +142,33 @@ def restoring_factor(inputs: FlatInputs, source: int, begin: Begin | None) -> fl
 
 
 def _coins(inputs: FlatInputs, source: int, density: float, fallen: list) -> Iterator[torch.Tensor]:
-    """Coins for one run after another, tossed for several at once. On a CPU, where another toss would take ten times as
-    long, ``fallen`` keeps how they fell the first time: a bit each."""
+    """Coins for one run after another, on the device of the inputs: a run is a part of a toss, or several tosses."""
+    import torch
+
+    tosses, length, device = _tosses(inputs, source, density, fallen), inputs.run_length, inputs.stored[0].device
+    if length <= _TOSS:
+        for coins in tosses:
+            yield from coins.to(device).split(length)
+    else:
+        while several := list(islice(tosses, length // _TOSS)):
+            yield torch.cat(several).to(device)
+
+
+def _tosses(inputs: FlatInputs, source: int, density: float, fallen: list) -> Iterator[torch.Tensor]:
+    """Coins on the CPU, `_TOSS` at once on any device, so that they fall alike. Another toss would take ten times as
+    long as reading how they fell the first time, which ``fallen`` holds: a bit each."""
     import numpy
     import torch
 
-    draws, length = Draws(inputs.block.generator(inputs.output, source)), inputs.run_length
-    for number, start in enumerate(range(0, inputs.numel, toss := max(_TOSS, length))):
-        count = min(toss, inputs.numel - start)
+    draws = Draws(inputs.block.generator(inputs.output, source))
+    for number, start in enumerate(range(0, inputs.numel, _TOSS)):
+        count = min(_TOSS, inputs.numel - start)
         if number < len(fallen):
-            coins = torch.from_numpy(numpy.unpackbits(fallen[number], count=count))  # (count,)
+            yield torch.from_numpy(numpy.unpackbits(fallen[number], count=count))  # (count,)
         else:
-            coins = draws.coins(density, count)
-            if coins.device.type == "cpu":
-                fallen.append(numpy.packbits(coins.numpy()))
-        yield from coins.split(length)
+            coins = draws.coins(density, count)  # (count,)
+            fallen.append(numpy.packbits(coins.numpy()))
+            yield coins
 
 
 def _keys(inputs: FlatInputs, source: int, *, descending: bool = False) -> Iterator[torch.Tensor]:

@@ -1,7 +1,7 @@
 """The weights of one role in all layers of a model as one matrix, decomposed with one layer in memory at a time.
 
 ``[W_1 ... W_L] = U S [V_1 ... V_L]``. U and S come from the eigenvectors and values of ``Σ W_i W_iᵀ``, which adds up
-layer by layer; V_i is ``S⁻¹ Uᵀ W_i``, made when it is wanted. A row of V_i is one *direction* of the decomposition.
+layer by layer; V_i is ``S⁻¹ Uᵀ W_i``, computed on demand. A row of V_i is one *direction* of the decomposition.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Stacked:
         import torch
 
         basis = (self.u[:, which] / self.s[which]).T  # (c, n)
-        rows = None
+        rows = torch.empty(0)
         for place, i in enumerate(layers):
             weight = self.read(i)  # (n, m)
-            if rows is None:
+            if place == 0:
                 rows = weight.new_empty(len(layers), len(which), weight.shape[1])  # (l, c, m)
             torch.mm(basis, weight, out=rows[place])
         return rows
@@ -83,5 +83,5 @@ def group_size(layers: int, columns: int) -> int:
 
 
 def decomposing_memory(rows: int) -> int:
-    """Bytes that `decompose` takes at most, beside one layer: products, eigenvectors and what eigh needs for them."""
+    """Bytes that `decompose` takes at most, besides one layer: products, eigenvectors and the workspace of eigh."""
     return 8 * (5 * rows**2 + 2 * rows * _COLUMNS)

@@ -1,4 +1,4 @@
-"""Task arithmetic and what refines it: sums of sparsified task vectors, with or without a consensus about signs.
+"""Task arithmetic and its refinements: sums of sparsified task vectors, with or without a consensus about signs.
 
 With δ_i = x_i - b, s_i the sparsified δ_i and w_i the weights, the result is ``b + λ Σ w_i s_i / D``. With sign
 consensus an element's sum runs over those sources only whose w_i s_i has the sign of all of them added up. D is 1, or
@@ -23,7 +23,7 @@ _BALANCED = 1e-8  # weights whose sum is at most this large are not divided by i
 
 
 class TaskVectorMethod(TensorwiseMethod):
-    """One member of the family. Subclasses say how they sparsify and what their defaults are.
+    """One member of the family. Subclasses define how they sparsify, and their defaults.
 
     Attributes:
         consensus: Whether signs are agreed upon.
@@ -55,7 +55,8 @@ class TaskVectorMethod(TensorwiseMethod):
 
         def kept(j: int, run: slice) -> torch.Tensor:
             delta = inputs.delta(sources[j], run)  # (m,)
-            return delta.mul_(masks[j](delta)) if masks[j] else delta
+            mask = masks[j]
+            return delta.mul_(mask(delta)) if mask else delta
 
         normalize, factor = output.parameters["normalize"], output.parameters["lambda"]
         if self.consensus and len(sources) > 1:
@@ -77,7 +78,9 @@ def family_parameters(*own: Parameter, normalize: bool, rescale: bool) -> tuple[
         Parameter("density", "number", 1.0, "share of a task vector that is kept", "source", minimum=0, maximum=1),
         *own,
         Parameter("normalize", "boolean", normalize, "divide by the sum of the weights that took part"),
-        Parameter("rescale", "boolean", rescale, "bring what is kept of a task vector to the sum of magnitudes of all"),
+        Parameter(
+            "rescale", "boolean", rescale, "scale the kept part of a task vector to the sum of magnitudes of all of it"
+        ),
         Parameter("lambda", "number", 1.0, "factor on the merged task vector"),
         Parameter("int8_mask", "boolean", False, "accepted for mergekit's sake: masks take no memory to speak of"),
     )
@@ -87,7 +90,7 @@ def _added(inputs: FlatInputs, kept: Kept, scales: Sequence[float]) -> Callable[
     """``b + Σ c_j s_j`` over a run, (m,)."""
 
     def merge(run: slice) -> torch.Tensor:
-        result = inputs.own(inputs.base, run)  # (m,)
+        result = inputs.own(inputs.base_model, run)  # (m,)
         for j, scale in enumerate(scales):
             result.add_(kept(j, run), alpha=scale)
         return result
@@ -120,6 +123,6 @@ def _agreed(
             for vector, weight in zip(vectors, weights, strict=True):
                 divisor.add_(vector.gt_(0), alpha=weight)
             result.div_(divisor.add_(torch.eq(divisor, 0, out=torch.empty_like(divisor))))
-        return result.mul_(sign.mul_(factor)).add_(inputs.addend(inputs.base, run))
+        return result.mul_(sign.mul_(factor)).add_(inputs.addend(inputs.base_model, run))
 
     return merge

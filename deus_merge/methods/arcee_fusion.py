@@ -37,7 +37,7 @@ class ArceeFusion(TensorwiseMethod):
 
         def merge(run: slice) -> torch.Tensor:
             taken = _importance(inputs, run) >= threshold  # (m,)
-            return inputs.delta(other, run).mul_(taken).add_(inputs.addend(inputs.base, run))  # (m,)
+            return inputs.delta(other, run).mul_(taken).add_(inputs.addend(inputs.base_model, run))  # (m,)
 
         return inputs.each_run(merge)
 
@@ -49,7 +49,7 @@ def _importance(inputs: FlatInputs, run: slice) -> torch.Tensor:
     """
     width = (inputs.output.shape or (1,))[-1]
     (other,) = inputs.others
-    x, b = (inputs.source(i, run).view(-1, width).double() for i in (other, inputs.base))  # (rows, d) each
+    x, b = (inputs.source(i, run).view(-1, width).double() for i in (other, inputs.base_model))  # (rows, d) each
     p, q = (t.softmax(dim=1).add_(_EPSILON) for t in (x, b))  # (rows, d) each
     divergence = (p * (p / q).log_()).sum(dim=1, keepdim=True).clamp_(min=0)  # (rows, 1)
     return inputs.delta(other, run).abs_().view(-1, width).mul_(divergence).view(-1).float()

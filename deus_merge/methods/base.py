@@ -1,4 +1,4 @@
-"""What a merge method is: parameters, what it needs, and a pure function from a block's tensors to new ones.
+"""The interface of a merge method: parameters, requirements, and a pure function from a block's tensors to new ones.
 
 A method is one file in this folder that defines ``METHOD``. It never sees files: it gets a `Block`, which reads its
 inputs on demand onto the device, and yields its outputs one by one, so that the caller can cast, write and free each.
@@ -26,7 +26,7 @@ CONCURRENT_OUTPUTS = 4
 
 @dataclass(frozen=True)
 class Decision:
-    """What a method decides about an output tensor before any tensor is read.
+    """A method's decision about an output tensor, made before any tensor is read.
 
     Attributes:
         action: ``COPY`` (one source's tensor), ``ZEROS`` or ``COMPUTE``.
@@ -51,7 +51,7 @@ class Refusal:
     """Why a method cannot make a block.
 
     Attributes:
-        message: What is wrong.
+        message: The reason.
         parameter: The parameter to blame, if one is.
     """
 
@@ -69,7 +69,7 @@ def undescribed(method: str, role: str) -> Refusal:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One output tensor of a block: what it is, what it is made from, and how.
+    """One output tensor of a block: its identity, its inputs, and how it comes about.
 
     Attributes:
         role: Its role in the layer (or its name outside of layers).
@@ -83,7 +83,7 @@ class OutputTensor:
         slot: Which of the block's layers it belongs to; 0 unless a block makes several.
         base: Which source is the base model.
         heads: The attention heads of the layer it belongs to, where its config says.
-        between: Of a method that learns: the two sources that its layer is put between.
+        between: For a method that learns: the two sources that its layer is put between.
         action: How it comes about.
         source: For actions on one source: which.
     """
@@ -145,7 +145,7 @@ class Block(Protocol):
     """The inputs of one unit of work: a decoder layer (or several made at once), the embeddings, or the head.
 
     Attributes:
-        outputs: What is to be made.
+        outputs: The tensors to be made.
         base: Which source is the base model.
         memory: Bytes that may be alive at once; None for no limit.
     """
@@ -163,7 +163,11 @@ class Block(Protocol):
         ...
 
     def generator(self, output: OutputTensor, source: int) -> torch.Generator:
-        """Random numbers for one source of one output, of this run's seed: the same ones each time."""
+        """Random numbers for one source of one output, of this run's seed: the same ones each time.
+
+        The generator is on the CPU, whatever the run's device: draw there and move the numbers, so that every device
+        gets the same ones.
+        """
         ...
 
 
@@ -190,11 +194,11 @@ class MergeMethod(ABC):
         name: As in a recipe, and the file's name.
         summary: One line for ``deus-merge methods``.
         reference: Where it was published.
-        parameters: What a recipe can set.
+        parameters: The parameters that a recipe can set.
         adds_base: Whether ``base_model`` joins the ``models`` of a recipe that do not name it.
-        base: What the base model is to it: ``required``; ``optional``, but one of the sources where a recipe names it;
+        base: The role of the base model: ``required``; ``optional``, but one of the sources where a recipe names it;
             or ``ignored``: a source like the others.
-        others: How many sources it takes beside the base model (all of them, where that is ignored): least and most.
+        others: How many sources it takes besides the base model (all of them, where that is ignored): least and most.
         inserts: Whether it makes new layers: from pairs of sources, or in the gaps of a single source's range.
         tensorwise: Whether it computes each output from the inputs of its role alone, so that several can be computed
             at the same time.
@@ -219,7 +223,7 @@ class MergeMethod(ABC):
         return None
 
     def warning(self, output: OutputTensor) -> str | None:
-        """What the user should know about these settings; None in most cases."""
+        """A message for the user about these settings; None in most cases."""
         return None
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError
-from ..core.parameters import Parameter, parse_roles
+from ..core.parameters import block_parameter, parse_roles
 from ..core.tensors import Diagnostics, OutputChunk
 from ._predictor import BATCH, Training, learn, predict
 from ._stacked import decompose, decomposing_memory, group_size
@@ -22,16 +23,13 @@ if TYPE_CHECKING:
 _MINIMUM_LAYERS = 3  # one between two others
 
 
-def _block(name: str, kind: str, default: object, help: str, **more) -> Parameter:
-    return Parameter(name, kind, default, help, "block", **more)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PredictorDiagnostics(Diagnostics):
     """How the network of one role learned.
 
     Attributes:
-        rank: Of the stacked weights; ``effective_rank`` is the exponential of the entropy of their singular values.
+        rank: Rank of the stacked weights.
+        effective_rank: The exponential of the entropy of their singular values.
         seconds: Wall time of the decomposition and of learning.
         steps: Steps of the optimiser; ``train_loss`` is the mean of the last epoch.
         held_out_error: Relative error on directions that were not learned from; None when there were none.
@@ -54,14 +52,14 @@ class Lesa(MergeMethod):
     inserts = True
     learns = True
     parameters = (
-        _block("epochs", "integer", 5, "how often the network sees every sample", minimum=1),
-        _block("width", "integer", 256, "of the network's two hidden layers", minimum=1),
-        _block("learning_rate", "number", 1e-3, "of AdamW", minimum=0),
-        _block("norm_weight", "number", 5e-5, "share of the loss that holds the norm of predictions", minimum=0,
+        block_parameter("epochs", "integer", 5, "how often the network sees every sample", minimum=1),
+        block_parameter("width", "integer", 256, "of the network's two hidden layers", minimum=1),
+        block_parameter("learning_rate", "number", 1e-3, "of AdamW", minimum=0),
+        block_parameter("norm_weight", "number", 5e-5, "share of the loss that holds the norm of predictions", minimum=0,
                maximum=1),
-        _block("zero_init", "other", False, "zero the tensors that write to the residual stream, or only these roles",
+        block_parameter("zero_init", "other", False, "zero the tensors that write to the residual stream, or only these roles",
                parse=parse_roles),
-        _block("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
+        block_parameter("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
     )  # fmt: skip
 
     def check(self, outputs, sources):
@@ -75,7 +73,8 @@ class Lesa(MergeMethod):
         return check_zero_init(outputs)
 
     def decide(self, output):
-        return ZEROS if output.spec.writes_residual and is_zeroed(output) else COMPUTE
+        writes = output.spec is not None and output.spec.writes_residual
+        return ZEROS if writes and is_zeroed(output) else COMPUTE
 
     def merge(self, block):
         """Role by role: weights are predicted; norms and biases are the mean of the neighbours'."""
@@ -89,7 +88,7 @@ class Lesa(MergeMethod):
                 yield from self._predict(block, outputs, read)
             else:
                 for output in outputs:
-                    below, above = map(read, output.between)
+                    below, above = map(read, _neighbours(output))
                     yield OutputChunk(role, (below + above) / 2, output.slot)
 
     def _predict(self, block: Block, outputs: Sequence[OutputTensor], read) -> Iterator[OutputChunk]:
@@ -99,19 +98,22 @@ class Lesa(MergeMethod):
         hold = block.memory is None or block.memory >= self.workspace(outputs)
         stacked = decompose(read, len(outputs[0].source_parameters))
         if not stacked.rank:  # nothing but zeros
-            yield from (OutputChunk(role, read(o.between[0]).clone(), o.slot) for o in outputs)
+            yield from (OutputChunk(role, read(_neighbours(o)[0]).clone(), o.slot) for o in outputs)
             return
-        network, losses = learn(stacked, training, block.generator(outputs[0], 0), hold)
+        network, progress = learn(stacked, training, block.generator(outputs[0], 0), hold)
         diagnostics = PredictorDiagnostics(
             role=role,
             rank=stacked.rank,
             effective_rank=stacked.effective_rank(),
             seconds=time.monotonic() - started,
-            **losses,
+            steps=int(progress["steps"]),
+            train_loss=progress["train_loss"],
+            held_out_error=progress.get("held_out_error"),
+            held_out_error_of_average=progress.get("held_out_error_of_average"),
         )
         yield OutputChunk(role, None, diagnostics=diagnostics)
         for output in outputs:
-            yield OutputChunk(role, predict(stacked, network, *output.between), output.slot)
+            yield OutputChunk(role, predict(stacked, network, *_neighbours(output)), output.slot)
 
     def workspace(self, outputs):
         return max(_memory(o, hold=True) for o in outputs)
@@ -131,11 +133,17 @@ def _read(block: Block, role: str, layer: int) -> torch.Tensor:
     return tensor
 
 
+def _neighbours(output: OutputTensor) -> tuple[int, int]:
+    """The sources below and above a new layer."""
+    assert output.between is not None
+    return output.between
+
+
 def _memory(output: OutputTensor, hold: bool) -> int:
-    """Bytes alive at once while a role's new tensors are made."""
+    """Bytes alive at once while a role's new tensors are computed."""
     width = 8 if output.parameters["compute_dtype"] == "float64" else 4
     if len(output.shape) < 2:
-        return 6 * width * output.shape[0]
+        return 6 * width * math.prod(output.shape)
     (n, m), layers, hidden = output.shape, len(output.source_parameters), output.parameters["width"]
     group = min(n, group_size(layers, m))
     basis = n * n + 2 * group * n

@@ -30,7 +30,7 @@ class NearSwap(TensorwiseMethod):
             distance = inputs.delta(other, run).abs_().clamp_(min=_EPSILON)  # (m,)
             weight = (inputs.output.parameters["t"] / distance).clamp_(0, 1)  # (m,)
             result = inputs.own(other, run).mul_(weight)  # (m,)
-            return result.add_((1 - weight).mul_(inputs.source(inputs.base, run)))
+            return result.add_((1 - weight).mul_(inputs.source(inputs.base_model, run)))
 
         return inputs.each_run(merge)
 

@@ -80,7 +80,9 @@ def _mix(inputs: FlatInputs, run: slice, width: int, coefficients, dim: int) -> 
 
 
 def _by_column(inputs: FlatInputs, t: float, width: int):
-    sums = [0.0, 0.0, 0.0]
+    import torch
+
+    sums = [torch.zeros(width, dtype=torch.float64, device=inputs.stored[0].device) for _ in range(3)]  # (width,) each
     for run in inputs.runs():
         a, b = (inputs.delta(i, run).view(-1, width) for i in inputs.others)  # (rows, width) each
         sums = [s + p for s, p in zip(sums, _products(a, b, 0), strict=True)]  # (width,) each

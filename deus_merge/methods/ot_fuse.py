@@ -39,7 +39,7 @@ class OtFuse(MergeMethod):
         Parameter("t", "other", "even", "share of B: W = (1-t) A + t B; even: 1/(k+1), 2/(k+1), ...", "block",
                   parse=parse_t),
         Parameter("layers_per_gap", "integer", 1, "new layers between two neighbours", "block", minimum=1, maximum=64),
-        Parameter("match", "choice", "full", "partial: fuse only what matches best, keep B's rest; symmetry counts"
+        Parameter("match", "choice", "full", "partial: fuse only the best matches, keep B's rest; symmetry counts"
                   " neurons and key-value groups, transport_flow rows", "block", choices=("full", "partial")),
         Parameter("match_fraction", "other", 0.25, "match partial: the share to fuse", "block", parse=parse_share),
         Parameter("match_score", "other", None, "match partial: instead, fuse from this cosine on", "block",
@@ -71,7 +71,7 @@ class OtFuse(MergeMethod):
     def decide(self, output):
         """B where t = 1, A where t = 0 and nothing is aligned, zeros for the roles of zero_init."""
         parameters = output.parameters
-        if output.spec.writes_residual:
+        if output.spec is not None and output.spec.writes_residual:
             if is_zeroed(output):
                 return ZEROS
             if parameters["output_scale"] != 1:
@@ -84,6 +84,7 @@ class OtFuse(MergeMethod):
     def merge(self, block):
         """Align once, fuse for every slot: the layers of one gap share their plans."""
         first = [o for o in block.outputs if o.slot == 0]
+        specs = [o.spec for o in first if o.spec is not None]
         computed = {(o.role, o.slot): o.computed for o in block.outputs}
         parameters = first[0].parameters
         options = align_options(
@@ -91,10 +92,10 @@ class OtFuse(MergeMethod):
             first[0].heads,
             solver_memory(parameters, first, block.memory),
             t=tuple(share_of_b(o) for o in block.outputs if o.role == first[0].role),
-            zero=frozenset(o.role for o in first if o.spec.writes_residual and is_zeroed(o)),
+            zero=frozenset(o.role for o in first if o.spec and o.spec.writes_residual and is_zeroed(o)),
             **{key: parameters[key] for key in _FUSION},
         )
-        for chunk in fuse_layer(SourceLayer(block, 0), SourceLayer(block, 1), [o.spec for o in first], options):
+        for chunk in fuse_layer(SourceLayer(block, 0), SourceLayer(block, 1), specs, options):
             if computed[chunk.role, chunk.slot]:
                 yield chunk
             elif chunk.diagnostics is not None:
@@ -114,7 +115,7 @@ def share_of_b(output: OutputTensor) -> float:
 
 
 def check_zero_init(outputs: Sequence[OutputTensor]) -> Refusal | None:
-    """What is wrong with zero_init; None when nothing is."""
+    """Why zero_init does not fit these layers; None when it does."""
     zeroed = outputs[0].parameters["zero_init"]
     writers = [o.role for o in outputs if o.spec is not None and o.spec.writes_residual]
     if not isinstance(zeroed, bool) and (wrong := [role for role in zeroed if role not in writers]):

@@ -28,7 +28,7 @@ class Ram(TensorwiseMethod):
 
         def merge(run: slice) -> torch.Tensor:
             deltas, changed, count = changes(inputs, run)  # (s, m), (s, m), (m,)
-            result = inputs.own(inputs.base, run)  # (m,)
+            result = inputs.own(inputs.base_model, run)  # (m,)
             share = 1 / count.clamp(min=1).to(inputs.dtype)  # (m,)
             for delta, change, factor in zip(deltas, changed, factors, strict=True):
                 result.add_(delta.mul_(change).mul_(share if factor == 1 else share + (count == 1) * (factor - 1)))
@@ -37,7 +37,7 @@ class Ram(TensorwiseMethod):
         return inputs.each_run(merge)
 
     def unique_factors(self, inputs: FlatInputs) -> Sequence[float]:
-        """What each source's own changes are multiplied with."""
+        """The factor on each source's own changes."""
         return [1.0] * len(inputs.others)
 
 

@@ -17,8 +17,11 @@ class RamPlus(Ram):
 
     def unique_factors(self, inputs):
         """``1 + r min(ρ, alpha)``, where ρ is the number of shared changes over that of unshared ones."""
+        import torch
+
         p = inputs.output.parameters
-        shared, unique = 0, 0
+        shared = torch.zeros(len(inputs.others), dtype=torch.int64, device=inputs.stored[0].device)  # (s,)
+        unique = torch.zeros_like(shared)  # (s,)
         for run in inputs.runs():
             _, changed, count = changes(inputs, run)  # ..., (s, m), (m,)
             shared = shared + (changed & (count > 1)).sum(dim=1)  # (s,)

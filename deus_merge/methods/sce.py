@@ -28,10 +28,15 @@ class Sce(TensorwiseMethod):
     )
 
     def compute(self, inputs):
+        import torch
+
         if not inputs.others:
-            return inputs.each_run(lambda run: inputs.own(inputs.base, run))
+            return inputs.each_run(lambda run: inputs.own(inputs.base_model, run))
         chosen = _Chosen(inputs)
-        squares = sum(_row_totals(deltas.square_()) for deltas in chosen.runs()) / inputs.numel  # (s,), float64
+        totals = torch.zeros(len(inputs.others), dtype=torch.float64, device=inputs.stored[0].device)  # (s,)
+        for deltas in chosen.runs():
+            totals += _row_totals(deltas.square_())
+        squares = totals / inputs.numel  # (s,), float64
         even = squares.new_full((len(squares),), 1 / len(squares))  # (s,)
         weights = (squares / squares.sum() if squares.sum() >= _SMALL else even).tolist()
         runs = chosen.runs()
@@ -45,7 +50,7 @@ class Sce(TensorwiseMethod):
                 result.add_(delta, alpha=weight)
                 divisor.add_(delta > 0, alpha=weight)
             result.div_(divisor.clamp_(min=_SMALL)).mul_(sign)
-            return result.add_(inputs.addend(inputs.base, run))
+            return result.add_(inputs.addend(inputs.base_model, run))
 
         return inputs.each_run(merge)
 
@@ -78,7 +83,7 @@ class _Chosen:
 
 
 def _variances(deltas: torch.Tensor) -> torch.Tensor:
-    """Of each element over the sources, (s, m) -> (m,)."""
+    """Variance of each element over the sources, (s, m) -> (m,)."""
     return deltas.var(dim=0, unbiased=False)
 
 

@@ -38,7 +38,7 @@ def arc(t: float, cosine: float) -> tuple[float, float]:
 
     Args:
         t: 0 to 1 (beyond extrapolates).
-        cosine: Of the angle θ between them.
+        cosine: Cosine of the angle θ between them.
 
     Returns:
         ``sin((1-t)θ) / sin θ`` and ``sin(tθ) / sin θ``; ``1 - t`` and ``t`` where the directions (nearly) coincide.

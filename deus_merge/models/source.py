@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoint.hub import resolve, split_adapter
 from ..checkpoint.lora import LoraSource
 from ..checkpoint.reader import TensorSource
-from ..checkpoint.storage import PLAIN, Access, open_source
+from ..checkpoint.storage import LoadOptions, open_source
 from ..core.errors import CheckpointError, DeusMergeError, nearest
 from .config_rules import check_config
 from .modules import view_modules
@@ -46,24 +46,27 @@ class SourceModel:
         return next(name for name, view in self.modules.items() if view.layer_prefix == self.view.layer_prefix)
 
     @classmethod
-    def open(cls, ref: ModelRef, known: dict[str, TensorSource], access: Access = PLAIN) -> SourceModel:
+    def open(
+        cls, ref: ModelRef, known: dict[str, TensorSource], load_options: LoadOptions | None = None
+    ) -> SourceModel:
         """Find a model, and its adapter if it has one; read configs and headers, and check that they agree.
 
         Args:
             ref: The recipe's reference to it.
             known: Sources by name; one that is opened is added.
-            access: The kinds of files that may be read.
+            load_options: The kinds of files that may be read.
 
         Raises:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
         """
+        load_options = load_options or LoadOptions()
         try:
             name, adapter = split_adapter(ref.text)
             if name not in known:
-                known[name] = open_source(name, access)
+                known[name] = open_source(name, load_options)
             checkpoint: TensorSource = known[name]
             if adapter is not None:
-                checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=access.cache_dir))
+                checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=load_options.cache_dir))
             view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
             check_config(checkpoint.config, view, shapes, checkpoint.where)

@@ -1,7 +1,7 @@
 """Costs between the rows of two matrices, exact to a few units of rounding also where rows nearly agree.
 
-Squared distances come from one matrix product, ``|x|² + |y|² - 2 x·y``, which loses all digits where x ≈ y: there, and
-only there, they are computed again from ``x - y``. A planted permutation therefore has cost 0 on its matches.
+Squared distances are computed by one matrix product, ``|x|² + |y|² - 2 x·y``, which loses all digits where x ≈ y: there,
+and only there, they are computed again from ``x - y``. A planted permutation therefore has cost 0 on its matches.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import math
 from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError, nearest
+from ..core.units import all_finite
 from .coupling import product_blocks, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import torch
     from torch import Tensor
 
 #: Squared distances below this share of ``|x|² + |y|²`` are computed again, by dtype.
@@ -30,14 +32,14 @@ COST_SCALES = ("none", "max", "median")
 
 
 class PointCost:
-    """The cost between the rows of two matrices, made in row blocks: kept in memory, or made again on every pass.
+    """The cost between the rows of two matrices, computed in row blocks: stored, or computed again on every pass.
 
     Args:
         x, y: (n, d), (m, d), float32 or float64, finite.
         cost: ``euclidean`` ‖x_r - y_s‖₂, ``sqeuclidean`` its square, or ``cosine`` 1 - cos(x_r, y_s).
         unit: Scale rows to norm 1 first.
         cost_scale: Divide by the matrix's maximum or median; one of `COST_SCALES`.
-        keep_points: False: `points` may go once the whole cost is in memory.
+        keep_points: False: `points` may be freed once the whole cost is in memory.
 
     Raises:
         SolverError: an unknown name, rows of different length, or values that are not finite or too large to square.
@@ -53,26 +55,32 @@ class PointCost:
         cost_scale: str = "none",
         keep_points: bool = True,
     ):
+        import torch
+
         for key, got, known in (("cost", cost, COSTS), ("cost_scale", cost_scale, COST_SCALES)):
             if got not in known:
                 raise SolverError(f"unknown {key}", expected=" | ".join(known), got=got, hint=nearest(got, known))
         _check(x, y)
         self.name, self._cost_scale = cost, cost_scale
         self.shape, self.dtype, self.device = (len(x), len(y)), x.dtype, x.device
+        finite = all_finite(x) & all_finite(y)  # ()
         if unit or cost == "cosine":
             x, y = unit_rows(x), unit_rows(y)
-        self._points = x, y
-        self._centred = _centred(x, y)
+        self._points: tuple[Tensor, Tensor] | None = (x, y)
+        self._centred: tuple[Tensor, Tensor] | None = _centred(x, y, finite)
         self._norms = tuple(p.norm(dim=1).square_() for p in self._centred)  # (n,), (m,)
-        if not math.isfinite(4 * max(norms.max().item() for norms in self._norms)):  # of the largest sum below
+        largest = max(torch.stack([norms.max() for norms in self._norms]).tolist())
+        if not math.isfinite(4 * largest):  # 4 times: the largest sum that is computed
             raise SolverError(
                 f"the cost overflows {str(x.dtype).removeprefix('torch.')}",
                 expected="distances whose square is a finite number",
                 got=f"values up to {max(points.abs().max().item() for points in (x, y)):.3g}",
-                hint="set unit_rows: true, or compute_dtype: float64; or mend the checkpoint",
+                hint="set unit_rows: true, or compute_dtype: float64; or correct the checkpoint",
             )
         self._scale = None if cost_scale != "none" else 1.0
-        self._keep_points, self._keep, self._kept = keep_points, math.inf, {}
+        self._keep_points, self._limit = keep_points, math.inf
+        self._stored: dict[int, Tensor] = {}  # first row of a block -> the block
+        self._exact: set[int] = set()  # first rows of the parts that have no close pairs
 
     @property
     def points(self) -> tuple[Tensor, Tensor]:
@@ -82,26 +90,26 @@ class PointCost:
         return self._points
 
     def keep(self, nbytes: float | None) -> None:
-        """Keep at most this many bytes of the cost in memory (None: all of it); the rest is made again each time."""
-        self._keep = math.inf if nbytes is None else nbytes
-        if sum(rows.nbytes for rows in self._kept.values()) > self._keep:
-            self._kept.clear()
+        """Store at most this many bytes of the cost in memory (None: all of it); the rest is computed on each pass."""
+        self._limit = math.inf if nbytes is None else nbytes
+        if sum(rows.nbytes for rows in self._stored.values()) > self._limit:
+            self._stored.clear()
 
     @property
     def scale(self) -> float:
-        """What the cost is divided by. Found once, in a pass over the cost or, for the median, a few."""
+        """The number that the cost is divided by. Found once, in one pass over the cost or, for the median, a few."""
         if self._scale is None:
-            size = _median(self._raw, self.dtype) if self._cost_scale == "median" else self._maximum()
+            size = _median(self._unscaled, self.dtype) if self._cost_scale == "median" else self._maximum()
             self._scale = size if size > 0 else 1.0
-            for rows in self._kept.values():
+            for rows in self._stored.values():
                 rows.div_(self._scale)
         return self._scale
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to; good until the next one is asked for,
-        since blocks that are not kept are made in one place."""
+        """The cost in row blocks, in order: (rows, (r, m)). Read only, and valid until the next one is requested,
+        since blocks that are not stored share one buffer."""
         scale = self.scale
-        for block, rows, new in self._raw():
+        for block, rows, new in self._unscaled():
             yield block, rows.div_(scale) if new and scale != 1 else rows
 
     def dense(self) -> Tensor:
@@ -114,42 +122,48 @@ class PointCost:
             matrix[block] = rows
         return matrix
 
-    def _raw(self) -> Iterator[tuple[slice, Tensor, bool]]:
-        """Row blocks as they are kept, or new and not yet scaled: (rows, (r, m), whether they are new)."""
-        used, scratch = sum(rows.nbytes for rows in self._kept.values()), None
+    def _unscaled(self) -> Iterator[tuple[slice, Tensor, bool]]:
+        """Row blocks as they are stored, or new and not yet scaled: (rows, (r, m), whether they are new)."""
+        used, scratch = sum(rows.nbytes for rows in self._stored.values()), None
         for block in product_blocks(*self.shape):
-            rows = self._kept.get(block.start)
+            rows = self._stored.get(block.start)
             new = rows is None
-            if new:
+            if rows is None:
                 shape = block.stop - block.start, self.shape[1]
-                if used + shape[0] * shape[1] * self.dtype.itemsize <= self._keep:
-                    rows = self._kept[block.start] = self._norms[0].new_empty(shape)  # (r, m)
+                if used + shape[0] * shape[1] * self.dtype.itemsize <= self._limit:
+                    rows = self._stored[block.start] = self._norms[0].new_empty(shape)  # (r, m)
                     used += rows.nbytes
                 else:
                     scratch = self._norms[0].new_empty(shape) if scratch is None else scratch[: shape[0]]
                     rows = scratch
-                self._make(block, rows)
+                self._compute(block, rows)
             yield block, rows, new
         if not self._keep_points and used == self.shape[0] * self.shape[1] * self.dtype.itemsize:
             self._points = self._centred = None
 
     def _maximum(self) -> float:
-        return max(rows.max().item() for _, rows, _ in self._raw())
+        import torch
 
-    def _make(self, block: slice, cost: Tensor) -> None:
+        return torch.stack([rows.max() for _, rows, _ in self._unscaled()]).max().item()
+
+    def _compute(self, block: slice, cost: Tensor) -> None:
         """Write the rows of one block before scaling into ``cost``, (r, m)."""
         import torch
 
+        assert self._points is not None and self._centred is not None, "freed only when all blocks are stored"
         x, y = self._centred[0][block], self._centred[1]  # (r, d), (m, d)
         x2, y2 = self._norms[0][block], self._norms[1]  # (r,), (m,)
         torch.mm(x, y.t(), out=cost)
         close, largest = _CLOSE[str(x.dtype)], y2.max()
         for part in row_blocks(*cost.shape):
-            rows = cost[part]  # (p, m)
+            rows, first = cost[part], block.start + part.start  # (p, m)
             scale = x2[part].unsqueeze(1) + y2  # (p, m)
             torch.sub(scale, rows, alpha=2, out=rows).clamp_min_(0)
-            if bool((rows.amin(1) < close * (x2[part] + largest)).any()):
-                _recompute_close(rows, self._points[0][block][part], self._points[1], scale)
+            if first not in self._exact:  # what was read once is not read from the device again
+                if bool((rows.amin(1) < close * (x2[part] + largest)).any()):
+                    _recompute_close(rows, self._points[0][block][part], self._points[1], scale)
+                else:
+                    self._exact.add(first)
             if self.name == "euclidean":
                 rows.sqrt_()
             elif self.name == "cosine":
@@ -170,22 +184,24 @@ def _recompute_close(rows: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> None:
         rows[r, s] = (x[r] - y[s]).square_().sum(1)
 
 
-def _median(raw: Callable[[], Iterator[tuple[slice, Tensor, bool]]], dtype: object) -> float:
+def _median(blocks: Callable[[], Iterator[tuple[slice, Tensor, bool]]], dtype: torch.dtype) -> float:
     """The lower median of non-negative floats, found by their bits, 16 of them a pass."""
     import torch
 
     kind, width = (torch.int32, 32) if dtype == torch.float32 else (torch.int64, 64)
-    prefix, wanted = 0, None  # the bits known so far, and how many numbers that have them come before the median
+    prefix, wanted = 0, -1  # the bits known so far; how many numbers that have them are below the median
     for shift in range(width - 16, -1, -16):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for _, rows, _ in raw():
+        counts = None
+        for _, rows, _ in blocks():
             bits = rows.flatten().view(kind)  # integers in the order of the floats
             if shift + 16 < width:
                 bits = bits[(bits >> (shift + 16)) == prefix]
-            counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
-        if wanted is None:
-            wanted = (int(counts.sum()) - 1) // 2
-        up_to = counts.cumsum(0)
+            more = torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16)  # (2 ** 16,)
+            counts = more if counts is None else counts + more
+        assert counts is not None, "a cost has rows"
+        up_to = counts.cumsum(0).cpu()
+        if wanted < 0:
+            wanted = (int(up_to[-1]) - 1) // 2
         digit = int((up_to <= wanted).sum())
         wanted -= int(up_to[digit - 1]) if digit else 0
         prefix = prefix << 16 | digit
@@ -205,13 +221,27 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / norm.where(norm > 0, 1)
 
 
-def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without their common offset, which costs digits; as they are where there is hardly any."""
+def _centred(x: Tensor, y: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without their common offset, which costs digits; as they are where it is small.
+
+    Raises:
+        SolverError: ``finite``, (), is false. It is read together with the sizes.
+    """
+    import torch
+
     if not len(x) or not len(y):
         return x, y
     mean = (x.mean(0) + y.mean(0)) / 2  # (d,)
     sizes = [p.norm() / math.sqrt(len(p)) for p in (x, y)]  # root mean square norms of rows
-    return (x, y) if mean.norm() < 0.5 * min(sizes) else (x - mean, y - mean)
+    offset, *rms, points_are_finite = torch.stack([t.double() for t in (mean.norm(), *sizes, finite)]).tolist()
+    if not points_are_finite:
+        raise SolverError(
+            "the cost is not finite",
+            expected="finite weights",
+            got="NaN or infinity",
+            hint="look for broken weights",
+        )
+    return (x, y) if offset < 0.5 * min(rms) else (x - mean, y - mean)
 
 
 def _sqeuclidean_float64(x: Tensor, y: Tensor) -> Tensor:
@@ -220,17 +250,7 @@ def _sqeuclidean_float64(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, y: Tensor) -> None:
-    import torch
-
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise SolverError("rows of different length", got=f"{tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype != y.dtype or str(x.dtype) not in _CLOSE:
         raise SolverError("costs are computed in float32 or float64", got=f"{x.dtype} and {y.dtype}")
-    for points in (x, y):
-        if points.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(points))).all()):
-            raise SolverError(
-                "the cost is not finite",
-                expected="finite weights",
-                got="NaN or infinity",
-                hint="look for broken weights",
-            )

@@ -1,18 +1,18 @@
-"""Transport plans, as matrices, permutations or row blocks made on demand; and the maps they induce.
+"""Transport plans, as matrices, permutations or row blocks computed on demand; and the maps they induce.
 
-A `Coupling` has total mass 1, so its rows sum to 1/n (where marginals are relaxed: on average); a `TransportMap` has
-columns that sum to 1, so what it makes are weighted means of rows. They differ by a factor n and are different types
-with different method names: mixing them up is an error, not a model that is wrong by a factor of 4096.
+A `Coupling` has total mass 1, so its rows sum to 1/n (where marginals are relaxed: on average). A `TransportMap` has
+columns that sum to 1, so its results are weighted means of rows. They differ by a factor n and are different types with
+different method names: mixing them up is an error, not a model that is wrong by a factor of 4096.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..core.errors import SolverError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -20,33 +20,56 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 1 << 21
 #: Elements of one row block in matrix products: 32 MiB of float32.
 PRODUCT_ELEMENTS = 1 << 23
+_MOVED_ROWS = 1024  # rows that a permutation moves at once in `TransportMap.row_blocks`
 
 
-def row_blocks(rows: int, columns: int, elements: int = BLOCK_ELEMENTS, multiple: int = 1) -> Iterator[slice]:
-    """Slices that cut ``rows`` rows of ``columns`` elements into blocks of about ``elements``, each but the last of a
-    multiple of ``multiple`` rows."""
+def row_blocks(rows: int, columns: int, elements: int | None = None, multiple: int = 1) -> Iterator[slice]:
+    """Slices that cut ``rows`` rows of ``columns`` elements into blocks of about ``elements`` (`BLOCK_ELEMENTS`), each
+    but the last of a multiple of ``multiple`` rows."""
+    elements = BLOCK_ELEMENTS if elements is None else elements
     step = max(1, elements // max(1, columns) // multiple) * multiple
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def product_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """`row_blocks` for matrix products. Whatever is stored and whatever is made again uses these same blocks, so that
-    the memory a run may take does not show in its bytes: also not by way of the blocks' addresses, which are multiples
-    of 64 bytes in both cases (on some processors the library's products round differently elsewhere)."""
+    """`row_blocks` for matrix products. Stored and recomputed matrices use these same blocks, so that the memory limit
+    of a run does not show in its bytes: also not through the blocks' addresses, which are multiples of 64 bytes in both
+    cases (on some processors the library's products round differently elsewhere)."""
     return row_blocks(rows, columns, PRODUCT_ELEMENTS, multiple=16)
+
+
+def matrix_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The `product_blocks` of a stored matrix (n, m): (rows, (r, m))."""
+    for block in product_blocks(matrix.shape[0], matrix.shape[1]):
+        yield block, matrix[block]
+
+
+class Measures(NamedTuple):
+    """What a plan comes to; see the methods of `Coupling` with these names."""
+
+    marginal_error: float
+    transport_cost: float
+    effective_support: float
 
 
 class Coupling:
     """A transport plan: ``matrix[r, s]`` (n, m) is the mass that goes from r to s; total mass 1.
 
     `scripted_rows` and `scripted_columns` multiply by the coupling as it is, as the published OpT-DeUS script does;
-    for weighted means of rows take `transport_map`.
+    for weighted means of rows use `transport_map`.
+
+    Args:
+        matrix: T (n, m).
+        unmatched: (m,) bool, the columns that the solver left without mass; None if every column has mass.
     """
 
-    def __init__(self, matrix: Tensor):
+    shape: tuple[int, int]
+    unmatched: Tensor | None
+
+    def __init__(self, matrix: Tensor, unmatched: Tensor | None = None):
         self._matrix = matrix
-        self.shape: tuple[int, int] = (matrix.shape[0], matrix.shape[1])
+        self.shape, self.unmatched = (matrix.shape[0], matrix.shape[1]), unmatched
 
     @property
     def matrix(self) -> Tensor:
@@ -54,34 +77,37 @@ class Coupling:
         return self._matrix
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """T in row blocks: (rows, (r, m)); good until the next one is asked for."""
-        for block in product_blocks(*self.shape):
-            yield block, self._matrix[block]
+        """T in row blocks: (rows, (r, m)); valid until the next one is requested."""
+        return matrix_blocks(self._matrix)
 
     def column_mass(self) -> Tensor:
         """Sums of the columns, (m,)."""
-        return sum(block.sum(0) for _, block in self.blocks())
+        mass = None
+        for _, block in self.blocks():
+            mass = block.sum(0) if mass is None else mass + block.sum(0)  # (m,)
+        assert mass is not None, "a plan has rows"
+        return mass
 
     def marginal_error(self, a: Tensor, b: Tensor) -> float:
         """L1 distance of the row sums to ``a`` (n,) plus that of the column sums to ``b`` (m,)."""
-        rows, columns = 0.0, b.new_zeros(b.shape).double()
-        for block, plan in self.blocks():
-            rows += (plan.sum(1).double() - a[block].double()).abs().sum().item()
-            columns += plan.sum(0).double()
-        return rows + (columns - b.double()).abs().sum().item()
+        return self._marginal_error(a, b).item()
 
-    def transport_cost(self, cost: Iterator[tuple[slice, Tensor]] | Tensor) -> float:
-        """<T, C>; ``cost`` (n, m), or its row blocks as `costs.PointCost.blocks` yields them."""
-        blocks = iter(cost) if not hasattr(cost, "shape") else ((s, cost[s]) for s in product_blocks(*self.shape))
-        total = 0.0
-        for (_, plan), (_, c) in zip(self.blocks(), blocks, strict=True):
-            for part in row_blocks(*plan.shape):  # float32 sums of small parts, added up in float64
-                total += plan[part].flatten().dot(c[part].flatten()).item()
-        return total
+    def transport_cost(self, cost: Iterable[tuple[slice, Tensor]]) -> float:
+        """<T, C>; ``cost`` in row blocks, as `OTProblem.blocks` and `matrix_blocks` yield them."""
+        return self._transport_cost(cost).item()
 
     def effective_support(self) -> float:
-        """How many rows a column's mass comes from: the mean over columns of exp(entropy)."""
+        """The number of rows that a column's mass comes from: the mean over columns of exp(entropy)."""
         return effective_support(block for _, block in self.blocks())
+
+    def measures(self, a: Tensor, b: Tensor, cost: Iterable[tuple[slice, Tensor]]) -> Measures:
+        """`marginal_error`, `transport_cost` and `effective_support`, with one read from the device."""
+        import torch
+
+        sums = column_sums(block for _, block in self.blocks())
+        read = [self._marginal_error(a, b), self._transport_cost(cost), *sums.mean_support()]
+        error, paid, support, complete = torch.stack([x.double() for x in read]).tolist()
+        return Measures(error, paid, support if complete else sums.mean_support_of_full())
 
     def transport_map(self, b: Tensor | None = None) -> TransportMap:
         """The barycentric map of this plan, n·T for uniform marginals. Shares the memory of the plan.
@@ -105,23 +131,53 @@ class Coupling:
             result.addmm_(weight[:, block], plan)
         return result
 
-    def _mean_rows(self, weight: Tensor, mass: Tensor) -> Tensor:
+    def mean_rows(self, weight: Tensor, mass: Tensor) -> Tensor:
+        """Tᵀ W over the mass (m,) of the columns: (n, d) -> (m, d)."""
         return self.scripted_rows(weight).div_(mass.unsqueeze(1))
 
-    def _mean_columns(self, weight: Tensor, mass: Tensor) -> Tensor:
+    def mean_columns(self, weight: Tensor, mass: Tensor) -> Tensor:
+        """W T over the mass (m,) of the columns: (d, n) -> (d, m)."""
         return self.scripted_columns(weight).div_(mass)
+
+    def mean_row_blocks(self, weight: Tensor, mass: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`mean_rows` in row blocks: (rows, (r, d))."""
+        yield slice(0, self.shape[1]), self.mean_rows(weight, mass)
+
+    def _marginal_error(self, a: Tensor, b: Tensor) -> Tensor:
+        """() float64, on the device."""
+        rows, columns = b.new_zeros(()).double(), b.new_zeros(b.shape).double()  # (), (m,)
+        for block, plan in self.blocks():
+            rows += (plan.sum(1).double() - a[block].double()).abs().sum()
+            columns += plan.sum(0).double()
+        return rows + (columns - b.double()).abs().sum()
+
+    def _transport_cost(self, cost: Iterable[tuple[slice, Tensor]]) -> Tensor:
+        """() float64, on the device."""
+        paid = None
+        for (_, plan), (_, c) in zip(self.blocks(), cost, strict=True):
+            for part in row_blocks(*plan.shape):  # float32 sums of small parts, added up in float64
+                more = plan[part].flatten().dot(c[part].flatten()).double()  # ()
+                paid = more if paid is None else paid + more
+        assert paid is not None, "a plan has rows"
+        return paid
 
 
 class LazyCoupling(Coupling):
-    """A plan that is never stored: its row blocks are made on every pass.
+    """A plan that is never stored: its row blocks are computed on every pass.
 
     Args:
         shape: (n, m).
-        make: Called for each pass; yields the `product_blocks` of T in order.
+        compute: Called for each pass; yields the `product_blocks` of T in order.
+        unmatched: As for `Coupling`.
     """
 
-    def __init__(self, shape: tuple[int, int], make: Callable[[], Iterator[tuple[slice, Tensor]]]):
-        self.shape, self._make = shape, make
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        compute: Callable[[], Iterator[tuple[slice, Tensor]]],
+        unmatched: Tensor | None = None,
+    ):
+        self.shape, self._compute, self.unmatched = shape, compute, unmatched
 
     @property
     def matrix(self) -> Tensor:
@@ -130,10 +186,11 @@ class LazyCoupling(Coupling):
         for rows, block in self.blocks():
             matrix = block.new_empty(self.shape) if matrix is None else matrix  # (n, m)
             matrix[rows] = block
+        assert matrix is not None, "a plan has rows"
         return matrix
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        return self._make()
+        return self._compute()
 
 
 class PermutationCoupling(Coupling):
@@ -145,7 +202,7 @@ class PermutationCoupling(Coupling):
     """
 
     def __init__(self, rows: Tensor, like: Tensor):
-        self.rows, self._like = rows, like
+        self.rows, self._like, self.unmatched = rows, like, None
         self.shape = (len(rows), len(rows))
 
     @property
@@ -169,17 +226,13 @@ class PermutationCoupling(Coupling):
     def column_mass(self) -> Tensor:
         return self._like.new_full((len(self.rows),), 1 / len(self.rows))
 
-    def marginal_error(self, a: Tensor, b: Tensor) -> float:
-        n = len(self.rows)
-        return ((a.double() - 1 / n).abs().sum() + (b.double() - 1 / n).abs().sum()).item()
-
-    def transport_cost(self, cost: Iterator[tuple[slice, Tensor]] | Tensor) -> float:
-        n, columns = len(self.rows), self.columns
-        blocks = iter(cost) if not hasattr(cost, "shape") else ((s, cost[s]) for s in product_blocks(n, n))
-        return sum(c.gather(1, columns[s].unsqueeze(1)).double().sum().item() for s, c in blocks) / n
-
     def effective_support(self) -> float:
         return 1.0
+
+    def measures(self, a: Tensor, b: Tensor, cost: Iterable[tuple[slice, Tensor]]) -> Measures:
+        import torch
+
+        return Measures(*torch.stack([self._marginal_error(a, b), self._transport_cost(cost)]).tolist(), 1.0)
 
     def scripted_rows(self, weight: Tensor) -> Tensor:
         return weight.index_select(0, self.rows) / len(self.rows)
@@ -187,15 +240,55 @@ class PermutationCoupling(Coupling):
     def scripted_columns(self, weight: Tensor) -> Tensor:
         return weight.index_select(1, self.rows) / len(self.rows)
 
-    def _mean_rows(self, weight: Tensor, mass: Tensor) -> Tensor:
+    def mean_rows(self, weight: Tensor, mass: Tensor) -> Tensor:
         return weight.index_select(0, self.rows)
 
-    def _mean_columns(self, weight: Tensor, mass: Tensor) -> Tensor:
+    def mean_columns(self, weight: Tensor, mass: Tensor) -> Tensor:
         return weight.index_select(1, self.rows)
+
+    def mean_row_blocks(self, weight: Tensor, mass: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.rows), _MOVED_ROWS):
+            rows = slice(start, min(start + _MOVED_ROWS, len(self.rows)))
+            yield rows, weight[self.rows[rows]]
+
+    def _marginal_error(self, a: Tensor, b: Tensor) -> Tensor:
+        n = len(self.rows)
+        return (a.double() - 1 / n).abs().sum() + (b.double() - 1 / n).abs().sum()
+
+    def _transport_cost(self, cost: Iterable[tuple[slice, Tensor]]) -> Tensor:
+        columns, paid = self.columns, self._like.new_zeros(()).double()
+        for rows, c in cost:
+            paid += c.gather(1, columns[rows].unsqueeze(1)).double().sum()
+        return paid / len(self.rows)
+
+
+class RowMap(Protocol):
+    """A map from the rows of A to the rows of B, (n, m), that a plan induces.
+
+    Attributes:
+        unmatched: (m,) bool: rows of B that nothing of A goes to; the results there are zeros, and the caller must put
+            B's own rows in their place. None if there are none.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def unmatched(self) -> Tensor | None: ...
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """Rows of A (n, d) -> rows in B's order (m, d)."""
+        ...
+
+    def to_columns(self, weight: Tensor) -> Tensor:
+        """Columns of A (d, n) -> columns in B's order (d, m)."""
+        ...
 
 
 class TransportMap:
-    """A barycentric map M (n, m) with columns that sum to 1: every row it makes is a weighted mean of rows.
+    """A barycentric map M (n, m) with columns that sum to 1: each result is a weighted mean of rows (`RowMap`).
+
+    Only plans with relaxed marginals have `unmatched` columns.
 
     Args:
         coupling: The plan.
@@ -203,71 +296,106 @@ class TransportMap:
     """
 
     def __init__(self, coupling: Coupling, column_mass: Tensor):
-        self._coupling: Coupling | None = coupling
+        self._coupling = coupling
         self.shape: tuple[int, int] = coupling.shape
+        self.unmatched: Tensor | None = coupling.unmatched
         self._mass = column_mass.clamp_min(_tiny(column_mass))
-
-    @classmethod
-    def identity(cls, n: int) -> TransportMap:
-        """The map that changes nothing; holds no matrix."""
-        self = cls.__new__(cls)
-        self._coupling, self.shape = None, (n, n)
-        return self
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether this map was made by `identity`."""
-        return self._coupling is None
-
-    @property
-    def unmatched(self) -> Tensor | None:
-        """(m,) bool: the columns that no mass goes to, where `to_rows` and `to_columns` give zeros; None if there are
-        none. Only plans with relaxed marginals have some: what they match with is nothing, so keep B's own there."""
-        if self._coupling is None:
-            return None
-        empty = self._mass <= _tiny(self._mass)  # (m,)
-        return empty if bool(empty.any()) else None
 
     @property
     def matrix(self) -> Tensor:
         """M (n, m), formed now."""
-        import torch
-
-        return torch.eye(self.shape[0]) if self._coupling is None else self._coupling.matrix / self._mass
+        return self._coupling.matrix / self._mass
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """Mᵀ W: rows of A (n, d) -> rows in B's order (m, d)."""
-        self._check(weight.shape[0])
-        return weight if self._coupling is None else self._coupling._mean_rows(weight, self._mass)
+        _check_size(self.shape[0], weight.shape[0])
+        return self._coupling.mean_rows(weight, self._mass)
 
     def to_columns(self, weight: Tensor) -> Tensor:
         """W M: columns of A (d, n) -> columns in B's order (d, m)."""
-        self._check(weight.shape[1])
-        return weight if self._coupling is None else self._coupling._mean_columns(weight, self._mass)
+        _check_size(self.shape[0], weight.shape[1])
+        return self._coupling.mean_columns(weight, self._mass)
 
-    def _check(self, size: int) -> None:
-        if size != self.shape[0]:
-            raise SolverError("a transport map does not fit the weight", expected=self.shape[0], got=size)
+    def row_blocks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`to_rows` in row blocks, (rows, (r, d)), without a copy of all rows where the plan is a permutation."""
+        _check_size(self.shape[0], weight.shape[0])
+        return self._coupling.mean_row_blocks(weight, self._mass)
 
 
-def effective_support(blocks: Iterator[Tensor]) -> float:
-    """Mean over columns of exp(entropy of the normalised column) of a matrix given as row blocks (r, m).
+class ScriptedMap:
+    """A coupling applied as it is, as the published OpT-DeUS script does: results are 1/n of weighted means (`RowMap`).
 
-    Columns without mass are left out. One pass, no (n, m) buffer.
+    Columns without mass stay zeros, as in the script, so nothing counts as unmatched.
     """
-    import torch
 
-    mass = xlogx = None  # (m,) sums of x and of x log x
+    unmatched: Tensor | None = None
+
+    def __init__(self, coupling: Coupling):
+        self._coupling = coupling
+        self.shape: tuple[int, int] = coupling.shape
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """Tᵀ W: (n, d) -> (m, d)."""
+        _check_size(self.shape[0], weight.shape[0])
+        return self._coupling.scripted_rows(weight)
+
+    def to_columns(self, weight: Tensor) -> Tensor:
+        """W T: (d, n) -> (d, m)."""
+        _check_size(self.shape[0], weight.shape[1])
+        return self._coupling.scripted_columns(weight)
+
+
+class ColumnSums(NamedTuple):
+    """Sums over the columns of a non-negative matrix, (m,) each: of x and of x log x."""
+
+    mass: Tensor
+    xlogx: Tensor
+
+    def mean_support(self) -> tuple[Tensor, Tensor]:
+        """The mean of exp(entropy of the normalised column), () float64; whether all columns have mass, () bool, without
+        which the mean means nothing."""
+        return _mean_support(self.mass.double(), self.xlogx.double()), (self.mass > 0).all()
+
+    def mean_support_of_full(self) -> float:
+        """The same mean over the columns that have mass; 0 if none has."""
+        full = self.mass > 0  # (m,)
+        mass, xlogx = self.mass[full].double(), self.xlogx[full].double()
+        return _mean_support(mass, xlogx).item() if mass.numel() else 0.0
+
+
+def column_sums(blocks: Iterable[Tensor]) -> ColumnSums:
+    """The sums of a matrix that is given in row blocks (r, m). One pass, no (n, m) buffer."""
+    sums = None
     for whole in blocks:
         for part in row_blocks(*whole.shape):
             x = whole[part]  # (r, m)
-            sums = x.sum(0), x.clamp_min(_tiny(x)).log_().mul_(x).sum(0)
-            mass, xlogx = sums if mass is None else (mass + sums[0], xlogx + sums[1])
-    full = mass > 0
-    mass, xlogx = mass[full].double(), xlogx[full].double()
-    if mass.numel() == 0:
-        return 0.0
-    return torch.exp(mass.log() - xlogx / mass).mean().item()
+            mass, xlogx = x.sum(0), x.clamp_min(_tiny(x)).log_().mul_(x).sum(0)  # (m,) each
+            sums = ColumnSums(mass, xlogx) if sums is None else ColumnSums(sums.mass + mass, sums.xlogx + xlogx)
+    assert sums is not None, "a matrix has rows"
+    return sums
+
+
+def effective_support(blocks: Iterable[Tensor]) -> float:
+    """Mean over columns of exp(entropy of the normalised column) of a matrix given as row blocks (r, m).
+
+    Columns without mass are left out.
+    """
+    import torch
+
+    sums = column_sums(blocks)
+    support, complete = torch.stack([x.double() for x in sums.mean_support()]).tolist()
+    return support if complete else sums.mean_support_of_full()
+
+
+def _mean_support(mass: Tensor, xlogx: Tensor) -> Tensor:
+    import torch
+
+    return torch.exp(mass.log() - xlogx / mass).mean()
+
+
+def _check_size(expected: int, got: int) -> None:
+    if got != expected:
+        raise SolverError("a transport map does not fit the weight", expected=expected, got=got)
 
 
 def _tiny(matrix: Tensor) -> float:

@@ -1,14 +1,15 @@
-"""What an optimal transport solver takes and gives: `OTProblem` in, `OTSolution` out, `OTSolver` between them."""
+"""The input and the output of an optimal transport solver (`solver.OTSolver`): `OTProblem` and `OTSolution`."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..core.errors import SolverError
 from .costs import PointCost
-from .coupling import Coupling, product_blocks
+from .coupling import Coupling, matrix_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,14 +17,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Marginals(NamedTuple):
+    """What is known about the marginals of a problem.
+
+    Attributes:
+        positive: Whether all points have mass.
+        uniform: Whether the points of either side have equal masses.
+    """
+
+    positive: bool
+    uniform: bool
+
+
 @dataclass(frozen=True, eq=False)
 class OTProblem:
     """Transport mass ``a`` on n points to mass ``b`` on m points, at ``cost[r, s]`` a unit from r to s.
 
     Args:
-        cost: (n, m), float32 or float64, finite; or the `PointCost` that makes it in row blocks.
+        cost: (n, m), float32 or float64, finite; or the `PointCost` that computes it in row blocks.
         a: (n,) non-negative, sums to 1.
         b: (m,) non-negative, sums to 1.
+        known: Facts about a and b; None to find them out.
 
     Raises:
         SolverError: anything else.
@@ -32,6 +46,7 @@ class OTProblem:
     cost: Tensor | PointCost
     a: Tensor
     b: Tensor
+    known: Marginals | None = None
 
     def __post_init__(self) -> None:
         import torch
@@ -42,41 +57,56 @@ class OTProblem:
             )
         if self.cost.dtype not in (torch.float32, torch.float64):
             raise SolverError("the cost has the wrong dtype", expected="float32 or float64", got=self.cost.dtype)
-        if isinstance(self.cost, torch.Tensor):
-            low, high = torch.aminmax(self.cost)  # NaN passes through both
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise SolverError("the cost is not finite", got=f"minimum {low.item()}, maximum {high.item()}")
         for name, marginal, size in (("a", self.a, self.cost.shape[0]), ("b", self.b, self.cost.shape[1])):
             if tuple(marginal.shape) != (size,):
                 raise SolverError(f"marginal {name} does not fit the cost", expected=(size,), got=tuple(marginal.shape))
-            if not bool(torch.isfinite(marginal).all()) or bool((marginal < 0).any()):
-                raise SolverError(f"marginal {name} has negative or non-finite entries")
-            total = marginal.double().sum().item()
-            if abs(total - 1) > 1e-4:
-                raise SolverError(f"marginal {name} is not a distribution", expected="a sum of 1", got=total)
+        # Everything that is asked about the values, in one read from the device.
+        asked = [] if isinstance(self.cost, PointCost) else [*torch.aminmax(self.cost)]  # NaN passes through both
+        if self.known is None:
+            for marginal in (self.a, self.b):
+                asked += [*torch.aminmax(marginal), marginal.double().sum()]
+        read = torch.stack([x.double() for x in asked]).tolist() if asked else []
+        if not isinstance(self.cost, PointCost):
+            low, high, *read = read
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise SolverError("the cost is not finite", got=f"minimum {low}, maximum {high}")
+        if self.known is None:
+            object.__setattr__(self, "known", _known(read[:3], read[3:]))
 
     @classmethod
     def uniform(cls, cost: Tensor | PointCost) -> OTProblem:
         """The problem with uniform marginals 1/n and 1/m."""
         import torch
 
-        n, m = cost.shape if len(cost.shape) == 2 else (1, 1)  # other shapes are refused below
+        n, m = cost.shape if len(cost.shape) == 2 else (1, 1)  # other shapes are refused by the constructor
         a, b = (torch.full((k,), 1 / max(k, 1), dtype=cost.dtype, device=cost.device) for k in (n, m))
-        return cls(cost, a, b)
+        return cls(cost, a, b, Marginals(positive=True, uniform=True))
+
+    @property
+    def marginals(self) -> Marginals:
+        """What is known about a and b."""
+        assert self.known is not None, "set by the constructor"
+        return self.known
+
+    @property
+    def matrix(self) -> Tensor:
+        """The whole cost, (n, m), in memory."""
+        return self.cost.dense() if isinstance(self.cost, PointCost) else self.cost
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The cost in row blocks, in order: (rows, (r, m)). Not to be written to; good until the next is asked for."""
-        if isinstance(self.cost, PointCost):
-            yield from self.cost.blocks()
-        else:
-            yield from ((block, self.cost[block]) for block in product_blocks(*self.cost.shape))
+        """The cost in row blocks, in order: (rows, (r, m)). Read only, and valid until the next one is requested."""
+        return self.cost.blocks() if isinstance(self.cost, PointCost) else matrix_blocks(self.cost)
+
+    def with_cost(self, cost: Tensor | PointCost) -> OTProblem:
+        """The same masses at another cost, (n, m)."""
+        return OTProblem(cost, self.a, self.b, self.known)
 
     def stored(self) -> OTProblem:
         """The same problem with its cost as one matrix."""
-        return OTProblem(self.cost.dense(), self.a, self.b) if isinstance(self.cost, PointCost) else self
+        return self.with_cost(self.cost.dense()) if isinstance(self.cost, PointCost) else self
 
     def keep(self, nbytes: int | None) -> None:
-        """How much of a `PointCost` may stay in memory; a matrix is there already."""
+        """Limit how many bytes of a `PointCost` stay in memory; a matrix is in memory already."""
         if isinstance(self.cost, PointCost):
             self.cost.keep(nbytes)
 
@@ -84,26 +114,31 @@ class OTProblem:
     def is_uniform_square(self) -> bool:
         """Whether the exact plan can be a permutation divided by n."""
         n, m = self.cost.shape
-        return n == m and bool((self.a == self.a[0]).all()) and bool((self.b == self.b[0]).all())
+        return n == m and self.marginals.uniform
+
+
+def _known(a: list[float], b: list[float]) -> Marginals:
+    """What the least and the largest entry and the sum of each marginal say; refuses what is not a distribution."""
+    for name, (least, largest, total) in (("a", a), ("b", b)):
+        if not (math.isfinite(least) and math.isfinite(largest) and least >= 0):
+            raise SolverError(f"marginal {name} has negative or non-finite entries")
+        if abs(total - 1) > 1e-4:
+            raise SolverError(f"marginal {name} is not a distribution", expected="a sum of 1", got=total)
+    return Marginals(positive=a[0] > 0 and b[0] > 0, uniform=a[0] == a[1] and b[0] == b[1])
 
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How hard to solve.
+    """How hard to solve: the options that all solvers share. Those of a single solver are fields of the solver.
 
     Args:
         reg: Entropic regularisation in units of the cost, or "auto": chosen so that a column's mass comes from
             ``target_support`` rows. Exact solvers ignore both.
-        max_iterations: Passes over the kernel at most; exact solvers ignore it.
+        max_iterations: Maximum number of passes over the kernel; exact solvers ignore it.
         tolerance: L1 marginal error, rows plus columns, at which to stop.
         target_support: See ``reg``.
-        memory: Bytes that n x m buffers may take; None for as many as are useful. Solvers that can, make such
-            buffers again in row blocks instead; the plan is the same bit for bit.
-        progot_steps: Stages of ``progot``, at least 1; the points move after every stage but the last.
-        progot_schedule: How far the points of ``progot`` have come before each stage; see `solvers.progot`.
-        marginal_penalty: The weight rho of KL(T1|a) + KL(Tᵀ1|b) of ``unbalanced``, as a multiple of the problem's mean
-            cost Σ a_r b_s |C_rs|: it means the same at any scale of the cost. 1 lets points that cost about the
-            mean lose some of their mass; plans keep their marginals as it grows.
+        memory: Bytes that n x m buffers may take; None for no limit. Solvers that are able to compute such buffers
+            again in row blocks do so instead; the plan is the same bit for bit.
     """
 
     reg: float | Literal["auto"] = "auto"
@@ -111,14 +146,14 @@ class SolverOptions:
     tolerance: float = 1e-4
     target_support: float = 2.0
     memory: int | None = None
-    progot_steps: int = 8
-    progot_schedule: Literal["linear", "exponential", "quadratic"] = "linear"
-    marginal_penalty: float = 1.0
+
+
+DEFAULT_OPTIONS = SolverOptions()
 
 
 @dataclass(frozen=True)
 class OTSolution:
-    """A plan and how it came about.
+    """A plan, and measurements of it and of the solve.
 
     Args:
         coupling: (n, m), always finite.
@@ -129,11 +164,11 @@ class OTSolution:
         converged: Whether the solver met the tolerance: for solvers that keep the marginals, whether
             ``marginal_error`` is within it; for relaxed ones, whether the plan is the fixed point to within it.
         reg: Entropic regularisation in units of the cost; None for exact solvers.
-        effective_support: Rows a column's mass comes from, mean of exp(entropy).
-        mass: What the plan moves of a total of 1; less only where the marginals are relaxed. The coupling is divided
-            by it.
-        gap: How far ``transport_cost`` can at most be above the optimum, relative to it: the duality gap, in float64.
-            None if not known.
+        effective_support: Rows that a column's mass comes from, mean of exp(entropy).
+        mass: The mass that the plan moves, of a total of 1; less only where the marginals are relaxed. The coupling is
+            divided by it.
+        gap: Upper bound of how far ``transport_cost`` is above the optimum, relative to it: the duality gap, in
+            float64. None if unknown.
     """
 
     coupling: Coupling
@@ -161,49 +196,23 @@ class OTSolution:
         mass: float | None = None,
         gap: float | None = None,
     ) -> OTSolution:
-        """A coupling with its diagnostics measured.
+        """A coupling, measured.
 
         Args:
             started: ``time.perf_counter()`` at the beginning.
-            finished: False when the solver itself says that it gave up.
-            mass: Of a relaxed plan, for which ``finished`` alone says whether it converged.
+            finished: False when the solver itself gave up.
+            mass: The mass of a relaxed plan, for which ``finished`` alone decides whether it converged.
         """
-        error = coupling.marginal_error(problem.a, problem.b)
+        error, paid, support = coupling.measures(problem.a, problem.b, problem.blocks())
         return cls(
             coupling=coupling,
             iterations=iterations,
             marginal_error=error,
-            transport_cost=coupling.transport_cost(problem.blocks()),
-            effective_support=coupling.effective_support(),
+            transport_cost=paid,
+            effective_support=support,
             seconds=time.perf_counter() - started,
             converged=finished and (mass is not None or error <= options.tolerance),
             reg=reg,
             mass=1.0 if mass is None else mass,
             gap=gap,
         )
-
-
-class OTSolver(Protocol):
-    """What a module in ``ot/solvers/`` offers as ``SOLVER``; the module's name is its name in a recipe.
-
-    Attributes:
-        name: As in a recipe.
-        summary: One line for ``deus-merge methods``.
-        reference: Where it was published.
-        needs_points: Whether it moves the points themselves: the cost must be a `PointCost` that keeps them.
-        keeps_marginals: Whether its plans have the marginals a and b, to the tolerance; relaxed ones have not.
-    """
-
-    name: str
-    summary: str
-    reference: str
-    needs_points: bool
-    keeps_marginals: bool
-
-    def solve(self, problem: OTProblem, options: SolverOptions = ...) -> OTSolution:
-        """Solve one problem.
-
-        Raises:
-            SolverError: the solver does not handle such problems.
-        """
-        ...

@@ -31,10 +31,10 @@ class BlockBuilder:
     """Builds the blocks of a plan, one after another.
 
     Attributes:
-        recipe: Of slices or modules.
+        recipe: The recipe, with slices or modules.
         models: Every model it names, the donor first; with their tokens in the output's order where that was needed.
-        vocabulary: What brings embeddings and heads into the output's order.
-        warnings: What the user should know so far.
+        vocabulary: Reorders embeddings and heads to the output's tokens.
+        warnings: Messages for the user so far.
         module: Whose layers are being built; None: all of a model at once.
         origins: For each of the module's output layers, the layer whose config entries it takes.
         blocks: Those built so far.
@@ -118,6 +118,7 @@ class BlockBuilder:
         block = self._add(piece, title, range(first, first + count), block_sources, base, outputs, new)
         neighbours = block.sources_of(0)
         entries_of = neighbours[-1 if new else block.base or 0]
+        assert entries_of.layer is not None
         model = self.models[entries_of.model]
         origin = LayerEntries(model.checkpoint.config, entries_of.layer, str(model.ref), model.view.layers_path)
         self.origins += [origin] * count
@@ -130,7 +131,7 @@ class BlockBuilder:
         """Add a block of tensors that belong to no layer.
 
         Args:
-            title: What they are.
+            title: Their description: ``embeddings``.
             piece: The slice, its sources those of the block.
             names: The tensors' names in each source.
             position, defaults: As in `add_layers`.
@@ -227,7 +228,7 @@ class BlockBuilder:
         outputs: Iterable[OutputTensor],
         new: bool = False,
     ) -> BlockPlan:
-        """Add a block, if its method can make it. The method is asked that before anything else."""
+        """Add a block, if its method accepts it. That is checked before anything else about the method."""
         method = methods()[piece.merge_method]
         outputs = [replace(output, base=base) for output in outputs]
         align = None
@@ -239,7 +240,7 @@ class BlockBuilder:
         if refusal := method.check(outputs, len(sources)):
             name = refusal.parameter
             levels = (piece.parameters, piece.shared, self.recipe.parameters)
-            place = next((level[name].place for level in levels if name in level), piece.place)
+            place = next((level[name].place for level in levels if name and name in level), piece.place)
             views = [self.view(self.models[s.model].ref) for s in sources]
             undescribed = [v.model_type for v in views if method.inserts and v.family is None]
             raise RecipeError(
@@ -268,7 +269,8 @@ class BlockBuilder:
         lists = [layer_lists(m.checkpoint.config, self.view(m.ref).layers_path) for m in models]
         for key in lists[0]:
             entries = [
-                values.get(key, [None] * (s.layer + 1))[s.layer] for values, s in zip(lists, sources, strict=True)
+                values[key][s.layer] if key in values and s.layer is not None else None
+                for values, s in zip(lists, sources, strict=True)
             ]
             if any(e != entries[-1] for e in entries):
                 self.warnings.append(f"{title} fuses layers whose {key} differ ({entries}); it takes {entries[-1]!r}")

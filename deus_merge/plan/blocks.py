@@ -30,7 +30,7 @@ class AlignTo:
 
     Attributes:
         target: The source that the others are aligned to.
-        values: Of the parameters in `align.parameters.PARAMETERS`.
+        values: Values of `align.parameters.PARAMETERS`, by name.
     """
 
     target: int
@@ -74,6 +74,11 @@ class BlockPlan:
         """The sources of the layer of a slot."""
         between = next(o.between for o in self.outputs if o.slot == slot)
         return self.sources if between is None else tuple(self.sources[i] for i in between)
+
+    def source_of(self, output: OutputTensor) -> BlockSource:
+        """The source of an action on one source."""
+        assert output.source is not None, f"{output.name}: {output.action} has no single source"
+        return self.sources[output.source]
 
     def joined(self, other: BlockPlan) -> BlockPlan:
         """This block, making the layers of another one, too."""
@@ -176,9 +181,9 @@ def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, Outpu
 
 
 def file_groups(blocks: Sequence[BlockPlan]) -> list[list[TensorEntry]]:
-    """The tensors of each block, blocks in the order of their first layer: what files are cut from.
+    """The tensors of each block, blocks in the order of their first layer.
 
-    A file belongs to whole blocks, so any worker that has made them can write it. Layers that are made together
+    A file belongs to whole blocks, so any worker that has made these can write it. Layers that are made together
     (learned ones) are together in the files, too.
     """
     groups: dict[int, list[TensorEntry]] = {}

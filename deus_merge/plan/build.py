@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
-from ..checkpoint.storage import PLAIN, Access
+from ..checkpoint.storage import LoadOptions
 from ..core.errors import nearest
 from ..core.tensors import Action
 from ..core.units import parse_size
@@ -36,7 +36,7 @@ def build_plan(
     recipe: Recipe,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    access: Access = PLAIN,
+    load_options: LoadOptions | None = None,
     copy_tokenizer: bool = True,
 ) -> Plan:
     """Plan a recipe.
@@ -44,19 +44,19 @@ def build_plan(
     Args:
         recipe: As read.
         max_shard_size: Upper bound of an output file in bytes, or like ``"5GB"``.
-        access: What may be read of the models.
+        load_options: How models may be read.
         copy_tokenizer: Take a tokenizer along; one that the recipe asks for comes anyway.
 
     Raises:
         RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
     """
-    size = parse_size(max_shard_size)
+    size, load_options = parse_size(max_shard_size), load_options or LoadOptions()
     known: dict[str, TensorSource] = {}
     results: list[PlannedResult] = []
     for document in recipe.documents:
-        results.append(PlannedResult(_Planner(document, known, access).plan(size)))
-        known[document.name] = results[-1]
-    plan = _Planner(recipe, known, access).plan(size, copy_tokenizer)
+        results.append(PlannedResult(_Planner(document, known, load_options).plan(size)))
+        known[results[-1].name] = results[-1]
+    plan = _Planner(recipe, known, load_options).plan(size, copy_tokenizer)
     warnings = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
     return replace(
         plan,
@@ -69,14 +69,14 @@ def build_plan(
 class _Planner:
     """Plans one document."""
 
-    def __init__(self, recipe: Recipe, known: dict[str, TensorSource], access: Access):
-        models = [SourceModel.open(ref, known, access) for ref in recipe.models()]
+    def __init__(self, recipe: Recipe, known: dict[str, TensorSource], load_options: LoadOptions):
+        models = [SourceModel.open(ref, known, load_options) for ref in recipe.models()]
         self.donor = models[0]
         warnings = check_heads(models, self.donor)
         vocabulary = plan_vocabulary(
-            recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], access.cache_dir
+            recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], load_options.cache_dir
         )
-        if recipe.upscale:
+        if recipe.upscale and recipe.base_model:
             slices = expand(recipe.upscale, recipe.base_model, self.donor.view.num_layers)
             recipe = replace(recipe, slices=slices, upscale=None)
         self.recipe = recipe
@@ -130,7 +130,7 @@ class _Planner:
         self._add_outside("final norm and head", "after", slices[-1], 0.0)
 
     def _modules(self) -> list[tuple[str | None, tuple[OutputSlice, ...]]]:
-        """What the recipe makes, module by module in the model's order; None: all of a model at once."""
+        """The recipe's slices, module by module in the model's order; None: all of a model at once."""
         known, named = self.donor.modules, self.recipe.modules
         for name, module in named.items():
             if name not in known:
@@ -171,8 +171,8 @@ class _Planner:
     def _add_new_layers(self, piece: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
         first, base = ranges[0], piece.sources[0]
-        keeps, learns = len(piece.sources) == 1, methods()[piece.merge_method].learns
-        if keeps:
+        fills_gaps, learns = len(piece.sources) == 1, methods()[piece.merge_method].learns
+        if fills_gaps:
             if len(first) < 2:
                 base.place.fail(
                     f"a single layer has no gap for {piece.merge_method}",
@@ -193,7 +193,7 @@ class _Planner:
             sources = piece.sources
         copy, whole = _copied(piece), range(self.builder.view(base.model).num_layers)
         for j, pair in enumerate(pairs):
-            if keeps:
+            if fills_gaps:
                 self.builder.add_layers(copy, [pair[0]], 0.0, defaults=True)
             position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
             if learns:
@@ -203,7 +203,7 @@ class _Planner:
                 self.builder.add_layers(
                     replace(piece, sources=sources), pair, position, count=self._per_gap(piece), new=True
                 )
-        if keeps:
+        if fills_gaps:
             self.builder.add_layers(copy, [first[-1]], 0.0, defaults=True)
 
     def _per_gap(self, piece: OutputSlice) -> int:
@@ -211,7 +211,9 @@ class _Planner:
         if "layers_per_gap" not in known:
             return 1
         levels = [piece.parameters, piece.shared, self.recipe.parameters]
-        return resolve_setting(known["layers_per_gap"], levels, None, 0.0)
+        count = resolve_setting(known["layers_per_gap"], levels, None, 0.0)
+        assert isinstance(count, int)
+        return count
 
     def _range(self, source: SliceSource) -> range:
         depth = self.builder.view(source.model).num_layers
@@ -249,7 +251,7 @@ class _Planner:
         self.builder.add_other(title, piece, names, position, defaults=not merges)
 
     def _add_other_modules(self) -> None:
-        """What belongs to none of the recipe's modules is the donor's."""
+        """Tensors that belong to none of the recipe's modules are the donor's."""
         self.builder.begin(None)
         taken = {name for module in self.recipe.modules for name in self.donor.modules[module].names()}
         rest = tuple(name for name in self.donor.checkpoint.tensors if name not in taken)
@@ -261,7 +263,7 @@ class _Planner:
             )
 
     def _report_feature_layer(self, view: ModelView) -> None:
-        """Vision-language models take their features from one layer of the tower, which they know by its number."""
+        """Warn of a config that names a layer of the vision tower by its number, when the tower's depth changes."""
         feature, depth = self.donor.checkpoint.config.get("vision_feature_layer"), len(self.builder.origins)
         if is_vision_or_audio(view.layers_path) and feature is not None and depth != view.num_layers:
             self.builder.warnings.append(
@@ -284,5 +286,5 @@ class _Planner:
 
 
 def _copied(piece: OutputSlice) -> OutputSlice:
-    """The slice's sources as they are."""
+    """A slice that copies its sources."""
     return replace(piece, merge_method="passthrough", parameters={}, shared={})

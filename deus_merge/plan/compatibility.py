@@ -1,4 +1,4 @@
-"""Whether models fit together and fit their method, told by configs and headers before any tensor is read."""
+"""Whether models fit together and fit their method, from configs and headers, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from ..recipe.types import OutputSlice, SliceSource
 
 @dataclass(frozen=True)
 class Part:
-    """What a block takes from one source: a layer, the embeddings, or the head.
+    """The part of one source that a block reads: a layer, the embeddings, or the head.
 
     Attributes:
         source: The source, as the recipe has it.
-        what: In words, for messages.
+        title: In words, for messages.
         shapes: Role -> shape of each tensor.
     """
 
     source: SliceSource
-    what: str
+    title: str
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, source: SliceSource, model: SourceModel, what: str, names: Mapping[str, str]) -> Part:
-        return cls(source, f"{what} of {source.model}", model.shapes(names))
+    def of(cls, source: SliceSource, model: SourceModel, title: str, names: Mapping[str, str]) -> Part:
+        return cls(source, f"{title} of {source.model}", model.shapes(names))
 
 
 def check_heads(models: Sequence[SourceModel], donor: SourceModel) -> list[str]:
-    """What the donor's config.json says of heads must be true of every model's layers.
+    """Check that all models have the donor's numbers of attention heads.
 
     Returns:
         Warnings about models of another type.
@@ -64,15 +64,15 @@ def check_same(parts: Sequence[Part], hint: str | None = None) -> None:
     """The sources of a block must have the same tensors, in the same shapes.
 
     Args:
-        parts: What the block takes from each.
-        hint: What to do where they have not.
+        parts: The part of each source.
+        hint: Advice for the message when they differ.
 
     Raises:
-        PlanError: they have not.
+        PlanError: they differ.
     """
     for part in parts[1:]:
         if difference := _difference(part.shapes, parts[0].shapes):
-            _mismatch(part, parts[0].what, difference, hint)
+            _mismatch(part, parts[0].title, difference, hint)
 
 
 def check_like_donor(part: Part, donor: SourceModel, view: ModelView) -> None:
@@ -93,7 +93,7 @@ def check_like_donor(part: Part, donor: SourceModel, view: ModelView) -> None:
 
 
 def base_source(piece: OutputSlice, ref: ModelRef | None) -> int | None:
-    """Which source is the base model, None without one; and whether the method has what it needs beside it.
+    """Which source is the base model, None without one; checks that the method gets the sources it needs.
 
     Args:
         piece: The slice, its sources those of the block.
@@ -143,7 +143,7 @@ def check_given(piece: OutputSlice, base: int | None, outputs: Sequence[OutputTe
 
 
 def _difference(own: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """What sets tensors (role -> shape) apart from others, in words; empty when nothing does."""
+    """The difference between two sets of tensors (role -> shape) in words; empty when there is none."""
     lacks, more = ([r for r in a if r not in b] for a, b in ((wanted, own), (own, wanted)))
     shapes = [f"{r} {list(own[r])}, not {list(wanted[r])}" for r in own if r in wanted and own[r] != wanted[r]]
     differences = (("lacks", lacks), ("has also", more), ("has", shapes))
@@ -155,6 +155,6 @@ def _mismatch(part: Part, like: str, difference: str, hint: str | None = None) -
         "models do not match",
         where=part.source.place.where,
         expected=f"the same tensors and shapes as {like}",
-        got=f"{part.what} {difference}",
+        got=f"{part.title} {difference}",
         hint=hint,
     )

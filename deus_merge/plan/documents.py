@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from typing import NoReturn
 
 from ..checkpoint.reader import TensorSource
 from ..core.tensors import Action, StoredTensor
@@ -29,14 +29,12 @@ class PlannedResult:
     """
 
     def __init__(self, plan: Plan):
-        self.plan, self.name = plan, plan.recipe.name
+        self.plan, self.name = plan, plan.recipe.name or ""
         self.config, self.side_files, self.fingerprint = dict(plan.config), plan.files, plan.hash
         self._planned = {o.name: (block, o) for block in plan.blocks for o in block.outputs}
         # In the order in which files would hold them: tensors that no family describes are planned as they are found.
         entries = [entry for shard in plan.shards for entry in shard.entries.values()]
-        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(
-            {e.name: self._info(e.name, e.dtype, e.nbytes) for e in entries}
-        )
+        self.tensors: Mapping[str, StoredTensor] = {e.name: self._info(e.name, e.dtype, e.nbytes) for e in entries}
 
     @property
     def where(self) -> str:
@@ -62,7 +60,16 @@ class PlannedResult:
         block, output = self._planned[name]
         if output.action is not Action.COPY:
             return self, name
-        return self.plan.models[block.sources[output.source].model].checkpoint.root(output.stored.name)
+        return self.plan.models[block.source_of(output).model].checkpoint.root(output.stored.name)
+
+    def read(self, name: str) -> NoReturn:
+        raise RuntimeError(f"{self.where} has no tensors before a run computes them: bind it first")
+
+    def slice(self, name: str, start: int, stop: int) -> NoReturn:
+        self.read(name)
+
+    def prefetch(self, names: Iterable[str]) -> NoReturn:
+        self.read("")
 
     def bound(self, results: Mapping[str, TensorSource]) -> TensorSource:
         return results[self.name]
@@ -81,11 +88,11 @@ class PlannedResult:
 
 
 def document_plans(plan: Plan, results: Sequence[PlannedResult]) -> tuple[DocumentPlan, ...]:
-    """What a run of ``plan`` does with the documents whose results it takes.
+    """How often a run of ``plan`` computes the blocks of the documents whose results it takes.
 
     Args:
-        plan: Of the last document.
-        results: Of the others, each behind those that it needs.
+        plan: The last document's plan.
+        results: The others' results, each after those that it needs.
     """
     plans = [plan, *(r.plan for r in results)]
     at_once: Counter[str] = Counter()  # blocks of each document that one block needs at the same time
@@ -128,10 +135,10 @@ def needed(plan: Plan, block: BlockPlan) -> list[tuple[PlannedResult, BlockPlan]
     return list(found.values())
 
 
-def inputs_read(output: OutputTensor) -> range | list[int]:
+def inputs_read(output: OutputTensor) -> range:
     """The sources that are read through this process for an output."""
     if output.action in (Action.COPY, Action.ZEROS):
-        return []
-    if output.action in (Action.CAST, Action.DERIVE):
-        return [output.source]
+        return range(0)
+    if output.action in (Action.CAST, Action.DERIVE) and output.source is not None:
+        return range(output.source, output.source + 1)
     return range(len(output.inputs))

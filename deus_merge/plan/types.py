@@ -13,16 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.header import read_small
 from ..checkpoint.layout import ShardLayout
-from ..checkpoint.reader import TensorSource
+from ..core.errors import CheckpointError
 from ..core.tensors import Action
 from ..methods.base import OutputTensor
 from ..methods.registry import methods
-from ..models.source import SourceModel
+from ..models.source import SourceModel, stamp
 from ..recipe.types import Recipe
 from .blocks import BlockPlan, in_output_order
+
+if TYPE_CHECKING:
+    from .documents import PlannedResult
 
 #: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones;
 #: 2: files end at blocks, and the words for how tensors come about
@@ -39,20 +43,20 @@ class DocumentPlan:
     """A document whose result others take as a model: it is not written to the disk.
 
     Attributes:
-        result: As the others see it.
-        plan: What it would do by itself.
+        result: The source that the others read.
+        plan: Its plan, as if it were run by itself.
         cached_blocks: How many of its finished blocks stay in memory for others to come.
         runs: Its blocks -> how often a run computes them. Those from which only copies are taken are not computed.
     """
 
-    result: TensorSource
+    result: PlannedResult
     plan: Plan
     cached_blocks: int
     runs: Mapping[int, int]
 
     @property
     def name(self) -> str:
-        return self.plan.recipe.name
+        return self.result.name
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Plan:
         shards: The output files with their exact headers.
         config: The output's config.json.
         files: Other output files: name -> bytes, or a file to copy.
-        warnings: What the user should know.
-        documents: Those whose results it takes, directly or not, each behind the ones that it needs itself.
+        warnings: Messages for the user.
+        documents: Those whose results it takes, directly or not, each after the ones that it needs itself.
         vocabulary: The outcome of the recipe's tokenizer settings, as JSON data; None without them.
     """
 
@@ -164,8 +168,20 @@ class Plan:
         blocks = (b.workspace(minimum) + self.reading_memory(b, minimum) for b in self.blocks)
         return self._baseline_memory + max(planning, *blocks)
 
+    def check_sources(self) -> None:
+        """Whether all sources are as they were when the plan was made.
+
+        Raises:
+            CheckpointError: one is not.
+        """
+        for model in self.models:
+            files = model.checkpoint.files
+            for old, new, file in zip(model.stamp, stamp(files), files, strict=True):
+                if old != new:
+                    raise CheckpointError("the file has changed since the plan was made", where=file)
+
     def block_memory(self, limit: int | None) -> int | None:
-        """What a limit on the process leaves for one block, in bytes."""
+        """The bytes that a limit on the process leaves for one block."""
         reading = max((self.reading_memory(b, True) for b in self.blocks), default=0)
         return None if limit is None else max(0, limit - self._baseline_memory - reading)
 
@@ -219,7 +235,7 @@ class Plan:
 
     def module_maps(self) -> dict[str, dict]:
         """``num_layers`` and ``layers``, as in the layer map, of every other module that the recipe names."""
-        others = {name: blocks for name, blocks in self.modules.items() if blocks != self.main_blocks}
+        others = {name: blocks for name, blocks in self.modules.items() if name and blocks != self.main_blocks}
         maps = {name: self.layer_map(blocks) for name, blocks in others.items()}
         return {name: {"num_layers": len(layers), "layers": layers} for name, layers in maps.items()}
 
@@ -287,11 +303,7 @@ def _describe_document(document: DocumentPlan) -> dict:
 
 def _is_of_base(block: BlockPlan, output: OutputTensor) -> bool:
     """Whether an output is the base model's tensor with all its digits."""
-    return (
-        output.action in (Action.COPY, Action.DERIVE)
-        and output.source is not None
-        and block.sources[output.source].model == 0
-    )
+    return output.action in (Action.COPY, Action.DERIVE) and block.source_of(output).model == 0
 
 
 def _digest(content: bytes | Path) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..align.options import ALIGNMENTS
-from ..core.plugins import plugins
 from ..methods.base import MergeMethod
 from ..methods.registry import methods
 from ..models.family import families
+from ..ot.registry import solvers
 from .presets import PRESETS
 
 
@@ -19,11 +19,10 @@ def catalog() -> dict[str, dict[str, dict[str, Any]]]:
         Kind -> name -> ``summary``, ``reference`` and more: ``parameters`` of methods, ``method``, ``insert`` and
         ``settings`` of presets.
     """
-    solvers = plugins("deus_merge.ot.solvers", "SOLVER")
     return {
         "methods": {n: _method(m) for n, m in methods().items()},
         "alignments": {n: {"summary": summary, "reference": ref} for n, (summary, ref) in ALIGNMENTS.items()},
-        "solvers": {n: {"summary": s.summary, "reference": s.reference} for n, s in solvers.items()},
+        "solvers": {n: {"summary": s.summary, "reference": s.reference} for n, s in solvers().items()},
         "families": {
             n: {
                 "summary": f"model_type {', '.join(f.model_types)}",

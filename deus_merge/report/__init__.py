@@ -1,1 +1,1 @@
-"""What a run says about itself: the manifest, the model card, the report."""
+"""Documents about an output: the manifest, the model card, the HTML page."""

@@ -1,4 +1,4 @@
-"""What a model is made of, and how alike its neighbouring layers are. Reads one pair of layers at a time."""
+"""Facts about a model, and how similar its neighbouring layers are. One pair of layers is in memory at a time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoint.reader import TensorSource
-from ..checkpoint.storage import PLAIN, Access
+from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
-from .lineage import generations
 from .manifest import MANIFEST, read_manifest
 
 
-def summary(model: str, access: Access = PLAIN) -> dict:
-    """Family, depth, heads and sizes of a model (a folder or a hub id), and which of its layers growths put in, the
-    oldest first, as JSON data."""
-    source = SourceModel.open(ModelRef(model), {}, access)
+def summary(model: str, load_options: LoadOptions | None = None) -> dict:
+    """Family, depth, heads and sizes of a model, and the layers that growths added, as JSON data.
+
+    Args:
+        model: A folder or a hub id.
+        load_options: Whether pickled weights may be read, and where downloads are stored.
+
+    Raises:
+        DeusMergeError: the model cannot be read.
+    """
+    source = SourceModel.open(ModelRef(model), {}, load_options)
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
@@ -55,24 +61,28 @@ def summary(model: str, access: Access = PLAIN) -> dict:
 
 
 def _growths(checkpoint: TensorSource, layers: int) -> str | None:
+    """The layers that each growth added, the oldest first, in words; None where there are none."""
     if not isinstance(file := checkpoint.side_files.get(MANIFEST), Path):
         return None
     try:
-        record = read_manifest(file)
-        if record.get("num_layers") != layers:
-            raise CheckpointError(f"it tells of {record.get('num_layers')} layers")
-        growths = generations(record)
+        manifest = read_manifest(file)
+        if manifest.num_layers != layers:
+            raise CheckpointError(f"it describes {manifest.num_layers} layers")
     except DeusMergeError as error:
         return f"not known, its {MANIFEST} cannot be used: {error.message}"
-    told = []
-    for growth in growths:
-        new = ", ".join(map(str, growth["new_layers"])) or "none"
-        told.append(f"{new} (trained)" if growth["trained"] else new)
-    return "; then ".join(told) if any(growth["new_layers"] for growth in growths) else None
+    if not any(growth.new_layers for growth in manifest.growths):
+        return None
+    layers_of = [", ".join(map(str, growth.new_layers)) or "none" for growth in manifest.growths]
+    trained = [" (trained)" if growth.trained else "" for growth in manifest.growths]
+    return "; then ".join(map("".join, zip(layers_of, trained, strict=True)))
 
 
-def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
-    """For each pair of neighbouring layers and each projection: how alike, and how much alignment adds.
+def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> Iterator[dict]:
+    """How similar each pair of neighbouring layers is, projection by projection, before and after an alignment.
+
+    Args:
+        model: A folder or a hub id.
+        load_options: Whether pickled weights may be read, and where downloads are stored.
 
     Yields:
         ``layers`` (i, i+1) and ``roles``: role -> ``cost`` (transport cost between unit rows, exact assignment),
@@ -85,13 +95,13 @@ def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
 
     from ..ot.costs import cost_matrix, unit_rows
     from ..ot.problem import OTProblem
-    from ..ot.solvers.assignment import SOLVER
+    from ..ot.registry import solver
 
-    source = SourceModel.open(ModelRef(model), {}, access)
+    source = SourceModel.open(ModelRef(model), {}, load_options)
     checkpoint, view = source.checkpoint, source.view
     if view.family is None:
         raise ArchitectureError(
-            f"similarity needs a described family, {view.model_type!r} is none", hint="deus-merge methods lists them"
+            f"similarity needs a described family, not {view.model_type!r}", hint="deus-merge methods lists them"
         )
     roles = [s.role for s in view.family.layer if s.in_space]
     for i in range(view.num_layers - 1):
@@ -99,7 +109,7 @@ def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
         for role in roles:
             a, b = (checkpoint.read(view.layers[j][role]).to(torch.float32) for j in (i, i + 1))  # (n, d)
             a, b = unit_rows(a), unit_rows(b)
-            solution = SOLVER.solve(OTProblem.uniform(cost_matrix(a, b)))
+            solution = solver("assignment").solve(OTProblem.uniform(cost_matrix(a, b)))
             moved = solution.coupling.transport_map().to_rows(a)  # (n, d)
             row[role] = {
                 "cost": solution.transport_cost,
@@ -110,13 +120,25 @@ def adjacent_similarity(model: str, access: Access = PLAIN) -> Iterator[dict]:
 
 
 def check_plotting() -> None:
-    """Whether matplotlib, the ``plot`` extra, is there. Raises DeusMergeError."""
+    """Check that matplotlib (the ``plot`` extra) is installed.
+
+    Raises:
+        DeusMergeError: it is not.
+    """
     if not importlib.util.find_spec("matplotlib"):
         raise DeusMergeError("plots need matplotlib", hint='pip install "deus-merge[plot]"')
 
 
 def plot_similarity(rows: list[dict], path: Path) -> None:
-    """Draw `adjacent_similarity` with matplotlib (see `check_plotting`): cosine by pair, before and after."""
+    """Draw the output of `adjacent_similarity` with matplotlib: cosine by pair, before and after the alignment.
+
+    Args:
+        rows: At least one.
+        path: A png, svg or pdf file to write.
+
+    Raises:
+        DeusMergeError: it cannot be written.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -126,7 +148,7 @@ def plot_similarity(rows: list[dict], path: Path) -> None:
         color = f"C{index}"
         axes.plot(pairs, [r["roles"][role]["aligned"] for r in rows], color=color, label=role)
         axes.plot(pairs, [r["roles"][role]["plain"] for r in rows], color=color, linestyle=":")
-    axes.set(xlabel="adjacent layers", ylabel="mean cosine of rows", title="solid: aligned, dotted: as they stand")
+    axes.set(xlabel="adjacent layers", ylabel="mean cosine of rows", title="solid: aligned, dotted: not aligned")
     axes.tick_params(axis="x", rotation=90)
     axes.legend(ncols=len(rows[0]["roles"]))
     try:

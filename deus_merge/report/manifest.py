@@ -1,219 +1,298 @@
-"""``deus_merge.json``: what was made from what, how well it went, and checksums of every byte that was written.
+"""``deus_merge.json``: how an output was made, and checksums of every byte that was written. docs/manifest.md is its
+specification, and docs/manifest.schema.json is generated from the classes here and in `manifest_parts`.
 
-Its last line is the sha256 of all bytes before that line, so a manifest that was damaged is no manifest.
+The last line of the file is the sha256 of all bytes before that line (the seal), so damage is found.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
-from .. import __version__
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError, VerifyError, json_text
-from ..core.tensors import UNCHANGED, Action
-from ..methods.base import OutputTensor
-from ..models.config_rules import config_patch, layer_lists
-from ..models.view import ModelView, view_model
-from ..plan.blocks import BlockPlan
-from ..plan.types import Plan
-from .shape import problem
+from ..core.tensors import Action
+from ..core.typed_json import Misfit, Range, dump, parse, step
+from ..models.view import ModelView, prefix_of, view_model
+from .manifest_parts import (
+    Count,
+    DocumentRecord,
+    Growth,
+    ManifestLayer,
+    ManifestModule,
+    ManifestSource,
+    ManifestTensor,
+    RunSettings,
+    VocabularyRecord,
+    WeightFile,
+)
+from .old_formats import upgraded
 
 MANIFEST = "deus_merge.json"
 RECIPE = "deus_merge.yml"
-#: 2 added ``weights``, ``dtype``, ``layer_lists``, checksums, dtype and shape of tensors, and the seal; 1 is still read
+#: 1: the first. 2: weights, dtype, layer_lists, checksums, dtype and shape of tensors, the seal. 3: `Action` words.
 FORMAT = 3
-_DAMAGED = "it was damaged or edited: take it from a backup, or make the output again"
+#: Files that the run writes for the user to edit: they have no checksum.
+USER_FILES = frozenset({"README.md"})
 _SEAL = ' "sha256": "%s"\n}\n'
 
 
-def manifest(
-    plan: Plan,
-    files: Mapping[str, bytes],
-    diagnostics: Mapping[int, list[dict]],
-    options: Mapping[str, object],
-    ancestors: Sequence[Mapping] = (),
-) -> dict:
-    """The manifest as JSON data, without checksums of the tensors: `sealed` adds them.
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The manifest of an output.
+
+    Attributes:
+        format: The format of the file that it was read from; `sealed` always writes the newest.
+        deus_merge: The version that wrote it.
+        plan_hash: The hash of the plan.
+        versions: Python and the libraries that were used.
+        options: The options of the run.
+        donor: The index of the source whose config, tokenizer, embeddings and head the output has.
+        donor_config: A JSON merge patch (RFC 7386) that turns the output's config.json into the donor's; missing in
+            format 1 only.
+        layer_prefix: How the names of a layer's tensors begin, with ``{layer}`` for its number; missing in format 1
+            only.
+        sources: The models of the plan, then the checkpoints behind them that copies come from.
+        num_layers: The number of layers.
+        dtype: The dtype in config.json; null where it names none.
+        layer_lists: The keys of config.json that have one entry for each layer.
+        function_preserving: Whether the output computes what the donor computes.
+        new_layers: The layers to train.
+        new_parameters: The exact names of the tensors to train.
+        layers: The layers of the main stack.
+        modules: The layers of other stacks, by the name of the stack.
+        documents: The documents of the recipe whose results were used as models.
+        tensors: How each tensor came about, by its name.
+        files: sha256 of each file other than weights, manifest and model card, by its name.
+        weights: The safetensors files, by their names.
+        warnings: The warnings of the plan.
+        vocabulary: The outcome of the recipe's tokenizer settings, where it has any.
+        lineage: The runs that added layers, the oldest first and this one last; missing where this is the first.
+        trained: Whether the weights were trained after the run.
+    """
+
+    format: Annotated[int, Range(1, FORMAT)]
+    deus_merge: str
+    plan_hash: str
+    versions: Mapping[str, str]
+    options: RunSettings
+    donor: Count
+    donor_config: Mapping[str, Any] | None = None
+    layer_prefix: str | None = None
+    sources: tuple[ManifestSource, ...]
+    num_layers: Count
+    dtype: str | None = None
+    layer_lists: tuple[str, ...]
+    function_preserving: bool
+    new_layers: tuple[Count, ...]
+    new_parameters: tuple[str, ...]
+    layers: tuple[ManifestLayer, ...]
+    modules: Mapping[str, ManifestModule] | None = None
+    documents: tuple[DocumentRecord, ...] = ()
+    tensors: Mapping[str, ManifestTensor]
+    files: Mapping[str, str]
+    weights: Mapping[str, WeightFile]
+    warnings: tuple[str, ...]
+    vocabulary: VocabularyRecord | None = None
+    lineage: tuple[Growth, ...] = ()
+    trained: bool = False
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """A manifest from its JSON data, in any format.
+
+        Raises:
+            Misfit: a part is missing, has another type, or contradicts another part.
+        """
+        manifest = parse(cls, upgraded(data))
+        manifest._check()
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON data in the newest format, without the seal."""
+        return {"format": FORMAT, **{key: value for key, value in dump(self).items() if key != "format"}}
+
+    def sealed(self) -> bytes:
+        """The manifest's file."""
+        return seal(self.to_json())
+
+    def with_checksums(self, checksums: Mapping[str, str]) -> Manifest:
+        """The same manifest with the XXH3-128 checksum of each tensor."""
+        tensors = {name: replace(tensor, xxh3_128=checksums[name]) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
+    @property
+    def growth(self) -> Growth:
+        """This run's own entry in the lineage."""
+        return Growth(
+            plan_hash=self.plan_hash,
+            sources=self.sources,
+            recipe=self.files.get(RECIPE),
+            new_layers=self.new_layers,
+            trained=self.trained,
+        )
+
+    @property
+    def growths(self) -> tuple[Growth, ...]:
+        """All growths, the oldest first, its own last: at least one."""
+        return (*self.lineage[:-1], self.growth)
+
+    @cached_property
+    def grown_names(self) -> frozenset[str]:
+        """Names of the tensors that any growth added."""
+        prefixes = tuple(self.prefix_of(layer) for growth in self.growths[:-1] for layer in growth.new_layers)
+        return frozenset(self.new_parameters) | {name for name in self.tensors if name.startswith(prefixes)}
+
+    def prefix_of(self, layer: int) -> str:
+        """How the names of a layer's tensors begin.
+
+        Raises:
+            CheckpointError: the manifest does not say it.
+        """
+        if self.layer_prefix is None:
+            raise _lacks("layer_prefix", MANIFEST)
+        return prefix_of(layer, self.layer_prefix)
+
+    def _check(self) -> None:
+        """Compare the parts with each other.
+
+        Raises:
+            Misfit: two contradict each other.
+        """
+        if self.donor >= len(self.sources):
+            raise Misfit(f"the index of one of {len(self.sources)} sources", str(self.donor), "donor")
+        depths = {source.model: source.layers for source in self.sources}
+        for place, layers in self._stacks():
+            for i, layer in enumerate(layers):
+                _check_layer_sources(layer, depths, f"{place}[{i}].sources", own_depth=place == "layers")
+        for name, tensor in self.tensors.items():
+            if tensor.action is Action.COPY:
+                index = len(self.sources) if tensor.model is None else tensor.model
+                folders = [source.folder for source in self.sources[index : index + 1]]
+                if folders in ([], [None]) or tensor.tensor is None:
+                    expected = "model and tensor: the index of a source that has a folder, and a tensor's name there"
+                    raise Misfit(expected, "the copy of no stored tensor", f"tensors{step(name)}")
+        for name in self.files:
+            if Path(name).name != name:
+                raise Misfit("the name of a file in the output folder", repr(name[:200]), f"files{step(name)}")
+
+    def _stacks(self) -> Iterable[tuple[str, tuple[ManifestLayer, ...]]]:
+        yield "layers", self.layers
+        for name, module in (self.modules or {}).items():
+            yield f"modules{step(name)}.layers", module.layers
+
+
+def _check_layer_sources(
+    layer: ManifestLayer, depths: Mapping[str, int | None], place: str, *, own_depth: bool
+) -> None:
+    """Check that a layer comes from layers that its sources have.
 
     Args:
-        plan: What was run.
-        files: What stands beside the weights: name -> bytes; their sha256 go in.
-        diagnostics: Per block index, what its method said of each tensor.
-        options: Of the run: device, threads, seconds.
-        ancestors: Earlier growths of the sources (`lineage.ancestors`).
+        layer: The layer.
+        depths: The number of layers of the main stack of each source, by its ``model``.
+        place: Where ``sources`` of the layer are.
+        own_depth: Whether the layer is one of the main stack, so that the depths apply.
 
-    Returns:
-        ``format``, ``plan_hash``, ``versions``, ``sources`` (the plan's models, then the checkpoints behind them that
-        copies come from), ``new_layers``, ``new_parameters`` (exact names to train), ``layers`` with origin and
-        diagnostics, ``tensors``: how each came about (``derived``: the models, by index, whose stored tensor is changed
-        before the method sees it), ``files``: sha256 of each, ``weights``: size and sha256 of the
-        header of each safetensors file, ``donor_config``: a JSON merge patch that makes the donor's config.json of the
-        output's, and ``lineage``, when there were growths before this one.
+    Raises:
+        Misfit: it does not.
     """
-    donor = plan.donor
-    layers, modules = plan.layer_map(), plan.module_maps()
-    told = [layers, *(part["layers"] for part in modules.values())]
-    made = [plan.main_blocks, *(plan.modules[name] for name in modules)]
-    for entries, blocks in zip(told, made, strict=True):
-        for entry, block in zip(entries, (b for b in blocks for _ in b.layers), strict=True):
-            entry["diagnostics"] = diagnostics.get(block.index, [])
-    sources = plan_sources(plan)
-    depths = {m.checkpoint: {"layers": m.view.num_layers} for m in plan.models}
-    order = list(sources)
-    tensors = {o.name: _origin(plan, block, o, order) for block, o in plan.outputs}
-    record = {
-        "format": FORMAT,
-        "deus_merge": __version__,
-        "plan_hash": plan.hash,
-        "versions": _versions(),
-        "options": dict(options),
-        "donor": 0,
-        "donor_config": config_patch(plan.config, donor.checkpoint.config),
-        "layer_prefix": donor.view.layer_prefix,
-        "sources": [
-            {"model": name, **s.provenance, "fingerprint": s.fingerprint, **depths.get(s, {})}
-            for s, name in sources.items()
-        ],
-        "num_layers": plan.num_layers,
-        "dtype": plan.config.get("dtype") or plan.config.get("torch_dtype"),
-        "layer_lists": sorted(layer_lists(plan.config, donor.view.layers_path)),
-        "function_preserving": plan.function_preserving,
-        "new_layers": list(plan.new_layers),
-        "new_parameters": list(plan.new_parameters),
-        "layers": layers,
-        **({"modules": modules} if modules else {}),
-        **({"documents": plan.describe()["documents"]} if plan.documents else {}),
-        "tensors": tensors,
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())},
-        "weights": {
-            s.filename: {"bytes": s.size, "header_sha256": hashlib.sha256(s.header).hexdigest()} for s in plan.shards
-        },
-        "warnings": list(plan.warnings),
-        **({"vocabulary": plan.vocabulary} if plan.vocabulary else {}),
-    }
-    return record | ({"lineage": [*ancestors, growth(record)]} if ancestors else {})
+    if not layer.sources:
+        raise Misfit("at least one source", "an empty list", place)
+    for i, source in enumerate(layer.sources):
+        if source.model not in depths:
+            raise Misfit("the model of one of the sources", repr(source.model[:200]), f"{place}[{i}].model")
+        depth = depths[source.model]
+        if own_depth and depth is not None and source.layer >= depth:
+            raise Misfit(f"one of the source's {depth} layers", str(source.layer), f"{place}[{i}].layer")
 
 
-def plan_sources(plan: Plan) -> dict[TensorSource, str]:
-    """The plan's models, in their order, and the checkpoints behind them that copies come from: source -> name."""
-    sources = {m.checkpoint: str(m.ref) for m in plan.models}
-    for block, output in plan.outputs:
-        if output.action is Action.COPY:
-            model = plan.models[block.sources[output.source].model]
-            checkpoint, _ = model.checkpoint.root(output.stored.name)
-            sources.setdefault(checkpoint, str(checkpoint.folder))
-    return sources
-
-
-def growth(record: Mapping) -> dict:
-    """A manifest's entry in the lineage of what is made from its output."""
-    entry = {"plan_hash": record["plan_hash"], "sources": record["sources"], "recipe": record["files"].get(RECIPE)}
-    return entry | {"new_layers": record["new_layers"], "trained": bool(record.get("trained"))}
-
-
-def sealed(record: Mapping, checksums: Mapping[str, str] | None = None) -> bytes:
-    """The manifest's file.
-
-    Args:
-        record: As `manifest` makes it.
-        checksums: XXH3-128 of each tensor; None where nobody took them.
-    """
-    if checksums is not None:
-        tensors = {name: {**origin, "xxh3_128": checksums[name]} for name, origin in record["tensors"].items()}
-        record = {**record, "tensors": tensors}
-    text = json_text({k: v for k, v in record.items() if k != "sha256"}, indent=1)
+def seal(data: Mapping[str, Any]) -> bytes:
+    """JSON data as a manifest's file: with its seal as the last line."""
+    text = json_text({key: value for key, value in data.items() if key != "sha256"}, indent=1)
     body = text.removesuffix("\n}").encode() + b",\n"
     return body + (_SEAL % hashlib.sha256(body).hexdigest()).encode()
 
 
-def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict:
-    """The manifest of a finished output (or the one in this file).
+def read_manifest(folder: Path, needed: Sequence[str] = ()) -> Manifest:
+    """The manifest of a finished output.
 
     Args:
         folder: The output, or the manifest itself.
-        needed: Keys that it must have: manifests of earlier versions lack some.
+        needed: Attributes that must not be None: format 1 lacks some.
 
     Raises:
-        CheckpointError: there is none.
-        VerifyError: it is damaged, or not one this version reads.
+        CheckpointError: there is none, or it lacks something that is needed.
+        VerifyError: it is damaged or malformed, or has an unknown format.
     """
     path = folder if folder.is_file() else folder / MANIFEST
     if not path.exists():
-        hint = "merge and upscale write one; training.carry_manifest takes it along to a trained model"
+        hint = "merge and upscale write one; training.carry_manifest copies it to a trained model"
         raise CheckpointError("no manifest", where=path, hint=hint)
     try:
         raw = read_small(path)
         data = parse_json(raw, path, "manifest")
     except CheckpointError as error:
         raise VerifyError(error.message, where=path, got=error.got) from None
-    if data.get("format") not in (FORMAT,):
-        got = data.get("format")
-        raise VerifyError("not a manifest this version reads", where=path, expected=f"format {FORMAT}", got=got)
-    if data["format"] == FORMAT:
-        seal = len(_SEAL % "") + 64
-        if raw[-seal:] != (_SEAL % hashlib.sha256(raw[:-seal]).hexdigest()).encode():
-            raise VerifyError("the manifest is not as it was written", where=path, hint=_DAMAGED)
-    if wrong := problem(data):
-        raise VerifyError(f"the manifest is malformed: {wrong}", where=path)
-    if lacking := [key for key in needed if key not in data]:
-        raise CheckpointError(
-            f"the manifest lacks {lacking[0]!r}", where=path, hint="an earlier version wrote it: make the output again"
-        )
-    return {"layer_lists": [], "weights": {}, **data}
+    found = data.get("format")
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        raise VerifyError("not a manifest this version reads", where=path, expected=f"format 1 to {FORMAT}", got=found)
+    if found > 1 and not _is_sealed(raw):
+        hint = "it was damaged or edited: restore it from a backup, or write the output again"
+        raise VerifyError("the manifest is not as it was written", where=path, hint=hint)
+    try:
+        manifest = Manifest.from_json(data)
+    except Misfit as misfit:
+        got = "nothing" if misfit.got is None else misfit.got
+        place = f"the manifest is malformed: {misfit.place}"
+        raise VerifyError(place, where=path, expected=misfit.expected, got=got) from None
+    for name in needed:
+        if getattr(manifest, name) is None:
+            raise _lacks(name, path)
+    return manifest
 
 
-def check_belongs(record: Mapping, checkpoint: TensorSource, hint: str) -> ModelView:
-    """Whether a manifest tells of this checkpoint: the same layers, with the same tensors.
+def _is_sealed(raw: bytes) -> bool:
+    length = len(_SEAL % "") + 64
+    return raw[-length:] == (_SEAL % hashlib.sha256(raw[:-length]).hexdigest()).encode()
+
+
+def _lacks(name: str, where: object) -> CheckpointError:
+    hint = "an earlier version wrote it: write the output again"
+    return CheckpointError(f"the manifest lacks {name!r}", where=where, hint=hint)
+
+
+def check_belongs(manifest: Manifest, checkpoint: TensorSource, hint: str) -> ModelView:
+    """Check that a manifest describes a checkpoint: the same layers, with the same tensors.
 
     Args:
-        record: With ``layer_prefix`` and ``num_layers``.
-        checkpoint: The output, or what became of it in training.
+        manifest: With ``layer_prefix``.
+        checkpoint: The output, or the same model after training.
         hint: What to do where it does not.
 
     Returns:
         The checkpoint by layer and role.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: it does not, or it lacks ``layer_prefix``.
     """
     view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
-    head = record["layer_prefix"].split("{layer}")[0]
+    if manifest.layer_prefix is None:
+        raise _lacks("layer_prefix", MANIFEST)
+    head = manifest.layer_prefix.rpartition("{layer}")[0]
     found = {name for layer in view.layers for name in layer.values()}
-    planned = {name for name in record["tensors"] if name.startswith(head)}
-    if view.num_layers != record["num_layers"] or found != planned:
+    planned = {name for name in manifest.tensors if name.startswith(head)}
+    if view.num_layers != manifest.num_layers or found != planned:
         odd = sorted(found ^ planned)
         raise CheckpointError(
             "the manifest is not this checkpoint's",
             where=checkpoint.where,
-            expected=f"{record['num_layers']} layers with {len(planned)} tensors",
+            expected=f"{manifest.num_layers} layers with {len(planned)} tensors",
             got=f"{view.num_layers} layers with {len(found)} tensors" + (f", odd: {odd[0]}" if odd else ""),
             hint=hint,
         )
     return view
-
-
-def _origin(plan: Plan, block: BlockPlan, output: OutputTensor, sources: Sequence[TensorSource]) -> dict:
-    """How a tensor came about."""
-    data = {"action": output.action.value, "dtype": output.dtype, "shape": list(output.shape)}
-    if output.action is Action.COPY:
-        model = plan.models[block.sources[output.source].model]
-        checkpoint, name = model.checkpoint.root(output.stored.name)
-        data |= {"model": sources.index(checkpoint), "tensor": name}
-    elif output.action is not Action.ZEROS:
-        pairs = zip(output.inputs, block.sources, strict=True)
-        only = output.source if output.action in UNCHANGED else None
-        derived = [s.model for i, (info, s) in enumerate(pairs) if info.derived and only in (None, i)]
-        data |= {"derived": derived} if derived else {}
-    return data
-
-
-def _versions() -> dict[str, str]:
-    names = ["torch", "safetensors", "transformers", "POT", "scipy", "numpy"]
-    names += ["peft"] if importlib.util.find_spec("peft") else []
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

@@ -13,21 +13,24 @@ import yaml
 from .. import __version__
 from ..checkpoint.hub import split_adapter
 from ..core.errors import printable
+from ..core.tensors import Action
+from ..core.typed_json import parse
 from ..plan.types import Plan
+from .manifest_parts import Growth, ManifestLayer
 
 
-def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) -> str:
-    """Markdown with YAML front matter.
+def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -> str:
+    """The model card: Markdown with YAML front matter.
 
     Args:
-        plan: What was run.
+        plan: The plan that was run.
         recipe_yaml: The resolved recipe.
         ancestors: Earlier growths of the sources (`lineage.ancestors`).
     """
     sources = _sources(plan)
     names = ["+".join(parts) for parts in sources]
     for folder in (f for m in plan.models for f in m.checkpoint.folders):
-        recipe_yaml = recipe_yaml.replace(str(folder), folder.name)  # a card names no folder of its author
+        recipe_yaml = recipe_yaml.replace(str(folder), folder.name)  # a card does not name its author's folders
     front = {
         "base_model": list(dict.fromkeys(part for parts in sources for part in parts)),
         "library_name": "transformers",
@@ -44,7 +47,7 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) 
         "",
     ]
     lines.append(
-        f"Made by deus_merge {__version__} from {_markdown(', '.join(names))}: {depth} → {plan.num_layers} layers."
+        f"Written by deus_merge {__version__} from {_markdown(', '.join(names))}: {depth} → {plan.num_layers} layers."
     )
     if plan.function_preserving and plan.new_layers:
         lines.append(f"It computes exactly what {base} computes: the new layers add nothing until they are trained.")
@@ -52,8 +55,8 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) 
         lines.append(f"It does not compute what {base} computes: expect a worse loss until it is trained.")
     lines += [f"\nNote: {_markdown(warning)}." for warning in plan.warnings]
     if ancestors:
-        told = "; ".join(f"{_grown(a)} by plan {_markdown(a['plan_hash'][:8])}" for a in ancestors)
-        lines += ["", f"Grown before, oldest first (layers as numbered here): {told}."]
+        history = "; ".join(f"{_grown(a)} by plan {_markdown(a.plan_hash[:8])}" for a in ancestors)
+        lines += ["", f"Earlier growths, oldest first (layers as numbered here): {history}."]
     if plan.new_layers:
         new = ", ".join(map(str, plan.new_layers))
         lines += ["", "## Training", "", f"New layers: {new}. `deus_merge.json` lists the exact names of their"]
@@ -72,7 +75,7 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Mapping] = ()) 
 
 
 def _sources(plan: Plan) -> list[tuple[str, ...]]:
-    """What it was made from, each with its adapter; of a document, what that was made from."""
+    """The models that it was made from, each with its adapter; for a document, the models that were used in it."""
     documents = {d.name for d in plan.documents}
     found: dict[tuple[str, ...], None] = {}
     for part in (*(d.plan for d in plan.documents), plan):
@@ -82,44 +85,40 @@ def _sources(plan: Plan) -> list[tuple[str, ...]]:
     return [parts for parts in found if parts]
 
 
-def _grown(ancestor: Mapping) -> str:
-    layers = ", ".join(map(str, ancestor["new_layers"])) or "none left"
-    return f"layers {layers}, then trained," if ancestor["trained"] else f"layers {layers}"
+def _grown(ancestor: Growth) -> str:
+    layers = ", ".join(map(str, ancestor.new_layers)) or "none left"
+    return f"layers {layers}, then trained," if ancestor.trained else f"layers {layers}"
 
 
 def _layer_rows(layer_map: Sequence[Mapping]) -> Iterator[tuple[str, str, str]]:
-    """The layer map, with runs of copied layers on one line."""
+    """The layer map: layers, sources and how; runs of copied layers share a row."""
 
-    def source(entry: Mapping) -> tuple | None:
-        """What neighbours must share to stand on one line."""
-        only = entry["sources"][0]
-        shift = entry["layer"] - only["layer"]
-        kind = " + ".join(entry["actions"])
-        return None if entry["new"] or kind not in ("copy", "derive") else (only["model"], shift, kind)
+    def run_key(layer: ManifestLayer) -> tuple | None:
+        """The same for neighbours that share a row; None for a layer with a row of its own."""
+        if layer.new or not set(layer.actions) <= {Action.COPY, Action.DERIVE}:
+            return None
+        source = layer.sources[0]
+        return source.model, layer.layer - source.layer, layer.how
 
-    for key, group in groupby(layer_map, source):
-        entries = list(group)
-        first, last = entries[0], entries[-1]
-        if key is not None and len(entries) > 1:
-            begin, end = first["sources"][0]["layer"], last["sources"][0]["layer"]
-            yield f"{first['layer']}–{last['layer']}", f"{_name(key[0])} {begin}–{end}", key[2]
+    for key, group in groupby((parse(ManifestLayer, {"diagnostics": (), **entry}) for entry in layer_map), run_key):
+        layers = list(group)
+        first, last = layers[0], layers[-1]
+        if key is not None and len(layers) > 1:
+            begin, end = first.sources[0].layer, last.sources[0].layer
+            yield f"{first.layer}–{last.layer}", f"{_name(key[0])} {begin}–{end}", key[2]
             continue
-        for entry in entries:
-            origin = " + ".join(f"{_name(s['model'])} {s['layer']}" for s in entry["sources"])
-            yield (
-                str(entry["layer"]),
-                origin,
-                f"{entry['method']}, new" if entry["new"] else " + ".join(entry["actions"]),
-            )
+        for layer in layers:
+            origin = " + ".join(f"{_name(s.model)} {s.layer}" for s in layer.sources)
+            yield str(layer.layer), origin, f"{layer.how} ({layer.method}), new" if layer.new else layer.how
 
 
 def _name(ref: str) -> str:
-    """A model's name without the folders of whoever ran the merge."""
+    """A model's name without the folders of the person who ran the merge."""
     parts = [part for part in split_adapter(ref) if part is not None]
     name = "+".join(Path(part).name if Path(part).exists() else part for part in parts)
     return printable(name)
 
 
 def _markdown(text: str) -> str:
-    """Text that Markdown and HTML leave as it is: a name may be anybody's."""
+    """Text with Markdown and HTML escaped: names come from other people."""
     return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", html.escape(printable(text), quote=False))

@@ -40,15 +40,17 @@ def run_blocks(
     Args:
         plan: The plan; it may have been pickled.
         indices: Which of its blocks, in the order in which they are made.
-        writer: Of the files that their tensors belong to.
+        writer: The writer of the files that their tensors belong to.
         device: Where the arithmetic is done; None when these blocks only copy.
         seed: For methods that draw random numbers.
         max_memory: Bytes that the process may take; None for no limit.
         on_block: Called after each block, when all its tensors are written, with its diagnostics as JSON data.
 
     Raises:
+        CheckpointError: a source has changed since the plan was made.
         DeusMergeError: a tensor that cannot be read, merged or written.
     """
+    plan.check_sources()
     blocks = [plan.blocks[i] for i in indices]
     with ExitStack() as stack:
         runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack)
@@ -137,7 +139,7 @@ class _BlockRunner:
         assert chunk.values is not None
         at = None if chunk.start is None else chunk.start * ITEMSIZE[output.dtype]
         flat = chunk.values.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-        self._writer.write(output.name, memoryview(flat.numpy()), at=at)
+        self._writer.write(output.name, flat.numpy().data, at=at)
 
     def _await_write(self) -> None:
         if self._writing is not None:

@@ -23,7 +23,7 @@ from .aligned import merge_aligned
 if TYPE_CHECKING:
     import torch
 
-#: what was read ahead onto a device: (role, source) -> tensor
+#: tensors that were read ahead onto a device: (role, source) -> tensor
 Loaded = dict[tuple[str, int], "torch.Tensor"]
 #: an output and values of it in its dtype
 Computed = tuple[OutputTensor, OutputChunk]
@@ -37,7 +37,7 @@ class BlockComputer:
         device: Where the arithmetic is done; None when nothing is computed.
         seed: For methods that draw random numbers.
         memory: Bytes that a method may have alive at once; None for no limit.
-        results: Of the documents that the plan takes tensors from, by name.
+        results: Results of the documents that the plan takes tensors from, by name.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class BlockComputer:
 
         Args:
             block: One of the plan's.
-            diagnostics: What its method reports is added here, as JSON data.
-            loaded: What `load` has read.
+            diagnostics: The list to which its method's diagnostics are added, as JSON data.
+            loaded: The result of `load`.
 
         Raises:
             CheckpointError: a tensor that becomes NaN or infinity.
-            DeusMergeError: what the method refuses.
+            DeusMergeError: the method refuses.
         """
         yield from self.read_outputs(block)
         if block.merges:
             yield from self.merge_outputs(block, diagnostics, loaded or {})
 
     def read_outputs(self, block: BlockPlan) -> Iterator[Computed]:
-        """What is only read, derived or in another dtype: a slice of rows at a time."""
+        """Outputs that are only read, derived or in another dtype: a slice of rows at a time."""
         for output in block.outputs:
             if output.action not in (Action.CAST, Action.DERIVE):
                 continue
@@ -101,7 +101,7 @@ class BlockComputer:
     def merge_outputs(
         self, block: BlockPlan, diagnostics: list[dict], loaded: Loaded, only: OutputTensor | None = None
     ) -> Iterator[Computed]:
-        """What a block's method computes, or only one output of it; arguments as in `compute`."""
+        """The outputs that a block's method computes, or only one of them; arguments as in `compute`."""
         inputs = _BlockInputs(self, block, loaded, block.outputs if only is None else (only,))
         method = methods()[block.method]
         try:
@@ -126,7 +126,7 @@ class BlockComputer:
         return sorted((o for o in block.outputs if o.computed), key=lambda output: -math.prod(output.shape))
 
     def source(self, block: BlockPlan, i: int | None) -> TensorSource:
-        """What a block's source is read from."""
+        """The source that one of a block's inputs is read from."""
         assert i is not None
         return self.sources[block.sources[i].model]
 
@@ -180,8 +180,7 @@ class _BlockInputs:
         import torch
 
         digest = hashlib.sha256(f"{self._computer.seed} {source} {output.name}".encode()).digest()
-        device = self._computer.device or "cpu"
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
     def stored_names(self, role: str) -> str | None:
         """The stored tensors of a role, for messages."""

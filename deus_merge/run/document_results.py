@@ -27,8 +27,8 @@ class DocumentResult:
     the few blocks that were read last stay in memory.
 
     Args:
-        planned: What is computed.
-        computer: Of the document's blocks.
+        planned: The result as the plan describes it.
+        computer: Computes the document's blocks.
         cached_blocks: How many blocks stay in memory.
     """
 
@@ -59,8 +59,9 @@ class DocumentResult:
 
     def prefetch(self, names: Iterable[str]) -> None:
         for block, output in map(self._planned.planned, names):
-            copied = [output.source] if output.action is Action.COPY else []
-            for i in copied or inputs_read(output):
+            if output.action is Action.COPY:
+                self._computer.source(block, output.source).prefetch([output.stored.name])
+            for i in inputs_read(output):
                 self._computer.source(block, i).prefetch([output.inputs[i].name])
 
     def root(self, name: str) -> tuple[TensorSource, str]:
@@ -73,7 +74,7 @@ class DocumentResult:
         return self._planned.workspace(name, minimum)
 
     def take_diagnostics(self) -> list[dict]:
-        """What methods have reported since the last call."""
+        """Diagnostics since the last call."""
         taken = [{**line, "document": self._planned.name} for line in self._diagnostics]
         self._diagnostics.clear()
         return taken

@@ -18,11 +18,13 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
 from ..report.lineage import ancestors
-from ..report.manifest import MANIFEST, RECIPE, manifest, plan_sources, sealed
+from ..report.manifest import MANIFEST, RECIPE
+from ..report.manifest_parts import Growth
 from ..report.model_card import model_card
+from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
 from .block_runner import run_blocks
-from .preflight import RunOptions, check_sources, preflight
+from .preflight import RunOptions, preflight
 
 if TYPE_CHECKING:
     pass
@@ -34,9 +36,9 @@ def execute(
     """Carry out a plan.
 
     Args:
-        plan: What to do.
+        plan: The plan.
         out: The output folder; it appears when it is whole and verified.
-        options: How.
+        options: Device, resume, overwrite, verification.
         on_block: Called after every block, with whether an earlier run had already finished it.
 
     Returns:
@@ -52,7 +54,7 @@ def execute(
         output.tidy()
         for block in plan.blocks:
             on_block(block, True)
-        hint = "make it anew with --overwrite"
+        hint = "write it again with --overwrite"
         verification = _passed(verify(output.out, quick=True), out, hint) if options.verify else None
         return verification, plan.warnings + ready.warnings
     past, unknown_past = ancestors(plan)
@@ -89,12 +91,14 @@ def execute(
         _check_same_sources(plan)
         output.flush(wait=False)  # while the result is checked
         run_record = ready.run_record | {"seconds": round(time.monotonic() - began, 3)}
-        record = manifest(plan, _write_files(plan, output, past, options.model_card), diagnostics, run_record, past)
+        files = _write_files(plan, output, past, options.model_card)
+        manifest = manifest_of(plan, files, diagnostics, run_record, past)
         verification = None
         if options.verify:
-            found = verify(output.folder, quick=True, record=record, sources=list(plan_sources(plan)))
+            found = verify(output.folder, quick=True, manifest=manifest, sources=list(plan_sources(plan)))
             verification = _passed(found, out, "the output was not put in place")
-        output.put(MANIFEST, sealed(record, verification.checksums if verification else None))
+            manifest = manifest.with_checksums(verification.checksums)
+        output.put(MANIFEST, manifest.sealed())
         output.finish()
     return verification, (
         *plan.warnings,
@@ -118,15 +122,15 @@ def _passed(verification: Verification, out: Path, hint: str) -> Verification:
 
 def _check_same_sources(plan: Plan) -> None:
     try:
-        check_sources(plan)
+        plan.check_sources()
     except CheckpointError as error:
         raise VerifyError(
             "a source has changed during the run", where=error.where, hint="start over with --overwrite"
         ) from None
 
 
-def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Mapping], card: bool) -> dict[str, bytes]:
-    """Everything beside the weights and the manifest."""
+def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], card: bool) -> dict[str, bytes]:
+    """Write all files but the weights and the manifest."""
     recipe = dump_recipe(plan.recipe)
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
@@ -150,7 +154,8 @@ def _resume_hints(output: OutputFolder) -> Iterator[None]:
             if isinstance(error, DeusMergeError) and not isinstance(error, VerifyError):
                 error.hint = f"{error.hint}; {hint}" if error.hint else hint
             else:
-                error.__notes__ = [*getattr(error, "__notes__", ()), hint]
+                notes = [*getattr(error, "__notes__", ()), hint]  # BaseException.add_note came with Python 3.11
+                setattr(error, "__notes__", notes)  # noqa: B010
         raise
 
 

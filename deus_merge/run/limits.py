@@ -1,4 +1,4 @@
-"""What this machine lets a process have: memory, and open files."""
+"""The limits of this machine on a process: memory and open files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-_OTHER_FILES = 128  # open files beside those that are counted: libraries, pipes, the terminal
+_OTHER_FILES = 128  # open files that are not counted: libraries, pipes, the terminal
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int] | None:
@@ -16,13 +16,13 @@ def memory(root: Path = Path("/")) -> tuple[int, int] | None:
         root: The folder that ``proc`` and ``sys`` are in.
 
     Returns:
-        What is available without swapping, and all there is, swap included; both within the limits of the control
+        The bytes available without swapping, and the total with swap; both within the limits of the control
         groups (containers, batch jobs) that this process is in.
     """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
-        told = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
-        available, total, swap = told["MemAvailable"], told["MemTotal"], told["SwapTotal"]
+        fields = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
+        available, total, swap = fields["MemAvailable"], fields["MemTotal"], fields["SwapTotal"]
     except (OSError, ValueError, KeyError, IndexError):
         return None
     for limit, used in _control_groups(root):

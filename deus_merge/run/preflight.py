@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from .. import __version__
 from ..checkpoint.output_folder import OutputFolder
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.system import existing
-from ..core.errors import CheckpointError, DeusMergeError, PlanError
+from ..core.errors import DeusMergeError, PlanError
 from ..core.units import format_size
-from ..models.source import stamp
 from ..plan.types import Plan
 from ..report.manifest import MANIFEST, read_manifest
+from .device import check_device_name, choose_device, machine_identity, set_threads
 from .limits import allow_open_files, memory
 
 if TYPE_CHECKING:
@@ -25,19 +24,19 @@ if TYPE_CHECKING:
 
 _SLACK = 1 << 18  # bytes of disk for model card, recipe, journal and folders
 _RECORD_BYTES = 2 << 10  # bytes of manifest, index and journal a tensor
-_MORE_FILES = 16  # inodes for everything beside weights and copied files
+_MORE_FILES = 16  # inodes for all files but weights and copied files
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run, as opposed to what.
+    """How to run a plan.
 
     Attributes:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         max_memory: Bytes the process may take: plans then work in row blocks; too few are refused.
         resume: Go on with an interrupted run.
         overwrite: Replace an existing output, once the new one is whole.
-        verify: Check the result before it gets its name.
+        verify: Check the result before it is renamed to OUT.
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic; None for torch's own choice.
         model_card: Write a README.md.
@@ -55,13 +54,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that nothing stands in the way of.
+    """A run that passed every check.
 
     Attributes:
         output: Its output folder, not entered yet.
         device: Where it computes; None when it only copies.
         run_record: The options as the manifest records them.
-        warnings: What the user should know of this machine.
+        warnings: Messages about this machine.
         complete: OUT is already what this run would make, and it is a resumed one: nothing is left to do.
     """
 
@@ -80,41 +79,29 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
             or interrupted there, no such device.
         CheckpointError: a source has changed since it was planned with.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", options.device):
-        raise PlanError("unknown device", where="--device", expected="auto, cpu, cuda or cuda:N", got=options.device)
-    check_sources(plan)
+    check_device_name(options.device)
+    plan.check_sources()
     warnings = _check_memory(plan, options)
     computes = any(b.computes for b in plan.blocks)
-    device = _device(options.device) if computes else None
+    device = choose_device(options.device) if computes else None
     run_record = {
         "device": device.type if device else "none",
-        "threads": _set_threads(options.threads) if computes else 0,
+        "threads": set_threads(options.threads) if computes else 0,
         "seed": options.seed,
     }
-    identity = {"deus_merge": __version__, **run_record, "sources": [m.stamp for m in plan.models]}
+    sources = [m.stamp for m in plan.models]
+    identity = {"deus_merge": __version__, **run_record, **machine_identity(device), "sources": sources}
     output = OutputFolder(
         out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
     )
     check_apart(output.out, [m.checkpoint for m in plan.models])
-    complete = options.resume and not output.place.unfinished and _complete(plan, output.out, run_record)
+    complete = options.resume and not output.area.resumable_blocks and _complete(plan, output.out, run_record)
     if complete:
         warnings += ("the output is already complete: nothing was left to do",)
     else:
         output.check()
         _check_disk(plan, output)
     return Ready(output, device, run_record, warnings, complete)
-
-
-def check_sources(plan: Plan) -> None:
-    """Whether all sources are as they were when the plan was made.
-
-    Raises:
-        CheckpointError: one is not.
-    """
-    for model in plan.models:
-        for old, new, file in zip(model.stamp, stamp(model.checkpoint.files), model.checkpoint.files, strict=True):
-            if old != new:
-                raise CheckpointError("the file has changed since the plan was made", where=file)
 
 
 def check_apart(out: Path, sources: Iterable[TensorSource]) -> None:
@@ -132,7 +119,7 @@ def check_apart(out: Path, sources: Iterable[TensorSource]) -> None:
                 raise PlanError(
                     "the output and a source must not contain each other",
                     where=out,
-                    expected="a folder beside the models",
+                    expected="a folder outside the models",
                     got=f"source {folder.resolve()}",
                 )
 
@@ -151,11 +138,11 @@ def _identity(path: Path) -> tuple[int, int]:
 def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
     """Whether a finished output is what this run would make."""
     try:
-        record, written = read_manifest(out), os.stat(out / MANIFEST).st_mtime_ns
+        manifest, written = read_manifest(out), os.stat(out / MANIFEST).st_mtime_ns
     except (DeusMergeError, OSError):
         return False
-    options = {key: record.get("options", {}).get(key) for key in run_record}
-    same = (record.get("plan_hash"), record.get("deus_merge"), options) == (plan.hash, __version__, run_record)
+    options = {key: manifest.options.get(key) for key in run_record}
+    same = (manifest.plan_hash, manifest.deus_merge, options) == (plan.hash, __version__, run_record)
     return same and all(changed <= written for m in plan.models for _, _, changed in m.stamp)
 
 
@@ -181,7 +168,7 @@ def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
     peak = plan.peak_memory if limit is None else min(plan.peak_memory, limit)
     if peak <= available:
         return ()
-    less = f"; it can do with less: --max-memory {_megabytes(max(minimum, available))}" if minimum < peak else ""
+    less = f"; it runs with less: --max-memory {_megabytes(max(minimum, available))}" if minimum < peak else ""
     return (f"about {format_size(peak)} of memory will be needed, {format_size(available)} are available{less}",)
 
 
@@ -190,11 +177,12 @@ def _megabytes(size: int) -> str:
 
 
 def _check_disk(plan: Plan, output: OutputFolder) -> None:
-    """Room for the new folder beside the old one; what an interrupted run has left counts, used again or removed."""
+    """Check that there is room for the new folder next to the old one. The leftovers of an interrupted run count as
+    room: they are used again or removed."""
     sizes = [s.size for s in plan.shards]
     sizes += [len(c) if isinstance(c, bytes) else c.stat().st_size for c in plan.files.values()]
     system = os.statvfs(existing(output.out.parent))
-    left = [os.lstat(p) for p in output.place.new.rglob("*")]
+    left = [os.lstat(p) for p in output.area.new.rglob("*")]
     needed = sum(-(-size // system.f_frsize) * system.f_frsize for size in sizes)
     needed += _SLACK + _RECORD_BYTES * sum(len(b.outputs) for b in plan.blocks)
     free = system.f_bavail * system.f_frsize + sum(s.st_blocks * 512 for s in left)
@@ -222,24 +210,3 @@ def _check_disk(plan: Plan, output: OutputFolder) -> None:
             expected=f"a limit of more than {opened} open files (ulimit -n)",
             hint="a larger --max-shard-size makes fewer files",
         )
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PlanError(
-            "no such CUDA device", where="--device", expected=f"{torch.cuda.device_count()} devices", got=name
-        )
-    if device.type == "cuda":  # plans need all of float32's digits
-        torch.backends.cuda.matmul.allow_tf32 = False
-    return device
-
-
-def _set_threads(threads: int | None) -> int:
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The way into training: which parameters are new, how the rest stays frozen, and how one sees that it did.
+"""Training the new layers of an output: which parameters are new, freezing the others, and checking that they stay.
 
 ::
 
@@ -9,18 +9,23 @@
     trainer = transformers.Trainer(model=model, ...)
     training.watch(trainer, "deeper")                 # checks the frozen weights, logs the new layers
     trainer.train()
-    model.to(torch.bfloat16).save_pretrained("trained")  # as it was stored: the base keeps its bytes
+    model.to(torch.bfloat16).save_pretrained("trained")  # the stored dtype: the base keeps its bytes
     training.carry_manifest("deeper", "trained")      # so that it can be stripped, verified and grown again
 
-In a loop of one's own `Watch` does what the callback does. Only `NewLayersCallback` and `watch` need transformers, and
-import it when they are first asked for.
+In your own training loop, use `Watch`. Only `NewLayersCallback` and `watch` need transformers, which is imported when
+one of them is first used.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .carry import carry_manifest
 from .freeze import Trainable, freeze_base, new_parameters, optimizer_groups
 from .watching import Watch
+
+if TYPE_CHECKING:
+    from .callback import NewLayersCallback, watch
 
 __all__ = [
     "NewLayersCallback",

@@ -1,4 +1,4 @@
-"""The callback for transformers' `Trainer`, and trl's, which are made of it. The one module that needs transformers."""
+"""The callback for transformers' `Trainer` and its subclasses in trl. The only module that imports transformers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .watching import Watch
 
 
 class NewLayersCallback(TrainerCallback):
-    """Checks that frozen weights stay frozen: at the beginning, at every save, at the end, and every so many steps.
+    """Checks that frozen weights stay frozen: at the start, at every save, at the end, and every ``check_every`` steps.
 
     It logs norms of the new layers and of their gradients (after clipping) with the Trainer's losses, and puts the
-    manifest into every ``checkpoint-N`` folder. Add it with `watch`: given as ``callbacks=[...]`` it comes behind
-    TensorBoard's and its like, and what it logs reaches only the console and ``trainer.state.log_history``.
+    manifest into every ``checkpoint-N`` folder. Add it with `watch`: given as ``callbacks=[...]`` it runs after
+    TensorBoard's and similar callbacks, and its values reach only the console and ``trainer.state.log_history``.
 
     Args:
         path: The output folder, or its manifest.
-        check_every: Also check after every so many steps; 0: no.
-        per_layer: Log each new layer, too.
+        check_every: Also check after this many steps, again and again; 0 for never.
+        per_layer: Also log each new layer.
         generation: As given to `freeze_base`.
 
     Raises (while training):
@@ -36,9 +36,10 @@ class NewLayersCallback(TrainerCallback):
         self._gradients: dict = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert model is not None  # the Trainer always passes it
         self._watch = Watch(model, self.path, self.generation)
         if self._watch.unsaved and args.save_strategy != "no":
-            hint = "without checkpoints (save_strategy='no') the training may go on"
+            hint = "or train without checkpoints: save_strategy='no'"
             raise TrainingError(UNSAVED.format(list(self._watch.unsaved)), where=str(args.output_dir), hint=hint)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -51,13 +52,13 @@ class NewLayersCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             values = self._watch.norms(self.per_layer) | self._gradients
-            told = {name: float(f"{value.item():.6g}") for name, value in values.items()}
-            logs.update(told)
-            state.log_history[-1].update(told)
+            rounded = {name: float(f"{value.item():.6g}") for name, value in values.items()}
+            logs.update(rounded)
+            state.log_history[-1].update(rounded)
 
     def on_save(self, args, state, control, **kwargs):
         self._watch.check()
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (folder / "config.json").is_file():  # not an adapter, not a shard
             try:
                 carry_manifest(self.path, folder, replace=True)
@@ -72,7 +73,15 @@ class NewLayersCallback(TrainerCallback):
 def watch(
     trainer: Trainer, path: Path | str, *, check_every: int = 0, per_layer: bool = False, generation: int = -1
 ) -> NewLayersCallback:
-    """Add a `NewLayersCallback` to a trainer, in front of all others, so that each of them sees what it logs."""
+    """Add a `NewLayersCallback` to a trainer, before all other callbacks, so that they receive the values it logs.
+
+    Args:
+        trainer: The trainer.
+        path, check_every, per_layer, generation: As for `NewLayersCallback`.
+
+    Returns:
+        The callback.
+    """
     callback = NewLayersCallback(path, check_every=check_every, per_layer=per_layer, generation=generation)
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback

@@ -1,13 +1,13 @@
-"""The settings of other trainers, so that they train the new layers and nothing else; refused where they cannot.
+"""Settings of other trainers that train the new layers and nothing else; an error where a trainer has none.
 
-What a trainer makes of its settings is worked out here on the model's tensor names, by that trainer's own rule, and
-compared with the manifest before anything is printed. Rules as read in:
+Which tensors a trainer would train is computed here from the model's tensor names, by that trainer's own rule, and
+compared with the manifest before anything is printed. The rules are those of:
 
 - axolotl 0.18.0 (``utils/freeze.py``, ``train.py``): a parameter trains when a pattern of ``unfrozen_parameters``
   matches the beginning of its name; dots in patterns are literal.
 - LLaMA-Factory 0.9.6.dev0 (``model/adapter.py``): ``use_llama_pro`` trains the last of every ``layers / trainable``
   layers; without it the last n layers train, for negative n the first.
-- torchtune 0.7.0: full fine-tuning trains every parameter, LoRA adapters stand in every layer: nothing chooses layers.
+- torchtune 0.7.0: full fine-tuning trains every parameter, LoRA adapters are in every layer: no setting chooses layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..checkpoint.header import parse_json, read_small
 from ..core.errors import TrainingError, nearest
 from ..models.family import families
 from ..models.tokenizer.files import TOKENIZER_FILES
-from ..models.view import prefix_of
+from ..report.manifest import Manifest
 from .freeze import new_layers, new_names, read_training
 
 
@@ -30,32 +30,32 @@ def export(out: Path | str, trainer: str) -> str:
     """Settings that train the new layers of an output and nothing else.
 
     Args:
-        out: An output folder, or a trained one that its manifest was carried to.
+        out: An output folder, or a trained one that its manifest was copied to.
         trainer: A name in `TRAINERS`.
 
     Returns:
-        Text: a piece of YAML, or of Python for ``trainer``.
+        Lines of YAML, or of Python for ``trainer``.
 
     Raises:
         CheckpointError: there is no manifest.
-        TrainingError: an unknown trainer, no new layer, or nothing that this trainer can be told trains just these.
+        TrainingError: an unknown trainer, no new layer, or no settings of this trainer train only these.
     """
     if trainer not in TRAINERS:
         raise TrainingError(
             "unknown trainer", expected=" | ".join(TRAINERS), got=trainer, hint=nearest(trainer, TRAINERS)
         )
     out = Path(out)
-    record = read_training(out)
-    return TRAINERS[trainer](out, record, new_layers(record))
+    manifest = read_training(out)
+    return TRAINERS[trainer](out, manifest, new_layers(manifest))
 
 
-def _trainer(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
+def _trainer(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     given = load = save = ""
-    if any(name in TOKENIZER_FILES for name in record.get("files", ())):
+    if any(name in TOKENIZER_FILES for name in manifest.files):
         load = "tokenizer = transformers.AutoTokenizer.from_pretrained(path)\n"
         given, save = ", processing_class=tokenizer", "# tokenizer.save_pretrained(folder)\n"
     return f"""\
-# transformers' Trainer, and trl's, which are made of it: {_told(new)}
+# transformers' Trainer and its subclasses in trl: {_new_layers(new)}
 import torch
 import transformers
 from deus_merge import training
@@ -66,19 +66,19 @@ model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.floa
 trainer = transformers.Trainer(model=model{given})  # and your arguments and data
 training.watch(trainer, path)  # checks that the base stays as it is; logs the new layers
 # after trainer.train(), in the dtype that it had, so that the base keeps its bytes:
-# model.to(torch.{record.get("dtype") or "float32"}).save_pretrained(folder)
+# model.to(torch.{manifest.dtype or "float32"}).save_pretrained(folder)
 {save}# training.carry_manifest(path, folder)
 """
 
 
-def _axolotl(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
+def _axolotl(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     _check_described(out)
-    patterns = ["^" + prefix_of(layer, record["layer_prefix"]) for layer in new]
+    patterns = ["^" + manifest.prefix_of(layer) for layer in new]
     regexes = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
-    _check_choice("axolotl", record, lambda name: any(regex.match(name) for regex in regexes))
+    _check_choice("axolotl", manifest, lambda name: any(regex.match(name) for regex in regexes))
     settings = {"base_model": _absolute(out), "unfrozen_parameters": patterns}
     return (
-        f"# axolotl (checked against 0.18.0): {_told(new)}\n"
+        f"# axolotl (checked against 0.18.0): {_new_layers(new)}\n"
         + yaml.safe_dump(settings, sort_keys=False)
         + "# no adapter: peft puts base_model.model. before every name, and the patterns match nothing\n"
         + "# with gradient_checkpointing: true also\n"
@@ -87,9 +87,9 @@ def _axolotl(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
     )
 
 
-def _llama_factory(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
+def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     _check_described(out)
-    depth, count = record["num_layers"], len(new)
+    depth, count = manifest.num_layers, len(new)
     settings: dict[str, object] = {"model_name_or_path": _absolute(out), "finetuning_type": "freeze"}
     settings |= {"freeze_trainable_layers": count, "freeze_trainable_modules": "all"}
     stride = depth // count
@@ -104,28 +104,28 @@ def _llama_factory(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
         fitting = [n for n in range(2, base + 1) if base % n == 0]
         every = min(fitting, key=lambda n: abs(base / n - count)) if fitting else 1
         raise TrainingError(
-            "LLaMA-Factory cannot be told to train just the new layers",
+            "LLaMA-Factory cannot train only the new layers",
             expected="the last of every k layers (use_llama_pro), the last layers, or the first",
             got=f"new layers {', '.join(map(str, new))} of {depth}",
-            hint=f"--preset llama_pro --insert '{{every: {every}}}' makes layers it can train; --for trainer or axolotl"
-            " trains these",
+            hint=f"--preset llama_pro --insert '{{every: {every}}}' adds layers that it can train; --for trainer or"
+            " axolotl trains these",
         )
     parts = [f".{layer}." for layer in chosen]
-    _check_choice("LLaMA-Factory", record, lambda name: any(part in name for part in parts))
-    head = f"# LLaMA-Factory (checked against 0.9.6.dev0, without USE_V1): {_told(new)}\n"
+    _check_choice("LLaMA-Factory", manifest, lambda name: any(part in name for part in parts))
+    head = f"# LLaMA-Factory (checked against 0.9.6.dev0, without USE_V1): {_new_layers(new)}\n"
     return head + yaml.safe_dump(settings, sort_keys=False) + _after(out)
 
 
-def _torchtune(out: Path, record: Mapping, new: tuple[int, ...]) -> str:
+def _torchtune(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     raise TrainingError(
-        "torchtune cannot be told to train just the new layers",
-        expected="a setting that chooses layers; torchtune 0.7.0, its last state, has none",
-        got=_told(new),
+        "torchtune cannot train only the new layers",
+        expected="a setting that chooses layers; torchtune 0.7.0 has none",
+        got=_new_layers(new),
         hint="--for trainer or axolotl",
     )
 
 
-TRAINERS: Mapping[str, Callable[[Path, Mapping, tuple[int, ...]], str]] = {
+TRAINERS: Mapping[str, Callable[[Path, Manifest, tuple[int, ...]], str]] = {
     "trainer": _trainer,
     "axolotl": _axolotl,
     "llama-factory": _llama_factory,
@@ -138,32 +138,45 @@ def _absolute(out: Path) -> str:
 
 
 def _after(out: Path) -> str:
-    """A comment: what verify, strip and the next growth need."""
+    """A comment: the call that verify, strip and the next growth need."""
     return f"# then, in Python: deus_merge.training.carry_manifest({_absolute(out)!r}, FOLDER_OF_THE_TRAINED_MODEL)\n"
 
 
-def _told(new: tuple[int, ...]) -> str:
+def _new_layers(new: tuple[int, ...]) -> str:
     return f"new layers {', '.join(map(str, new))}"
 
 
 def _check_described(out: Path) -> None:
-    """Only of families described here do we know that a loaded model's names are those of its files."""
+    """Check that the family is described: only then are the names of a loaded model known to be those of its files.
+
+    Raises:
+        TrainingError: it is not.
+    """
     place = out / "config.json"
     model_type = parse_json(read_small(place), place, "config").get("model_type")
     if not any(model_type in family.model_types for family in families().values()):
         raise TrainingError(
-            "it is not known how this family's parameters are called once it is loaded",
+            "the parameter names of this family, once it is loaded, are not known",
             where=place,
             expected=f"a described family: {', '.join(families())}",
             got=f"model_type {model_type!r}",
-            hint="--for trainer compares the names when it is run",
+            hint="--for trainer compares the names when it runs",
         )
 
 
-def _check_choice(trainer: str, record: Mapping, trains: Callable[[str], bool]) -> None:
-    """What the trainer would train against what it should."""
-    new = set(new_names(record))
-    wrong = [name for name in record["tensors"] if trains(name) != (name in new)]
+def _check_choice(trainer: str, manifest: Manifest, trains: Callable[[str], bool]) -> None:
+    """Check that a trainer would train the new tensors and no others.
+
+    Args:
+        trainer: Its name, for messages.
+        manifest: The output's manifest.
+        trains: Whether it would train a tensor of this name.
+
+    Raises:
+        TrainingError: it would not.
+    """
+    new = set(new_names(manifest))
+    wrong = [name for name in manifest.tensors if trains(name) != (name in new)]
     if wrong:
         how = "leave out" if wrong[0] in new else "also train"
         raise TrainingError(f"{trainer} would {how} {wrong[0]}", where=wrong[0], hint="--for trainer")

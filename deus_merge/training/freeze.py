@@ -1,17 +1,17 @@
-"""From the manifest: the new parameters, a model of which only they train, groups for its optimizer."""
+"""The new parameters of a manifest: their names, freezing all others, and parameter groups for the optimizer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
-from ..models.view import prefix_of
-from ..report.lineage import generations
-from ..report.manifest import MANIFEST, read_manifest
+from ..core.tensors import Action
+from ..report.manifest import MANIFEST, Manifest, read_manifest
+from ..report.manifest_parts import ManifestTensor
 from .names import Parameters, check_zeroed, parameters_of
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trainable:
-    """What `freeze_base` did. ``str()`` tells it in one line.
+    """The result of `freeze_base`. ``str()`` describes it in one line.
 
     Attributes:
         layers: The new layers.
-        trained_tensors: How many tensors train.
-        trained_parameters: The numbers in them.
-        frozen_tensors: How many tensors stay as they are; tied ones count once.
-        frozen_parameters: The numbers in them.
-        added_tensors: Tensors that peft put on top; they were left as they are.
-        dtype: Of the weights that train, the least precise.
-        unsaved: New modules that peft's ``save_pretrained`` would leave out; `UNSAVED` tells what to do.
+        trained_tensors: The number of tensors that train.
+        trained_parameters: The number of elements in them.
+        frozen_tensors: The number of tensors that stay as they are; tied ones count once.
+        frozen_parameters: The number of elements in them.
+        added_tensors: The number of tensors that peft added; they were left as they are.
+        dtype: The least precise dtype of the weights that train.
+        unsaved: New modules that peft's ``save_pretrained`` would leave out; `UNSAVED` says what to do.
     """
 
     layers: tuple[int, ...]
@@ -52,12 +52,12 @@ class Trainable:
         )
 
     def _advice(self) -> str:
-        told = ""
+        advice = ""
         if self.dtype in _COARSE:
-            told += f"; in {self.dtype} small steps are lost: load the model with dtype=torch.float32"
+            advice += f"; in {self.dtype} small steps are lost: load the model with dtype=torch.float32"
         if self.unsaved:
-            told += f"; {UNSAVED.format(list(self.unsaved))}"
-        return told
+            advice += f"; {UNSAVED.format(list(self.unsaved))}"
+        return advice
 
 
 UNSAVED = (
@@ -68,29 +68,37 @@ _COARSE = ("bfloat16", "float16")
 _LAYER = re.compile(r".*?\.\d+(?=\.)")  # the module of a layer, at the beginning of a tensor's name
 
 
-def read_training(path: Path | str) -> dict:
-    """A manifest with all that training needs of it.
+def read_training(path: Path | str) -> Manifest:
+    """A manifest with ``layer_prefix``, which training needs.
+
+    Args:
+        path: An output folder, or its manifest.
 
     Raises:
-        CheckpointError: there is none, or none that can be read.
+        CheckpointError: there is none, or it lacks ``layer_prefix``.
+        VerifyError: it cannot be read.
     """
-    return read_manifest(Path(path), ("new_layers", "new_parameters", "num_layers", "layer_prefix"))
+    return read_manifest(Path(path), ("layer_prefix",))
 
 
-def new_layers(record: Mapping, generation: int = -1) -> tuple[int, ...]:
+def new_layers(manifest: Manifest, generation: int = -1) -> tuple[int, ...]:
     """The layers of one growth, as they are numbered now.
 
+    Args:
+        manifest: The output's manifest.
+        generation: -1 for the last growth, 0 for the oldest.
+
     Raises:
-        TrainingError: no such growth, or none of its layers is there.
+        TrainingError: no such growth, or none of its layers is in the output.
     """
-    grown = generations(record)
+    grown = manifest.growths
     if not -len(grown) <= generation < len(grown):
         raise TrainingError(
             "no such generation", expected=f"0 (the oldest) to {len(grown) - 1}, or -1 (the last)", got=generation
         )
-    layers = tuple(grown[generation]["new_layers"])
+    layers = grown[generation].new_layers
     if not layers:
-        hint = "nothing was put into the main stack" + ("; name an earlier growth" if len(grown) > 1 else "")
+        hint = "nothing was added to the main stack" + ("; name an earlier growth" if len(grown) > 1 else "")
         raise TrainingError("there is no new layer to train", where=MANIFEST, hint=hint)
     return layers
 
@@ -100,29 +108,29 @@ def new_parameters(path: Path | str, generation: int = -1) -> tuple[str, ...]:
 
     Args:
         path: An output folder, or its manifest.
-        generation: Which growth's, when a grown model was grown again: -1 the last, 0 the oldest.
+        generation: The growth, when a grown model was grown again: -1 for the last, 0 for the oldest.
 
     Raises:
-        CheckpointError: there is no manifest, or none that can be read.
+        CheckpointError, VerifyError: there is no manifest, or it cannot be read.
         TrainingError: no such growth, or no new layer.
     """
     return new_names(read_training(path), generation)
 
 
-def new_names(record: Mapping, generation: int = -1) -> tuple[str, ...]:
-    """`new_parameters` of a manifest that is read already."""
-    layers = new_layers(record, generation)
-    if generation in (-1, len(generations(record)) - 1):
-        return tuple(record["new_parameters"])
-    prefixes = tuple(prefix_of(layer, record["layer_prefix"]) for layer in layers)
-    return tuple(name for name in record["tensors"] if name.startswith(prefixes))
+def new_names(manifest: Manifest, generation: int = -1) -> tuple[str, ...]:
+    """The names of `new_parameters`, from a manifest."""
+    layers = new_layers(manifest, generation)
+    if generation in (-1, len(manifest.growths) - 1):
+        return manifest.new_parameters
+    prefixes = tuple(map(manifest.prefix_of, layers))
+    return tuple(name for name in manifest.tensors if name.startswith(prefixes))
 
 
 def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Trainable:
-    """Let only the new layers of a model train. Doing it twice changes nothing.
+    """Let only the new layers of a model train. A second call changes nothing.
 
-    Wrappers around the model are seen through (torch.compile, DistributedDataParallel, accelerate, peft). What peft
-    added is left as it is; peft freezes everything else, so call this after it, and before DistributedDataParallel.
+    The model may be wrapped (torch.compile, DistributedDataParallel, accelerate, peft). Tensors that peft added are
+    left as they are; peft freezes everything else, so call this after it, and before DistributedDataParallel.
 
     Args:
         model: The model, loaded from the folder (or from a checkpoint of its training).
@@ -130,18 +138,18 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
         generation: As for `new_parameters`.
 
     Returns:
-        What trains now, and what does not.
+        The counts of trained and frozen tensors, with advice.
 
     Raises:
         CheckpointError, TrainingError: as `new_parameters`; or the model is not the manifest's, or cannot train
-            (quantised weights, a new tensor tied to a frozen one), or it is too late for it.
+            (quantised weights, a new tensor tied to a frozen one), or DistributedDataParallel already wraps it.
     """
-    record = read_training(path)
+    manifest = read_training(path)
     if not hasattr(model, "named_parameters"):
         raise TrainingError("not a model", expected="a torch module, then its folder", got=repr(model))
-    parameters = parameters_of(model, record)
-    check_zeroed(parameters, record, path)
-    new = parameters.base.keys() & new_names(record, generation)  # without buffers
+    parameters = parameters_of(model, manifest)
+    check_zeroed(parameters, manifest, path)
+    new = parameters.base.keys() & new_names(manifest, generation)  # without buffers
     trained = {id(p): p for name, p in parameters.base.items() if name in new}
     frozen = {id(p): p for name, p in parameters.base.items() if name not in new}
     for name in new:
@@ -156,20 +164,22 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
                 got=parameter.dtype,
                 hint="load the model without quantisation, or keep the new layers out of it",
             )
-    wanted = [*((p, True) for p in trained.values()), *((p, False) for p in frozen.values())]
-    noted = any(type(module).__name__ == "DistributedDataParallel" for module in model.modules())
-    if noted and any(parameter.requires_grad is not trains for parameter, trains in wanted):
+    settings = [*((p, True) for p in trained.values()), *((p, False) for p in frozen.values())]
+    distributed = any(type(module).__name__ == "DistributedDataParallel" for module in model.modules())
+    if distributed and any(parameter.requires_grad is not trains for parameter, trains in settings):
         raise TrainingError(
-            "DistributedDataParallel has already noted what trains",
-            hint="call freeze_base before it wraps the model: what it does not know of would differ between processes",
+            "DistributedDataParallel has already registered the parameters that train",
+            hint="call freeze_base before it wraps the model: other parameters would differ between processes",
         )
-    for parameter, trains in wanted:
+    for parameter, trains in settings:
         parameter.requires_grad_(trains)
-    counts = (n for part in (trained, frozen) for n in (len(part), sum(map(_size, part.values()))))
     dtypes = {str(p.dtype).removeprefix("torch.") for p in trained.values()}
     return Trainable(
-        new_layers(record, generation),
-        *counts,
+        layers=new_layers(manifest, generation),
+        trained_tensors=len(trained),
+        trained_parameters=sum(map(_size, trained.values())),
+        frozen_tensors=len(frozen),
+        frozen_parameters=sum(map(_size, frozen.values())),
         added_tensors=len(parameters.added),
         dtype=next((d for d in _COARSE if d in dtypes), ", ".join(sorted(dtypes))),
         unsaved=unsaved(parameters, new),
@@ -177,34 +187,37 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
 
 
 def unsaved(parameters: Parameters, new: Iterable[str]) -> tuple[str, ...]:
-    """`Trainable.unsaved`: layers with new tensors of which peft, where it is there, has no copy to save."""
+    """The modules for `Trainable.unsaved`: layers with new tensors that peft, if it is used, would not save."""
     if not parameters.added and not parameters.copies:
         return ()
     left_out = sorted(set(new) - parameters.copies)
-    return tuple(dict.fromkeys(_LAYER.match(name)[0] for name in left_out))
+    layers = (_LAYER.match(name) for name in left_out)
+    return tuple(dict.fromkeys(layer[0] for layer in layers if layer))
 
 
 def optimizer_groups(
     model: Module, path: Path | str, *, lr: float, zeroed_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict]:
-    """Parameter groups for any torch optimizer, of all that trains.
+    """Parameter groups for any torch optimizer, with every parameter that trains.
 
     Args:
         model: As `freeze_base` left it.
         path: The output folder, or its manifest.
         lr: The learning rate.
-        zeroed_lr: Another one for tensors that began as zero: until they have grown, nothing else of a layer learns.
-        weight_decay: Of matrices; norms and biases have none.
+        zeroed_lr: The learning rate of tensors that began as zeros: until they have grown, the rest of a layer does not
+            learn. None for ``lr``.
+        weight_decay: The weight decay of matrices; norms and biases have none.
 
     Returns:
-        ``name``, ``params``, ``lr`` and ``weight_decay`` of each: zeroed and other matrices, vectors, what peft added.
+        ``name``, ``params``, ``lr`` and ``weight_decay`` of each group: zeroed and other matrices, vectors, tensors
+        that peft added.
 
     Raises:
         CheckpointError, TrainingError: as `freeze_base`; or nothing trains.
     """
-    record = read_training(path)
-    parameters = parameters_of(model, record)
-    groups = {
+    manifest = read_training(path)
+    parameters = parameters_of(model, manifest)
+    groups: dict[str, dict[str, Any]] = {
         "zeroed": {"params": [], "lr": lr if zeroed_lr is None else zeroed_lr, "weight_decay": weight_decay},
         "matrices": {"params": [], "lr": lr, "weight_decay": weight_decay},
         "vectors": {"params": [], "lr": lr, "weight_decay": 0.0},
@@ -214,17 +227,17 @@ def optimizer_groups(
     for name, parameter in [*parameters.base.items(), *parameters.added.items()]:
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            groups[_group(record["tensors"].get(name), parameter.ndim)]["params"].append(parameter)
+            groups[_group(manifest.tensors.get(name), parameter.ndim)]["params"].append(parameter)
     if not seen:
-        raise TrainingError("nothing of this model trains", hint="call freeze_base first")
+        raise TrainingError("no parameter of this model trains", hint="call freeze_base first")
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]
 
 
-def _group(origin: Mapping | None, ndim: int) -> str:
-    if origin is None:
+def _group(planned: ManifestTensor | None, ndim: int) -> str:
+    if planned is None:
         return "added"
-    return "vectors" if ndim < 2 else "zeroed" if origin["action"] == "zeros" else "matrices"
+    return "vectors" if ndim < 2 else "zeroed" if planned.action is Action.ZEROS else "matrices"
 
 
-def _size(parameter) -> int:
+def _size(parameter: Any) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's ZeRO-3 leaves an empty tensor behind

@@ -1,16 +1,16 @@
-"""Whether frozen weights stay frozen, and how new layers grow: for a training loop of any kind."""
+"""Checks that frozen weights stay frozen, and measures how new layers grow, in any training loop."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
-from ..models.view import prefix_of
+from ..core.tensors import Action
 from .freeze import new_layers, new_names, read_training, unsaved
 from .names import parameters_of
 
@@ -22,25 +22,25 @@ _CHUNK = 16 << 20  # bytes of a tensor that are hashed at a time
 
 
 class Watch:
-    """Remembers every frozen weight by its sha256; streams, so that it takes no memory.
+    """Stores the sha256 of every frozen weight; memory does not grow with the model.
 
     Args:
-        model: As `freeze_base` left it, with or without adapters on top, wrapped or not.
+        model: As `freeze_base` left it, with or without adapters, wrapped or not.
         path: The output folder, or its manifest.
         generation: As given to `freeze_base`.
 
     Raises:
-        CheckpointError, TrainingError: as `freeze_base`; or a weight of the base would train, or nothing new.
+        CheckpointError, TrainingError: as `freeze_base`; or a weight of the base would train, or no new one.
 
     Attributes:
-        unsaved: As of `Trainable`.
+        unsaved: As in `Trainable`.
     """
 
     def __init__(self, model: Module, path: Path | str, generation: int = -1):
-        record = read_training(path)
-        parameters = parameters_of(model, record)
+        manifest = read_training(path)
+        parameters = parameters_of(model, manifest)
         base = parameters.base
-        new = base.keys() & new_names(record, generation)
+        new = base.keys() & new_names(manifest, generation)
         for name, parameter in base.items():
             if parameter.requires_grad and name not in new:
                 raise TrainingError(
@@ -54,25 +54,25 @@ class Watch:
                 )
         if not any(base[name].requires_grad for name in new):
             raise TrainingError(
-                "none of the new layers trains",
+                "no new layer trains",
                 where=type(model).__name__,
-                hint="call freeze_base on the model; if peft wraps it (trl's peft_config does), then after that: peft"
-                " freezes all that is not its own",
+                hint="call freeze_base on the model; if peft wraps it (trl's peft_config does), call it afterwards:"
+                " peft freezes all other parameters",
             )
         self.unsaved = unsaved(parameters, new)
         self._frozen = {name: parameter for name, parameter in base.items() if not parameter.requires_grad}
         self._sums = _checksums(self._frozen)
         self._layers: dict[int, dict[str, Parameter]] = {}
-        for layer in new_layers(record, generation):
-            prefix = prefix_of(layer, record["layer_prefix"])
+        for layer in new_layers(manifest, generation):
+            prefix = manifest.prefix_of(layer)
             self._layers[layer] = {name: p for name, p in base.items() if name.startswith(prefix)}
-        self._zeroed = [name for name in new if record["tensors"][name]["action"] == "zeros"]
+        self._zeroed = [name for name in new if manifest.tensors[name].action is Action.ZEROS]
 
     def check(self) -> int:
-        """Compare every frozen weight with what it was at the start.
+        """Compare every frozen weight with its value at the start.
 
         Returns:
-            How many there are.
+            The number of frozen weights.
 
         Raises:
             TrainingError: one has changed.
@@ -83,12 +83,15 @@ class Watch:
                     "a frozen weight has changed",
                     where=name,
                     expected="the value it had when the training began",
-                    hint="look for what writes to it: an optimizer made before freeze_base, or a merged adapter",
+                    hint="find what writes to it: an optimizer created before freeze_base, or a merged adapter",
                 )
         return len(self._sums)
 
     def norms(self, per_layer: bool = False) -> dict[str, torch.Tensor]:
-        """Norms of the new weights, and of those that began as zero: how far the new layers have come.
+        """Norms of the new weights, and of those that began as zeros.
+
+        Args:
+            per_layer: Also for each new layer.
 
         Returns:
             ``new_layers/norm``, ``new_layers/zeroed_norm``; with ``per_layer`` also ``new_layers/17/norm`` ...
@@ -98,27 +101,32 @@ class Watch:
         return found | {"new_layers/zeroed_norm": _norm(weights[name] for name in self._zeroed)}
 
     def gradient_norms(self, per_layer: bool = False) -> dict[str, torch.Tensor]:
-        """Norms of the new weights' gradients; without an entry for what has none (DeepSpeed keeps them elsewhere).
+        """Norms of the new weights' gradients; without an entry where there are none (DeepSpeed stores them elsewhere).
+
+        Args:
+            per_layer: Also for each new layer.
 
         Returns:
             ``new_layers/grad_norm``; with ``per_layer`` also ``new_layers/17/grad_norm`` ...
         """
         return self._by_layer("grad_norm", lambda parameter: parameter.grad, per_layer)
 
-    def _by_layer(self, what: str, value, per_layer: bool) -> dict[str, torch.Tensor]:
+    def _by_layer(
+        self, quantity: str, value: Callable[[Parameter], torch.Tensor | None], per_layer: bool
+    ) -> dict[str, torch.Tensor]:
         found = {}
         values = {
             layer: [v for p in part.values() if (v := value(p)) is not None] for layer, part in self._layers.items()
         }
         if any(values.values()):
-            found[f"new_layers/{what}"] = _norm(v for part in values.values() for v in part)
+            found[f"new_layers/{quantity}"] = _norm(v for part in values.values() for v in part)
         if per_layer:
-            found |= {f"new_layers/{layer}/{what}": _norm(part) for layer, part in values.items() if part}
+            found |= {f"new_layers/{layer}/{quantity}": _norm(part) for layer, part in values.items() if part}
         return found
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The norm of all of them together, in float32; () of one process, of the whole tensors where they are sharded."""
+    """The norm of all tensors together, (), in float32: of the whole tensors where they are sharded."""
     import torch
 
     squares = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) ** 2 for t in tensors]
@@ -131,13 +139,13 @@ def _checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
         return dict(zip(tensors, pool.map(_checksum, tensors.values()), strict=True))
 
 
-def _checksum(tensor: torch.Tensor) -> bytes:
+def _checksum(tensor: Any) -> bytes:
     import torch
 
     digest = hashlib.sha256()
     tensor = tensor.detach()
-    shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # what of it is on this process
+    shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # the part that is on this process
     flat = shard.reshape(-1).view(torch.uint8)  # (nbytes,)
-    for piece in flat.split(_CHUNK):
-        digest.update(memoryview(piece.cpu().numpy()))
+    for chunk in flat.split(_CHUNK):
+        digest.update(memoryview(chunk.cpu().numpy()))
     return digest.digest()

@@ -1,31 +1,30 @@
-"""A finished checkpoint against its manifest, its sources and transformers. Memory does not grow with the model."""
+"""Checks a finished output against its manifest, its sources and transformers, in memory that does not grow with it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from ..checkpoint.reader import TensorSource
 from ..core.errors import DeusMergeError, VerifyError, printable
-from ..report.manifest import read_manifest
-from .checks import CHECKS, Output, Skipped
+from ..report.manifest import Manifest, read_manifest
+from .checks import CHECKS, CheckResult, Output, Skipped
 
 __all__ = ["Check", "Verification", "verify"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: What.
-        passed: True, False, or None when it could not be looked at.
+        name: The name of the check.
+        passed: True, False, or None when it was skipped.
         detail: A count, a reason, or where it failed.
-        facts: What was measured, by name.
-        seconds: How long it took.
+        facts: Measured values by name.
+        seconds: Wall time.
     """
 
     name: str
@@ -41,8 +40,8 @@ class Verification:
 
     Attributes:
         folder: The output.
-        checks: In the order they were made.
-        strict: Whether a check that could not be made counts as failed.
+        checks: In the order in which they ran.
+        strict: Whether a skipped check counts as failed.
         checksums: XXH3-128 of every tensor, by name; empty when the files could not be read.
     """
 
@@ -71,18 +70,21 @@ def verify(
     quick: bool = False,
     logits_text: str | None = None,
     strict: bool = False,
-    record: Mapping | None = None,
+    manifest: Manifest | None = None,
     sources: Sequence[TensorSource] | None = None,
 ) -> Verification:
     """Check an output folder.
 
     Args:
         folder: A finished output (or one about to be renamed into place).
-        quick: Leave out finite values and what needs transformers.
+        quick: Leave out finite values and the checks that need transformers.
         logits_text: Also run base and output over this text in float32 and compare their logits.
-        strict: Count a check that cannot be made as failed.
-        record: The manifest of an output that has none yet: its tensors' checksums are taken, not compared.
-        sources: With ``record``: the models it was made from.
+        strict: Count a skipped check as failed.
+        manifest: The manifest of an output that has none yet: the checksums of its tensors are computed, not compared.
+        sources: With ``manifest``: the models it was made from.
+
+    Returns:
+        The results of all checks.
 
     Raises:
         CheckpointError: there is no manifest, so nothing to compare with.
@@ -90,33 +92,31 @@ def verify(
     folder = Path(folder)
     checks: list[Check] = []
 
-    def look(name: str, check: Callable[[], tuple]) -> None:
-        began = time.monotonic()
-        found = _found(check)
-        checks.append(Check(name, *found, seconds=time.monotonic() - began))
-
-    if record is None:
+    if manifest is None:
         try:
-            record = read_manifest(folder)
-            checks.append(Check("manifest", True, f"format {record['format']}"))
+            manifest = read_manifest(folder)
+            checks.append(Check("manifest", True, f"format {manifest.format}"))
         except VerifyError as error:
             checks.append(Check("manifest", False, str(error)))
-    output = Output(folder, record, sources, finite=not quick) if record else None
+    output = Output(folder, manifest, sources, finite=not quick) if manifest else None
     wanted = [(name, check) for name, check, slow in CHECKS if not (quick and slow)]
     if logits_text is not None:
-        wanted.append(("logits", lambda output: output.logits(logits_text)))
+        wanted.append(("logits", lambda output, /: output.logits(logits_text)))
     for name, check in wanted:
-        look(name, partial(check, output)) if output else checks.append(Check(name, None, "no manifest to go by"))
-    return Verification(folder, tuple(checks), strict, output.taken if output else {})
+        began = time.monotonic()
+        result = _run(check, output) if output else (None, "no manifest to compare with")
+        facts = result[2] if len(result) == 3 else {}
+        checks.append(Check(name, result[0], result[1], facts, time.monotonic() - began))
+    return Verification(folder, tuple(checks), strict, output.computed if output else {})
 
 
-def _found(check: Callable[[], tuple]) -> tuple:
-    """What a check says, whatever a damaged output makes it do."""
+def _run(check: Callable[[Output], CheckResult], output: Output) -> CheckResult:
+    """The result of a check, whatever a damaged output makes it raise."""
     try:
-        return check()
+        return check(output)
     except Skipped as reason:
         return None, str(reason)
     except DeusMergeError as error:
         return False, str(error)
-    except Exception as error:  # libraries raise what they like on a damaged file: it did not pass
+    except Exception as error:  # libraries raise errors of any type on a damaged file
         return False, printable(f"{type(error).__name__}: {error}")

@@ -1,9 +1,9 @@
-"""The checks of a finished output, one method each. What an early check opens, later ones use."""
+"""The checks of a finished output, one method each. Later checks use files that earlier ones opened."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,86 +11,89 @@ from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..core.errors import DeusMergeError
-from ..core.tensors import StoredTensor
+from ..core.tensors import Action, StoredTensor
+from ..core.text import some_of
 from ..core.units import dtype_name, promoted
 from ..models.config_json import section
 from ..models.config_rules import check_config
 from ..models.modules import view_modules
 from ..models.view import ModelView, view_model
-from ..report.lineage import grown_names
-from ..report.manifest import MANIFEST
+from ..report.manifest import MANIFEST, USER_FILES, Manifest
 from . import logits
 from . import transformers_model as model
-from .weights import ALGORITHM, ZEROS, Seen, Wanted, examine
+from .weights import ALGORITHM, ZEROS, TensorCheck, TensorResult, examine
 
-#: files that change what is loaded from a folder: none may stand there that the run did not write
+#: Patterns of files that are loaded from a folder: only files that the run wrote may match them.
 _LOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt")
+_SHOWN = 3  # names in a detail
 
-Found = tuple[bool | None, str] | tuple[bool | None, str, Mapping[str, object]]
+CheckResult = tuple[bool | None, str] | tuple[bool | None, str, Mapping[str, object]]
 
 
 class Skipped(Exception):
-    """A check that cannot be made; the message says why."""
+    """A check that cannot be done; the message is the reason."""
 
 
 class Output:
-    """A folder and what its manifest says of it.
+    """A folder with the content of its manifest.
 
     Args:
         folder: The output.
-        record: Its manifest.
-        sources: The models it was made from, if it was made just now; its checksums are then still to be taken.
+        manifest: Its manifest.
+        sources: The models it was made from, if the run is not finished: checksums are then computed, not compared.
         finite: Whether the pass over the weights looks for NaN and infinity.
     """
 
-    def __init__(self, folder: Path, record: Mapping, sources: Sequence[TensorSource] | None, *, finite: bool):
-        self.folder, self.record, self.finite = folder, record, finite
-        self.fresh, self.trained = sources is not None, bool(record.get("trained"))
-        self._sources: Sequence[TensorSource | str] = _reopened(record) if sources is None else sources
+    def __init__(self, folder: Path, manifest: Manifest, sources: Sequence[TensorSource] | None, *, finite: bool):
+        self.folder, self.manifest, self.finite = folder, manifest, finite
+        self.fresh = sources is not None
+        self._sources: Sequence[TensorSource | str] = _reopened(manifest) if sources is None else list(sources)
         self._checkpoint: Checkpoint | None = None
         self._view: ModelView | None = None
-        self._seen: Mapping[str, Seen] | None = None
+        self._results: Mapping[str, TensorResult] | None = None
 
     # files -------------------------------------------------------------------------------------------------------
 
-    def other_files(self) -> Found:
-        """Everything beside the weights as it was written, and nothing else that a loader would read."""
+    def other_files(self) -> CheckResult:
+        """All files but the weights are as they were written, and a loader finds no others."""
         self._only_before_training()
-        digests, wrong = self.record["files"], []
+        digests, wrong = self.manifest.files, []
         for name, digest in digests.items():
             path = self.folder / name
+            if name in USER_FILES:
+                continue
             if not path.is_file():
                 wrong.append(f"{name} is missing")
             elif hashlib.sha256(read_small(path)).hexdigest() != digest:
                 wrong.append(f"{name} is not as it was written")
-        if self.record["format"] > 1:  # format 1 does not name all files
-            known = {*digests, *self.record["weights"], MANIFEST}
+        if self.manifest.format > 1:  # format 1 does not name all files
+            known = {*digests, *self.manifest.weights, MANIFEST}
             strange = sorted(path.name for path in self.folder.iterdir() if path.name not in known)
             wrong += [f"{n} was not written by the run" for n in strange if any(fnmatch(n, p) for p in _LOADED)]
-        return (False, _some(wrong)) if wrong else (True, f"{len(digests)} as written")
+        return (False, some_of(wrong, _SHOWN)) if wrong else (True, f"{len(digests.keys() - USER_FILES)} as written")
 
-    def headers(self) -> Found:
-        """The index and every header: strict, as written, and of one mind."""
+    def headers(self) -> CheckResult:
+        """The index and every header are valid, as they were written, and agree with each other."""
         checkpoint = self._checkpoint = Checkpoint.open(self.folder)
-        planned, wrong = {} if self.trained else self.record["weights"], []
+        planned, wrong = {} if self.manifest.trained else self.manifest.weights, []
         names = {header.file.relative_to(self.folder).as_posix(): header for header in checkpoint.headers}
         for name, header in names.items():
-            wanted = planned.get(name)
-            if wanted and (header.size, header.digest.hex()) != (wanted["bytes"], wanted["header_sha256"]):
+            file = planned.get(name)
+            if file and (header.size, header.digest.hex()) != (file.bytes, file.header_sha256):
                 wrong.append(f"{name} does not have the header that was written")
-        wrong += [f"{name} is no part of the checkpoint any more" for name in planned if name not in names]
+        wrong += [f"{name} does not belong to the checkpoint any more" for name in planned if name not in names]
         index = self.folder / INDEX
         if index.exists():
-            promised = parse_json(read_small(index), index, "index")
-            unnamed = sorted(checkpoint.tensors.keys() - promised["weight_map"].keys())
+            content = parse_json(read_small(index), index, "index")
+            unnamed = sorted(checkpoint.tensors.keys() - content["weight_map"].keys())
             if unnamed:
-                wrong.append(f"{INDEX} does not name {_some(unnamed)}")
+                wrong.append(f"{INDEX} does not name {some_of(unnamed, _SHOWN)}")
             size = sum(t.nbytes for t in checkpoint.tensors.values())
-            if promised.get("metadata", {}).get("total_size") != size:
+            if content.get("metadata", {}).get("total_size") != size:
                 wrong.append(f"{INDEX}: total_size is not {size}")
         files = "1 file" if len(names) == 1 else f"{len(names)} files"
         found = f"{files}, {len(checkpoint.tensors)} tensors, no hole and no overlap"
-        return (False, _some(wrong)) if wrong else (True, found)
+        return (False, some_of(wrong, _SHOWN)) if wrong else (True, found)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -106,173 +109,210 @@ class Output:
 
     # names and config --------------------------------------------------------------------------------------------
 
-    def tensors(self) -> Found:
+    def tensors(self) -> CheckResult:
         """Names, dtypes and shapes as planned."""
-        planned, found = self.record["tensors"], self.checkpoint.tensors
-        tied = self.trained and self.checkpoint.config.get("tie_word_embeddings") is True
+        planned, found, trained = self.manifest.tensors, self.checkpoint.tensors, self.manifest.trained
+        tied = trained and self.checkpoint.config.get("tie_word_embeddings") is True
         dropped = {"lm_head.weight"} if tied else set()  # transformers saves a tied head once, as the embeddings
         wrong = [f"{name} is missing" for name in planned if name not in found and name not in dropped]
         wrong += [f"{name} in {found[name].file.name} was not planned" for name in found if name not in planned]
-        for name, info in found.items():
-            origin = planned.get(name, {})
-            is_now, planned_as = f"{info.dtype} {list(info.shape)}", f"{origin.get('dtype')} {origin.get('shape')}"
-            if "dtype" in origin and is_now != planned_as and not self.trained:
-                wrong.append(f"{name} in {info.file.name} is {is_now}, planned {planned_as}")
+        other_dtypes = set()
+        for name in (name for name in found if name in planned):
+            stored, plan = found[name], planned[name]
+            if plan.dtype is None or plan.shape is None:  # format 1
+                continue
+            if (stored.dtype, stored.shape) != (plan.dtype, plan.shape) and not trained:
+                is_now, planned_as = f"{stored.dtype} {list(stored.shape)}", f"{plan.dtype} {list(plan.shape)}"
+                wrong.append(f"{name} in {stored.file.name} is {is_now}, planned {planned_as}")
+            if stored.dtype != plan.dtype:
+                other_dtypes.add(stored.dtype)
         if wrong:
-            return False, _some(wrong)
-        other = sorted({i.dtype for i in found.values() if i.dtype != planned[i.name].get("dtype", i.dtype)})
-        dtypes = f"shapes; now {', '.join(map(dtype_name, other))}" if other else "dtypes, shapes"
+            return False, some_of(wrong, _SHOWN)
+        dtypes = f"shapes; now {', '.join(map(dtype_name, sorted(other_dtypes)))}" if other_dtypes else "dtypes, shapes"
         return True, f"{len(found)} as planned: names, {dtypes}"
 
-    def config(self) -> Found:
+    def config(self) -> CheckResult:
         """config.json, the tensors and the plan agree on family, depth, sizes and every list with an entry a layer."""
-        checkpoint, record = self.checkpoint, self.record
+        checkpoint, manifest = self.checkpoint, self.manifest
         view = view_model(checkpoint.config, tuple(checkpoint.tensors), self.folder)
         check_config(checkpoint.config, view, {n: t.shape for n, t in checkpoint.tensors.items()}, self.folder)
         self._view = view
-        if view.num_layers != record["num_layers"]:
-            return False, f"config.json: {view.num_layers} layers, planned {record['num_layers']}"
+        if view.num_layers != manifest.num_layers:
+            return False, f"config.json: {view.num_layers} layers, planned {manifest.num_layers}"
         modules = view_modules(checkpoint.config, tuple(checkpoint.tensors), view)
-        for name, planned in record.get("modules", {}).items():
+        for name, planned in (manifest.modules or {}).items():
             got = modules[name].num_layers if name in modules else "no"
-            if got != planned["num_layers"]:
-                return False, f"config.json: {name} has {got} layers, planned {planned['num_layers']}"
-        layer_settings = section(checkpoint.config, view.layers_path)
-        for key in record["layer_lists"]:
-            entries = layer_settings.get(key)
+            if got != planned.num_layers:
+                return False, f"config.json: {name} has {got} layers, planned {planned.num_layers}"
+        settings = section(checkpoint.config, view.layers_path)
+        for key in manifest.layer_lists:
+            entries = settings.get(key)
             if not isinstance(entries, list) or len(entries) != view.num_layers:
-                return False, f"config.json: {key} is no list of {view.num_layers} entries, one a layer"
+                return False, f"config.json: {key} must be a list of {view.num_layers} entries, one for each layer"
         dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-        if dtype != record.get("dtype", dtype) and not self.trained:
-            return False, f"config.json: dtype {dtype}, planned {record['dtype']}"
-        lists = f", lists: {', '.join(record['layer_lists'])}" if record["layer_lists"] else ""
-        return True, f"{view.num_layers} layers, {len(record['new_layers'])} new{lists}"
+        if manifest.format > 1 and dtype != manifest.dtype and not manifest.trained:
+            return False, f"config.json: dtype {dtype}, planned {manifest.dtype}"
+        lists = f", lists: {', '.join(manifest.layer_lists)}" if manifest.layer_lists else ""
+        return True, f"{view.num_layers} layers, {len(manifest.new_layers)} new{lists}"
 
     # bytes -------------------------------------------------------------------------------------------------------
 
-    def checksums(self) -> Found:
-        """The one pass over the weights; what else it sees, later checks tell."""
-        wanted = []
+    def checksums(self) -> CheckResult:
+        """Read the weights once: for this check, and for the results that later checks report."""
+        checks = []
         for name, tensor in self.checkpoint.tensors.items():
-            action = self.record["tensors"].get(name, {}).get("action")
-            like = ZEROS if action == "zeros" else self._source_of(tensor) if action == "copy" else None
-            wanted.append(Wanted(tensor, like))
-        seen = self._seen = examine(wanted, finite=self.finite)
+            action = self._action(name)
+            copied = self._stored_source(tensor) if action is Action.COPY else None
+            checks.append(TensorCheck(tensor, ZEROS if action is Action.ZEROS else copied))
+        results = self._results = examine(checks, finite=self.finite)
         if self.fresh:
-            return True, f"{len(seen)} tensors, taken now"
+            return True, f"{len(results)} tensors, computed now"
         self._only_before_training()
-        if not any(ALGORITHM in origin for origin in self.record["tensors"].values()):
-            raise Skipped("the run took none (it had --no-verify, or was an older version's)")
-        wrong = [name for name in seen if not self._as_written(name)]
+        if all(tensor.xxh3_128 is None for tensor in self.manifest.tensors.values()):
+            raise Skipped("the run computed none (it had --no-verify, or an older version wrote it)")
+        wrong = [name for name in results if not self._as_written(name)]
         if wrong:
             return False, self._places(wrong, "is not as it was written")
-        return True, f"{len(seen)} tensors as written ({ALGORITHM})"
+        return True, f"{len(results)} tensors as written ({ALGORITHM})"
 
     def _as_written(self, name: str) -> bool:
-        return self.seen[name].checksum == self.record["tensors"].get(name, {}).get(ALGORITHM)
+        planned = self.manifest.tensors.get(name)
+        return planned is not None and self.results[name].checksum == planned.xxh3_128
 
     @property
-    def seen(self) -> Mapping[str, Seen]:
-        if self._seen is None:
+    def results(self) -> Mapping[str, TensorResult]:
+        if self._results is None:
             raise Skipped("the weights cannot be read")
-        return self._seen
+        return self._results
 
     @property
-    def taken(self) -> dict[str, str]:
-        """Checksums by name, as far as they were taken."""
-        return {name: seen.checksum for name, seen in (self._seen or {}).items()}
+    def computed(self) -> dict[str, str]:
+        """Checksums by name; empty where the weights could not be read."""
+        return {name: result.checksum for name, result in (self._results or {}).items()}
 
-    def zeroed(self) -> Found:
+    def zeroed(self) -> CheckResult:
+        """Tensors that were written as zeros are zero."""
         self._only_before_training()
-        names = self._made_by("zeros")
-        wrong = [name for name in names if not self.seen[name].same]
+        names = self._names(Action.ZEROS)
+        wrong = [name for name in names if not self.results[name].equal]
         return (False, self._places(wrong, "is not zero")) if wrong else (True, f"{len(names)} zero")
 
-    def copied(self) -> Found:
-        names = self._made_by("copy")
-        gone = {i: source for i, source in enumerate(self._sources) if isinstance(source, str)}
-        there = [name for name in names if self.record["tensors"][name]["model"] not in gone]
-        wrong = [name for name in there if not self.seen[name].same]
+    def copied(self) -> CheckResult:
+        """Copied tensors are equal to their sources. Where one cannot be compared, the check is skipped."""
+        names, derived = self._names(Action.COPY), self._names(Action.DERIVE)
+        compared = [name for name in names if self._source_of(name) is not None]
+        wrong = [name for name in compared if not self.results[name].equal]
         if wrong:
-            changed = all(map(self._as_written, wrong))
-            hint = " (the checksums fit, so it may be the source that has changed)" if changed else ""
-            theirs = self._sources[self.record["tensors"][wrong[0]]["model"]].tensors
-            was = theirs.get(self.record["tensors"][wrong[0]]["tensor"])
-            if was and was.dtype != self._dtype_of(wrong[0]) and self.trained:
-                now, then = dtype_name(self._dtype_of(wrong[0])), dtype_name(was.dtype)
-                hint = f" (it is {now}, its source {then}: save the model in a dtype that holds its base)"
-            return False, self._places(wrong, "differs from its source") + hint
-        widened = sum(self._source_of(self.checkpoint.tensors[name]).dtype != self._dtype_of(name) for name in there)
-        equal = f"{len(there)} equal to their sources, " + (
-            f"{widened} of them in a wider dtype" if widened else "byte for byte"
-        )
-        return (True, equal) if len(there) == len(names) else (None, f"{equal}; {_some(gone.values())}")
+            return False, self._places(wrong, "differs from its source") + self._hint(wrong)
+        missing = sorted({self._source_index(name) for name in names if self._source_of(name) is None})
+        reasons = [str(self._sources[index]) for index in missing]
+        if derived:
+            reasons.append(f"{len(derived)} tensors were derived (adapter, tokenizer), so no source has their bytes")
+        if not names and not derived:
+            return True, "no tensor was copied"
+        stored = {name: self._stored_source(self.checkpoint.tensors[name]) for name in compared}
+        widened = sum(source is not None and source.dtype != self._dtype_of(name) for name, source in stored.items())
+        wider = f"{widened} of them in a wider dtype" if widened else "byte for byte"
+        equal = f"{len(compared)} equal to their sources, {wider}" if compared else "none compared"
+        return (None, f"{equal}; {some_of(reasons, _SHOWN)}") if reasons else (True, equal)
 
-    def finite_values(self) -> Found:
-        wrong = [name for name, seen in self.seen.items() if seen.finite is False]
-        looked_at = sum(seen.finite is not None for seen in self.seen.values())
-        return (False, self._places(wrong, "holds NaN or infinity")) if wrong else (True, f"{looked_at} tensors")
+    def _hint(self, wrong: Sequence[str]) -> str:
+        """The likely cause of tensors that differ from their sources."""
+        name = wrong[0]
+        source, planned = self._source_of(name), self.manifest.tensors[name]
+        original = source.tensors.get(planned.tensor or "") if source else None
+        if original and original.dtype != self._dtype_of(name) and self.manifest.trained:
+            now, then = dtype_name(self._dtype_of(name)), dtype_name(original.dtype)
+            return f" (it is {now}, its source {then}: save the model in a dtype that holds its base)"
+        if all(map(self._as_written, wrong)):
+            return " (the checksums fit, so the source may have changed)"
+        return ""
 
-    def _made_by(self, action: str) -> list[str]:
-        tensors, new = self.record["tensors"], grown_names(self.record) if self.trained else ()
-        names = (name for name in self.checkpoint.tensors if tensors.get(name, {}).get("action") == action)
-        return [name for name in names if name not in new]
+    def finite_values(self) -> CheckResult:
+        """No tensor holds NaN or infinity."""
+        wrong = [name for name, result in self.results.items() if result.finite is False]
+        checked = sum(result.finite is not None for result in self.results.values())
+        return (False, self._places(wrong, "holds NaN or infinity")) if wrong else (True, f"{checked} tensors")
+
+    def _action(self, name: str) -> Action | None:
+        planned = self.manifest.tensors.get(name)
+        return planned.action if planned else None
+
+    def _names(self, action: Action) -> list[str]:
+        """Tensors that came about by an action; after training, only those of the frozen base."""
+        trainable = self.manifest.grown_names if self.manifest.trained else frozenset()
+        return [n for n in self.checkpoint.tensors if self._action(n) is action and n not in trainable]
 
     def _only_before_training(self) -> None:
-        """After it, only the frozen base can be compared: the trainer wrote the files anew."""
-        if self.trained:
+        """Skip a check after training, when only the frozen base can be compared: the trainer wrote new files."""
+        if self.manifest.trained:
             raise Skipped("the model was trained")
 
-    def _source_of(self, ours: StoredTensor) -> StoredTensor | None:
-        """The stored tensor a copy was made from, where it is still there."""
-        origin = self.record["tensors"][ours.name]
-        source = self._sources[origin["model"]]
-        theirs = None if isinstance(source, str) else source.tensors.get(origin["tensor"])
+    def _source_index(self, name: str) -> int:
+        """The index of the source of a copied tensor."""
+        index = self.manifest.tensors[name].model
+        assert index is not None  # the manifest is checked when it is read
+        return index
+
+    def _source_of(self, name: str) -> TensorSource | None:
+        """The source of a copied tensor; None where it is not available."""
+        source = self._sources[self._source_index(name)]
+        return None if isinstance(source, str) else source
+
+    def _stored_source(self, ours: StoredTensor) -> StoredTensor | None:
+        """The stored tensor that a copy must be equal to; None where it is not available, or cannot be equal."""
+        source, name = self._source_of(ours.name), self.manifest.tensors[ours.name].tensor
+        theirs = source.tensors.get(name) if source and name is not None else None
         if not theirs or theirs.shape != ours.shape:
             return None
-        holds = theirs.dtype == ours.dtype or (self.trained and promoted([ours.dtype, theirs.dtype]) == ours.dtype)
-        return theirs if holds else None
+        widened = self.manifest.trained and promoted([ours.dtype, theirs.dtype]) == ours.dtype
+        return theirs if theirs.dtype == ours.dtype or widened else None
 
     def _dtype_of(self, name: str) -> str:
         return self.checkpoint.tensors[name].dtype
 
-    def _places(self, names: Sequence[str], what: str) -> str:
-        return _some([f"{name} in {self.checkpoint.tensors[name].file.name} {what}" for name in names])
+    def _places(self, names: Sequence[str], problem: str) -> str:
+        return some_of([f"{name} in {self.checkpoint.tensors[name].file.name} {problem}" for name in names], _SHOWN)
 
     # transformers ------------------------------------------------------------------------------------------------
 
-    def tokenizer(self) -> Found:
-        return model.tokenizer(self.checkpoint, self.view, self.record)
+    def tokenizer(self) -> CheckResult:
+        """Every token has a row in the embeddings, and the id that was planned."""
+        return model.tokenizer(self.checkpoint, self.view, self.manifest)
 
-    def transformers(self) -> Found:
-        return model.transformers_model(self.checkpoint, self.view, self.taken)
+    def transformers(self) -> CheckResult:
+        """transformers builds the model with the same names and shapes."""
+        return model.transformers_model(self.checkpoint, self.view, self.computed)
 
-    def logits(self, text: str) -> Found:
-        base = self._sources[self.record["donor"]]
+    def logits(self, text: str) -> CheckResult:
+        """Base and output give finite logits over a text: equal ones where that was planned."""
+        base = self._sources[self.manifest.donor]
         if isinstance(base, str):
             raise Skipped(base)
-        equal = self.record["function_preserving"] and not self.trained
+        if not isinstance(base, Checkpoint):
+            raise Skipped("the base is derived when it is read: it has no folder to load")
+        equal = self.manifest.function_preserving and not self.manifest.trained
         return logits.compare(base.folder, self.folder, text, equal=equal)
 
 
-def _reopened(record: Mapping) -> list[Checkpoint | str]:
-    """The models an output was made from; instead of one that is not what it was, what became of it."""
-    found: list[Checkpoint | str] = []
-    for source in record["sources"]:
-        if "folder" not in source:
-            found.append(f"{source['model']} is made when it is read: there is no folder to compare with")
+def _reopened(manifest: Manifest) -> list[TensorSource | str]:
+    """The models an output was made from; for one that is not available, the reason."""
+    found: list[TensorSource | str] = []
+    for source in manifest.sources:
+        if source.folder is None:
+            found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
             continue
         try:
-            checkpoint = Checkpoint.open(source["folder"])
-            changed = checkpoint.fingerprint != source["fingerprint"]
-            found.append(f"source {source['folder']} has changed since" if changed else checkpoint)
+            checkpoint = Checkpoint.open(source.folder)
+            changed = checkpoint.fingerprint != source.fingerprint
+            found.append(f"source {source.folder} has changed since" if changed else checkpoint)
         except DeusMergeError as error:
-            found.append(f"source {source['folder']} cannot be read: {error.message}")
+            found.append(f"source {source.folder} cannot be read: {error.message}")
     return found
 
 
 #: name, check, and whether it needs transformers or a look at every value
-CHECKS = (
+CHECKS: tuple[tuple[str, Callable[[Output], CheckResult], bool], ...] = (
     ("other files", Output.other_files, False),
     ("files and headers", Output.headers, False),
     ("tensors against the plan", Output.tensors, False),
@@ -284,10 +324,3 @@ CHECKS = (
     ("tokenizer", Output.tokenizer, True),
     ("transformers", Output.transformers, True),
 )
-
-
-def _some(items: Iterable[str]) -> str:
-    """The first three, and how many more there are."""
-    items = list(items)
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return ", ".join(items[:3]) + more

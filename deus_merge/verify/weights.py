@@ -1,12 +1,12 @@
-"""One pass over an output's weights: each byte is read once, hashed, and compared with what it should be. (Twice where
-a trainer saved a tensor in a wider dtype, whose values are compared.)
+"""One pass over an output's weights: each byte is read once, hashed, and compared with the expected one. (Tensors that
+a trainer saved in a wider dtype are read twice: their values are compared.)
 
-Copies never pass through this process when they are written (the kernel makes them), so their bytes are seen here for
-the first time: beside those of their source, 256 KiB at a time, small enough to stay in the processor's cache.
+Copies do not pass through this process when they are written (the kernel copies them), so their bytes are read here for
+the first time: together with those of their source, 256 KiB at a time, small enough to stay in the processor's cache.
 
-The checksum is XXH3-128. It finds damage (a flipped bit, a lost block), not malice: who can write to the folder can
-write a new manifest, too. Measured on the processor of the benchmarks, one thread, from the cache: XXH3-128 51 GB/s,
-BLAKE3 5.7 GB/s, SHA-256 1.8 GB/s.
+The checksum is XXH3-128. It finds damage (a flipped bit, a lost block), not malice: anyone who can write to the
+folder can also write a new manifest. Measured on the processor of the benchmarks, one thread, from the cache: XXH3-128
+51 GB/s, BLAKE3 5.7 GB/s, SHA-256 1.8 GB/s.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import xxhash
 
@@ -24,10 +25,11 @@ from ..core.tensors import StoredTensor
 from ..core.units import torch_dtype
 
 ALGORITHM = "xxh3_128"
-ZEROS = "zeros"
+ZEROS: Literal["zeros"] = "zeros"
+Expected = StoredTensor | Literal["zeros"] | None
 _CHUNK = 1 << 18  # bytes
 
-#: float dtype -> unsigned integers of its width, and the least magnitude (all bits but the sign) that is not finite
+#: float dtype -> unsigned integers of its width, and the smallest magnitude (all bits but the sign) that is not finite
 _NOT_FINITE = {
     "F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F80 << 16), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80),
     "F8_E5M2": ("u1", 0x7C), "F8_E4M3": ("u1", 0x7F),
@@ -35,106 +37,115 @@ _NOT_FINITE = {
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A stored tensor to look at.
+class TensorCheck:
+    """A stored tensor to check.
 
     Attributes:
         tensor: Where it lies.
-        like: A stored tensor of equal shape whose bytes it must have, or, in a dtype that holds them, whose values;
-            ``ZEROS``; None: nothing to compare with.
+        expected: A stored tensor of equal shape whose bytes it must have, or, in a dtype that holds them, whose values;
+            ``ZEROS``; None for nothing to compare with.
     """
 
     tensor: StoredTensor
-    like: StoredTensor | str | None
+    expected: Expected
 
     @property
     def widened(self) -> bool:
-        """Whether it is to hold the values of a tensor in another dtype, which it holds without loss."""
-        return isinstance(self.like, StoredTensor) and self.like.dtype != self.tensor.dtype
+        """Whether it must hold the values of a tensor in a narrower dtype."""
+        return isinstance(self.expected, StoredTensor) and self.expected.dtype != self.tensor.dtype
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was seen of a tensor.
+class TensorResult:
+    """The result of a `TensorCheck`.
 
     Attributes:
         checksum: XXH3-128 of its bytes, in hex.
-        same: Whether it has the bytes it should have; None when there was nothing to compare with.
-        finite: Whether it holds no NaN and no infinity; None when that was not looked at.
+        equal: Whether it has the expected bytes or values; None when there was nothing to compare with.
+        finite: Whether it holds no NaN and no infinity; None when that was not checked.
     """
 
     checksum: str
-    same: bool | None
+    equal: bool | None
     finite: bool | None
 
 
-def examine(wanted: Iterable[Wanted], *, finite: bool) -> dict[str, Seen]:
-    """Read tensors once, in a few threads.
+def examine(checks: Iterable[TensorCheck], *, finite: bool) -> dict[str, TensorResult]:
+    """Read tensors once, in up to four threads.
 
     Args:
-        wanted: Which, and what each is compared with.
-        finite: Also look for NaN and infinity.
+        checks: The tensors, each with the one it is compared with.
+        finite: Whether to look for NaN and infinity.
 
     Returns:
-        By name.
+        The results by name.
 
     Raises:
-        CheckpointError: a file is gone, or ends early.
+        CheckpointError: a file is missing, or ends early.
     """
-    wanted = list(wanted)
+    checks = list(checks)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        seen = pool.map(lambda w: (_widened if w.widened else _examine)(w.tensor, w.like, finite), wanted)
-        return {w.tensor.name: s for w, s in zip(wanted, seen, strict=True)}
+        results = pool.map(lambda check: _examine(check, finite), checks)
+        return {check.tensor.name: result for check, result in zip(checks, results, strict=True)}
 
 
-def _examine(tensor: StoredTensor, like: StoredTensor | str | None, finite: bool) -> Seen:
+def _examine(check: TensorCheck, finite: bool) -> TensorResult:
+    tensor, expected = check.tensor, check.expected
+    if isinstance(expected, StoredTensor) and check.widened:
+        result = _compare_bytes(tensor, None, finite)
+        return replace(result, equal=_equal_values(tensor, expected))
+    return _compare_bytes(tensor, expected, finite)
+
+
+def _compare_bytes(tensor: StoredTensor, expected: Expected, finite: bool) -> TensorResult:
     digest = xxhash.xxh3_128()
-    same, finite = True, True if finite and tensor.dtype in _NOT_FINITE else None
-    ours, theirs = memoryview(bytearray(_CHUNK)), memoryview(bytearray(_CHUNK))
+    equal, is_finite = True, True if finite and tensor.dtype in _NOT_FINITE else None
+    ours, theirs = bytearray(_CHUNK), bytearray(_CHUNK)
     fds = [open_regular(tensor.file)]
     try:
-        if isinstance(like, StoredTensor):
-            fds.append(open_regular(like.file))
+        if isinstance(expected, StoredTensor):
+            fds.append(open_regular(expected.file))
         for at in range(0, tensor.nbytes, _CHUNK):
             size = min(_CHUNK, tensor.nbytes - at)
-            _fill(fds[0], ours[:size], tensor, at)
-            digest.update(ours[:size])
-            if len(fds) > 1:
-                _fill(fds[1], theirs[:size], like, at)
-            # What a last, shorter read leaves in both buffers was equal already, or the answer stands.
-            same = same and (like is None or ours.obj == theirs.obj)
-            if finite:
-                finite = _is_finite(ours[:size], tensor.dtype)
+            chunk = memoryview(ours)[:size]
+            _fill(fds[0], chunk, tensor, at)
+            digest.update(chunk)
+            if isinstance(expected, StoredTensor):
+                _fill(fds[1], memoryview(theirs)[:size], expected, at)
+            # After a last, shorter read the rest of both buffers is equal, or a difference was found before.
+            equal = equal and (expected is None or ours == theirs)
+            if is_finite:
+                is_finite = _is_finite(chunk, tensor.dtype)
     finally:
         for fd in fds:
             os.close(fd)
-    return Seen(digest.hexdigest(), None if like is None else same, finite)
+    return TensorResult(digest.hexdigest(), None if expected is None else equal, is_finite)
 
 
-def _widened(tensor: StoredTensor, like: StoredTensor, finite: bool) -> Seen:
-    """`_examine` of a tensor whose values are those of ``like`` in a wider dtype."""
+def _equal_values(tensor: StoredTensor, narrower: StoredTensor) -> bool:
+    """Whether a tensor holds the values of another one, which has a narrower dtype."""
     import torch
 
-    seen = _examine(tensor, None, finite)
-    ours, theirs = torch_dtype(tensor.dtype), torch_dtype(like.dtype)
+    ours, theirs = torch_dtype(tensor.dtype), torch_dtype(narrower.dtype)
     count = _CHUNK // max(ours.itemsize, theirs.itemsize)  # elements at a time
-    total, same = tensor.nbytes // ours.itemsize, True
-    fds = [open_regular(tensor.file), open_regular(like.file)]
+    total, equal = tensor.nbytes // ours.itemsize, True
+    fds = [open_regular(tensor.file), open_regular(narrower.file)]
     try:
         for at in range(0, total, count):
             size, parts = min(count, total - at), []
-            for fd, info, dtype in ((fds[0], tensor, ours), (fds[1], like, theirs)):
+            for fd, info, dtype in ((fds[0], tensor, ours), (fds[1], narrower, theirs)):
                 buffer = bytearray(size * dtype.itemsize)
                 _fill(fd, memoryview(buffer), info, at * dtype.itemsize)
-                parts.append(torch.frombuffer(buffer, dtype=dtype))
-            same = same and torch.equal(parts[0].view(torch.uint8), parts[1].to(ours).view(torch.uint8))
+                parts.append(torch.frombuffer(buffer, dtype=dtype))  # (size,)
+            equal = equal and torch.equal(parts[0].view(torch.uint8), parts[1].to(ours).view(torch.uint8))
     finally:
         for fd in fds:
             os.close(fd)
-    return Seen(seen.checksum, same, seen.finite)
+    return equal
 
 
 def _fill(fd: int, buffer: memoryview, tensor: StoredTensor, at: int) -> None:
+    """Fill a buffer with a tensor's bytes from ``at`` on."""
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], tensor.offset + at + done)
@@ -146,7 +157,7 @@ def _fill(fd: int, buffer: memoryview, tensor: StoredTensor, at: int) -> None:
 def _is_finite(data: memoryview, dtype: str) -> bool:
     import numpy
 
-    kind, least = _NOT_FINITE[dtype]
+    kind, smallest = _NOT_FINITE[dtype]
     bits = numpy.frombuffer(data, kind)
     magnitude = bits & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
-    return int(magnitude.max()) < least
+    return int(magnitude.max()) < smallest

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import load, logits, make_model, weights, write_recipe
+from symmetries import random_symmetry
 
-from deus_merge.align.heads import AttentionAlignment
 from deus_merge.methods.registry import methods
 from deus_merge.models.config_rules import head_shape
 from deus_merge.models.reference import ModelRef
@@ -27,7 +27,7 @@ def planted(base: Path, folder: Path, seed: int = 0) -> Path:
     heads = head_shape(source.checkpoint.config, source.view)
     tensors = weights(base)
     for index, layer in enumerate(source.view.layers):
-        attention = AttentionAlignment.random(heads, seed + index)
+        attention = random_symmetry(heads, seed + index)
         neurons = torch.randperm(48, generator=torch.Generator().manual_seed(seed + index))
         for role, name in layer.items():
             spec, x = source.view.spec(role), tensors[name]
@@ -167,14 +167,14 @@ def test_a_memory_limit_does_not_show_in_the_bytes(run, tmp_path, monkeypatch, p
     base = make_model(tmp_path / "base", layers=2)
     recipe = write_recipe(tmp_path / "r.yml", f"base_model: {base}\nupscale: {{preset: {preset}, insert: all}}\n")
     plan = run("plan", recipe, "--json").json()
-    assert plan["least_memory_bytes"] < plan["peak_memory_bytes"]
+    assert plan["minimum_memory_bytes"] < plan["peak_memory_bytes"]
     outputs = []
-    for limit in (None, plan["least_memory_bytes"]):
+    for limit in (None, plan["minimum_memory_bytes"]):
         more = ["--max-memory", str(limit)] if limit else []
         run("merge", recipe, tmp_path / "out", "--overwrite", *more)
         outputs.append((tmp_path / "out/model.safetensors").read_bytes())
     assert outputs[0] == outputs[1]
-    said = run("merge", recipe, tmp_path / "small", "--max-memory", str(plan["least_memory_bytes"] - 1), expect=2).err
+    said = run("merge", recipe, tmp_path / "small", "--max-memory", str(plan["minimum_memory_bytes"] - 1), expect=2).err
     assert "needs more memory than allowed" in said
 
 
@@ -214,7 +214,7 @@ BAD = {
     "undescribed": (
         "merge_method: linear\nalign: symmetry\nmodels: [{model: strange}, {model: strange2}]\n"
         "parameters: {weight: 1}\n", "align (line 2)",
-        "nobody described what",
+        "no description of the tensors",
     ),
     "heads that do not divide": (fuse("", "undivided"), "3 query heads do not divide among 2 key-value heads"),
 }  # fmt: skip

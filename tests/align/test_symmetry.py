@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from support import make_model
+from symmetries import random_symmetry
 
 from deus_merge.align import align_layer
-from deus_merge.align.heads import AttentionAlignment
 from deus_merge.align.options import STEPS, AlignOptions
 from deus_merge.models.family import Heads, families
 
@@ -54,7 +54,7 @@ def aligned(family: str, a: dict, b: dict, options: AlignOptions) -> dict[str, t
 
 def planted(family: str, b: dict, at: Heads, seed: int) -> dict[str, torch.Tensor]:
     """B under a random element of the whole group of symmetries."""
-    attention = AttentionAlignment.random(at, seed)
+    attention = random_symmetry(at, seed)
     neurons = torch.randperm(F, generator=torch.Generator().manual_seed(seed))
     moved = dict(b)
     for spec in specs(family, b):

@@ -1,4 +1,4 @@
-"""References become folders: local ones as they are, hub ones through a server that stands in for the hub."""
+"""References are resolved to folders: local ones as they are, hub ones through a local server in place of the hub."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 
-from deus_merge.checkpoint import hub as hub_module
 from deus_merge.checkpoint import resolve
 from deus_merge.core.errors import CheckpointError
 
@@ -108,7 +108,6 @@ def hub():
 
 CHILD = """
 import json, sys
-from deus_merge.checkpoint import hub as hub_module
 from deus_merge.checkpoint import resolve
 from deus_merge.core.errors import CheckpointError
 answers = []
@@ -123,14 +122,14 @@ print(json.dumps(answers))
 
 def resolve_in_child(home: Path, port: int, *refs, **environment) -> list[dict]:
     """What `resolve` says in a fresh process: huggingface_hub reads its environment once, when imported."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    kept |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    inherited |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     home.mkdir(exist_ok=True)
     refs = [ref if isinstance(ref, tuple) else (ref, {}) for ref in refs]
     command = [sys.executable, "-c", CHILD, json.dumps(refs)]
     root = Path(__file__).parents[2]
-    kept["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [kept.get("PYTHONPATH")])])
-    done = subprocess.run(command, env=kept | environment, cwd=home, capture_output=True, text=True, timeout=300)
+    inherited["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [inherited.get("PYTHONPATH")])])
+    done = subprocess.run(command, env=inherited | environment, cwd=home, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -169,7 +168,7 @@ def test_another_cache(hub, tmp_path):
     assert Path(answer["folder"]).is_relative_to(tmp_path / "cache")
 
 
-def test_what_the_hub_refuses_is_told(hub, tmp_path):
+def test_refusals_of_the_hub(hub, tmp_path):
     port = hub.server_address[1]
     cases = {
         "org/missing": ["no such folder, and no such repository", "hf auth login"],
@@ -182,7 +181,7 @@ def test_what_the_hub_refuses_is_told(hub, tmp_path):
         assert all(text in answer["error"] for text in expected), answer["error"]
 
 
-def test_no_connection_is_told(tmp_path):
+def test_no_connection(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         (answer,) = resolve_in_child(tmp_path / "home", unused.getsockname()[1], "org/model")
@@ -220,14 +219,14 @@ def test_a_local_folder_wins(tmp_path, monkeypatch):
         ("org/name@../../x", "not a revision"),
         ("org/name@a b", "not a revision"),
         ("here@v1", "no revisions"),
-        ("here/file", "this is a file"),
+        ("here/file", "not a folder"),
     ],
 )
 def test_bad_references_never_reach_the_hub(ref, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("here").mkdir()
     Path("here/file").touch()
-    monkeypatch.setattr(hub_module, "_download", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match=message) as caught:
         resolve(ref)
     assert caught.value.where == ref

@@ -1,8 +1,9 @@
-"""The layout is a pure function: golden bytes, laws, and what the format's own library makes of it."""
+"""The layout is a pure function: golden bytes, laws, and the format's own library as a reader."""
 
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -58,37 +59,66 @@ def test_golden_split_and_index():
     )
 
 
-def test_a_tensor_over_the_limit_stands_alone():
+def test_a_tensor_over_the_limit_is_alone():
     entries = [TensorEntry(n, "U8", (size,)) for n, size in [("a", 4), ("b", 50), ("c", 4), ("d", 6), ("e", 1)]]
     assert [list(s.tensors) for s in plan_shards([[e] for e in entries], 10)] == [["a"], ["b"], ["c", "d"], ["e"]]
 
 
-entry_lists = st.lists(
-    st.builds(
-        TensorEntry,
-        st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(lambda n: n != "__metadata__"),
-        st.sampled_from(sorted(ITEMSIZE)),
-        st.lists(st.integers(0, 5), max_size=3).map(tuple),
-    ),
-    min_size=1,
-    max_size=12,
-    unique_by=lambda entry: entry.name,
-)
+NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(lambda n: n != "__metadata__")
+
+
+@st.composite
+def block_lists(draw) -> list[list[TensorEntry]]:
+    """Blocks of up to eight tensors, empty blocks and empty tensors among them."""
+    names = draw(st.lists(NAMES, min_size=1, max_size=16, unique=True))
+    dtypes, shapes = st.sampled_from(sorted(ITEMSIZE)), st.lists(st.integers(0, 5), max_size=3).map(tuple)
+    blocks: list[list[TensorEntry]] = [[]]
+    for name in names:
+        if draw(st.booleans()) or len(blocks[-1]) == 8:
+            blocks.append([])
+        blocks[-1].append(TensorEntry(name, draw(dtypes), draw(shapes)))
+    return blocks
+
+
+def size_of(entries) -> int:
+    return sum(entry.nbytes for entry in entries)
 
 
 @settings(deadline=None)
-@given(entry_lists, st.integers(1, 400))
-def test_laws(tmp_path_factory, entries, limit):
-    shards = plan_shards([[e] for e in entries], limit)
-    names = [name for shard in shards for name in shard.tensors]
-    assert sorted(names) == sorted(e.name for e in entries)  # a partition
-    order = {e.name: i for i, e in enumerate(entries)}
-    firsts = [(min(order[n] for n in s.tensors), max(order[n] for n in s.tensors)) for s in shards]
-    assert all(last < first for (_, last), (first, _) in zip(firsts, firsts[1:], strict=False))  # in layer order
+@given(block_lists(), st.integers(1, 400))
+def test_laws_of_the_cut(blocks, limit):
+    """Files end at block bounds; a block over the limit has files of its own."""
+    shards = plan_shards(blocks, limit)
+    order = {e.name: i for i, e in enumerate(e for block in blocks for e in block)}
+    block_of = {e.name: i for i, block in enumerate(blocks) for e in block}
+    split = {i for i, block in enumerate(blocks) if size_of(block) > limit}
+    assert sorted(n for s in shards for n in s.tensors) == sorted(order)  # every name once
+    bounds = [(min(order[n] for n in s.tensors), max(order[n] for n in s.tensors)) for s in shards]
+    assert all(last + 1 == first for (_, last), (first, _) in zip(bounds, bounds[1:], strict=False))  # in order
+    for shard in shards:
+        owners = {block_of[n] for n in shard.tensors}
+        if owners & split:
+            assert len(owners) == 1  # nothing else is with a split block
+        else:
+            assert set(shard.tensors) == {e.name for i in owners for e in blocks[i]}  # whole blocks
+        assert size_of(shard.entries.values()) <= limit or len(shard.entries) == 1
+    for shard, (_, last), after in zip(shards, bounds, shards[1:], strict=False):  # a file ends only where it must
+        following = next(n for n, i in order.items() if i == last + 1)
+        owner, size = block_of[following], size_of(shard.entries.values())
+        if owner in split or block_of[next(iter(shard.tensors))] in split:
+            assert owner != block_of[next(iter(shard.tensors))] or size + after.entries[following].nbytes > limit
+        else:
+            assert size + size_of(blocks[owner]) > limit
+
+
+@settings(deadline=None)
+@given(block_lists(), st.integers(1, 400))
+def test_laws_of_a_file(tmp_path_factory, blocks, limit):
+    """Contiguous, aligned, and read by the format's own library."""
+    shards = plan_shards(blocks, limit)
     folder = tmp_path_factory.mktemp("law")
     for shard in shards:
-        total = sum(e.nbytes for e in shard.entries.values())
-        assert total <= limit or sum(e.nbytes > 0 for e in shard.entries.values()) == 1
+        total = size_of(shard.entries.values())
         at = len(shard.header)
         assert at % 8 == 0
         for name, (begin, end) in shard.tensors.items():
@@ -105,14 +135,34 @@ def test_laws(tmp_path_factory, entries, limit):
                 assert (tuple(view.get_shape()), view.get_dtype()) == (entry.shape, entry.dtype)
     index = json.loads(index_json(shards))
     assert index["weight_map"] == {n: s.filename for s in shards for n in s.tensors}
-    assert plan_shards([[e] for e in entries], limit) == shards
+    assert plan_shards(blocks, limit) == shards
+
+
+def test_a_block_is_not_cut_where_a_tensor_would_fit():
+    blocks = [[TensorEntry(f"{b}.{i}", "U8", (4,)) for i in range(2)] for b in "abc"]
+    assert [list(s.tensors) for s in plan_shards(blocks, 12)] == [["a.0", "a.1"], ["b.0", "b.1"], ["c.0", "c.1"]]
+    assert [list(s.tensors) for s in plan_shards(blocks, 16)] == [["a.0", "a.1", "b.0", "b.1"], ["c.0", "c.1"]]
+    assert [len(s.tensors) for s in plan_shards(blocks, 7)] == [1] * 6
+    large = [[TensorEntry("l.0", "U8", (9,)), TensorEntry("l.1", "U8", (3,)), TensorEntry("l.2", "U8", (4,))]]
+    cut = plan_shards(blocks[:1] + large + blocks[1:], 11)
+    assert [list(s.tensors) for s in cut] == [
+        ["a.0", "a.1"], ["l.0"], ["l.1", "l.2"], ["b.0", "b.1"], ["c.0", "c.1"]
+    ]  # fmt: skip
+
+
+def test_a_layout_pickles():
+    for layout in plan_shards([[e] for e in ENTRIES], 20):
+        again = pickle.loads(pickle.dumps(layout))
+        assert again == layout and list(again.tensors) == list(layout.tensors)
+        with pytest.raises(TypeError):
+            again.tensors["norm"] = (0, 0)
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ([], "no tensor"),
-        ([TensorEntry("a", "F32", (1,)), TensorEntry("a", "F32", (1,))], "one name"),
+        ([], "no tensor to write"),
+        ([TensorEntry("a", "F32", (1,)), TensorEntry("a", "F32", (1,))], "duplicate name"),
         ([TensorEntry("__metadata__", "F32", (1,))], "name"),
         ([TensorEntry("", "F32", (1,))], "name"),
         ([TensorEntry("\ud800", "F32", (1,))], "name"),

@@ -1,4 +1,4 @@
-"""Checkpoints open lazily, read what is stored, and refuse folders that are not what they say."""
+"""Checkpoints open lazily, read stored tensors, and refuse inconsistent folders."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_slices_are_rows(model, tensors):
         assert torch.equal(checkpoint.slice(name, start, stop), tensors[name][start:stop])
     assert checkpoint.slice("model.none", 0, 0).shape == (0, 4)
     for bad in [(-1, 3), (3, 33), (5, 4)]:
-        with pytest.raises(CheckpointError, match="no such rows"):
+        with pytest.raises(CheckpointError, match="does not have these rows"):
             checkpoint.slice(name, *bad)
-    with pytest.raises(CheckpointError, match="no such rows"):
+    with pytest.raises(CheckpointError, match="does not have these rows"):
         checkpoint.slice("model.scale", 0, 1)
 
 
@@ -63,9 +63,9 @@ def test_tensor_outlives_the_checkpoint_and_nothing_leaks(model, tensors):
 
     before = descriptors()
     with Checkpoint.open(model) as checkpoint:
-        kept = {name: checkpoint.read(name) for name in tensors}
-    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
-    kept.clear()
+        read = {name: checkpoint.read(name) for name in tensors}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    read.clear()
     assert descriptors() == before
     Checkpoint.open(model).read("model.scale")  # not closed, but dropped
     assert descriptors() == before
@@ -158,12 +158,16 @@ def _points_to(file):
     return _index(lambda index: index["weight_map"].update({"model.scale": file}))
 
 
-# name: (what is done to a good folder of two shards, what the message says, the file it names)
+# name: (the change to a valid folder of two shards, a part of the message, the file it names)
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "missing", "config.json"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object", "config.json"),
     "config with NaN": (lambda f: (f / "config.json").write_text('{"a": NaN}'), "strict JSON", "config.json"),
-    "config with a key twice": (lambda f: (f / "config.json").write_text('{"a":1,"a":1}'), "'a' stands", "config.json"),
+    "config with a key twice": (
+        lambda f: (f / "config.json").write_text('{"a":1,"a":1}'),
+        "duplicate key 'a'",
+        "config.json",
+    ),
     "config not UTF-8": (lambda f: (f / "config.json").write_bytes(b'{"a":"\xff"}'), "strict JSON", "config.json"),
     "config a fifo": (
         lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
@@ -173,16 +177,16 @@ BAD = {
     "index a list": (_index(lambda _: []), "not a JSON object", INDEX),
     "index without map": (_index(lambda i: i.pop("weight_map") and None), "no weight_map", INDEX),
     "index with empty map": (_index(lambda i: i["weight_map"].clear()), "no weight_map", INDEX),
-    "index to a number": (_points_to(3), "no file of weights", INDEX),
+    "index to a number": (_points_to(3), "not a file of weights", INDEX),
     "index a folder": (lambda f: ((f / INDEX).unlink(), (f / INDEX).mkdir()), "regular", INDEX),
-    "index leaves, up": (_points_to("../x.safetensors"), "leaves the folder", INDEX),
-    "index leaves, middle": (_points_to("a/../../x.safetensors"), "leaves the folder", INDEX),
-    "index leaves, absolute": (_points_to("/tmp/x.safetensors"), "leaves the folder", INDEX),
-    "index leaves, backslash": (_points_to("..\\x.safetensors"), "leaves the folder", INDEX),
-    "index leaves, drive": (_points_to("C:x.safetensors"), "leaves the folder", INDEX),
-    "index to NUL": (_points_to("a\0.safetensors"), "leaves the folder", INDEX),
-    "index to nothing": (_points_to(""), "leaves the folder", INDEX),
-    "index to a pickle": (_points_to("x.bin"), "no file of weights", INDEX),
+    "index leaves, up": (_points_to("../x.safetensors"), "outside of the folder", INDEX),
+    "index leaves, middle": (_points_to("a/../../x.safetensors"), "outside of the folder", INDEX),
+    "index leaves, absolute": (_points_to("/tmp/x.safetensors"), "outside of the folder", INDEX),
+    "index leaves, backslash": (_points_to("..\\x.safetensors"), "outside of the folder", INDEX),
+    "index leaves, drive": (_points_to("C:x.safetensors"), "outside of the folder", INDEX),
+    "index to NUL": (_points_to("a\0.safetensors"), "outside of the folder", INDEX),
+    "index to nothing": (_points_to(""), "outside of the folder", INDEX),
+    "index to a pickle": (_points_to("x.bin"), "not a file of weights", INDEX),
     "index to a missing file": (_points_to("x.safetensors"), "missing", "x.safetensors"),
     "index to the wrong file": (
         lambda f: _points_to(FIRST if "model.scale" in load_file(f / SECOND) else SECOND)(f),
@@ -199,7 +203,7 @@ BAD = {
     "shard empty": (lambda f: os.truncate(f / SECOND, 0), "too short", SECOND),
     "name in two shards": (
         lambda f: shutil.copy(f / FIRST, f / SECOND),
-        "stands in two files",
+        "is in two files",
         SECOND,
     ),
     "index and another single file": (

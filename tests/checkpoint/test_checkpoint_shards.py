@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import tempfile
@@ -15,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from deus_merge.checkpoint import Checkpoint, ShardWriter, TensorEntry, free_space, plan_shards
-from deus_merge.checkpoint.system import disk_told, write_all
+from deus_merge.checkpoint import Checkpoint, ShardWriter, TensorEntry, free_space, plan_shards, system
+from deus_merge.checkpoint.system import disk_errors, write_all
 from deus_merge.core.errors import CheckpointError, MachineError, PlanError
 from deus_merge.core.units import ITEMSIZE, torch_dtype
 
@@ -103,7 +104,7 @@ def _refuse(code):
 KERNEL = os.copy_file_range
 WAYS = {
     "kernel": KERNEL,
-    "in small pieces": lambda s, d, n, so, do: KERNEL(s, d, min(n, 5), so, do),
+    "in small parts": lambda s, d, n, so, do: KERNEL(s, d, min(n, 5), so, do),
     "other device": _refuse(errno.EXDEV),
     "unknown call": _refuse(errno.ENOSYS),
     "unsupported": _refuse(errno.EOPNOTSUPP),
@@ -189,13 +190,35 @@ def test_source_that_shrank(writer, model):
     assert caught.value.where == info.file
 
 
-def test_no_space_is_told_before_anything_is_written(writer, tmp_path):
+def test_no_space_is_reported_before_anything_is_written(writer, tmp_path):
     with pytest.raises(PlanError, match="no space for the output"):
         writer([TensorEntry("a", "U8", (2**50,))], 2**60)
     assert list((tmp_path / "out").iterdir()) == []
-    with open("/dev/full", "wb") as full, pytest.raises(MachineError, match="no space left"), disk_told(tmp_path):
+    with open("/dev/full", "wb") as full, pytest.raises(MachineError, match="no space left"), disk_errors(tmp_path):
         write_all(full.fileno(), memoryview(b"x"), 0)
     assert 0 < free_space(tmp_path / "not" / "yet" / "there") < 2**50
+
+
+@pytest.mark.parametrize("answer", [0, errno.EOPNOTSUPP, errno.ENOSPC, None])
+def test_room_is_reserved_where_the_file_system_can(answer, writer, monkeypatch):
+    """A full disk shows when the files are created."""
+    reserved = []
+
+    def fallocate(fd, mode, offset, length):
+        reserved.append((os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), mode, offset.value, length.value))
+        ctypes.set_errno(answer)
+        return -1 if answer else 0
+
+    functions = {"fallocate": fallocate} if answer is not None else {}  # not every C library has it
+    monkeypatch.setattr(system, "libc_function", functions.get)
+    if answer == errno.ENOSPC:
+        with pytest.raises(MachineError, match="no space left"):
+            writer([TensorEntry("a", "U8", (1000,))])
+        return
+    one = writer([TensorEntry("a", "U8", (1000,))])
+    size = (one.folder / "model.safetensors").stat().st_size
+    assert reserved == ([("model.safetensors", 0, 0, size)] if answer is not None else [])
+    assert not loaded(one.folder)["a"].any()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027])

@@ -31,7 +31,7 @@ def test_names_reach_no_terminal(fit, evil, tmp_path):
     fit("upscale", evil, out, "--preset", "copy_next")
     for command in (["inspect", evil], ["inspect", evil, "--json"], ["verify", out], ["verify", out, "--json"]):
         done = fit(*command, expect=3 if "verify" in command else 0)  # transformers does not know the tensor
-        assert "[red]" in done.out + done.err  # as it stands: no markup
+        assert "[red]" in done.out + done.err  # unchanged: not markup
         assert "💀" not in done.out + done.err
     text = f"base_model: {json.dumps(str(evil))}\nupscale: {{}}\nchat_template: '\u202e {{{{ 1 }}}}'\n"
     (tmp_path / "recipe.yml").write_text(text)

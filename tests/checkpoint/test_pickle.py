@@ -73,8 +73,8 @@ def test_without_leave_it_is_refused(run, base, tmp_path):
     (tmp_path / "recipe.yml").write_text(RECIPE.format(model=model, dtype="float32"))
     for command in (("merge", tmp_path / "recipe.yml", tmp_path / "out"), ("plan", tmp_path / "recipe.yml"),
                     ("upscale", model, tmp_path / "out"), ("inspect", model)):  # fmt: skip
-        told = run(*command, expect=2).err
-        assert "no safetensors file" in told and "a pickle is a program: --allow-pickle reads its tensors" in told
+        error = run(*command, expect=2).err
+        assert "no safetensors file" in error and "a pickle is a program: --allow-pickle reads its tensors" in error
     run("plan", tmp_path / "recipe.yml", "--allow-pickle")
 
 
@@ -107,8 +107,8 @@ def test_views_parameters_and_whole_numbers(run, base, tmp_path):
     tensors = load_file(base / "model.safetensors")
     name = "model.layers.0.self_attn.{}_proj.weight"
     fused = torch.cat([tensors[name.format(r)] for r in "qkv"])
-    for role, piece in zip("qkv", fused.split([32, 16, 16]), strict=True):
-        tensors[name.format(role)] = piece
+    for role, part in zip("qkv", fused.split([32, 16, 16]), strict=True):
+        tensors[name.format(role)] = part
     o = name.format("o")
     tensors[o] = torch.nn.Parameter(tensors[o].t().contiguous().t())
     more = {"mask": torch.ones(4, 4, dtype=torch.bool), "steps": torch.tensor(7), "none": torch.empty(0, 3)}
@@ -121,7 +121,7 @@ def test_views_parameters_and_whole_numbers(run, base, tmp_path):
 
 
 class Evil:
-    """Unpickling it would run a command, or call what it likes."""
+    """Unpickling it would run a command, or call any function."""
 
     def __init__(self, call, *arguments):
         self.call = call, arguments
@@ -139,7 +139,7 @@ def _torch(path: Path, value: object, zipped: bool) -> None:
     lambda path, value: _torch(path, value, False),
     lambda path, value: path.write_bytes(pickle.dumps({"a": value})),
     lambda path, value: path.write_bytes(pickle.dumps({"a": value}, protocol=0)),
-], ids=["zip", "older", "bare", "text"])  # fmt: skip
+], ids=["zip", "older", "protocol 0", "text"])  # fmt: skip
 def test_a_malicious_pickle_does_not_run(run, base, tmp_path, save):
     model = pickled(base, tmp_path / "model")
     marker = tmp_path / "marker"
@@ -157,16 +157,16 @@ def test_a_malicious_pickle_does_not_run(run, base, tmp_path, save):
 
 
 @pytest.mark.parametrize(("state", "message"), [
-    ([torch.ones(2)], "no mapping from names to tensors"),
+    ([torch.ones(2)], "not a mapping from names to tensors"),
     ({"a": {"b": torch.ones(2)}}, "'a' is a dict"),
     ({"a": 3}, "'a' is a int"),
-    ({3: torch.ones(2)}, "a tensor's name is no text"),
+    ({3: torch.ones(2)}, "the name of a tensor is not text"),
     ({"a\x1b": torch.ones(2)}, "control characters"),
     ({"a": torch.ones(2, dtype=torch.complex64)}, "'a' is of torch.complex64"),
     ({"a": torch.ones(2, 2).to_sparse()}, "'a' is of torch.float32, torch.sparse_coo"),
     ({"a": torch.ones(2, device="meta")}, "on meta"),
     ({"a": torch.ones(1).expand(10**9, 10**6)}, "claims the shape [1000000000, 1000000], more than the file stores"),
-    (None, "no mapping from names to tensors"),
+    (None, "not a mapping from names to tensors"),
 ])  # fmt: skip
 def test_what_is_no_state_dict_is_refused(base, tmp_path, state, message):
     model = pickled(base, tmp_path / "model")
@@ -198,14 +198,14 @@ def test_damaged_and_compressed_archives_are_refused(base, tmp_path):
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda f: (f / "pytorch_model-00002-of-00002.bin").unlink(), "00002.bin: the file is missing"),
     (lambda f: _index(f, lambda m: m.update(x="pytorch_model-00001-of-00002.bin")), "promises tensor 'x'"),
-    (lambda f: _index(f, lambda m: m.update(x="../x.bin")), "an entry leaves the folder"),
-    (lambda f: _index(f, lambda m: m.update(x="x.safetensors")), "an entry is no file of weights"),
+    (lambda f: _index(f, lambda m: m.update(x="../x.bin")), "an entry is outside of the folder"),
+    (lambda f: _index(f, lambda m: m.update(x="x.safetensors")), "an entry is not a file of weights"),
     (lambda f: (f / "pytorch_model.bin.index.json").unlink(), "several pickled files and no index"),
     (lambda f: [p.unlink() for p in f.glob("pytorch*")], "no weights"),
     (lambda f: ((f / "pytorch_model-00001-of-00002.bin").unlink(), os.mkfifo(f / "pytorch_model-00001-of-00002.bin")),
      "not a regular file"),
 ])  # fmt: skip
-def test_bad_folders_are_told(base, tmp_path, damage, message):
+def test_bad_folders(base, tmp_path, damage, message):
     model = pickled(base, tmp_path / "model", shards=2)
     damage(model)
     with pytest.raises(CheckpointError) as caught:
@@ -220,7 +220,7 @@ def _index(folder: Path, change) -> None:
     path.write_text(json.dumps(index))
 
 
-def test_one_file_of_any_name_beside_what_trainers_leave(base, tmp_path):
+def test_one_file_of_any_name_among_the_files_of_trainers(base, tmp_path):
     model = pickled(base, tmp_path / "model")
     (model / "pytorch_model.bin").rename(model / "weights.pt")
     for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
@@ -228,7 +228,7 @@ def test_one_file_of_any_name_beside_what_trainers_leave(base, tmp_path):
     assert PickledCheckpoint.open(model).files == (model / "weights.pt",)
 
 
-def test_reads_are_private_and_a_changed_file_is_told(base, tmp_path):
+def test_reads_are_private_and_a_changed_file_is_noticed(base, tmp_path):
     for zipped in (True, False):
         model = pickled(base, tmp_path / f"model-{zipped}", zipped=zipped)
         name, checkpoint = "model.norm.weight", PickledCheckpoint.open(model)
@@ -240,7 +240,7 @@ def test_reads_are_private_and_a_changed_file_is_told(base, tmp_path):
         assert checkpoint.read(name).abs().sum() > 0
         assert checkpoint.slice("lm_head.weight", 3, 9).abs().sum() > 0
         assert first.abs().sum() == 0
-        with pytest.raises(CheckpointError, match="has no such rows"):
+        with pytest.raises(CheckpointError, match="does not have these rows"):
             checkpoint.slice(name, 3, 99)
         os.truncate(model / "pytorch_model.bin", 1000)
         with pytest.raises(CheckpointError, match="has changed since"):
@@ -257,7 +257,7 @@ before, peak = rss(), 0
 def look(block, resumed):
     global peak
     peak = max(peak, rss())
-plan = api.plan(sys.argv[1], access=api.Access(pickle=True))
+plan = api.plan(sys.argv[1], load_options=api.LoadOptions(allow_pickle=True))
 api.merge(plan, sys.argv[2], api.RunOptions(verify=False), on_block=look)
 print(peak - before)
 """
@@ -298,5 +298,5 @@ def test_the_api_takes_pickles_with_leave(base, tmp_path):
     recipe = api.upscale_recipe(model, preset="copy_next")
     with pytest.raises(CheckpointError):
         api.plan(recipe)
-    result = api.merge(recipe, tmp_path / "out", access=api.Access(pickle=True))
+    result = api.merge(recipe, tmp_path / "out", load_options=api.LoadOptions(allow_pickle=True))
     assert result.verification.passed and result.plan.function_preserving

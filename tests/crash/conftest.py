@@ -14,7 +14,7 @@ from support import make_model
 
 @pytest.fixture(scope="session")
 def arena(tmp_path_factory) -> Iterator[Path]:
-    """A folder in memory, where a sync costs nothing; what a sync is for is tested by losing what was not synced."""
+    """A folder in memory, where a sync costs nothing; tests of syncs lose all that was not synced."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path_factory.mktemp("arena")
@@ -27,10 +27,10 @@ def arena(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def base(arena) -> Path:
     """A small model in several files."""
-    made = make_model(arena / "base", layers=3, max_shard_size="60KB")
-    for file in made.iterdir():
+    model = make_model(arena / "base", layers=3, max_shard_size="60KB")
+    for file in model.iterdir():
         file.chmod(0o644)
-    return made
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +55,8 @@ def stages(warm, arena, base) -> dict[str, Stage]:
         "overwrite": (copies, True, before / "out"),
         "no exchange": (copies, False, before / "out"),
     }
-    made = {}
+    stages = {}
     for name, kind in kinds.items():
         (root := arena / name.replace(" ", "-")).mkdir()
-        made[name] = Stage(warm, root, *kind)
-    return made
+        stages[name] = Stage(warm, root, *kind)
+    return stages

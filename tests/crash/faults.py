@@ -31,7 +31,7 @@ class Faults:
             input/output error, and a failed sync loses what it should have synced; fill: the disk is really filled up.
         at: The step, counted from 1; None for none.
         exchange: Whether the file system can exchange two names.
-        seed: Of what a power cut leaves.
+        seed: Of the random bytes that a power cut leaves.
 
     Attributes:
         log: Name and file of every step.
@@ -57,10 +57,10 @@ class Faults:
         os.open, os.write, os.pwrite = self._open, self._write, self._pwrite
         os.copy_file_range, os.ftruncate = self._copy_file_range, self._ftruncate
         os.fsync, os.fdatasync = self._sync("fsync"), self._sync("fdatasync")
-        call = system._libc_call
+        call = system.libc_function
         calls = {name: call(name) for name in ("fallocate", "renameat2")}
         wrapped = {"fallocate": self._fallocate(calls), "renameat2": self._renameat2(calls)}
-        system._libc_call = lambda name: wrapped[name] if name in wrapped else call(name)
+        system.libc_function = lambda name: wrapped[name] if name in wrapped else call(name)
         sys.addaudithook(self._audit)
 
     # the steps ---------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Faults:
 
         return call
 
-    # what is lost ------------------------------------------------------------------------------------------------
+    # losses ----------------------------------------------------------------------------------------------------
 
     def _dirty(self, fd: int, offset: int, count: int) -> None:
         with self._lock:
@@ -207,10 +207,10 @@ class Faults:
         for way, ranges in files.values():
             fd = self._real["open"](way, os.O_WRONLY)
             for offset, count in ranges:
-                kept = self._random.randrange(count)
+                intact = self._random.randrange(count)
                 if self._random.random() < 0.8:
-                    noise = self._random.choice([bytes(count - kept), self._random.randbytes(count - kept)])
-                    self._real["pwrite"](fd, noise, offset + kept)
+                    noise = self._random.choice([bytes(count - intact), self._random.randbytes(count - intact)])
+                    self._real["pwrite"](fd, noise, offset + intact)
             os.close(fd)
             ranges.clear()
 

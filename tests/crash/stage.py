@@ -1,4 +1,4 @@
-"""Runs that may die: a process that runs ``deus-merge`` a hundred times a minute, and what its runs make."""
+"""Runs that may die: a process that runs ``deus-merge`` a hundred times a minute, and the outputs of its runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANIFEST = "deus_merge.json"
 
 @dataclass
 class Ended:
-    """How a run ended: its exit code or minus the signal, None when it stands still."""
+    """How a run ended: its exit code or minus the signal, None when it is stopped."""
 
     code: int | None
     out: str = ""
@@ -46,11 +46,11 @@ class Warm:
         return self._ask({"run": [str(a) for a in arguments], "folder": str(folder), **request})
 
     def signal(self, ended: Ended, name: str) -> Ended:
-        """Send a signal to a run that stands still."""
+        """Send a signal to a stopped run."""
         return self._ask({"pid": ended.pid, "signal": name})
 
     def prime(self, *arguments) -> None:
-        """Run a command in the process itself, so that what is imported late is imported once."""
+        """Run a command in the process itself, so that late imports happen once."""
         assert self._ask({"prime": [str(a) for a in arguments]}).code == 0
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class Warm:
 
 
 def content(folder: Path) -> dict[str, object]:
-    """Every file's bytes; the manifest without what it says of time, and its seal, which covers that."""
+    """Every file's bytes; the manifest without its times, and without its seal, which covers them."""
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     if MANIFEST in found:
         timed = ("seconds", "sha256")
@@ -77,13 +77,13 @@ def content(folder: Path) -> dict[str, object]:
 
 @dataclass
 class Stage:
-    """One kind of run: its command, what it makes, and what stood there before.
+    """One kind of run: its command, its output, and the folder that was there before.
 
     Attributes:
-        steps: Of an undisturbed run.
-        seconds: Of an undisturbed run.
-        new: What it makes.
-        old: What it replaces; None for nothing.
+        steps: The steps of an undisturbed run.
+        seconds: The duration of an undisturbed run.
+        new: The content of its output.
+        old: The content of the folder that it replaces; None without one.
     """
 
     warm: Warm
@@ -113,21 +113,21 @@ class Stage:
         overwrite = ["--overwrite"] if self.before else []
         return self.warm.run(folder, *self.arguments, *overwrite, *more, **request)
 
-    def check_state(self, folder: Path, told: str) -> None:
+    def check_state(self, folder: Path, context: str) -> None:
         """OUT is absent, or the old one whole, or the new one whole; nothing else is in its parent."""
-        kept = folder / ".out.deus-tmp/old"
+        old = folder / ".out.deus-tmp/old"
         if (folder / "out").exists():
-            assert content(folder / "out") in (self.old, self.new), told
+            assert content(folder / "out") in (self.old, self.new), context
         elif self.old is not None:
-            assert not self.exchange and content(kept) == self.old, told
-        assert set(os.listdir(folder)) <= {"out", ".out.deus-tmp", ".out.deus-lock"}, told
+            assert not self.exchange and content(old) == self.old, context
+        assert set(os.listdir(folder)) <= {"out", ".out.deus-tmp", ".out.deus-lock"}, context
 
-    def check_resumes(self, folder: Path, told: str, **request) -> None:
+    def check_resumes(self, folder: Path, context: str, **request) -> None:
         """``--resume`` ends with the bytes of an undisturbed run, and leaves nothing else."""
         ended = self.run(folder, "--resume", **request)
-        assert ended.code == 0, f"{told}\n{ended.err}"
-        assert content(folder / "out") == self.new, told
-        assert os.listdir(folder) == ["out"], told
+        assert ended.code == 0, f"{context}\n{ended.err}"
+        assert content(folder / "out") == self.new, context
+        assert os.listdir(folder) == ["out"], context
         shutil.rmtree(folder)
 
     def spread(self, points: int, seed: int, last: int = 0) -> list[int]:

@@ -31,23 +31,23 @@ def test_stopped_at_any_step(stages, stage, how, points):
         folder = stage.folder()
         ended = stage.run(folder, fault={"how": how, "at": at, "seed": at})
         step = (ended.steps[at - 1 :] or [""])[0]  # threads take turns: steps vary a bit
-        told = f"{how} at step {at}, {step}: exit code {ended.code}\n{ended.err}"
-        assert "Traceback" not in ended.err, told
-        stage.check_state(folder, told)
+        context = f"{how} at step {at}, {step}: exit code {ended.code}\n{ended.err}"
+        assert "Traceback" not in ended.err, context
+        stage.check_state(folder, context)
         if ended.code == 0:  # nothing was left to lose
             renamed = any(s.startswith("rename") for s in ended.steps[: at - 1])
             needy = how != "enospc" or NEED_SPACE & {s.split()[0] for s in ended.steps[at - 1 :]}
-            assert renamed or not needy, told
+            assert renamed or not needy, context
         elif how == "int":
-            assert ended.code == 130 and "interrupted" in ended.err, told
+            assert ended.code == 130 and "interrupted" in ended.err, context
         else:
             said = {"enospc": "no space left", "eio": "Input/output error"}[how]
-            assert ended.code == 1 and said in ended.err and "error: " in ended.err, told
-        kept = (folder / ".out.deus-tmp/journal.jsonl").exists() and not (folder / "out/deus_merge.json").exists()
-        if kept and stage.old is None:
-            assert "--resume" in ended.err and "are kept" in ended.err, told
-        assert not (folder / ".out.deus-lock").exists() or "deus-lock" in step, told
-        stage.check_resumes(folder, told)
+            assert ended.code == 1 and said in ended.err and "error: " in ended.err, context
+        resumable = (folder / ".out.deus-tmp/journal.jsonl").exists() and not (folder / "out/deus_merge.json").exists()
+        if resumable and stage.old is None:
+            assert "--resume" in ended.err and "are saved" in ended.err, context
+        assert not (folder / ".out.deus-lock").exists() or "deus-lock" in step, context
+        stage.check_resumes(folder, context)
 
 
 @pytest.mark.slow
@@ -58,11 +58,11 @@ def test_interrupted_at_any_time(stages, stage):
         folder = stage.folder()
         seconds = (i + random.Random(i).random()) / 12 * stage.seconds
         ended = stage.run(folder, seconds=seconds, signal="SIGINT")
-        told = f"interrupted after {seconds} s: exit code {ended.code}\n{ended.err}"
-        assert ended.code in (130, 0) and "Traceback" not in ended.err, told
-        assert ("are kept" in ended.err) == (folder / ".out.deus-tmp").exists() or ended.code == 0, told
-        stage.check_state(folder, told)
-        stage.check_resumes(folder, told)
+        context = f"interrupted after {seconds} s: exit code {ended.code}\n{ended.err}"
+        assert ended.code in (130, 0) and "Traceback" not in ended.err, context
+        assert ("are saved" in ended.err) == (folder / ".out.deus-tmp").exists() or ended.code == 0, context
+        stage.check_state(folder, context)
+        stage.check_resumes(folder, context)
 
 
 def test_nothing_is_removed_before_the_new_name_is_on_the_disk(stages):

@@ -28,15 +28,15 @@ def test_killed_at_any_step(stages, stage, how, points, last):
     for at in stage.spread(points, points, last):
         folder = stage.folder()
         ended = stage.run(folder, fault={"how": how, "at": at, "seed": at})
-        told = f"{how} at step {at}, {stage.steps[at - 1]}"
-        assert ended.code == -signal.SIGKILL or len(ended.steps) < at, told  # threads take turns: steps vary a bit
-        stage.check_state(folder, told)
+        context = f"{how} at step {at}, {stage.steps[at - 1]}"
+        assert ended.code == -signal.SIGKILL or len(ended.steps) < at, context  # threads take turns: steps vary a bit
+        stage.check_state(folder, context)
         if at % 4 == 0:  # the resumed run dies, too
             again = random.Random(at).randrange(1, len(stage.steps))
             stage.run(folder, "--resume", fault={"how": how, "at": again, "seed": at})
-            told += f", again at {again}"
-            stage.check_state(folder, told)
-        stage.check_resumes(folder, told)
+            context += f", again at {again}"
+            stage.check_state(folder, context)
+        stage.check_resumes(folder, context)
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_killed_at_any_time(stages, stage, times):
         folder = stage.folder()
         seconds = (i + random.Random(i).random()) / times * stage.seconds * 1.1
         ended = stage.run(folder, seconds=seconds, signal="SIGKILL")
-        told = f"killed after {seconds} s"
-        assert ended.code in (-signal.SIGKILL, 0), told
-        stage.check_state(folder, told)
-        stage.check_resumes(folder, told)
+        context = f"killed after {seconds} s"
+        assert ended.code in (-signal.SIGKILL, 0), context
+        stage.check_state(folder, context)
+        stage.check_resumes(folder, context)

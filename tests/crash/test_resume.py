@@ -1,4 +1,4 @@
-"""What ``--resume`` goes on with, what it finds done, and what it refuses."""
+"""Runs that ``--resume`` continues, finds complete, or refuses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_what_has_changed_is_refused(killed, tmp_path, changed):
     before = content(folder / ".out.deus-tmp")
     for dry in ((), ("--dry-run",)):
         ended = run("--resume", *more, *dry)
-        assert ended.code == 2 and "cannot resume: the interrupted run had another" in ended.err
+        assert ended.code == 2 and "cannot resume: the interrupted run had" in ended.err
         assert {"config": "plan", "recipe": "plan", "seed": "seed"}.get(changed, "sources") in ended.err
         assert "--overwrite" in ended.err
     assert content(folder / ".out.deus-tmp") == before
@@ -79,8 +79,8 @@ def test_work_that_was_left_is_not_lost(killed):
     before = content(folder / ".out.deus-tmp")
     for dry in ((), ("--dry-run",)):
         ended = run(*dry)
-        assert ended.code == 2 and "an unfinished run has left its work" in ended.err
-        assert "go on with --resume, or start over with --overwrite" in ended.err
+        assert ended.code == 2 and "an earlier run to this output was interrupted" in ended.err
+        assert "continue it with --resume, or start over with --overwrite" in ended.err
     assert content(folder / ".out.deus-tmp") == before
 
 
@@ -160,7 +160,7 @@ def test_a_new_folder_in_between_keeps_the_old_one(between):
     shutil.copytree(stage.before, folder / "out")
     for more in ((), ("--resume",), ("--dry-run",)):
         ended = stage.run(folder, *more)
-        assert ended.code == 2 and f"the earlier one is kept: {folder}/.out.deus-tmp/old" in ended.err
+        assert ended.code == 2 and f"the earlier output is in {folder}/.out.deus-tmp/old" in ended.err
     assert content(folder / ".out.deus-tmp/old") == stage.old
     (folder / ".out.deus-tmp/old").rename(folder / "saved")
     assert stage.run(folder, "--resume").code == 0
@@ -174,9 +174,9 @@ def test_a_closed_pipe_stops_no_run(stages):
     assert ended.code == 0 and content(folder / "out") == stage.new
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 @pytest.mark.parametrize("what", ["parent", "output", "shared parent"])
-def test_what_belongs_to_somebody_else(stages, what):
+def test_folders_of_another_user(stages, what):
     stage = stages["overwrite"]
     folder = stage.folder()
     folder.chmod({"parent": 0o755, "output": 0o777, "shared parent": 0o1777}[what])
@@ -184,6 +184,6 @@ def test_what_belongs_to_somebody_else(stages, what):
     for dry in ((), ("--dry-run",)):
         ended = stage.run(folder, *dry, user=65534)
         assert ended.code == 2, ended.err
-        assert ("somebody else's" if what == "shared parent" else "no right to write in") in ended.err
+        assert ("belongs to another user" if what == "shared parent" else "no permission to write in") in ended.err
     assert content(folder / "out") == stage.old and os.listdir(folder) == ["out"]
     shutil.rmtree(folder)

@@ -2,16 +2,16 @@
 
 Reads one JSON request a line from stdin and answers each with one line::
 
-    prime    arguments of a run in this very process, so that what is imported late is imported once
+    prime    arguments of a run in this very process, so that late imports happen once
     run      arguments of a run in a child; with it
       folder            where
       fault             what goes wrong: arguments of `Faults`
       seconds, signal   a signal that it gets after so many seconds
       user              who runs it
       closed            its stderr is a closed pipe
-    pid      of a child that stands still, and a ``signal`` for it
+    pid      of a stopped child, and a ``signal`` for it
 
-A run's answer has its exit code (or minus the signal; none when it stands still), what it said, and its steps.
+A run's answer has its exit code (or minus the signal; none when it is stopped), its output, and its steps.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 
 import scipy.optimize  # noqa: F401
 import torch  # noqa: F401
 from faults import Faults
 
-from deus_merge.checkpoint import output_folder as writer
+from deus_merge.checkpoint import OutputFolder
 from deus_merge.cli import merge as commands  # noqa: F401
 from deus_merge.cli.main import run_command
 from deus_merge.methods.registry import methods
+from deus_merge.run import preflight
 
 
-def child(request: dict, told: list[int], result: int) -> None:
+def child(request: dict, outputs: list[int], result: int) -> None:
     """One run; does not return."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    for fd, own in enumerate(told, 1):
+    for fd, own in enumerate(outputs, 1):
         os.dup2(own, fd)
     if request.get("closed"):
         reader, closed = os.pipe()
@@ -48,7 +50,7 @@ def child(request: dict, told: list[int], result: int) -> None:
         os.setgroups([])
         os.setgid(request["user"])
         os.setuid(request["user"])
-    writer.FLUSH_BYTES = 1  # a line a block
+    preflight.OutputFolder = partial(OutputFolder, flush_bytes=1)  # a line a block
     faults = Faults(request["folder"], **request.get("fault", {}))
     faults.install()
     began = time.monotonic()

@@ -97,7 +97,7 @@ def unpickle(r: Random, workshop: Workshop) -> bool:
     """The same with pickles allowed."""
     recipe = _PARSED[(workshop.root / "recipe.yml").read_bytes()]
     made: list[api.Plan] = []
-    if _refused(lambda: made.append(api.plan(recipe, access=api.Access(pickle=True)))):
+    if _refused(lambda: made.append(api.plan(recipe, load_options=api.LoadOptions(allow_pickle=True)))):
         return False
     if r.randrange(20) == 19 and made[0].bytes_written < LARGEST_MERGE:
         command("merge", "recipe.yml", "out", "--overwrite", "--allow-pickle")

@@ -114,7 +114,7 @@ def test_families(run, tmp_path, family):
 
 
 def test_one_block_makes_every_layer_alike(run, tmp_path):
-    """Slices share what is learned, a mixed recipe keeps its order, and files are in layer order."""
+    """Slices share a network, a mixed recipe keeps its order, and files belong to whole blocks."""
     base = make_model(tmp_path / "base", layers=9)
     recipe = write_recipe(
         tmp_path / "recipe.yml",
@@ -135,23 +135,25 @@ slices:
     ]  # fmt: skip
     assert [s["layer"] for s in plan["layers"][12]["sources"]] == [7, 8]
     done = run("merge", recipe, tmp_path / "out")
-    assert "3 layers, 1 to 9: fused" in done.err and "layer 12: fused" in done.err
+    assert "3 layers, 1 to 9: compute" in done.err and "layer 12: compute" in done.err
     assert "A 0 to A 8" in run("plan", recipe).out
     record = json.loads((tmp_path / "out/deus_merge.json").read_text())
     data = (tmp_path / "out/model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     stored = sorted(header.keys() - {"__metadata__"}, key=lambda n: header[n]["data_offsets"])
-    assert stored == list(record["tensors"])
-    layers = [int(n.split(".")[2]) for n in stored if ".layers." in n]
-    assert layers == sorted(layers) and len(set(layers)) == 14
+    layers = list(dict.fromkeys(int(n.split(".")[2]) for n in stored if ".layers." in n))
+    assert layers == [0, 1, 3, 9, 2, *range(4, 9), *range(10, 14)]  # layers of one block are together in their file
+    assert sorted(stored) == sorted(record["tensors"])
+    told = [int(n.split(".")[2]) for n in record["tensors"] if ".layers." in n]
+    assert told == sorted(told)  # and in layer order in the manifest
     new = tuple(f"model.layers.{i}." for i in plan["new_layers"])
-    assert record["new_parameters"] == [n for n in stored if n.startswith(new)]
+    assert record["new_parameters"] == [n for n in record["tensors"] if n.startswith(new)]
     assert load(tmp_path / "out").config.num_hidden_layers == 14
 
 
 def test_bytes_depend_on_the_seed_alone(run, tiny, tmp_path):
     command = ("upscale", tiny, "--preset", "lesa", "-p", "epochs=2")
-    limit = run(*command[:2], tmp_path / "x", *command[2:], "--dry-run", "--json").json()["least_memory_bytes"]
+    limit = run(*command[:2], tmp_path / "x", *command[2:], "--dry-run", "--json").json()["minimum_memory_bytes"]
     made = {}
     for name, extra in (("one", ()), ("two", ()), ("small", ("--max-memory", limit)), ("other", ("--seed", 7))):
         run(*command[:2], tmp_path / name, *command[2:], *extra)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deus_merge.core.errors import SolverError
-from deus_merge.ot.coupling import Coupling, TransportMap
+from deus_merge.ot.coupling import Coupling, ScriptedMap
 from deus_merge.ot.problem import OTProblem
 
 
@@ -42,24 +42,21 @@ def test_a_map_takes_weighted_means_and_a_coupling_is_n_times_smaller():
     plan = torch.rand(n, m, generator=g, dtype=torch.float64)
     plan /= plan.sum(0) * m  # columns 1/m
     coupling, weight = Coupling(plan), torch.randn(n, d, generator=g, dtype=torch.float64)
-    moved = coupling.transport_map()
+    moved, scripted = coupling.transport_map(), ScriptedMap(coupling)
 
     assert torch.allclose(moved.matrix.sum(0), torch.ones(m, dtype=torch.float64))
     assert torch.allclose(moved.to_rows(weight), m * coupling.scripted_rows(weight))
     assert torch.allclose(moved.to_columns(weight.t()), m * coupling.scripted_columns(weight.t()))
+    assert torch.equal(scripted.to_rows(weight), coupling.scripted_rows(weight))
+    assert torch.equal(scripted.to_columns(weight.t()), coupling.scripted_columns(weight.t()))
     assert moved.to_rows(weight).max() <= weight.max()
     assert not hasattr(coupling, "to_rows")
     assert not hasattr(moved, "scripted_rows")
-    with pytest.raises(SolverError, match="does not fit"):
-        moved.to_rows(weight[:-1])
-
-
-def test_identity_is_free_and_changes_nothing():
-    weight = torch.randn(6, 2)
-    identity = TransportMap.identity(6)
-    assert identity.is_identity
-    assert identity.to_rows(weight) is weight
-    assert torch.equal(identity.matrix, torch.eye(6))
+    for either in (moved, scripted):
+        with pytest.raises(SolverError, match="does not fit"):
+            either.to_rows(weight[:-1])
+        with pytest.raises(SolverError, match="does not fit"):
+            either.to_columns(weight)
 
 
 @pytest.mark.parametrize("support", [1, 3, 8])

@@ -12,7 +12,7 @@ import torch
 from deus_merge.core.errors import SolverError
 from deus_merge.ot.costs import PointCost
 from deus_merge.ot.problem import OTProblem, SolverOptions
-from deus_merge.ot.solvers.progot import SOLVER
+from deus_merge.ot.solvers.progot import SOLVER, ProgOT
 
 
 def clouds(n: int = 40, m: int = 50, d: int = 3):
@@ -47,12 +47,12 @@ def test_progot_is_the_textbook_algorithm(schedule, stages):
     )
     reg = 0.3
     want = textbook(*(t.numpy() for t in (x, y, problem.a, problem.b)), reg, stages, schedule)
-    options = SolverOptions(reg=reg, tolerance=1e-12, progot_steps=stages, progot_schedule=schedule)
-    got = SOLVER.solve(problem, options)
+    solver = ProgOT(progot_steps=stages, progot_schedule=schedule)
+    got = solver.solve(problem, SolverOptions(reg=reg, tolerance=1e-12))
     assert got.converged and got.reg == pytest.approx(reg)
     assert np.abs(got.coupling.matrix.numpy() - want).sum() < 1e-8
     single = OTProblem(PointCost(x.float(), y.float(), cost="sqeuclidean"), problem.a.float(), problem.b.float())
-    got = SOLVER.solve(single, SolverOptions(reg=reg, tolerance=2e-6, progot_steps=stages, progot_schedule=schedule))
+    got = solver.solve(single, SolverOptions(reg=reg, tolerance=2e-6))
     assert np.abs(got.coupling.matrix.numpy() - want).sum() < 3e-4
 
 
@@ -80,7 +80,7 @@ def test_reg_auto_makes_the_map_of_y_to_itself_the_identity_and_no_smaller():
     twins = OTProblem.uniform(PointCost(y, y, cost="sqeuclidean"))
 
     def off(reg: float) -> float:
-        plan = SOLVER.solve(twins, SolverOptions(reg=reg, progot_steps=1, tolerance=1e-6)).coupling.transport_map()
+        plan = ProgOT(progot_steps=1).solve(twins, SolverOptions(reg=reg, tolerance=1e-6)).coupling.transport_map()
         return ((plan.to_rows(y) - y).square().sum() / (y - y.mean(0)).square().sum()).sqrt().item()
 
     assert off(reg) <= 0.0101
@@ -93,8 +93,8 @@ def test_progot_says_what_it_needs():
     with pytest.raises(SolverError, match="moves the points themselves\n.*\n.*\n.*sinkhorn"):
         SOLVER.solve(OTProblem.uniform(torch.rand(3, 3)))
     with pytest.raises(SolverError, match="did you mean 'linear'"):
-        SOLVER.solve(points, SolverOptions(progot_schedule="liner"))
+        ProgOT(progot_schedule="liner").solve(points)
     with pytest.raises(SolverError, match="progot_steps"):
-        SOLVER.solve(points, SolverOptions(progot_steps=0))
+        ProgOT(progot_steps=0).solve(points)
     with pytest.raises(SolverError, match="reg must be positive"):
         SOLVER.solve(points, SolverOptions(reg=-1.0))

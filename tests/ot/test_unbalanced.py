@@ -15,7 +15,7 @@ from deus_merge.core.errors import SolverError
 from deus_merge.ot.costs import cost_matrix
 from deus_merge.ot.problem import OTProblem, SolverOptions
 from deus_merge.ot.solvers import sinkhorn
-from deus_merge.ot.solvers.unbalanced import SOLVER
+from deus_merge.ot.solvers.unbalanced import Unbalanced
 
 
 def problem_of(seed: int, n: int, m: int, dtype: torch.dtype = torch.float64) -> OTProblem:
@@ -36,11 +36,11 @@ def test_unbalanced_is_the_plan_of_pot(penalty, reg):
     a, b, cost = (t.numpy() for t in (problem.a, problem.b, problem.cost))
     rho = penalty * mean_cost(problem)
     want = ot.unbalanced.sinkhorn_unbalanced(a, b, cost, reg, rho, numItermax=50_000, stopThr=1e-14)
-    got = SOLVER.solve(problem, SolverOptions(reg=reg, marginal_penalty=penalty, tolerance=1e-12))
+    got = Unbalanced(marginal_penalty=penalty).solve(problem, SolverOptions(reg=reg, tolerance=1e-12))
     assert got.converged and got.mass == pytest.approx(want.sum(), rel=1e-8)
     assert np.abs(got.mass * got.coupling.matrix.numpy() - want).sum() < 1e-8 * want.sum()
     single = OTProblem(problem.cost.float(), problem.a.float(), problem.b.float())
-    got = SOLVER.solve(single, SolverOptions(reg=reg, marginal_penalty=penalty, tolerance=2e-6))
+    got = Unbalanced(marginal_penalty=penalty).solve(single, SolverOptions(reg=reg, tolerance=2e-6))
     assert np.abs(got.mass * got.coupling.matrix.numpy() - want).sum() < 1e-4 * want.sum()
 
 
@@ -56,7 +56,7 @@ def test_the_plan_meets_its_optimality_conditions(n, m, log_reg, log_penalty, se
     """T = a b exp((f + g - C)/reg), where the duals are those of its own marginals: f = -rho log(T1 / a)."""
     problem = problem_of(seed, n, m)
     reg, penalty = 10**log_reg * problem.cost.max().item(), 10**log_penalty
-    solution = SOLVER.solve(problem, SolverOptions(reg=reg, marginal_penalty=penalty, tolerance=1e-11))
+    solution = Unbalanced(marginal_penalty=penalty).solve(problem, SolverOptions(reg=reg, tolerance=1e-11))
     assert solution.converged and 0 < solution.mass <= 1 + 1e-9
     plan, rho = solution.mass * solution.coupling.matrix, penalty * mean_cost(problem)
     rows, columns = plan.sum(1), plan.sum(0)
@@ -72,7 +72,7 @@ def test_the_balanced_plan_is_the_limit():
     balanced = sinkhorn.SOLVER.solve(problem, SolverOptions(reg=reg, tolerance=1e-5))
     away, error = [], []
     for penalty in (0.1, 1.0, 10.0, 1e2, 1e3, 1e4):
-        solution = SOLVER.solve(problem, SolverOptions(reg=reg, marginal_penalty=penalty, tolerance=1e-5))
+        solution = Unbalanced(marginal_penalty=penalty).solve(problem, SolverOptions(reg=reg, tolerance=1e-5))
         assert solution.converged
         away.append((solution.coupling.matrix - balanced.coupling.matrix).abs().sum().item())
         error.append(solution.marginal_error)
@@ -87,7 +87,7 @@ def test_what_matches_nothing_keeps_its_mass(dtype):
     x = torch.randn(50, 8, generator=g, dtype=dtype)
     y = torch.cat([x[:40] + 0.05 * torch.randn(40, 8, generator=g, dtype=dtype), x[:10] + 1e3])
     problem = OTProblem.uniform(cost_matrix(x, y))
-    solution = SOLVER.solve(problem, SolverOptions(reg=0.05, marginal_penalty=0.005))  # of a mean cost of about 570
+    solution = Unbalanced(marginal_penalty=0.005).solve(problem, SolverOptions(reg=0.05))  # of a mean cost of about 570
     assert solution.converged
     plan = solution.coupling
     assert plan.matrix.sum().item() == pytest.approx(1, abs=1e-5)
@@ -107,10 +107,10 @@ def test_small_reg_in_float32_where_pot_underflows():
     g = torch.Generator().manual_seed(4)
     cost = cost_matrix(torch.randn(200, 64, generator=g), torch.randn(200, 64, generator=g), cost_scale="max")
     problem = OTProblem.uniform(cost)
-    solution = SOLVER.solve(problem, SolverOptions(reg=1e-3, marginal_penalty=1.0))
+    solution = Unbalanced(marginal_penalty=1.0).solve(problem, SolverOptions(reg=1e-3))
     assert solution.converged and torch.isfinite(solution.coupling.matrix).all()
-    double = SOLVER.solve(
-        OTProblem.uniform(cost.double()), SolverOptions(reg=1e-3, marginal_penalty=1.0, tolerance=1e-9)
+    double = Unbalanced(marginal_penalty=1.0).solve(
+        OTProblem.uniform(cost.double()), SolverOptions(reg=1e-3, tolerance=1e-9)
     )
     assert double.converged
     assert (solution.coupling.matrix - double.coupling.matrix).abs().sum() < 1e-2
@@ -121,8 +121,8 @@ def test_small_reg_in_float32_where_pot_underflows():
 @pytest.mark.parametrize("penalty", [1e-4, 1.0, 1e6])
 def test_unbalanced_is_finite_wherever_it_has_to_stop(limit, penalty):
     cost = torch.exp(4 * torch.randn(40, 30, generator=torch.Generator().manual_seed(8)))
-    options = SolverOptions(reg=1e-4, max_iterations=limit, marginal_penalty=penalty)
-    solution = SOLVER.solve(OTProblem.uniform(cost), options)
+    options = SolverOptions(reg=1e-4, max_iterations=limit)
+    solution = Unbalanced(marginal_penalty=penalty).solve(OTProblem.uniform(cost), options)
     assert torch.isfinite(solution.coupling.matrix).all() and solution.mass >= 0
     assert torch.isfinite(solution.coupling.transport_map().to_rows(torch.ones(40, 2))).all()
 
@@ -130,4 +130,4 @@ def test_unbalanced_is_finite_wherever_it_has_to_stop(limit, penalty):
 @pytest.mark.parametrize("penalty", [0.0, -1.0, math.nan, math.inf, "much"])
 def test_a_penalty_that_is_none_is_refused(penalty):
     with pytest.raises(SolverError, match="marginal_penalty must be positive"):
-        SOLVER.solve(OTProblem.uniform(torch.rand(3, 3)), SolverOptions(marginal_penalty=penalty))
+        Unbalanced(marginal_penalty=penalty).solve(OTProblem.uniform(torch.rand(3, 3)), SolverOptions())

@@ -13,7 +13,7 @@ from support import load, make_model, save_tokenizer, train_tokenizer, weights, 
 
 from deus_merge.recipe.reader import parse_recipe
 from deus_merge.recipe.writer import dump_recipe
-from deus_merge.run import compute as making
+from deus_merge.run.compute import BlockComputer
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_as_one_after_the_other(run, family, monkeypatch, tmp_path, case):
     recipe = write_recipe(tmp_path / "r.yml", "---\n".join(order))
     planned = run("plan", recipe, "--json").json()
     run("merge", recipe, tmp_path / "ours", *options)
-    run("merge", recipe, tmp_path / "little", *options, "--max-memory", planned["least_memory_bytes"])
+    run("merge", recipe, tmp_path / "little", *options, "--max-memory", planned["minimum_memory_bytes"])
     work = tmp_path / "work"
     work.mkdir()
     for model in family.iterdir():
@@ -119,31 +119,31 @@ def test_as_one_after_the_other(run, family, monkeypatch, tmp_path, case):
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """(document, block) of every block that is made, in this order."""
-    calls, make = [], making.Maker.make
+def computed(monkeypatch):
+    """(document, block) of every block of which something is computed, in this order."""
+    calls, compute = [], BlockComputer.compute
 
     def counted(self, block, *more):
         calls.append((self.plan.recipe.name, block.index))
-        return make(self, block, *more)
+        return compute(self, block, *more)
 
-    monkeypatch.setattr(making.Maker, "make", counted)
+    monkeypatch.setattr(BlockComputer, "compute", counted)
     return calls
 
 
 @pytest.mark.parametrize("case", CHAINS)
-def test_blocks_are_made_as_often_as_planned(run, family, monkeypatch, tmp_path, made, case):
+def test_blocks_are_computed_as_often_as_planned(run, family, monkeypatch, tmp_path, computed, case):
     monkeypatch.chdir(family)
     recipe = write_recipe(tmp_path / "r.yml", "---\n".join(CHAINS[case]))
     planned = run("plan", recipe, "--json").json()["documents"]
     run("merge", recipe, tmp_path / "out")
     for document in planned:
-        assert sum(name == document["name"] for name, _ in made) == document["blocks_made"]
+        assert sum(name == document["name"] for name, _ in computed) == document["blocks_computed"]
         if case != "one within another":  # where layers come back after others
-            assert document["blocks_made"] <= document["blocks"]
+            assert document["blocks_computed"] <= document["blocks"]
 
 
-def test_only_tensors_that_are_asked_for_are_made(run, family, monkeypatch, tmp_path, made):
+def test_only_tensors_that_are_read_are_computed(run, family, monkeypatch, tmp_path, computed):
     """What the last document copies from elsewhere costs nothing."""
     monkeypatch.chdir(family)
     last = (
@@ -151,23 +151,23 @@ def test_only_tensors_that_are_asked_for_are_made(run, family, monkeypatch, tmp_
         "  - {sources: [{model: base, layer_range: [0, 3]}]}\n  - {sources: [{model: tuned, layer_range: [3, 4]}]}\n"
     )
     run("merge", write_recipe(tmp_path / "r.yml", f"{TIES}---\n{last}"), tmp_path / "out")
-    assert [block for name, block in made if name == "tuned"] == [4]
+    assert [block for name, block in computed if name == "tuned"] == [4]
 
 
 def test_a_run_that_was_interrupted_goes_on(run, family, monkeypatch, tmp_path):
     monkeypatch.chdir(family)
     recipe = write_recipe(tmp_path / "r.yml", "---\n".join(CHAINS["drawn at random"]))
     run("merge", recipe, tmp_path / "whole")
-    make, stopped = making.Maker.make, []
+    compute, stopped = BlockComputer.compute, []
 
     def stops(self, block, *more):
         if self.plan.recipe.name == "tuned" and block.index == 3 and not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
-        return make(self, block, *more)
+        return compute(self, block, *more)
 
-    monkeypatch.setattr(making.Maker, "make", stops)
-    assert "3 blocks are kept" in run("merge", recipe, tmp_path / "out", expect=130).err
+    monkeypatch.setattr(BlockComputer, "compute", stops)
+    assert "3 finished blocks are saved" in run("merge", recipe, tmp_path / "out", expect=130).err
     other = write_recipe(tmp_path / "other.yml", recipe.read_text().replace("density: 0.6", "density: 0.7"))
     assert "had another plan" in run("merge", other, tmp_path / "out", "--resume", expect=2).err
     run("merge", recipe, tmp_path / "out", "--resume")
@@ -203,7 +203,7 @@ def test_plan_shows_the_documents(run, family, monkeypatch, tmp_path):
     monkeypatch.chdir(family)
     recipe = write_recipe(tmp_path / "r.yml", "---\n".join(CHAINS["ties, up-scaled"]))
     shown = run("plan", recipe).out
-    assert "document tuned, not written: 6 blocks are made when they are asked for, 2 kept" in shown
+    assert "document tuned, not written: 6 blocks are computed when they are read, 2 at a time in memory" in shown
     assert "A = tuned  [llama, 4 layers, base]" in shown
     expanded = run("plan", recipe, "--expand", "--json").json()
     assert [d.get("name") for d in expanded] == ["tuned", None] and len(expanded[1]["slices"]) == 2

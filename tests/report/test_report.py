@@ -61,8 +61,13 @@ def test_a_page_for_every_kind_of_output(run, tiny, tmp_path, preset):
     layers = f"6 → {record['num_layers']} layers"
     assert layers in text and page.tags.count("svg") >= 1 and record["sources"][0]["fingerprint"] in text
     told = "".join(page.texts)
+    card = (out / "README.md").read_text()
     for layer in record["layers"]:
-        assert f"layer {layer['layer']}: {layer['kind']} of tiny {layer['sources'][0]['layer']}" in told
+        how = " + ".join(layer["actions"])
+        assert f"layer {layer['layer']}: {how} of tiny {layer['sources'][0]['layer']}" in told
+        assert how == "copy" or f"| {how} ({layer['method']}), new |" in card
+        strongest = [a for a in ("copy", "derive", "cast", "zeros", "align", "compute") if a in layer["actions"]][-1]
+        assert f'<i class="{strongest}"></i>{how}<' in text and f'<rect class="{strongest}"' in text
     for shown in (f"{d[key]:.3g}" for layer in record["layers"] for d in layer["diagnostics"]
                   for key in ("cosine", "transport_cost") if d.get(key)):  # fmt: skip
         assert f">{shown}<" in text

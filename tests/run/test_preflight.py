@@ -97,8 +97,8 @@ def test_what_an_interrupted_run_has_left_counts_as_room(run, mount, tiny):
     disk = mount("tmpfs", "size=4m")
     command = ("upscale", tiny, disk / "out", "--quiet", "--preset", "copy_next")
     program = (
-        "import os, signal, sys; from deus_merge.cli.main import _run; from deus_merge.checkpoint import place\n"
-        "place.Place.take = lambda self: os.kill(os.getpid(), signal.SIGKILL); _run(sys.argv[1:])"
+        "import os, signal, sys; from deus_merge.cli.main import _run; from deus_merge.checkpoint import staging\n"
+        "staging.StagingArea.commit = lambda self: os.kill(os.getpid(), signal.SIGKILL); _run(sys.argv[1:])"
     )
     subprocess.run([sys.executable, "-c", program, *map(str, command)])
     free = psutil.disk_usage(str(disk)).free
@@ -126,8 +126,16 @@ def test_no_right_to_write(refused, tiny, tmp_path, mount):
     else:
         (parent := tmp_path / "parent").mkdir()
         parent.chmod(0o555)
-    refused(("upscale", tiny, parent / "out"), "out: the folder cannot be made", f"no right to write in {parent}")
-    refused(("upscale", tiny, parent / "deep/out"), "the folder cannot be made", f"no right to write in {parent}")
+    refused(
+        ("upscale", tiny, parent / "out"),
+        "out: the output folder cannot be created",
+        f"no permission to write in {parent}",
+    )
+    refused(
+        ("upscale", tiny, parent / "deep/out"),
+        "the output folder cannot be created",
+        f"no permission to write in {parent}",
+    )
 
 
 @pytest.mark.parametrize("out", ["x" * 250, "x" * 300, "recipe.yml/out", "recipe.yml/deep/out", "loop", "loop/out"])
@@ -145,7 +153,7 @@ def test_every_header_is_read(refused, tmp_path):
     base = make_model(tmp_path / "base", layers=4, max_shard_size="40KB")
     *_, last = sorted(base.glob("*.safetensors"))
     os.truncate(last, last.stat().st_size - 1)
-    refused(("upscale", base, tmp_path / "out"), last.name, "ends behind the file's end")
+    refused(("upscale", base, tmp_path / "out"), last.name, "ends after the end of the file")
 
 
 ONE = "the output and a source must not contain each other"
@@ -253,7 +261,7 @@ def test_more_memory_than_is_available(run, tmp_path):
     base = vast_model(tmp_path / "base", 8, rows)
     command = ("upscale", base, tmp_path / "out", "--preset", "opt_deus_paper", "--dry-run")
     said = run(*command).err
-    assert "of memory will be needed" in said and "it can do with less: --max-memory" in said
+    assert "of memory will be needed" in said and "it runs with less: --max-memory" in said
     limit = int(said.split("--max-memory ")[1].split("MB")[0])
     assert "of memory will be needed" not in run(*command, "--max-memory", f"{limit * 9 // 10}MB").err
 

@@ -58,7 +58,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path, kill):
         other = run(*command[:-2], "--threads", "2", "--resume", expect=2)
         assert "threads" in other.err
         done = run(*command, "--resume")
-        assert "kept from the earlier run" in done.err
+        assert "finished by the earlier run" in done.err
     else:
         assert code == -signal.SIGKILL
         run(*command, "--resume")

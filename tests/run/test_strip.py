@@ -155,7 +155,7 @@ REFUSED = {
     "merged": (
         "merge_method: linear\nslices:\n  - sources: [{model: base, layer_range: [0, 4], parameters: {weight: 1}},"
         " {model: other, layer_range: [0, 4], parameters: {weight: 1}}]\n",
-        "layer 0 is merged",
+        "layer 0 is compute",
     ),
     "another model's layers": ("slices:\n  - sources: [{model: other, layer_range: [0, 4]}]\n", "the layers of base"),
 }
@@ -194,7 +194,7 @@ def test_what_strip_does_not_take(run, tmp_path):
     plain = tmp_path / "plain.yml"
     plain.write_text(f"merge_method: passthrough\nmodels: [{{model: {base}}}]\n")
     api.merge(plain, tmp_path / "plain", QUIET)
-    assert "no new layer to take out" in run("strip", tmp_path / "plain", tmp_path / "back", expect=2).err
+    assert "no new layer to remove" in run("strip", tmp_path / "plain", tmp_path / "back", expect=2).err
     tensors = weights(out)
     del tensors["model.layers.3.mlp.up_proj.weight"]
     damaged = Path(shutil.copytree(out, tmp_path / "damaged"))

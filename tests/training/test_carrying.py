@@ -17,7 +17,7 @@ from deus_merge.core.errors import CheckpointError, TrainingError
 def test_where_a_manifest_can_be_carried(deeper, tmp_path):
     base, other = deeper.parent / "base", grow(deeper.parent / "base", tmp_path / "other", insert={"after": [0, 1]})
     before = (other / "deus_merge.json").read_bytes()
-    with pytest.raises(CheckpointError, match="no model to carry a manifest to"):
+    with pytest.raises(CheckpointError, match="no model to copy a manifest to"):
         training.carry_manifest(deeper, tmp_path / "mistyped")
     with pytest.raises(CheckpointError, match="not this checkpoint's"):
         training.carry_manifest(deeper, base)

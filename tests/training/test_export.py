@@ -48,7 +48,7 @@ def test_settings_for_llama_factory(run, tmp_path, case):
     out = grow(make_model(tmp_path / "base", layers=12), tmp_path / "out", preset, insert)
     if isinstance(expected, str):
         told = run("export-training", out, "--for", "llama-factory", expect=2).err
-        assert "LLaMA-Factory cannot be told" in told and expected in told
+        assert "LLaMA-Factory cannot train only" in told and expected in told
         every = yaml.safe_load(expected)
         again = grow(tmp_path / "base", tmp_path / "again", "llama_pro", every)
         settings = yaml.safe_load(run("export-training", again, "--for", "llama-factory").out)
@@ -61,7 +61,7 @@ def test_settings_for_llama_factory(run, tmp_path, case):
 
 def test_settings_that_there_are_none_for(run, deeper, tmp_path):
     told = run("export-training", deeper, "--for", "torchtune", expect=2).err
-    assert "torchtune cannot be told" in told and "new layers 2, 4" in told
+    assert "torchtune cannot train only" in told and "new layers 2, 4" in told
     assert "llama-factory" in run("export-training", deeper, "--for", "unsloth", expect=2).err
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=32))
     gpt2.save_pretrained(tmp_path / "gpt2")

@@ -165,7 +165,7 @@ def test_a_manifest_of_another_place(deeper, tmp_path):
 
 
 def test_too_late_for_distributed_training(deeper, tmp_path):
-    with pytest.raises(TrainingError, match="already noted what trains"):
+    with pytest.raises(TrainingError, match="already registered the parameters"):
         training.freeze_base(_distributed(load(deeper), tmp_path, deeper), deeper)
 
 
@@ -195,7 +195,7 @@ def test_what_cannot_be_asked_of_a_manifest(deeper, tmp_path):
         training.new_parameters(deeper, 1)
     with pytest.raises(CheckpointError, match="no manifest"):
         training.new_parameters(tmp_path)
-    with pytest.raises(TrainingError, match="nothing of this model trains"):
+    with pytest.raises(TrainingError, match="no parameter of this model trains"):
         training.optimizer_groups(load(deeper).requires_grad_(False), deeper, lr=1.0)
     with pytest.raises(TrainingError, match="a weight of the base would train"):
         training.Watch(load(deeper), deeper)
@@ -204,7 +204,7 @@ def test_what_cannot_be_asked_of_a_manifest(deeper, tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(old))
     with pytest.raises(CheckpointError, match="lacks 'layer_prefix'") as caught:
         training.new_parameters(tmp_path / "old.json")
-    assert "make the output again" in str(caught.value)
+    assert "write the output again" in str(caught.value)
     same = tmp_path / "same.yml"
     same.write_text(f"merge_method: passthrough\nmodels: [{{model: {deeper.parent / 'base'}}}]\n")
     api.merge(same, tmp_path / "same")

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from support import make_model
 
-from deus_merge.report.manifest import sealed
+from deus_merge.report.manifest import seal
 
 
 def sources(folder: Path, tokenizer: Path) -> None:
@@ -57,7 +57,7 @@ def reseal(out: Path) -> None:
         facts |= {"bytes": len(data), "header_sha256": hashlib.sha256(header).hexdigest()}
     for name, (file, begin, end) in places(out).items():
         record["tensors"][name]["xxh3_128"] = xxhash.xxh3_128_hexdigest(file.read_bytes()[begin:end])
-    (out / "deus_merge.json").write_bytes(sealed(record))
+    (out / "deus_merge.json").write_bytes(seal(record))
 
 
 def edit_json(path: Path, **changes) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from outputs import EVERY_ACTION, edit_json, places, reseal, sources
-from support import make_model, write_recipe
+from support import load, make_model, write_recipe
 
 from deus_merge.cli.main import _run
 
@@ -38,7 +38,7 @@ def failed(done) -> dict[str, str]:
 
 def test_a_good_output_passes(run, made):
     actions = Counter(o["action"] for o in json.loads((made / "deus_merge.json").read_text())["tensors"].values())
-    assert set(actions) == {"copy", "cast", "merge", "zeros"} and len(list(made.glob("*.safetensors"))) > 2
+    assert set(actions) == {"copy", "cast", "compute", "zeros"} and len(list(made.glob("*.safetensors"))) > 2
     result = run("verify", made, "--strict", "--json").json()
     assert result["passed"] and all(c["passed"] for c in result["checks"])
     assert [c["name"] for c in result["checks"]] == [
@@ -54,11 +54,12 @@ def test_a_flipped_bit_is_found_and_its_file_named(run, made, data):
     tensor = None
     if data.draw(st.booleans(), label="in a tensor"):
         record = json.loads((made / "deus_merge.json").read_text())["tensors"]
-        action = data.draw(st.sampled_from(["copy", "cast", "merge", "zeros"]), label="action")
+        action = data.draw(st.sampled_from(["copy", "cast", "compute", "zeros"]), label="action")
         tensor = data.draw(st.sampled_from([n for n, o in record.items() if o["action"] == action]), label="tensor")
         file, begin, end = places(made)[tensor]
     else:
-        file = data.draw(st.sampled_from(sorted(made.iterdir())), label="file")
+        files = sorted(path for path in made.iterdir() if path.name != "README.md")  # the user's to edit
+        file = data.draw(st.sampled_from(files), label="file")
         begin, end = 0, file.stat().st_size
         end = min(end, data.draw(st.sampled_from([end, 2000]), label="end"))
     at, bit = data.draw(st.integers(begin, end - 1), label="byte"), data.draw(st.integers(0, 7), label="bit")
@@ -104,7 +105,7 @@ def cut(out: Path) -> None:
 def wrong_shard(out: Path) -> None:
     index = json.loads((out / "model.safetensors.index.json").read_text())
     names = list(index["weight_map"])
-    index["weight_map"][names[0]] = index["weight_map"][names[-1]]
+    index["weight_map"][names[0]] = next(f for f in index["weight_map"].values() if f != index["weight_map"][names[0]])
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -129,7 +130,7 @@ def made_by(out: Path, action: str) -> str:
 @pytest.mark.parametrize(
     ("damage", "check", "told"),
     [
-        (lambda out: patch(out, made_by(out, "merge"), b"\xc0\x7f"), "finite values", "holds NaN"),
+        (lambda out: patch(out, made_by(out, "compute"), b"\xc0\x7f"), "finite values", "holds NaN"),
         (lambda out: patch(out, made_by(out, "cast"), b"\x80\xff"), "finite values", "holds NaN or infinity"),
         (lambda out: patch(out, made_by(out, "copy"), b"\xc0\x7f"), "copied tensors", "differs from its source"),
         (lambda out: patch(out, made_by(out, "zeros"), b"\x01"), "zeroed tensors", "is not zero"),
@@ -213,6 +214,55 @@ def test_what_cannot_be_looked_at_is_skipped_and_fails_only_strictly(run, tiny, 
     assert skipped == {"checksums", "copied tensors", "logits"}
     strict = run("verify", tmp_path / "out", "--quick", "--strict", "--json", expect=3).json()
     assert not strict["passed"] and strict["strict"]
+
+
+def copied(done) -> dict:
+    return next(check for check in done.json()["checks"] if check["name"] == "copied tensors")
+
+
+def test_tensors_that_were_not_compared_are_not_ok(run, tmp_path):
+    """Copies whose source is gone, and tensors that are derived when they are read, are skipped, and fail strictly."""
+    base = make_model(tmp_path / "base", vocab_size=16)
+    recipe = write_recipe(tmp_path / "r.yml", f"merge_method: passthrough\nmodels: [{{model: {base}}}]\n")
+    run("merge", recipe, tmp_path / "out")
+    assert (
+        copied(run("verify", tmp_path / "out", "--strict", "--json"))["detail"]
+        == "39 equal to their sources, byte for byte"
+    )
+    shutil.move(base, tmp_path / "moved")
+    gone = copied(run("verify", tmp_path / "out", "--quick", "--json"))
+    assert gone["passed"] is None and gone["detail"].startswith(f"none compared; source {base} cannot be read")
+    assert "failed verification: copied tensors" in run("verify", tmp_path / "out", "--quick", "--strict", expect=3).err
+
+
+def test_derived_tensors_have_no_source_to_be_compared_with(run, tmp_path):
+    """Of a document, where all are derived, and of an adapter, where some are."""
+    base = make_model(tmp_path / "base", vocab_size=16, layers=2)
+    make_model(tmp_path / "other", vocab_size=16, layers=2, seed=1)
+    both = ", ".join(f"{{model: {tmp_path / name}, parameters: {{weight: 1}}}}" for name in ("base", "other"))
+    first = f"merge_method: linear\nname: mean\nmodels: [{both}]\n"
+    recipe = write_recipe(tmp_path / "r.yml", f"{first}---\nmerge_method: passthrough\nmodels: [{{model: mean}}]\n")
+    run("merge", recipe, tmp_path / "all")
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(load(base), config).save_pretrained(tmp_path / "adapter")
+    model = f"{base}+{tmp_path / 'adapter'}"
+    write_recipe(recipe, f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n")
+    run("merge", recipe, tmp_path / "some")
+    for name, detail in {
+        "all": "none compared; 21 tensors were derived",
+        "some": "19 equal to their sources, byte for byte; 2 tensors were derived",
+    }.items():
+        found = copied(run("verify", tmp_path / name, "--json"))
+        assert found["passed"] is None and found["detail"].startswith(detail)
+        assert "verification: copied tensors" in run("verify", tmp_path / name, "--quick", "--strict", expect=3).err
+
+
+def test_a_model_without_a_copied_tensor_says_so(run, tmp_path):
+    base = make_model(tmp_path / "base", vocab_size=16)
+    run("upscale", base, tmp_path / "out", "--dtype", "bfloat16", "--preset", "average")
+    found = copied(run("verify", tmp_path / "out", "--strict", "--json"))
+    assert (found["passed"], found["detail"]) == (True, "no tensor was copied")
 
 
 def test_a_folder_of_another_program_is_the_wrong_input(run, tiny):

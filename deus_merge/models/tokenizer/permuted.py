@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ...checkpoint.reader import TensorSource
@@ -79,9 +78,9 @@ class PermutedCheckpoint:
         self.where, self.folders, self.files = stored.where, stored.folders, stored.files
         self.side_files, self.provenance, self.config = stored.side_files, stored.provenance, stored.config
         self.fingerprint = stored.fingerprint
-        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(
-            {name: permuted[name].info if name in permuted else info for name, info in stored.tensors.items()}
-        )
+        self.tensors: Mapping[str, StoredTensor] = {
+            name: permuted[name].info if name in permuted else info for name, info in stored.tensors.items()
+        }
         self._stored, self._permuted = stored, permuted
         self._padding: dict[str, torch.Tensor] = {}
 

@@ -1,8 +1,8 @@
 """The dense side of exact assignment: passes over the cost that find potentials, a few edges, and proofs.
 
 With potentials f (n,) of rows and g (n,) of columns the *reduced cost* of an edge is ``C[i, j] - f_i - g_j``. They
-change the order of no two matchings, and edges of large reduced cost are in no optimal one. Good potentials come from
-a few entropic (Sinkhorn) steps at a falling reg. They need not be exact: what they prune is proved afterwards, because
+do not change which matchings are cheaper than others, and edges of large reduced cost are in no optimal one. Good potentials come from
+a few entropic (Sinkhorn) steps at a falling reg. They need not be exact: the pruning is proved right afterwards, because
 a matching is optimal if some potentials price all its edges at 0 and no edge below.
 
 A pass reads the cost once, in row blocks that fit the cache, on its own device. Only the few edges go to the host.
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
     from ..problem import OTProblem
 
-_NEAREST = 12  # edges of least reduced cost that are kept a row, and a column; a few more by the way they are found
+_NEAREST = 12  # edges of least reduced cost that each row and each column retains; the search adds a few more
 _CROWD = 8 * _NEAREST  # edges a row above which those at the threshold, ties, are thinned
 _WORST = 8  # edges priced below 0 that are taken a row
-_BUCKET = 64  # columns whose minimum stands for them while few of many are looked for
+_BUCKET = 64  # columns that are searched by their minimum, since few of many are wanted
 _GROUPS = 128  # of rows, likewise
-_FLOOR = -80.0  # exponents below are as good as this one: e^-80 is a normal number, and denormal ones are slow
+_FLOOR = -80.0  # smaller exponents are raised to this one: e^-80 is a normal number, and denormal ones are slow
 _LEVELS = 24  # of reg, at most
 _SHARP = 2.5  # reg is small enough where four in five rows have a softmax over no more columns than this,
 _ALIKE = 3.0  # edges whose reduced costs differ by fewer reg count as tied
-_STEADY = 0.97  # or where the number of columns falls no more: ties
+_STEADY = 0.97  # or where the number of columns stops falling: ties
 
 
 class Edges(NamedTuple):
@@ -54,23 +54,35 @@ class Passes:
         self._buckets = -(-self.n // self._bucket)
         self._scratch: Tensor | None = None
 
+    @property
+    def _searched(self) -> Tensor:
+        """The scratch by rows, buckets' members and buckets: (r, bucket, buckets)."""
+        assert self._scratch is not None, "searched within a pass"
+        return self._scratch.view(-1, self._bucket, self._buckets)
+
     def potentials(self, factor: float, steps: int) -> tuple[Tensor, float]:
-        """Column potentials (n,) from Sinkhorn steps, ``steps`` at each reg, falling by ``factor``; the last reg."""
+        """Column potentials (n,) by Sinkhorn steps, ``steps`` at each reg, falling by ``factor``; the last reg."""
+        import torch
+
         g, reg = spread(self.problem)  # (n,)
         self.count += 1
         before = math.inf
+        sums, tops = torch.empty_like(g), torch.empty_like(g)  # (n,) each
         for _ in range(_LEVELS):
             reg *= factor
             for _ in range(steps):
-                g, width, largest = self._sinkhorn_step(g, reg)
+                g, sums, tops = self._sinkhorn_step(g, reg)
+            # Over how many columns four in five rows spread at most, and the largest potential of a row.
+            width, largest = torch.stack([sums.kthvalue(math.ceil(0.8 * self.n)).values, tops.abs().max()]).tolist()
+            largest *= reg
             steady = _STEADY * before < width < self.n / 8
             if width <= _SHARP or steady or reg < 8 * _epsilon(g) * largest:
                 break
             before = width
         return g, reg
 
-    def _sinkhorn_step(self, g: Tensor, reg: float) -> tuple[Tensor, float, float]:
-        """g after a step; over how many columns four in five rows spread at most; the largest potential of a row."""
+    def _sinkhorn_step(self, g: Tensor, reg: float) -> tuple[Tensor, Tensor, Tensor]:
+        """g after a step, the rows' sums relative to their maxima, and the maxima, in units of reg; (n,) each."""
         import torch
 
         at, ones = g / reg, g.new_ones(self.n)  # (n,)
@@ -81,16 +93,14 @@ class Passes:
             x.sub_(tops[rows].unsqueeze(1)).clamp_min_(_FLOOR).exp_()
             sums[rows] = x @ ones
             columns.addmv_(x.t(), 1 / sums[rows])
-        width = sums.kthvalue(math.ceil(0.8 * self.n)).values.item()
-        largest = tops.abs().max().item() * reg
-        return g - columns.clamp_min_(tiny(g)).log_().clamp_(-20, 20).mul_(reg), width, largest
+        return g - columns.clamp_min_(tiny(g)).log_().clamp_(-20, 20).mul_(reg), sums, tops
 
     def prune(self, g: Tensor, reg: float) -> tuple[Tensor, Edges]:
         """Potentials that price no edge below 0 and some edge of every row and column at 0; the edges next to 0.
 
         Args:
             g: (n,) column potentials.
-            reg: What they were found at: edges that differ by less are equally good, and any may be kept.
+            reg: The reg they were found at: edges that differ by less are equally good, and any may be retained.
 
         Three passes: f_i = min_j(C - g), then g_j = min_i(C - f), then the search for the edges.
 
@@ -113,10 +123,10 @@ class Passes:
             r, s = self._at_most(limit, len(cost))
             torch.sub(cost, g + reach, out=x)
             r2, s2 = self._at_most(f[rows], len(cost))
-            new = cost[r2, s2] - g[s2] > limit[r2]  # not there yet, by the same arithmetic
+            new = cost[r2, s2] - g[s2] > limit[r2]  # not among them yet, by the same arithmetic
             r, s = torch.cat([r, r2[new]]), torch.cat([s, s2[new]])  # (q,)
             crowd = torch.bincount(r, minlength=len(cost))  # (r,)
-            if bool((crowd > _CROWD).any()):  # ties: every row keeps other ones, those next to the diagonal
+            if bool((crowd > _CROWD).any()):  # ties: every row retains other ones, those next to the diagonal
                 window = self.n * _CROWD / crowd.clamp_min(1)  # (r,)
                 keep = (cost[r, s] - g[s] < nearest[r]) | ((s - r - rows.start) % self.n < window[r])
                 r, s = r[keep], s[keep]
@@ -133,10 +143,10 @@ class Passes:
             # Row i is in group i modulo their number, as far as parts have several rows.
             for start in range(0, len(cost), len(minima)):
                 at = (rows.start + start) % len(minima)
-                piece = x[start : start + len(minima)]
-                head = piece[: len(minima) - at]
+                some = x[start : start + len(minima)]
+                head = some[: len(minima) - at]
                 torch.minimum(minima[at : at + len(head)], head, out=minima[at : at + len(head)])
-                tail = piece[len(head) :]
+                tail = some[len(head) :]
                 torch.minimum(minima[: len(tail)], tail, out=minima[: len(tail)])
         g = minima.amin(0)  # (n,)
         return g, minima.kthvalue(min(_NEAREST, len(minima)), dim=0).values - g
@@ -144,7 +154,8 @@ class Passes:
     def price(self, f: Tensor, g: Tensor) -> tuple[Tensor, Edges]:
         """Every row's least ``C - g``, and the edges it prices below f.
 
-        What the cost's own dtype cannot tell from 0 is computed again in float64, so both are exact to its rounding.
+        Prices that the cost's own dtype cannot distinguish from 0 are computed again in float64, so both results are
+        exact to its rounding.
 
         Args:
             f, g: (n,) float64. Some edge of every row is priced at 0.
@@ -156,7 +167,7 @@ class Passes:
         import torch
 
         low = g.to(self.problem.cost.dtype)  # (n,)
-        # What is priced about 0 has a cost of about f + g, so that a few units of rounding of these bound its error.
+        # Edges that are priced near 0 cost about f + g, so that a few units of rounding of these bound their error.
         nothing = negligible(f, g)
         slack = 4 * _epsilon(low) * (f.abs().max() + g.abs().max()) + nothing
         least = f.clone()  # (n,)
@@ -186,7 +197,7 @@ class Passes:
 
     def _at_most(self, limits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Rows and columns of the first ``count`` rows' entries of the scratch that are at most the row's limit."""
-        x, minima = self._scratch.view(-1, self._bucket, self._buckets), self._bucket_minima()
+        x, minima = self._searched, self._bucket_minima()
         r, k = (minima[:count] <= limits.unsqueeze(1)).nonzero().unbind(1)
         inside = x[r, :, k] <= limits[r].unsqueeze(1)  # (q, bucket)
         q, b = inside.nonzero().unbind(1)
@@ -194,7 +205,7 @@ class Passes:
 
     def _bucket_minima(self) -> Tensor:
         """Minima over every ``_buckets``-th entry of the scratch's rows, (r, buckets)."""
-        return self._scratch.view(-1, self._bucket, self._buckets).amin(1)
+        return self._searched.amin(1)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """One pass: (rows, their cost (r, n), as much scratch). Past column n the scratch is infinite."""
@@ -228,7 +239,7 @@ def _edges(found: list[tuple[Tensor, Tensor, Tensor]]) -> Edges:
 
 
 def negligible(f: ndarray | Tensor, g: ndarray | Tensor) -> float:
-    """What is 0 in float64 arithmetic with these potentials."""
+    """The largest number that counts as 0 in float64 arithmetic with these potentials."""
     return 64 * 2.0**-52 * float(abs(f).max() + abs(g).max())
 
 

@@ -1,6 +1,6 @@
-"""The semi-dual of entropic transport, and its kernel: what the entropic solvers share; `_steps` solves it.
+"""The semi-dual of entropic transport and its kernel, which the entropic solvers share; `_steps` solves it.
 
-The dual is kept as one vector g (m,). With the kernel ``K = softmax_rows((g - C)/reg)``, which cannot overflow, the
+The dual is one vector g (m,). With the kernel ``K = softmax_rows((g - C)/reg)``, which cannot overflow, the
 plan is ``T = diag(u) K diag(v)`` with rows p exactly and columns c; the optimum has c = q. For plans that keep their
 marginals p = a and q = b. Where a marginal penalty rho allows others (Chizat et al. 2018, arXiv 1607.05816), they
 follow from the dual, up to their common total M, which is the optimal shift of the dual (Séjourné et al. 2022, arXiv
@@ -8,9 +8,11 @@ follow from the dual, up to their common total M, which is the optimal shift of 
 
     log p = log a + reg/(rho + reg) · log Σ_s exp((g_s - C_rs)/reg),   log q = log b - (g - reg log b)/rho
 
-Memory: the cost and the kernel, two n x m buffers; the plan is made in the kernel's place. Where `SolverOptions.memory`
-is less, the kernel is never stored and as much of the cost as fits: the rest is made again on every pass, and the plan,
-which is the same bit for bit, stays as its two scalings.
+Memory: the cost and the kernel, two n x m buffers; the plan replaces the kernel. Where `SolverOptions.memory` is less,
+the kernel is never stored, and of the cost only as much as fits: the rest is computed again on every pass, and the plan,
+which is the same bit for bit, is stored as its two scalings.
+
+Reads: a pass ends with one read from the device, which brings all numbers that decide how to go on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_LOST = 1e-6  # a column of a relaxed plan with a smaller share of its mass has none
+_LOST = 1e-6  # a column of a relaxed plan with a smaller share of its mass counts as unmatched
 
 
 @dataclass
@@ -39,11 +41,12 @@ class State:
     v: Tensor  # (m,)
     u: Tensor  # (n,)
     p: Tensor  # (n,) row sums, of total 1
-    q: Tensor  # (m,) what the column sums shall be, of total 1
+    q: Tensor  # (m,) the column sums that c approaches, of total 1
     c: Tensor  # (m,) column sums
     error: float  # L1 distance of c to q
-    value: float  # the semi-dual objective, in units of reg, up to what the kernel was built with
-    log_mass: float  # log of the total mass of the plan, whose sums p and c are divided by
+    longest: float  # the largest absolute value in y
+    value: float  # the semi-dual objective, in units of reg, without the constant that g adds
+    log_mass: float  # log of the total mass of the plan, by which p and c are divided
 
     def dual(self, reg: float) -> Tensor:
         """g with log v absorbed, (m,)."""
@@ -55,12 +58,12 @@ class Kernel:
 
     Args:
         problem: All of its points have mass.
-        options: ``max_iterations`` and ``memory`` count.
+        options: Only ``max_iterations`` and ``memory`` are used.
         penalty: The weight rho of the marginals' Kullback-Leibler divergence, in units of the cost.
     """
 
     def __init__(self, problem: OTProblem, options: SolverOptions, penalty: float = math.inf):
-        self.shape = problem.cost.shape
+        self.shape: tuple[int, int] = (problem.cost.shape[0], problem.cost.shape[1])
         size = self.shape[0] * self.shape[1] * problem.cost.dtype.itemsize
         self._room = math.inf if options.memory is None else options.memory
         self.matrix = problem.a.new_empty(self.shape) if 2 * size <= self._room else None  # (n, m)
@@ -69,18 +72,19 @@ class Kernel:
         self.move(problem)
 
     def move(self, problem: OTProblem) -> None:
-        """Go on with another problem of the same size; the next call is `build`."""
+        """Continue with another problem of the same size; the next call must be `build`."""
         self.problem, self.a, self.b = problem, problem.a, problem.b  # (n,), (m,)
         problem.keep(None if self.matrix is not None else int(self._room))
-        self.g, self.reg = self.b, 1.0  # what the kernel is built with
+        self.g, self.reg = self.b, 1.0  # of the kernel, set by `build`
 
     @property
     def spent(self) -> bool:
+        """Whether the limit of passes is reached."""
         return self.passes >= self.max_passes
 
     @property
     def damping(self) -> float:
-        """k = rho/(rho + reg): by what a Sinkhorn step is shorter than that of plans that keep their marginals."""
+        """k = rho/(rho + reg), the factor of a Sinkhorn step: 1 for plans that keep their marginals."""
         return 1.0 if self.penalty == math.inf else self.penalty / (self.penalty + self.reg)
 
     def build(self, g: Tensor, reg: float) -> State:
@@ -94,7 +98,9 @@ class Kernel:
         return self.state(g, g.new_zeros(g.shape))
 
     def state(self, g: Tensor, y: Tensor) -> State:
-        """One pass: u makes the rows p, and what then lacks in the columns is the error."""
+        """One pass: u gives the rows their sums p, and the error is what the columns then lack."""
+        import torch
+
         self.passes += 1
         v = y.exp()
         s, p = self.a.new_empty(self.a.shape), self.a  # (n,)
@@ -111,10 +117,12 @@ class Kernel:
         if self.penalty < math.inf:
             return self._relaxed_state(g, y, v, u, p, c)
         value = self.b.double().dot(y.double()) - self.a.double().dot(s.double().log())
-        return State(g, y, v, u, p, self.b, c, (c - self.b).abs().sum().item(), value.item(), 0.0)
+        read = ((c - self.b).abs().sum(), y.abs().max(), value)  # () each
+        error, longest, value = torch.stack([x.double() for x in read]).tolist()
+        return State(g, y, v, u, p, self.b, c, error, longest, value, 0.0)
 
     def _build_relaxed(self) -> None:
-        """What the marginals of a relaxed plan need: the rows' log sums, and about their total."""
+        """The rows' log sums and roughly their total, from which the marginals of a relaxed plan are computed."""
         import torch
 
         self._log_sums = self.a.new_empty(self.a.shape)  # (n,) log Σ_s exp((g_s - C_rs)/reg)
@@ -122,17 +130,19 @@ class Kernel:
             for part in row_blocks(*cost.shape):
                 rows = slice(block.start + part.start, block.start + part.stop)
                 self._log_sums[rows] = torch.logsumexp((self.g - cost[part]).mul_(1 / self.reg), dim=1)
-        self._rows_at = 0.0
-        self._rows_at = self._row_mass(slice(None), None).double().logsumexp(0).item()
+        self._rows_at = self.a.new_zeros(()).double()  # ()
+        self._rows_at = self._row_mass(slice(None), None).double().logsumexp(0)
 
     def _row_mass(self, rows: slice, s: Tensor | None) -> Tensor:
-        """p of some rows up to a factor, which is about 1; without s (r,), its log where v = 1."""
+        """p of some rows up to a factor of about 1; without s (r,), its log where v = 1."""
         logs = self._log_sums[rows] if s is None else self._log_sums[rows] + s.log()  # (r,)
         logs = self.a[rows].log() + logs * (self.reg / (self.penalty + self.reg)) - self._rows_at
         return logs if s is None else logs.exp_()
 
     def _relaxed_state(self, g: Tensor, y: Tensor, v: Tensor, u: Tensor, p: Tensor, c: Tensor) -> State:
-        """The rows scaled to a total of 1, and the columns that go with them."""
+        """The rows scaled to a total of 1, and the columns that belong to them."""
+        import torch
+
         reg, rho = self.reg, self.penalty
         total = p.double().sum()
         for x in (u, p, c):
@@ -141,11 +151,12 @@ class Kernel:
         log_q = log_b - (g.double() + reg * y.double() - reg * log_b) / rho  # (m,)
         log_columns = log_q.logsumexp(0)
         q = (log_q - log_columns).exp().to(c.dtype)
+        read = ((c - q).abs().sum(), y.abs().max(), total.log() + self._rows_at, log_columns)  # () each
+        error, longest, log_rows, log_columns = torch.stack([x.double() for x in read]).tolist()
         # The shift x of the dual that makes both totals one: P exp(x / (rho + reg)) = Q exp(-x / rho).
-        log_rows = total.log().item() + self._rows_at
-        log_mass = (rho * log_columns.item() + (rho + reg) * log_rows) / (2 * rho + reg)
+        log_mass = (rho * log_columns + (rho + reg) * log_rows) / (2 * rho + reg)
         value = -(2 * rho / reg + 1) * log_mass  # the dual falls as the mass grows
-        return State(g, y, v, u, p, q, c, (c - q).abs().sum().item(), value, log_mass)
+        return State(g, y, v, u, p, q, c, error, longest, value, log_mass)
 
     def hessian(self, state: State, x: Tensor) -> Tensor:
         """(diag(c + reg/rho q) - k Tᵀ diag(1/p) T) x, (m,) -> (m,): one pass."""
@@ -157,7 +168,7 @@ class Kernel:
         return self._hessian_plus(state) * x - state.v * inner
 
     def hessian_diagonal(self, state: State) -> Tensor:
-        """Its diagonal, kept away from 0; (m,): one pass."""
+        """Its diagonal with a floor above 0; (m,): one pass."""
         self.passes += 1
         weight = self._weight(state)  # (n,)
         inner = self.b.new_zeros(self.b.shape)  # (m,)
@@ -188,13 +199,13 @@ class Kernel:
         return means
 
     def plan(self, state: State) -> Coupling:
-        """T of total mass 1 with exact columns; a stored kernel becomes the plan, and is gone."""
+        """T of total mass 1 with exact columns; a stored kernel is overwritten by the plan."""
         if self.penalty == math.inf:
-            # A column that underflow left without mass, possible only when the passes ran out, stays as it is.
-            lost = state.c < 1e-20 * self.b
+            # A column that underflow left without mass, possible only when the passes ran out, is not scaled.
+            unmatched, lost = None, state.c < 1e-20 * self.b
             v = state.v * (self.b / state.c.where(~lost, self.b))
         else:
-            lost = (state.q < _LOST * self.b) | (state.c < _LOST * self.b)
+            unmatched = lost = (state.q < _LOST * self.b) | (state.c < _LOST * self.b)  # (m,)
             v = (state.v * (state.q / state.c.where(~lost, 1))).masked_fill_(lost, 0)
 
         def scale(kernel: Tensor, rows: slice) -> None:
@@ -204,13 +215,13 @@ class Kernel:
 
         if self.matrix is not None:
             scale(self.matrix, slice(None))
-            return Coupling(self.matrix)
+            return Coupling(self.matrix, unmatched)
 
         import torch
 
         problem, g, reg = self.problem, self.g, self.reg
 
-        def make() -> Iterator[tuple[slice, Tensor]]:
+        def compute() -> Iterator[tuple[slice, Tensor]]:
             scratch = None
             for block, cost in problem.blocks():
                 scratch = torch.empty_like(cost) if scratch is None else scratch[: len(cost)]
@@ -218,11 +229,11 @@ class Kernel:
                 scale(scratch, block)
                 yield block, scratch
 
-        return LazyCoupling(self.shape, make)
+        return LazyCoupling(self.shape, compute, unmatched)
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """The kernel in row blocks; the same blocks whether it is stored or made again. Blocks that fit the cache would
-        save a read each, but cost a meeting of all threads each, which is dear on a busy machine."""
+        """The kernel in row blocks, the same blocks whether it is stored or computed again. Blocks that fit the cache
+        would save a read each, but synchronise all threads each, which is slow on a busy machine."""
         import torch
 
         if self.matrix is not None:

@@ -5,9 +5,9 @@ matching of tight edges (Hopcroft and Karp 1973) leaves some rows free. From all
 finds the nearest free columns in the residual graph, and the potentials move by the distances: shortest paths become
 tight, so the next matching is larger. When it is perfect, it is optimal, and f and g prove it.
 
-Phases are few, some tens, because each lengthens the matching along many paths; both searches are SciPy's. (SciPy's own
-``min_weight_full_bipartite_matching`` is quicker on easy graphs but took minutes on 512 points of a line: its rows
-outbid each other by ever smaller amounts. Nor does it give potentials.)
+There are few phases, some tens, because each lengthens the matching along many paths; both searches are SciPy's. (SciPy's own
+``min_weight_full_bipartite_matching`` is faster on easy graphs but took minutes on 512 points of a line: its rows
+outbid each other by ever smaller amounts. It does not return potentials, either.)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SparseMatching:
         self.add(edges)
 
     def add(self, edges: Edges) -> None:
-        """More edges; those that are there already count once."""
+        """Add edges; duplicates count once."""
         import numpy as np
 
         keys = np.concatenate([self._keys, edges.rows * self.n + edges.columns])  # (q,)
@@ -56,12 +56,12 @@ class SparseMatching:
         """The perfect matching of least cost, which must exist.
 
         Args:
-            g: (n,) potentials of the columns to start from; good ones make it quick.
+            g: (n,) potentials of the columns to start from; good ones save time.
 
         Returns:
             match: (n,) int64, the column of every row.
             f, g: (n,) potentials that price the edges of the matching at 0 and none below, to rounding.
-            None where rounding keeps a phase from matching more than the one before, which exact numbers would.
+            None where rounding prevents a phase from matching more than the one before, as exact numbers would.
         """
         import numpy as np
 
@@ -81,7 +81,7 @@ class SparseMatching:
             g = g - np.maximum(farthest - columns, 0)
 
     def cost(self, match: ndarray) -> ndarray:
-        """What every row pays, (n,)."""
+        """The cost of every row's edge in a matching, (n,)."""
         import numpy as np
 
         return self._cost[np.searchsorted(self._keys, np.arange(self.n) * self.n + match)]

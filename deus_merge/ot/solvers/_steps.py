@@ -1,35 +1,35 @@
 """How the entropic solvers solve their semi-dual: annealing, Sinkhorn steps, Newton steps, and the search for a reg.
 
-1. *Annealing*: reg starts at the spread of the cost and is halved to its goal, every level starting from the last
-   one's dual (Schmitzer 2019, arXiv 1610.06519, section 3).
-2. *Sinkhorn steps* while they are quick: ``u = p / Kv``, ``log v += k log(q/c)``, ``k = rho/(rho + reg)``; log v is
+1. *Annealing*: reg starts at the spread of the cost and is halved to its goal, every level starting from the dual of the
+   level before (Schmitzer 2019, arXiv 1610.06519, section 3).
+2. *Sinkhorn steps* while they converge fast: ``u = p / Kv``, ``log v += k log(q/c)``, ``k = rho/(rho + reg)``; log v is
    absorbed into g before it grows.
-3. *Newton steps* where they are not: the semi-dual's Hessian ``diag(c + reg/rho q) - k Tᵀ diag(1/p) T`` is solved by
+3. *Newton steps* where they do not: the semi-dual's Hessian ``diag(c + reg/rho q) - k Tᵀ diag(1/p) T`` is solved by
    conjugate gradients, preconditioned by its own diagonal (Newton after Sinkhorn: Tang et al. 2024, arXiv 2401.12253).
-   The diagonal is what makes it quick: for plans near a permutation it holds almost all of the Hessian.
+   The diagonal makes it fast: for plans near a permutation it holds almost all of the Hessian.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...core.errors import SolverError
-from ..coupling import Coupling
+from ..coupling import Coupling, row_blocks
 from ..problem import OTProblem, SolverOptions
 from ._semidual import Kernel, State, tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
 _LOOSE = 0.02  # L1 marginal error that suffices before reg is halved, and to measure the support
 _QUICK = 0.6  # a Sinkhorn step that leaves less than this share of the error is worth repeating
 _CG_STEPS = 30  # conjugate gradient steps of one Newton step
+_AHEAD = 4  # of these, how many an accelerator does for one read, where a pass takes less time than the read
+_SMALL = 1 << 24  # entries of a kernel whose passes are that short
 _LONGEST = 10.0  # no Newton step changes an entry of log v by more
-_ABSORB = 30.0  # |log v| above which it moves into g and the kernel is built anew
+_ABSORB = 30.0  # |log v| above which it is absorbed into g and the kernel is built again
 _SUPPORT_ERROR = 0.1  # `reg: auto` stops when the support is within this share of its target
 _PATIENCE = 500  # passes without a better error after which rounding, not the limit, is taken to end the solve
 
@@ -66,12 +66,12 @@ def solve_level(kernel: Kernel, g: Tensor, reg: float, tolerance: float) -> Stat
     while state.error > tolerance and not kernel.spent and kernel.passes - best_at < _PATIENCE:
         before = state.error
         state = _sinkhorn_step(kernel, state)
-        if state.y.abs().max() > _ABSORB:
+        if state.longest > _ABSORB:
             state = kernel.build(state.dual(reg), reg)
         wait -= 1
         if state.error > tolerance and state.error > _QUICK * before and wait < 0:
             moved = _newton_step(kernel, state, tolerance)
-            # A direction that rounding spoilt would be spoilt again at once: some plain steps first.
+            # After a direction that rounding spoilt, the next one would be spoilt too: some plain steps first.
             state, wait = (moved, 0) if moved is not None else (state, 10)
         if state.error < 0.99 * best:
             best, best_at = state.error, kernel.passes
@@ -87,30 +87,10 @@ def _sinkhorn_step(kernel: Kernel, state: State) -> State:
 
 def _newton_step(kernel: Kernel, state: State, tolerance: float) -> State | None:
     """A Newton step of the semi-dual by preconditioned conjugate gradients; None if it finds nothing better."""
-    residual = state.q - state.c  # (m,), also the gradient
-    goal = max(min(0.5, math.sqrt(state.error)) * state.error, 0.3 * tolerance)
-    diagonal = kernel.hessian_diagonal(state)
-    x = residual.new_zeros(residual.shape)
-    z = residual / diagonal
-    direction, rz = z, residual.dot(z)
-    for _ in range(_CG_STEPS):
-        product = kernel.hessian(state, direction)
-        curvature = direction.dot(product)
-        if not curvature > 0:
-            break
-        length = rz / curvature
-        x = x + length * direction
-        residual = residual - length * product
-        if residual.abs().sum() < goal or kernel.spent:
-            break
-        z = residual / diagonal
-        rz, previous = residual.dot(z), rz
-        direction = z + (rz / previous) * direction
-    x = x - x.dot(kernel.b)  # a constant shift of log v changes nothing
-    longest = x.abs().max().item()
+    x, longest = _conjugate_gradients(kernel, state, tolerance)
     if not 0 < longest < math.inf:
         return None
-    # Nearly decoupled columns make entries of any length, where the quadratic model means nothing. They are cut one by
+    # Nearly decoupled columns get entries of any length, where the quadratic model means nothing. They are cut one by
     # one: scaling the whole step down to them would stop all others.
     bound = min(longest, _LONGEST)
     for _ in range(5):
@@ -123,6 +103,46 @@ def _newton_step(kernel: Kernel, state: State, tolerance: float) -> State | None
     return None
 
 
+def _conjugate_gradients(kernel: Kernel, state: State, tolerance: float) -> tuple[Tensor, float]:
+    """The direction of a Newton step, (m,), and its largest absolute entry.
+
+    Steps that are done ahead of a read stop to have an effect where the iteration would have ended, so the result does
+    not depend on how many there are.
+    """
+    import torch
+
+    residual = state.q - state.c  # (m,), also the gradient
+    goal = max(min(0.5, math.sqrt(state.error)) * state.error, 0.3 * tolerance)
+    diagonal = kernel.hessian_diagonal(state)
+    x = residual.new_zeros(residual.shape)
+    z = residual / diagonal
+    direction, rz = z, residual.dot(z)
+    going = torch.ones((), dtype=torch.bool, device=x.device)
+    start, done = kernel.passes, 0
+    ahead = _AHEAD if x.device.type != "cpu" and kernel.shape[0] * kernel.shape[1] <= _SMALL else 1
+    while True:
+        count = going.new_zeros((), dtype=torch.int64)
+        left = max(1, min(ahead, _CG_STEPS - done, kernel.max_passes - kernel.passes))
+        for _ in range(left):
+            product = kernel.hessian(state, direction)
+            count = count + going
+            curvature = direction.dot(product)
+            going = going & (curvature > 0)
+            length = rz / curvature
+            x = torch.where(going, x + length * direction, x)
+            residual = torch.where(going, residual - length * product, residual)
+            going = going & ~(residual.abs().sum() < goal)
+            z = residual / diagonal
+            rz, previous = residual.dot(z), rz
+            direction = z + (rz / previous) * direction
+        shifted = x - x.dot(kernel.b)  # a constant shift of log v changes nothing
+        used, more, longest = torch.stack([t.double() for t in (count, going, shifted.abs().max())]).tolist()
+        done += int(used)
+        kernel.passes = start + done
+        if not more or kernel.spent or done >= _CG_STEPS:
+            return shifted, longest
+
+
 def _find_reg(kernel: Kernel, g: Tensor, level: float, target: float) -> tuple[Tensor, float]:
     """The reg whose plan has ``target`` effective support, and a dual to start from there.
 
@@ -130,7 +150,7 @@ def _find_reg(kernel: Kernel, g: Tensor, level: float, target: float) -> tuple[T
     Loose plans suffice. Where no reg reaches the target (equal rows, target beyond n), the nearest tried one is taken.
     """
 
-    stride = max(1, kernel.shape[1] // 512)  # about 512 columns tell enough while the target is far
+    stride = max(1, kernel.shape[1] // 512)  # about 512 columns suffice while the target is far
 
     def measure(g: Tensor, reg: float) -> tuple[float, float, Tensor]:
         state = solve_level(kernel, g, reg, _LOOSE)
@@ -178,23 +198,52 @@ def spread(problem: OTProblem) -> tuple[Tensor, float]:
     columns = columns - columns.mean()
     sample = torch.cat(sample) - columns  # (at most 256, m)
     sample = sample - sample.mean(1, keepdim=True)
-    spread = 2 * sample.square().mean().sqrt().item()
-    return columns, max(spread, 1e-6 * sample.abs().max().item(), 1e-6 * columns.abs().max().item()) or 1.0
+    read = torch.stack([sample.square().mean().sqrt(), sample.abs().max(), columns.abs().max()])  # (3,)
+    deviation, largest, largest_column = read.tolist()
+    return columns, max(2 * deviation, 1e-6 * largest, 1e-6 * largest_column) or 1.0
 
 
-def with_mass(problem: OTProblem) -> tuple[OTProblem, Callable[[Coupling], Coupling]]:
-    """The problem on the points that have mass, and the function that puts its plan back among the others."""
-    rows, columns = problem.a > 0, problem.b > 0  # (n,), (m,)
-    if bool(rows.all()) and bool(columns.all()):
-        return problem, lambda plan: plan
-    problem = problem.stored()
-    inner = OTProblem(problem.cost[rows][:, columns], problem.a[rows], problem.b[columns])
-    return inner, partial(spread_out, rows=rows, columns=columns)
+def mean_cost(problem: OTProblem) -> float:
+    """Σ a_r b_s |C_rs|."""
+    total = problem.a.new_zeros(()).double()
+    for rows, cost in problem.blocks():
+        a, found = problem.a[rows].double(), total.new_zeros(())  # (r,), ()
+        for part in row_blocks(*cost.shape):
+            found += a[part].dot((cost[part].abs() @ problem.b).double())
+        total += found
+    return total.item()
 
 
-def spread_out(plan: Coupling, rows: Tensor, columns: Tensor) -> Coupling:
-    """A plan between the points that have mass, among all of them; rows (n,), columns (m,) bool."""
-    matrix = plan.matrix
-    whole = matrix.new_zeros(len(rows), len(columns))  # (n, m)
-    whole[rows.nonzero(), columns.nonzero().squeeze(1)] = matrix
-    return Coupling(whole)
+@dataclass(frozen=True)
+class Placement:
+    """The points that have mass, among all points; of a problem where all have mass, all.
+
+    Attributes:
+        rows, columns: (n,) and (m,) bool; None if all have mass.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    @classmethod
+    def of(cls, problem: OTProblem) -> Placement:
+        return cls() if problem.marginals.positive else cls(problem.a > 0, problem.b > 0)
+
+    def take(self, problem: OTProblem) -> OTProblem:
+        """The problem on the points that have mass."""
+        if self.rows is None or self.columns is None:
+            return problem
+        cost = problem.matrix[self.rows][:, self.columns]
+        return OTProblem(cost, problem.a[self.rows], problem.b[self.columns])
+
+    def place(self, plan: Coupling) -> Coupling:
+        """A plan between the points that have mass, among all of them; the other columns are unmatched."""
+        if self.rows is None or self.columns is None:
+            return plan
+        matrix = plan.matrix
+        whole = matrix.new_zeros(len(self.rows), len(self.columns))  # (n, m)
+        whole[self.rows.nonzero(), self.columns.nonzero().squeeze(1)] = matrix
+        unmatched = ~self.columns  # (m,)
+        if plan.unmatched is not None:
+            unmatched[self.columns] = plan.unmatched
+        return Coupling(whole, unmatched)

@@ -6,7 +6,7 @@ Small problems go to SciPy's dense ``linear_sum_assignment``. For larger ones al
    (`_pruning`; Schmitzer 2019 prunes entropic transport so);
 2. a sparse primal-dual solver finds the best matching among these edges, and its potentials (`_sparse_matching`);
 3. a pass over the whole cost prices every edge with them. If none is below 0, the matching is optimal among all:
-   linear programming duality. Else the offending edges join, and step 2 comes again (column generation).
+   linear programming duality. Otherwise the offending edges are added, and step 2 is repeated (column generation).
 
 Step 3 also gives the proof, `OTSolution.gap`: how far the cost of the matching is above that of a dual solution, which
 no matching undercuts. The memory needed beyond the cost is some 100 bytes an edge, about 30 edges a row.
@@ -19,31 +19,28 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import SolverError
 from ..coupling import PermutationCoupling
-from ..problem import OTProblem, OTSolution, SolverOptions
+from ..problem import DEFAULT_OPTIONS, OTProblem, OTSolution, SolverOptions
+from ..solver import OTSolver
 from ._pruning import Passes
 from ._sparse_matching import SparseMatching
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DEFAULTS = SolverOptions()
-
 _DENSE = 1024  # rows up to which SciPy's dense solver is as fast
 _ROUNDS = 20  # of column generation, at most
-#: How to find potentials: by what reg falls, and how many Sinkhorn steps then; the second where the first is too rough.
+#: How to find potentials: the factor by which reg falls, and Sinkhorn steps at each reg; the second after the first fails.
 _ATTEMPTS = ((1 / 4, 1), (1 / 2, 4))
 
 
-class Assignment:
+class Assignment(OTSolver):
     """The solver ``assignment``; ``reg`` and ``max_iterations`` do not apply."""
 
     name = "assignment"
     summary = "exact one-to-one matching for uniform square problems, proved optimal; n to 28672, any device"
     reference = "Crouse 2016, IEEE TAES 52(4); primal-dual, pruned: Kuhn 1955; Schmitzer 2019, arXiv 1610.06519"
-    needs_points = False
-    keeps_marginals = True
 
-    def solve(self, problem: OTProblem, options: SolverOptions = _DEFAULTS) -> OTSolution:
+    def solve(self, problem: OTProblem, options: SolverOptions = DEFAULT_OPTIONS) -> OTSolution:
         """Solve exactly; see `OTSolver.solve` for the arguments.
 
         Returns:
@@ -68,7 +65,7 @@ class Assignment:
                 found = found or _sparse(passes, *attempt)
         if found is None:
             problem = problem.stored()
-        columns, gap = found or (_dense(problem.cost), None)  # (n,)
+        columns, gap = found or (_dense(problem.matrix), None)  # (n,)
         coupling = PermutationCoupling(columns.argsort(), problem.a)
         return OTSolution.of(problem, coupling, options, started=start, iterations=passes.count, gap=gap)
 

@@ -1,0 +1,197 @@
+"""The parts of a manifest. docs/manifest.schema.json is generated from these classes and their docstrings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict
+
+from ..core.tensors import Action
+from ..core.typed_json import Range
+
+Count = Annotated[int, Range(0, 99_999)]  # of layers and the like: small enough to loop over
+Size = Annotated[int, Range(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestSource:
+    """A model that the output was made from, or a checkpoint that copied tensors are stored in.
+
+    Attributes:
+        model: The reference in the recipe: a folder, ``org/name[@revision]``, either with ``+adapter``, or the name of
+            a document.
+        fingerprint: sha256 over its config and its headers.
+        folder: The folder of a checkpoint; None where the tensors are derived when they are read.
+        layers: The number of its layers; None for checkpoints that the recipe does not name.
+        adapter: The folder of an adapter.
+        base: The source that the adapter was applied to.
+        document: The name of the recipe's document that the source is the result of.
+    """
+
+    model: str
+    fingerprint: str
+    folder: str | None = None
+    layers: Count | None = None
+    adapter: str | None = None
+    base: Mapping[str, Any] | None = None
+    document: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSource:
+    """A layer of a source.
+
+    Attributes:
+        model: The ``model`` of one of the manifest's sources.
+        layer: The number of the layer there.
+    """
+
+    model: str
+    layer: Count
+
+
+class _RequiredDiagnostics(TypedDict):
+    role: str
+    tensor: str
+
+
+class TensorDiagnostics(_RequiredDiagnostics, total=False):
+    """What a merge method reported about a tensor; methods add keys of their own.
+
+    Attributes:
+        role: The role of the tensor in its layer.
+        tensor: The name of the tensor.
+        queries: The query head of A in the place of each query head of B.
+    """
+
+    queries: Sequence[Count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestLayer:
+    """A layer of the output.
+
+    Attributes:
+        layer: Its number.
+        new: Whether it was added, to be trained.
+        actions: How its tensors came about, each action once.
+        method: The name of the merge method.
+        sources: The layers that it was made from, at least one.
+        diagnostics: What the method reported.
+    """
+
+    layer: Count
+    new: bool
+    actions: tuple[Action, ...]
+    method: str
+    sources: tuple[LayerSource, ...]
+    diagnostics: tuple[TensorDiagnostics, ...]
+
+    @property
+    def how(self) -> str:
+        """Its actions in words, for tables."""
+        return " + ".join(self.actions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestModule:
+    """Another stack of layers than the main one (a vision tower, an encoder).
+
+    Attributes:
+        num_layers: The number of its layers.
+        layers: Its layers.
+    """
+
+    num_layers: Count
+    layers: tuple[ManifestLayer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestTensor:
+    """How a tensor of the output came about.
+
+    Attributes:
+        action: How. Where it is ``copy``, ``model`` and ``tensor`` are given, and the source has a folder.
+        dtype: safetensors dtype code; missing in format 1 only.
+        shape: Its sizes; missing in format 1 only.
+        model: The index of the source that it was copied from.
+        tensor: The name of the tensor that it was copied from.
+        derived: The indices of the sources whose stored tensor is changed before the method sees it.
+        xxh3_128: Checksum of its bytes; missing where the run was not verified.
+    """
+
+    action: Action
+    dtype: str | None = None
+    shape: tuple[Size, ...] | None = None
+    model: Count | None = None
+    tensor: str | None = None
+    derived: tuple[Count, ...] = ()
+    xxh3_128: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFile:
+    """A safetensors file of the output.
+
+    Attributes:
+        bytes: Its size.
+        header_sha256: sha256 over its length prefix and its header.
+    """
+
+    bytes: Size
+    header_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """A run that added layers, as the manifests of later runs record it.
+
+    Attributes:
+        plan_hash: The hash of its plan.
+        sources: The models that its output was made from.
+        recipe: sha256 of its deus_merge.yml.
+        new_layers: The layers that it added, as they are numbered in this output.
+        trained: Whether its output was trained afterwards.
+    """
+
+    plan_hash: str
+    sources: tuple[ManifestSource, ...]
+    recipe: str | None
+    new_layers: tuple[Count, ...]
+    trained: bool
+
+
+class RunSettings(TypedDict):
+    """The options of the run; versions of deus_merge add keys of their own.
+
+    Attributes:
+        device: The type of the device that computed; ``none`` where nothing was computed.
+        threads: The number of CPU threads.
+    """
+
+    device: str
+    threads: Count
+
+
+class VocabularyRecord(TypedDict):
+    """The outcome of the recipe's tokenizer settings; versions of deus_merge add keys of their own.
+
+    Attributes:
+        tokens: The number of tokens.
+        digest: A digest of all tokens with their ids.
+    """
+
+    tokens: Size
+    digest: str
+
+
+class DocumentRecord(TypedDict):
+    """A document of the recipe whose result was used as a model; versions of deus_merge add keys of their own.
+
+    Attributes:
+        name: Its name.
+        plan_hash: The hash of its plan.
+    """
+
+    name: str
+    plan_hash: str
