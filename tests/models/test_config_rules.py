@@ -68,8 +68,9 @@ def test_configs_that_fit():
     ],
 )
 def test_each_matrix_is_compared(name, shape):
-    with pytest.raises(ArchitectureError, match=f"config.json does not fit {name}"):
+    with pytest.raises(ArchitectureError, match=f"config.json does not fit {name}") as caught:
         check(CONFIG, shapes(**{name: shape}))
+    assert caught.value.expected == f"shape {list(shapes()[name])}" and caught.value.got == list(shape)
 
 
 @pytest.mark.parametrize("count", [2, 4])

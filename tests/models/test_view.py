@@ -58,6 +58,13 @@ def test_depths_fit_the_tensors(depth, stored, got):
     assert caught.value.got == got
 
 
+def test_every_layer_has_the_required_tensors():
+    names = tuple(name for name in llama(3) if name != "model.layers.2.mlp.up_proj.weight")
+    with pytest.raises(ArchitectureError, match="layer 2 lacks its 'up' tensor") as caught:
+        view_model(config(3), names, "here")
+    assert caught.value.expected == "model.layers.2.mlp.up_proj.weight"
+
+
 def test_tied_embeddings_may_lack_the_head():
     assert view_model(config(1), llama(1, head=False), "here").after == ("model.norm.weight",)
     assert view_model(config(1, tie_word_embeddings=True), llama(1, head=False), "here").num_layers == 1
