@@ -1,8 +1,8 @@
 """On a GPU: the device tests, two layers of an 8B model fused, a whole 1.1B model, next to the same on the CPU.
 
-Every run is a process of its own and is timed from within: seconds of reading (disk and upload), of computing and of
-writing, against its wall time, of which they are more when they overlap. The fastest run counts, so sources are in the
-page cache. What the GPU computes is compared with the CPU's tensors, as long as the ``--minutes`` last. Outputs are not
+Every case runs in a process of its own and is timed from within: seconds of reading (disk and upload), of computing and
+of writing, against its wall time; their sum is larger than that when they overlap. The fastest run counts, so sources
+are in the page cache. The GPU's tensors are compared with the CPU's, as long as the ``--minutes`` last. Outputs are not
 verified.
 
 Without a GPU it says so and exits with 2. ``--device cpu --small`` tries the script anywhere. Exits with 1 when a test
@@ -81,10 +81,11 @@ def main() -> int:
     options.add_argument("--device", default="cuda", help="as for deus-merge (cuda)")
     options.add_argument("--minutes", type=float, default=10, help="when these are over, what is left is left out (10)")
     options.add_argument("--out", type=Path, default=HERE, help="where gpu.json and GPU.md go (benchmarks/)")
-    options.add_argument("--run", nargs=2, metavar=("RECIPE", "OUT"), type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--run", nargs="+", type=Path, help=argparse.SUPPRESS)
     options = options.parse_args()
     if options.run:
-        print(json.dumps(timed_run(*options.run, options.device)))
+        recipe, *folders = options.run
+        print(json.dumps([timed_run(recipe, folder, options.device) for folder in folders]))
         return 0
     if not has_device(options.device):
         import torch
@@ -153,11 +154,7 @@ class _Bench:
 
     def on_device(self, case: Case) -> None:
         """A case on the device, several times: its time, how its stages overlap, its peak of memory."""
-        runs = []
-        for turn in range(self.options.runs):
-            if (run := self._run(case, self.options.device, self._out(case, turn))) is None:
-                break
-            runs.append(run)
+        runs = self._run(case, self.options.device, *(self._out(case, turn) for turn in range(self.options.runs)))
         if not runs:
             self._leave_out(case.name)
             return
@@ -167,8 +164,9 @@ class _Bench:
         self.figures += [
             Figure(f"{case.name}: time", best["seconds"], "s"),
             Figure(f"{case.name}: reading + computing + writing over time", stages / best["seconds"], ""),
-            Figure(f"{case.name}: peak GPU memory", best["peak_gpu_memory"] / 1e6, "MB"),
         ]
+        if peak := max(run["peak_gpu_memory"] for run in runs):
+            self.figures.append(Figure(f"{case.name}: peak GPU memory", peak / 1e6, "MB"))
         if len(runs) > 1:
             different = len(compare(self._out(case, 0), self._out(case, 1))["different"])
             self.figures.append(at_most(f"{case.name}: tensors with other bytes in a second run", different, "", 0))
@@ -178,11 +176,11 @@ class _Bench:
     def against_cpu(self, case: Case) -> None:
         """A case on the CPU, and how far the device's tensors are from the CPU's."""
         ours, expected = self._out(case, 0), self.scratch / "gpu-out-cpu"
-        run = self._run(case, "cpu", expected) if ours.is_dir() else None
-        if run is None:
+        runs = self._run(case, "cpu", expected) if ours.is_dir() else []
+        if not runs:
             self._leave_out(f"{case.name}: comparison with the CPU")
             return
-        found, mine = compare(ours, expected), self.details[case.name]["runs"][0]
+        run, found, mine = runs[0], compare(ours, expected), self.details[case.name]["runs"][0]
         self.details[case.name] |= {
             "cpu": run,
             "different": found["different"],
@@ -191,7 +189,7 @@ class _Bench:
         tensors = len(found["same"]) + len(found["different"])
         self.figures += [
             Figure(f"{case.name}: tensors with the CPU's bytes", len(found["same"]), "", "", None, tensors, "all"),
-            Figure(f"{case.name}: time", mine["seconds"], "s", "", None, run["seconds"], "CPU"),
+            Figure(f"{case.name}: time against the CPU's", mine["seconds"], "s", "", None, run["seconds"], "CPU"),
         ]
         if run["costs"]:
             pairs = zip(mine["costs"], run["costs"], strict=True)
@@ -221,18 +219,20 @@ class _Bench:
         )
         return int(any(figure.met is False for figure in self.figures))
 
-    def _run(self, case: Case, device: str, out: Path) -> dict[str, Any] | None:
-        """A run in a process of its own; None when the time is over."""
-        shutil.rmtree(out, ignore_errors=True)
-        out.parent.mkdir(exist_ok=True)
+    def _run(self, case: Case, device: str, *folders: Path) -> list[dict[str, Any]]:
+        """Runs into these folders, in a process of their own; none when the time is over."""
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(exist_ok=True)
         recipe = self.scratch / "gpu-recipe.yml"
         recipe.write_text(case.recipe.format(**self._checkpoints(case.pair)))
-        command = [sys.executable, __file__, "--device", device, "--run", str(recipe), str(out)]
+        command = [sys.executable, __file__, "--device", device, "--run", str(recipe), *map(str, folders)]
         try:
             process = subprocess.run(command, timeout=max(self.left, 0.001), capture_output=True, text=True)
         except subprocess.TimeoutExpired:
-            shutil.rmtree(out, ignore_errors=True)
-            return None
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            return []
         if process.returncode:
             sys.exit(f"{case.name} on {device} exited with {process.returncode}:\n{process.stderr[-4000:]}")
         return json.loads(process.stdout.splitlines()[-1])
@@ -301,8 +301,10 @@ def timed_run(recipe: Path, out: Path, device: str) -> dict[str, Any]:
         return call
 
     plan = api.plan(recipe)
-    if torch.device(device).type == "cuda":
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
         torch.zeros(1, device=device)  # its start-up is not ours
+        torch.cuda.reset_peak_memory_stats(device)
     with ExitStack() as stack:
         for owner, method, name, wrap in (
             (BlockComputer, "load", "reading", timed),
@@ -316,7 +318,6 @@ def timed_run(recipe: Path, out: Path, device: str) -> dict[str, Any]:
         whole = time.perf_counter() - start
     manifest = json.loads((out / "deus_merge.json").read_text())
     lines = [d for layer in manifest["layers"] for d in layer["diagnostics"]]
-    cuda = torch.device(device).type == "cuda"
     return {
         "seconds": round(whole, 6),
         **{name: round(value, 6) for name, value in seconds.items()},
