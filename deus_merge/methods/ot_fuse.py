@@ -85,7 +85,6 @@ class OtFuse(MergeMethod):
     def merge(self, block):
         """Align once, fuse for every slot: the layers of one gap share their plans."""
         first = [o for o in block.outputs if o.slot == 0]
-        specs = [o.spec for o in first if o.spec is not None]
         computed = {(o.role, o.slot): o.computed for o in block.outputs}
         parameters = first[0].parameters
         options = align_options(
