@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from ..checkpoint.hub import resolve, split_adapter
 from ..checkpoint.lora import LoraSource
@@ -33,7 +34,7 @@ class SourceModel:
     ref: ModelRef
     checkpoint: TensorSource
     view: ModelView
-    stamp: list[list[str | int]]
+    stamp: list[FileStamp]
 
     @cached_property
     def modules(self) -> dict[str, ModelView]:
@@ -93,13 +94,21 @@ class SourceModel:
         return self._layer_kinds[key]
 
 
-def stamp(files: Iterable[Path]) -> list[list[str | int]]:
-    """Name, size in bytes and time in nanoseconds of each file, by which a later run notices changed weights.
+class FileStamp(NamedTuple):
+    """A file's name, size in bytes, and modification time in nanoseconds."""
+
+    name: str
+    size: int
+    modified: int
+
+
+def stamp(files: Iterable[Path]) -> list[FileStamp]:
+    """The stamp of each file, by which a later run notices changed weights.
 
     Raises:
         CheckpointError: a file does not exist any more.
     """
     try:
-        return [[f.name, status.st_size, status.st_mtime_ns] for f in files for status in [os.stat(f)]]
+        return [FileStamp(f.name, status.st_size, status.st_mtime_ns) for f in files for status in [os.stat(f)]]
     except OSError as error:
         raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None

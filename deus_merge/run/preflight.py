@@ -143,7 +143,7 @@ def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
         return False
     options = {key: manifest.options.get(key) for key in run_record}
     same = (manifest.plan_hash, manifest.deus_merge, options) == (plan.hash, __version__, run_record)
-    return same and all(changed <= written for m in plan.models for _, _, changed in m.stamp)
+    return same and all(file.modified <= written for m in plan.models for file in m.stamp)
 
 
 def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
