@@ -274,7 +274,9 @@ def test_steps_ahead_of_a_read_change_nothing(name, limit, monkeypatch):
     """As an accelerator does them: the same plan and the same count of passes, also where the passes run out."""
     from deus_merge.ot.solvers import _steps
 
-    assert _steps.steps_ahead("cpu", 1) == _steps.steps_ahead("cuda", 1 << 30) == 1 < _steps.steps_ahead("cuda", 1 << 20)
+    assert (
+        _steps.steps_ahead("cpu", 1) == _steps.steps_ahead("cuda", 1 << 30) == 1 < _steps.steps_ahead("cuda", 1 << 20)
+    )
     g = generator(9)
     x, y = torch.randn(70, 5, generator=g), torch.randn(60, 5, generator=g)
     options = SolverOptions(reg=0.01, max_iterations=limit)
