@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError, nearest
 from ..core.units import all_finite
-from .coupling import product_blocks, row_blocks
+from .blocks import product_blocks, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..core.errors import SolverError
+from .blocks import matrix_blocks
 from .costs import PointCost
-from .coupling import Coupling, matrix_blocks
+from .coupling import Coupling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

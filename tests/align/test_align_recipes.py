@@ -163,7 +163,7 @@ def test_soft_plans_of_neurons_tend_to_the_hard_one(run, tmp_path):
 
 @pytest.mark.parametrize("preset", ["opt_deus", "opt_deus_paper"])
 def test_a_memory_limit_does_not_show_in_the_bytes(run, tmp_path, monkeypatch, preset):
-    monkeypatch.setattr("deus_merge.ot.coupling.PRODUCT_ELEMENTS", 300)  # several row blocks
+    monkeypatch.setattr("deus_merge.ot.blocks.PRODUCT_ELEMENTS", 300)  # several row blocks
     base = make_model(tmp_path / "base", layers=2)
     recipe = write_recipe(tmp_path / "r.yml", f"base_model: {base}\nupscale: {{preset: {preset}, insert: all}}\n")
     plan = run("plan", recipe, "--json").json()

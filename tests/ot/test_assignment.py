@@ -57,7 +57,7 @@ def test_pruned_is_as_good_as_dense(n, kind, double, seed):
 
 def test_a_memory_limit_changes_nothing(monkeypatch):
     monkeypatch.setattr(assignment, "_DENSE", 1)
-    monkeypatch.setattr("deus_merge.ot.coupling.PRODUCT_ELEMENTS", 30_000)
+    monkeypatch.setattr("deus_merge.ot.blocks.PRODUCT_ELEMENTS", 30_000)
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(400, 20, generator=g), torch.randn(400, 20, generator=g)
     plans = [SOLVER.solve(OTProblem.uniform(PointCost(x, y)), SolverOptions(memory=m)) for m in (None, 0)]

@@ -81,7 +81,7 @@ def test_scales_and_refusals():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cost_scale", ["none", "max", "median"])
 def test_row_blocks_are_the_matrix_whatever_is_kept(dtype, cost_scale, monkeypatch):
-    monkeypatch.setattr("deus_merge.ot.coupling.PRODUCT_ELEMENTS", 3000)  # several blocks without a large matrix
+    monkeypatch.setattr("deus_merge.ot.blocks.PRODUCT_ELEMENTS", 3000)  # several blocks without a large matrix
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(97, 5, generator=g, dtype=dtype), torch.randn(110, 5, generator=g, dtype=dtype)
     want = cost_matrix(x, y, cost_scale=cost_scale)

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
+from deus_merge.ot.blocks import matrix_blocks
 from deus_merge.ot.costs import PointCost
-from deus_merge.ot.coupling import Coupling, LazyCoupling, matrix_blocks
+from deus_merge.ot.coupling import Coupling, LazyCoupling
 from deus_merge.ot.problem import OTProblem, SolverOptions
 from deus_merge.ot.registry import solvers
 
@@ -27,8 +28,8 @@ def solve(name: str, dtype: torch.dtype, reg: object, memory: int | None):
 
 @pytest.fixture
 def many_blocks(monkeypatch):
-    monkeypatch.setattr("deus_merge.ot.coupling.PRODUCT_ELEMENTS", 3000)  # 16 rows, in blocks of
-    monkeypatch.setattr("deus_merge.ot.coupling.BLOCK_ELEMENTS", 800)  # 7 rows, which do not divide them
+    monkeypatch.setattr("deus_merge.ot.blocks.PRODUCT_ELEMENTS", 3000)  # 16 rows, in blocks of
+    monkeypatch.setattr("deus_merge.ot.blocks.BLOCK_ELEMENTS", 800)  # 7 rows, which do not divide them
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..coupling import row_blocks
-from ._semidual import tiny
+from ..blocks import row_blocks, tiny
 from ._steps import spread
 
 if TYPE_CHECKING:

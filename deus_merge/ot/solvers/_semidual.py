@@ -21,7 +21,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..coupling import Coupling, LazyCoupling, effective_support, product_blocks, row_blocks
+from ..blocks import effective_support, product_blocks, row_blocks, tiny
+from ..coupling import Coupling, LazyCoupling
 from ..problem import OTProblem, SolverOptions
 
 if TYPE_CHECKING:
@@ -256,10 +257,3 @@ def _softmax(cost: Tensor, g: Tensor, reg: float, out: Tensor) -> None:
         logits = torch.empty_like(cost[part]) if logits is None else logits[: part.stop - part.start]
         torch.sub(g, cost[part], out=logits).mul_(1 / reg)
         torch.softmax(logits, 1, out=out[part])
-
-
-def tiny(x: Tensor) -> float:
-    """The smallest normal number of its dtype."""
-    import torch
-
-    return torch.finfo(x.dtype).tiny

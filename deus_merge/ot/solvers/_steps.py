@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...core.errors import SolverError
-from ..coupling import Coupling, row_blocks
+from ..blocks import row_blocks, tiny
+from ..coupling import Coupling
 from ..problem import OTProblem, SolverOptions
-from ._semidual import Kernel, State, tiny
+from ._semidual import Kernel, State
 
 if TYPE_CHECKING:
     from torch import Tensor
