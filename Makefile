@@ -9,7 +9,7 @@ ORACLE := .venv-oracle
 MERGEKIT := mergekit==0.1.5 immutables==0.21
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint bench inits oracle clean
+.PHONY: demo test fast lint bench gpu inits oracle clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
@@ -28,6 +28,9 @@ lint: $(VENV)/.test
 
 bench: oracle  ## the figures in the README
 	$(BIN)/python benchmarks/run_all.py
+
+gpu: $(VENV)/.test  ## the device tests and the largest shapes on a CUDA GPU: at most ten minutes
+	$(BIN)/python benchmarks/gpu.py
 
 inits: $(VENV)/.test  ## which new layers learn fastest: hours; goes on where it was stopped
 	$(BIN)/python -m benchmarks.inits tiny small smollm2

@@ -1,4 +1,4 @@
-"""The parts that alignments share: reading a role, a plan between the rows of two matrices, choosing matches, mixing."""
+"""The parts that alignments share: reading a role, a plan between rows of two matrices, choosing matches, mixing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class PlanDiagnostics(Diagnostics):
 
 def chunks(role: str, tensors: Sequence[Tensor], diagnostics: Diagnostics | None = None) -> Iterator[OutputChunk]:
     """One finished role: a chunk for each value of t, in the compute dtype. The first one carries the diagnostics; for
-    a role of zeros there is no other."""
+    a role of zeros this is the only chunk."""
     if not tensors and diagnostics is not None:
         yield OutputChunk(role, None, diagnostics=diagnostics)
     for slot, tensor in enumerate(tensors):
@@ -200,6 +200,7 @@ def mix(
     *,
     norm_a: Tensor | None = None,
     fused: Tensor | None = None,
+    matched: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """W_N = (1-t) W_A + t W_B for every t, with norms restored; equation 8 of OpT-DeUS.
@@ -209,16 +210,19 @@ def mix(
         wb: B's, of the same shape.
         norm_a: A's norms in B's order, (n, 1) for ``restore_norm: row``; by default those of ``wa``.
         fused: A bool mask that broadcasts to the weight: B's own values are used where it is false.
+        matched: Another one: norms are those of the part of the weight where it is true, and so is ``norm_a``. It is
+            false where nothing of A matches, which ``fused`` must exclude.
         scale: Factor of the result.
     """
     norms, per_row = None, options.restore_norm == "row"
     if wa.ndim == 2 and options.restore_norm != "none":
-        norms = _norm(wa, per_row) if norm_a is None else norm_a, _norm(wb, per_row)
+        norm_a = _norm(wa, per_row, matched) if norm_a is None else norm_a
+        norms = norm_a, _norm(wb, per_row, matched)
     mixed = []
     for t in options.ts:
         new = (wa * (1 - t)).add_(wb, alpha=t)
         if norms is not None:
-            goal, now = (1 - t) * norms[0] + t * norms[1], _norm(new, per_row)
+            goal, now = (1 - t) * norms[0] + t * norms[1], _norm(new, per_row, matched)
             new.mul_((goal / now).where(now > 0, 1))
         if fused is not None:
             new = new.where(fused, wb)
@@ -226,23 +230,17 @@ def mix(
     return tuple(mixed)
 
 
-def own_where_unmatched(moved: Tensor, own: Tensor, unmatched: Tensor | None, axis: int = 0) -> Tensor:
-    """A's weight in B's order, with B's own rows (or columns) where nothing of A matches.
-
-    Args:
-        moved: (m, d), (d, m) or (m,).
-        own: B's, of the same shape.
-        unmatched: (m,) bool; None if all match.
-        axis: 0 for rows, 1 for columns.
-    """
-    return moved if unmatched is None else own.where(along(unmatched, moved, axis), moved)
-
-
-def along(mask: Tensor, weight: Tensor, axis: int) -> Tensor:
+def along(mask: Tensor | None, weight: Tensor, axis: int) -> Tensor | None:
     """A mask of the rows (axis 0) or columns (axis 1) of a weight, so that it broadcasts to the weight."""
-    return mask.unsqueeze(1) if weight.ndim == 2 and axis == 0 else mask
+    return mask.unsqueeze(1) if mask is not None and weight.ndim == 2 and axis == 0 else mask
 
 
-def _norm(weight: Tensor, per_row: bool) -> Tensor:
+def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Where two masks that broadcast are true; None is true everywhere."""
+    return other if one is None else one if other is None else one & other
+
+
+def _norm(weight: Tensor, per_row: bool, matched: Tensor | None) -> Tensor:
     """(n, 1) or ()"""
+    weight = weight if matched is None else weight.where(matched, 0)
     return weight.norm(dim=1, keepdim=True) if per_row else weight.norm()

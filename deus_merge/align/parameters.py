@@ -50,19 +50,19 @@ def parse_steps(value: object) -> object:
 
 #: The parameters of ``ot_fuse`` and of ``align:`` of a slice. Solvers add their own options.
 PARAMETERS = (
-    block_parameter("alignment", "choice", "symmetry", "how A is brought to B: by symmetries that keep A's function, by the"
-           " paper's plans, or not at all", choices=tuple(ALIGNMENTS)),
+    block_parameter("alignment", "choice", "symmetry", "how A is aligned to B: by symmetries that keep A's function,"
+           " by the paper's plans, or not at all", choices=tuple(ALIGNMENTS)),
     block_parameter("symmetry", "other", STEPS, "steps of alignment symmetry", parse=parse_steps),
     block_parameter("plan_scale", "choice", "barycentric", "weighted means of rows, or the coupling as it is",
            choices=("barycentric", "coupling")),
     block_parameter("cost", "choice", "euclidean", "distance between rows", choices=COSTS),
     block_parameter("unit_rows", "boolean", True, "compare directions: rows are scaled to norm 1 for the cost"),
-    block_parameter("cost_scale", "choice", "max", "what the cost is divided by", choices=COST_SCALES),
-    block_parameter("solver", "choice", "auto", "who solves the transport problem; auto: assignment for symmetry, else sinkhorn",
-           choices=("auto", *solvers())),
+    block_parameter("cost_scale", "choice", "max", "divide the cost by its maximum or median", choices=COST_SCALES),
+    block_parameter("solver", "choice", "auto", "solver of the transport problem; auto: assignment for symmetry, else"
+           " sinkhorn", choices=("auto", *solvers())),
     block_parameter("reg", "other", "auto", "entropic regularisation in units of the cost; auto: by effective support",
            parse=parse_reg),
-    block_parameter("effective_support", "number", 2.0, "reg auto: rows of A that a row of B is made of", minimum=1),
+    block_parameter("effective_support", "number", 2.0, "reg auto: how many rows of A form a row of B", minimum=1),
     block_parameter("max_iterations", "integer", 10_000, "of the solver", minimum=1),
     block_parameter("tolerance", "number", 1e-4, "L1 error of the plan's marginals", minimum=0),
     *solver_parameters(),
@@ -76,7 +76,7 @@ class AlignmentProblem:
     """Why layers cannot be aligned.
 
     Attributes:
-        message: What is wrong.
+        message: The reason.
         parameter: The parameter to blame.
     """
 

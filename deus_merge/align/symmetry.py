@@ -35,7 +35,6 @@ from .fusion import (
     chunks,
     cosines,
     mix,
-    own_where_unmatched,
     plan_between,
     read,
 )
@@ -111,14 +110,14 @@ class _Moved:
         weight: Of the shape of B's.
         norm_a: A's norms, where the move changed them.
         fused: (n,) bool: the rows or columns to fuse; None for all of them.
-        unmatched: (n,) bool: those where nothing of A matches; None if there are none.
+        matched: (n,) bool: those that something of A matches; None if all are.
         axis: 0 for rows, 1 for columns.
     """
 
     weight: Tensor
     norm_a: Tensor | None = None
     fused: Tensor | None = None
-    unmatched: Tensor | None = None
+    matched: Tensor | None = None
     axis: int = 0
 
 
@@ -153,9 +152,9 @@ class _Layer:
         moved = self._move(spec, wa)
         del wa
         scale = options.output_scale if spec.writes_residual else 1.0
-        weight = own_where_unmatched(moved.weight, wb, moved.unmatched, moved.axis)
-        fused = None if moved.fused is None else along(moved.fused, wb, moved.axis)
-        return chunks(role, mix(weight, wb, options, norm_a=moved.norm_a, fused=fused, scale=scale), diagnostics)
+        fused, matched = (along(mask, wb, moved.axis) for mask in (moved.fused, moved.matched))
+        mixed = mix(moved.weight, wb, options, norm_a=moved.norm_a, fused=fused, matched=matched, scale=scale)
+        return chunks(role, mixed, diagnostics)
 
     def _read(self, side: _Stored, role: str) -> Tensor:
         """One role in the compute dtype; its values are checked by the next `_check_finite`."""
@@ -177,10 +176,9 @@ class _Layer:
         spaces, rows = _spaces(spec), weight if weight.ndim == 2 else weight.unsqueeze(1)  # (n, d), a bias (n, 1)
         if self.neurons is not None and "neurons" in spaces:
             fused, unmatched = self.fused_neurons, self.neurons.unmatched
-            if spec.in_space == "neurons":
-                return _Moved(self.neurons.to_columns(weight), self._norms(weight, None), fused, unmatched, axis=1)
-            moved = self.neurons.to_rows(rows).view_as(weight)
-            return _Moved(moved, self._norms(weight, self.neurons), fused, unmatched)
+            matched, axis = None if unmatched is None else ~unmatched, int(spec.in_space == "neurons")
+            moved = self.neurons.to_columns(weight) if axis else self.neurons.to_rows(rows).view_as(weight)
+            return _Moved(moved, self._norms(weight, self.neurons, axis), fused, matched, axis)
         # The residual stream stays as it is; a per-head norm is shared by all heads, and no turn that is allowed
         # changes it.
         if self.attention is None or spec.out_space is None or spec.multiplies:
@@ -197,14 +195,18 @@ class _Layer:
             self.a.held.pop(spec.role, None)
             self.b.held.pop(spec.role, None)
 
-    def _norms(self, weight: Tensor, plan: TransportMap | None) -> Tensor | None:
-        """A's norms where a mixing plan would shrink them."""
+    def _norms(self, weight: Tensor, plan: TransportMap, axis: int) -> Tensor | None:
+        """A's norms, of the part that matches, where a mixing plan would shrink them: (n, 1) or ()."""
         if weight.ndim != 2 or self.options.restore_norm == "none":
             return None
-        if self.options.restore_norm == "tensor":
-            return weight.norm()
+        per_row = self.options.restore_norm == "row"
         rows = weight.norm(dim=1, keepdim=True)  # (n, 1)
-        return rows if plan is None else plan.to_rows(rows)
+        if axis == 0 and per_row:
+            return plan.to_rows(rows)
+        if plan.unmatched is None:
+            return rows if per_row else weight.norm()
+        squares = plan.to_columns(weight.square()) if axis else plan.to_rows(rows.square())  # (d, n) or (n, 1)
+        return squares.sum(1, keepdim=True).sqrt() if per_row else squares.sum().sqrt()
 
     def _fused_components(self, size: int) -> Tensor | None:
         """The groups to fuse as a mask of the components of their heads, (size,)."""

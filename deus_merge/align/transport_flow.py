@@ -28,13 +28,13 @@ from ..models.family import RESIDUAL, TensorSpec
 from ..ot.coupling import Coupling, RowMap, ScriptedMap
 from .fusion import (
     along,
+    both,
     check_finite,
     check_fit,
     choose,
     chunks,
     cosines,
     mix,
-    own_where_unmatched,
     plan_between,
     read,
 )
@@ -94,21 +94,21 @@ class _Walk:
         if spec.out_space == RESIDUAL:
             self.flow = plan
         if zero:
-            self.fused[role] = None if plan.unmatched is None else ~plan.unmatched
+            self.fused[role] = _matched(plan)
             return chunks(role, (), diagnostics)
-        norms = self._norms(wa, coupling)
+        norms = self._norms(wa, flow, plan, coupling)
         del wa
         moved = plan.to_rows(moved)  # T_outᵀ W_A
         choice = choose(cosines(moved, wb), "row", role, self.options, plan.unmatched)
         self.fused[role] = choice.chosen  # (m,)
         diagnostics = replace(diagnostics, cosine=choice.cosine, fused=choice.count)
-        moved = own_where_unmatched(moved, wb, plan.unmatched)
-        mask = None if choice.chosen is None else along(choice.chosen, wb, 0)  # (m, 1)
-        if flow is not None and flow.unmatched is not None:
-            moved = own_where_unmatched(moved, wb, flow.unmatched, axis=1)
-            mask = ~flow.unmatched if mask is None else mask & ~flow.unmatched  # (d,) or (m, d)
-        mixed = mix(moved, wb, self.options, norm_a=norms, fused=mask, scale=self._scale(spec))
-        return chunks(role, mixed, diagnostics)
+        columns = None if flow is None else _matched(flow)  # (d,)
+        fused = both(along(choice.chosen, wb, 0), columns)  # (m, 1), (d,) or (m, d)
+        matched = both(along(_matched(plan), wb, 0), columns)  # likewise
+        scale = self._scale(spec)
+        return chunks(
+            role, mix(moved, wb, self.options, norm_a=norms, fused=fused, matched=matched, scale=scale), diagnostics
+        )
 
     def _mix_vector(self, spec: TensorSpec, va: Tensor, vb: Tensor) -> tuple[Tensor, ...]:
         """A 1-D tensor of A, (n,) or for per-head norms (h,), moved to the order of B and fused."""
@@ -121,22 +121,35 @@ class _Walk:
                     "does not fit the weight it follows", where=spec.role, expected=plan.shape[0], got=len(va)
                 )
             tiled = plan.to_rows(va.repeat(heads).unsqueeze(1)).squeeze(1)  # (H·h,), H = 1 for a bias
-            tiled = own_where_unmatched(tiled, vb.repeat(heads), plan.unmatched)
+            if plan.unmatched is not None:
+                tiled = vb.repeat(heads).where(plan.unmatched, tiled)
             moved = tiled.view(heads, -1).mean(0)
             fused = self.fused.get(spec.follows) if heads == 1 else None  # per-head norms are always fused
         elif spec.follows is None and self.flow is not None and spec.out_space == RESIDUAL:
             moved = 0.5 * self.flow.to_rows(va.unsqueeze(1)).squeeze(1) + 0.5 * va
-            fused = None if self.flow.unmatched is None else ~self.flow.unmatched  # (d,)
+            fused = _matched(self.flow)  # (d,)
         return mix(moved, vb, self.options, fused=fused, scale=self._scale(spec))
 
-    def _norms(self, wa: Tensor, coupling: Coupling) -> Tensor | None:
-        """A's norms before the flow: (m, 1) in B's order for "row", () for "tensor"."""
-        if self.options.restore_norm == "row":  # a weighted mean under either plan_scale
-            return coupling.transport_map().to_rows(wa.norm(dim=1, keepdim=True))
-        return wa.norm() if self.options.restore_norm == "tensor" else None
+    def _norms(self, wa: Tensor, flow: RowMap | None, plan: RowMap, coupling: Coupling) -> Tensor | None:
+        """A's norms before the flow, of the part that matches: (m, 1) in B's order for "row", () for "tensor"."""
+        if self.options.restore_norm == "none":
+            return None
+        columns = None if flow is None else _matched(flow)  # (d,)
+        if self.options.restore_norm == "tensor" and columns is None and plan.unmatched is None:
+            return wa.norm()
+        rows = wa.norm(dim=1, keepdim=True)  # (n, 1)
+        if flow is not None and columns is not None:
+            rows = flow.to_columns(wa.square()).sum(1, keepdim=True).sqrt()
+        means = coupling.transport_map()  # weighted means under either plan_scale
+        return means.to_rows(rows) if self.options.restore_norm == "row" else means.to_rows(rows.square()).sum().sqrt()
 
     def _scale(self, spec: TensorSpec) -> float:
         return self.options.output_scale if spec.writes_residual else 1.0
+
+
+def _matched(plan: RowMap) -> Tensor | None:
+    """(m,) bool: the rows of B that something of A matches; None if all are."""
+    return None if plan.unmatched is None else ~plan.unmatched
 
 
 def _plans_needed(specs: Sequence[TensorSpec], zero: frozenset[str]) -> frozenset[str]:

@@ -55,10 +55,10 @@ class Lesa(MergeMethod):
         block_parameter("epochs", "integer", 5, "how often the network sees every sample", minimum=1),
         block_parameter("width", "integer", 256, "of the network's two hidden layers", minimum=1),
         block_parameter("learning_rate", "number", 1e-3, "of AdamW", minimum=0),
-        block_parameter("norm_weight", "number", 5e-5, "share of the loss that holds the norm of predictions", minimum=0,
-               maximum=1),
-        block_parameter("zero_init", "other", False, "zero the tensors that write to the residual stream, or only these roles",
-               parse=parse_roles),
+        block_parameter("norm_weight", "number", 5e-5, "share of the loss that holds the norm of predictions",
+               minimum=0, maximum=1),
+        block_parameter("zero_init", "other", False, "zero the tensors that write to the residual stream, or only these"
+               " roles", parse=parse_roles),
         block_parameter("compute_dtype", "choice", "float32", "of the arithmetic", choices=("float32", "float64")),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from ..align.parameters import (
 )
 from ..core.parameters import Parameter, as_number, parse_roles
 from ..core.tensors import OutputChunk
+from ..models.family import TensorSpec
 from .base import COMPUTE, ZEROS, MergeMethod, OutputTensor, Refusal, SourceLayer, copy_of, undescribed
 
 _FUSION = ("match", "match_fraction", "match_score", "restore_norm", "output_scale")
@@ -71,7 +72,7 @@ class OtFuse(MergeMethod):
     def decide(self, output):
         """B where t = 1, A where t = 0 and nothing is aligned, zeros for the roles of zero_init."""
         parameters = output.parameters
-        if output.spec is not None and output.spec.writes_residual:
+        if spec_of(output).writes_residual:
             if is_zeroed(output):
                 return ZEROS
             if parameters["output_scale"] != 1:
@@ -84,7 +85,6 @@ class OtFuse(MergeMethod):
     def merge(self, block):
         """Align once, fuse for every slot: the layers of one gap share their plans."""
         first = [o for o in block.outputs if o.slot == 0]
-        specs = [o.spec for o in first if o.spec is not None]
         computed = {(o.role, o.slot): o.computed for o in block.outputs}
         parameters = first[0].parameters
         options = align_options(
@@ -92,10 +92,10 @@ class OtFuse(MergeMethod):
             first[0].heads,
             solver_memory(parameters, first, block.memory),
             t=tuple(share_of_b(o) for o in block.outputs if o.role == first[0].role),
-            zero=frozenset(o.role for o in first if o.spec and o.spec.writes_residual and is_zeroed(o)),
+            zero=frozenset(o.role for o in first if spec_of(o).writes_residual and is_zeroed(o)),
             **{key: parameters[key] for key in _FUSION},
         )
-        for chunk in fuse_layer(SourceLayer(block, 0), SourceLayer(block, 1), specs, options):
+        for chunk in fuse_layer(SourceLayer(block, 0), SourceLayer(block, 1), [spec_of(o) for o in first], options):
             if computed[chunk.role, chunk.slot]:
                 yield chunk
             elif chunk.diagnostics is not None:
@@ -108,6 +108,12 @@ class OtFuse(MergeMethod):
         return alignment_memory(outputs[0].parameters, outputs).minimum
 
 
+def spec_of(output: OutputTensor) -> TensorSpec:
+    """The description of an output; `OtFuse.check` refuses outputs without one."""
+    assert output.spec is not None, f"{output.role}: not described"
+    return output.spec
+
+
 def share_of_b(output: OutputTensor) -> float:
     """The output's t: as set, or for "even" its slot's part of the gap."""
     t = output.parameters["t"]
@@ -115,7 +121,7 @@ def share_of_b(output: OutputTensor) -> float:
 
 
 def check_zero_init(outputs: Sequence[OutputTensor]) -> Refusal | None:
-    """Why zero_init does not fit these layers; None when it does."""
+    """Why zero_init cannot be used for these outputs; None if it can."""
     zeroed = outputs[0].parameters["zero_init"]
     writers = [o.role for o in outputs if o.spec is not None and o.spec.writes_residual]
     if not isinstance(zeroed, bool) and (wrong := [role for role in zeroed if role not in writers]):

@@ -1,7 +1,7 @@
 """Costs between the rows of two matrices, exact to a few units of rounding also where rows nearly agree.
 
-Squared distances are computed by one matrix product, ``|x|² + |y|² - 2 x·y``, which loses all digits where x ≈ y: there,
-and only there, they are computed again from ``x - y``. A planted permutation therefore has cost 0 on its matches.
+Squared distances are computed by one matrix product, ``|x|² + |y|² - 2 x·y``, which loses all digits where x ≈ y: only
+there, they are computed again from ``x - y``. A planted permutation therefore has cost 0 on its matches.
 """
 
 from __future__ import annotations

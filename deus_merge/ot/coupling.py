@@ -46,7 +46,7 @@ def matrix_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 class Measures(NamedTuple):
-    """What a plan comes to; see the methods of `Coupling` with these names."""
+    """Measurements of a plan; see the methods of `Coupling` with these names."""
 
     marginal_error: float
     transport_cost: float
@@ -232,7 +232,8 @@ class PermutationCoupling(Coupling):
     def measures(self, a: Tensor, b: Tensor, cost: Iterable[tuple[slice, Tensor]]) -> Measures:
         import torch
 
-        return Measures(*torch.stack([self._marginal_error(a, b), self._transport_cost(cost)]).tolist(), 1.0)
+        error, paid = torch.stack([self._marginal_error(a, b), self._transport_cost(cost)]).tolist()
+        return Measures(error, paid, 1.0)
 
     def scripted_rows(self, weight: Tensor) -> Tensor:
         return weight.index_select(0, self.rows) / len(self.rows)
@@ -352,8 +353,8 @@ class ColumnSums(NamedTuple):
     xlogx: Tensor
 
     def mean_support(self) -> tuple[Tensor, Tensor]:
-        """The mean of exp(entropy of the normalised column), () float64; whether all columns have mass, () bool, without
-        which the mean means nothing."""
+        """The mean of exp(entropy of the normalised column), () float64; and whether all columns have mass, () bool,
+        without which the mean is meaningless."""
         return _mean_support(self.mass.double(), self.xlogx.double()), (self.mass > 0).all()
 
     def mean_support_of_full(self) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Marginals(NamedTuple):
-    """What is known about the marginals of a problem.
+    """Facts about the marginals of a problem.
 
     Attributes:
         positive: Whether all points have mass.
@@ -84,7 +84,7 @@ class OTProblem:
 
     @property
     def marginals(self) -> Marginals:
-        """What is known about a and b."""
+        """Facts about a and b."""
         assert self.known is not None, "set by the constructor"
         return self.known
 
@@ -118,7 +118,7 @@ class OTProblem:
 
 
 def _known(a: list[float], b: list[float]) -> Marginals:
-    """What the least and the largest entry and the sum of each marginal say; refuses what is not a distribution."""
+    """The facts that follow from the least and the largest entry and the sum of each marginal, which is checked."""
     for name, (least, largest, total) in (("a", a), ("b", b)):
         if not (math.isfinite(least) and math.isfinite(largest) and least >= 0):
             raise SolverError(f"marginal {name} has negative or non-finite entries")

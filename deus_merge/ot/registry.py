@@ -20,7 +20,7 @@ def solver(name: str) -> OTSolver:
     """One solver with its default options.
 
     Raises:
-        SolverError: there is no solver of this name.
+        SolverError: no solver has this name.
     """
     known = solvers()
     if name not in known:

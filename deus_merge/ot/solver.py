@@ -1,4 +1,4 @@
-"""What a solver is: one file in ``ot/solvers/``, whose name is its name in a recipe."""
+"""The base class of solvers: each is one file in ``ot/solvers/``, whose name is its name in a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong input, as a newcomer would give it: reported with its place, what was expected and what came; nothing is written.
+"""Wrong input, as a newcomer would give it: the message has the place, expected and got; nothing is written.
 
 A row is a recipe (or a command line) and the fragments that its message must contain.
 """

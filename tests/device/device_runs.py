@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -55,6 +56,7 @@ class Result:
         diagnostics: What methods and solvers reported, without times.
         transfers: What crossed between host and device; empty on devices that do not count.
         reads: Size in bytes of every stored tensor that was read as a whole, in order.
+        most_reads: How often the tensor was read that was read most often.
         written: Size in bytes of everything that was computed and written, in order.
         writers: Names of the threads that wrote it.
     """
@@ -63,6 +65,7 @@ class Result:
     diagnostics: list[dict] = field(default_factory=list)
     transfers: Transfers = field(default_factory=Transfers)
     reads: list[int] = field(default_factory=list)
+    most_reads: int = 0
     written: list[int] = field(default_factory=list)
     writers: set[str] = field(default_factory=set)
 
@@ -145,16 +148,18 @@ def solve_points(solver: str, rows: int, columns: int, device: str) -> tuple[lis
 @contextmanager
 def _recorded(result: Result) -> Iterator[None]:
     """Count transfers and reads."""
-    read = Checkpoint.read
+    read, times = Checkpoint.read, Counter()
 
     def counting(checkpoint: Checkpoint, name: str) -> torch.Tensor:
         result.reads.append(checkpoint.tensors[name].nbytes)
+        times[checkpoint.folder, name] += 1
         return read(checkpoint, name)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Checkpoint, "read", counting))
         result.transfers = stack.enter_context(simulated.recording())
         yield
+    result.most_reads = max(times.values(), default=0)
 
 
 @contextmanager

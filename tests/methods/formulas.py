@@ -101,7 +101,7 @@ def task_arithmetic(base, others, *, weight, density=1.0, normalize=False, resca
         terms = [term * a for term, a in zip(terms, agree, strict=True)]
         divisor = torch.where(divisor == 0, 1.0, divisor) if normalize else 1.0
     else:
-        divisor = sum(weight) if normalize else 1.0
+        divisor = sum(weight) if normalize and sum(weight) != 0 else 1.0
     return base.double() + factor * sum(terms) / divisor
 
 

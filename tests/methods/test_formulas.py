@@ -33,6 +33,7 @@ CASES = {  # method, parameters for all, weight of each source (the base model h
     "model_stock by row": ("model_stock", {"filter_wise": True}, None),
     "task_arithmetic": ("task_arithmetic", {"lambda": 0.7}, [0.5, -0.3, 0.9]),
     "task_arithmetic, a mean": ("task_arithmetic", {"normalize": True}, [0.5, 0.3, 0.9]),
+    "task_arithmetic, balanced weights": ("task_arithmetic", {"normalize": True}, [0.5, -0.25, -0.25]),
     "ties": ("ties", {"density": 0.4, "lambda": 1.3}, [0.5, 0.3, 0.9]),
     "ties, one without weight": ("ties", {"density": 0.4, "rescale": True}, [0, 0.3, 0.9]),
     "ties, a sum": ("ties", {"density": 0.4, "normalize": False}, [0.5, -0.3, 0.9]),
@@ -190,3 +191,20 @@ def test_where_changes_cancel_out_the_sign_is_positive(run, tmp_path, method):
     weight = [1.0, 1.0] if method == "ties" else None
     ours = merged(run, tmp_path, tmp_path / "out", ["base", "plus", "minus"], method, {}, weight)
     assert all(tensor.equal(tensors[name].abs()) for name, tensor in ours.items())
+
+
+def test_directions_that_cancel_out_have_no_mean(run, tmp_path):
+    """Of three models multislerp refuses it; two opposite ones are merged by their weights, as in mergekit."""
+    tensors = weights(make_model(tmp_path / "x", layers=1))
+    for name, factor in (("twice", 2), ("minus", -1)):
+        shutil.copytree(tmp_path / "x", tmp_path / name)
+        scaled = {key: factor * x for key, x in tensors.items()}
+        save_file(scaled, tmp_path / name / "model.safetensors", {"format": "pt"})
+    text = "merge_method: multislerp\nmodels:\n"
+    models = [f"- {{model: {tmp_path / m}, parameters: {{weight: {w}}}}}\n" for m, w in (("x", 1), ("minus", 2))]
+    third = f"- {{model: {tmp_path / 'twice'}, parameters: {{weight: 1}}}}\n"
+    said = run("merge", write_recipe(tmp_path / "r.yml", text + "".join(models) + third), tmp_path / "out", expect=2)
+    assert "the weighted directions cancel out" in said.err and "choose other weights" in said.err
+    equal = "".join(models).replace("weight: 2", "weight: 1")
+    run("merge", write_recipe(tmp_path / "r.yml", text + equal), tmp_path / "out", "--no-verify", "--overwrite")
+    assert all(not tensor.any() for tensor in weights(tmp_path / "out").values())

@@ -70,6 +70,7 @@ def base_loss(setting: Setting, scratch: Path, without: int | None = None) -> fl
         return float(np.mean([model(input_ids=w[None], labels=w[None], use_cache=False).loss.item() for w in ids]))
 
 
+@pytest.mark.slow
 def test_a_run_is_repeatable_and_seeds_differ(setting, scratch):
     one, same, other = (run(Job(setting, "random_zero", 3e-3, s), INITS["random_zero"], scratch) for s in (1, 1, 2))
     assert one["curve"] == same["curve"] and one["online"] == same["online"]

@@ -93,7 +93,9 @@ def diagnostics(out) -> dict[str, dict]:
     return {d["tensor"].split(".", 3)[3]: d for d in record["layers"][record["new_layers"][0]]["diagnostics"]}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f == "llama_bias" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_families(run, tmp_path, family):
     """Weights are predicted; norms, biases and per-head norms are the mean of the neighbours'; the base is kept."""
     base = make_model(tmp_path / "base", family)
@@ -182,6 +184,7 @@ def test_a_role_without_weight_stays_so(run, tmp_path):
     assert not any(made[n].any() for n in made if UP in n) and UP not in diagnostics(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path):
     base = make_model(tmp_path / "base", layers=6, hidden_size=64, intermediate_size=128)
     command = ("upscale", base, "--preset", "lesa", "--insert", "{after: [2, 4]}", "--threads", "1")
@@ -260,6 +263,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_what_the_plan_says(run, tmp_path):
     """Beside what importing torch takes, and the libraries' own buffers."""

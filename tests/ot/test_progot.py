@@ -37,8 +37,11 @@ def textbook(x, y, a, b, reg, stages, schedule):
     return plan
 
 
+STAGES = [1, 2, pytest.param(5, marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "exponential", "quadratic"])
-@pytest.mark.parametrize("stages", [1, 2, 5])
+@pytest.mark.parametrize("stages", STAGES)
 def test_progot_is_the_textbook_algorithm(schedule, stages):
     x, y = clouds()
     a = torch.rand(len(x), generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.1

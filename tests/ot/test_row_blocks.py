@@ -33,7 +33,7 @@ def many_blocks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reg", [0.02, "auto"])
-@pytest.mark.parametrize("name", ENTROPIC)
+@pytest.mark.parametrize("name", [pytest.param("progot", marks=pytest.mark.slow), "sinkhorn", "unbalanced"])
 def test_a_limit_of_memory_changes_no_bit(name, reg, dtype, many_blocks):
     _, free = solve(name, dtype, reg, None)
     assert not isinstance(free.coupling, LazyCoupling)

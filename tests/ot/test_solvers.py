@@ -268,6 +268,27 @@ def test_sinkhorn_refuses_a_reg_that_is_none(reg):
         SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.rand(3, 3)), SolverOptions(reg=reg))
 
 
+@pytest.mark.parametrize("name", ["sinkhorn", "unbalanced", "progot"])
+@pytest.mark.parametrize("limit", [10_000, 41, 23])
+def test_steps_ahead_of_a_read_change_nothing(name, limit, monkeypatch):
+    """As an accelerator does them: the same plan and the same count of passes, also where the passes run out."""
+    from deus_merge.ot.solvers import _steps
+
+    assert (
+        _steps.steps_ahead("cpu", 1) == _steps.steps_ahead("cuda", 1 << 30) == 1 < _steps.steps_ahead("cuda", 1 << 20)
+    )
+    g = generator(9)
+    x, y = torch.randn(70, 5, generator=g), torch.randn(60, 5, generator=g)
+    options = SolverOptions(reg=0.01, max_iterations=limit)
+    found = []
+    for ahead in (1, 4, 7):
+        monkeypatch.setattr(_steps, "steps_ahead", lambda device, entries, ahead=ahead: ahead)
+        found.append(SOLVERS[name].solve(OTProblem.uniform(PointCost(x, y, cost_scale="max")), options))
+    for other in found[1:]:
+        assert torch.equal(other.coupling.matrix, found[0].coupling.matrix)
+        assert (other.iterations, other.converged) == (found[0].iterations, found[0].converged)
+
+
 def test_solvers_describe_themselves_without_their_libraries():
     code = (
         "import sys; from deus_merge.ot.registry import solvers; found = solvers();"

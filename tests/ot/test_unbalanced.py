@@ -109,9 +109,8 @@ def test_small_reg_in_float32_where_pot_underflows():
     problem = OTProblem.uniform(cost)
     solution = Unbalanced(marginal_penalty=1.0).solve(problem, SolverOptions(reg=1e-3))
     assert solution.converged and torch.isfinite(solution.coupling.matrix).all()
-    double = Unbalanced(marginal_penalty=1.0).solve(
-        OTProblem.uniform(cost.double()), SolverOptions(reg=1e-3, tolerance=1e-9)
-    )
+    twice = OTProblem.uniform(cost.double())
+    double = Unbalanced(marginal_penalty=1.0).solve(twice, SolverOptions(reg=1e-3, tolerance=1e-9))
     assert double.converged
     assert (solution.coupling.matrix - double.coupling.matrix).abs().sum() < 1e-2
     assert solution.mass == pytest.approx(double.mass, rel=1e-4)

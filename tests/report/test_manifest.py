@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from json_schema import fits
-from support import make_model
+from support import load, make_model, write_recipe
 
 from deus_merge import api
 from deus_merge.core.errors import VerifyError
@@ -178,6 +178,14 @@ def test_an_edited_manifest_is_refused(tmp_path, version):
         read_manifest(path)
 
 
+def test_a_copy_needs_a_source_with_a_folder():
+    data = json.loads(FORMAT_2.read_text())
+    del data["sources"][0]["folder"]
+    with pytest.raises(Misfit) as caught:
+        Manifest.from_json(data)
+    assert caught.value.place.startswith("tensors[") and "that has a folder" in caught.value.expected
+
+
 def test_messages_name_place_and_both_sides(tmp_path):
     data = json.loads(FORMAT_2.read_text())
     data["layers"][3]["sources"][0]["layer"] = "1"
@@ -187,6 +195,37 @@ def test_messages_name_place_and_both_sides(tmp_path):
         read_manifest(path)
     assert caught.value.message == "the manifest is malformed: layers[3].sources[0].layer"
     assert (caught.value.expected, caught.value.got) == ("a whole number from 0 to 99999", "'1'")
+
+
+def test_a_layer_must_be_one_of_its_source(tmp_path):
+    data = json.loads(FORMAT_2.read_text())
+    data["layers"][1]["sources"][0]["layer"] = 2  # the source has 0 and 1
+    with pytest.raises(Misfit) as caught:
+        Manifest.from_json(data)
+    assert (caught.value.place, caught.value.got) == ("layers[1].sources[0].layer", "2")
+
+
+def test_sources_of_copied_and_derived_tensors(run, tmp_path):
+    """Copies name the checkpoint that they are stored in; derived tensors the source that was changed."""
+    peft = pytest.importorskip("peft")
+    base = make_model(tmp_path / "base", vocab_size=16, layers=2)
+    make_model(tmp_path / "other", vocab_size=16, layers=2, seed=1)
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(load(base), config).save_pretrained(tmp_path / "adapter")
+    adapted = f"{base}+{tmp_path / 'adapter'}"
+    for weight in (0, 1):
+        models = f"[{{model: {tmp_path / 'other'}, parameters: {{weight: {weight}}}}}, {{model: {adapted}}}]"
+        text = f"merge_method: linear\nmodels: {models}\nparameters: {{weight: 1}}\n"
+        run("merge", write_recipe(tmp_path / "r.yml", text), tmp_path / str(weight))
+    manifest = read_manifest(tmp_path / "0")
+    assert [s.folder for s in manifest.sources] == [str(tmp_path / "other"), None, str(base)]
+    q, up = (manifest.tensors[f"model.layers.0.{name}_proj.weight"] for name in ("self_attn.q", "mlp.up"))
+    assert (q.action, q.derived, q.model) == (Action.DERIVE, (1,), None)
+    assert (up.action, up.derived, up.model, up.tensor) == (Action.COPY, (), 2, "model.layers.0.mlp.up_proj.weight")
+    q, up = (
+        read_manifest(tmp_path / "1").tensors[f"model.layers.0.{n}_proj.weight"] for n in ("self_attn.q", "mlp.up")
+    )
+    assert (q.action, q.derived) == (Action.COMPUTE, (1,)) and (up.action, up.derived) == (Action.COMPUTE, ())
 
 
 def test_diagnostics_are_those_of_the_layer(run, tmp_path):

@@ -96,6 +96,21 @@ def test_a_run_that_is_interrupted_again_and_again(plan, whole, tmp_path):
     assert result.verification.passed and content(out) == whole
 
 
+def test_another_recipe_or_seed_is_refused(plan, whole, tmp_path):
+    out = tmp_path / "out"
+    interrupted(plan, out, 3)
+    base = plan.models[0].checkpoint.folders[0]
+    other = api.plan(api.upscale_recipe(base, insert={"after": [0]}), max_shard_size=SIZE)
+    for unlike, options, told in ((other, {}, "plan"), (plan, {"seed": 7}, "seed")):
+        with pytest.raises(api.DeusMergeError, match="cannot resume") as raised:
+            api.merge(unlike, out, api.RunOptions(resume=True, **options))
+        assert told in str(raised.value)
+    with pytest.raises(api.DeusMergeError, match="unfinished run"):
+        api.merge(plan, out)
+    api.merge(plan, out, api.RunOptions(resume=True))
+    assert content(out) == whole
+
+
 def test_options_reach_the_blocks(plan, monkeypatch, tmp_path):
     seen = {}
 

@@ -46,6 +46,7 @@ def model_bytes(folder) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "deus_merge.json"}
 
 
+@pytest.mark.slow  # in this process: test_interrupted.py
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path, kill):
     base = make_model(tmp_path / "base", layers=24, hidden_size=64, intermediate_size=1280)
@@ -66,6 +67,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, tmp_path, kill):
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith("deus-tmp")] == []
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_recipe(run, tmp_path):
     base = make_model(tmp_path / "base", layers=24, hidden_size=64, intermediate_size=1280)
     stopped(signal.SIGINT, tmp_path / "out", "upscale", base, tmp_path / "out", "--insert", "all")

@@ -1,9 +1,9 @@
 """The dense side of exact assignment: passes over the cost that find potentials, a few edges, and proofs.
 
 With potentials f (n,) of rows and g (n,) of columns the *reduced cost* of an edge is ``C[i, j] - f_i - g_j``. They
-do not change which matchings are cheaper than others, and edges of large reduced cost are in no optimal one. Good potentials come from
-a few entropic (Sinkhorn) steps at a falling reg. They need not be exact: the pruning is proved right afterwards, because
-a matching is optimal if some potentials price all its edges at 0 and no edge below.
+do not change which matchings are cheaper than others, and edges of large reduced cost are in no optimal one. A few
+entropic (Sinkhorn) steps at a falling reg give good potentials. They need not be exact: the pruning is proved right
+afterwards, because a matching is optimal if some potentials price all its edges at 0 and no edge below.
 
 A pass reads the cost once, in row blocks that fit the cache, on its own device. Only the few edges go to the host.
 """

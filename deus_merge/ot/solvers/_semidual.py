@@ -9,8 +9,8 @@ follow from the dual, up to their common total M, which is the optimal shift of 
     log p = log a + reg/(rho + reg) · log Σ_s exp((g_s - C_rs)/reg),   log q = log b - (g - reg log b)/rho
 
 Memory: the cost and the kernel, two n x m buffers; the plan replaces the kernel. Where `SolverOptions.memory` is less,
-the kernel is never stored, and of the cost only as much as fits: the rest is computed again on every pass, and the plan,
-which is the same bit for bit, is stored as its two scalings.
+the kernel is never stored, and of the cost only as much as fits: the rest is computed again on every pass. The plan is
+the same bit for bit, and is then stored as its two scalings.
 
 Reads: a pass ends with one read from the device, which brings all numbers that decide how to go on.
 """
@@ -205,7 +205,8 @@ class Kernel:
             unmatched, lost = None, state.c < 1e-20 * self.b
             v = state.v * (self.b / state.c.where(~lost, self.b))
         else:
-            unmatched = lost = (state.q < _LOST * self.b) | (state.c < _LOST * self.b)  # (m,)
+            lost = (state.q < _LOST * self.b) | (state.c < _LOST * self.b)  # (m,)
+            unmatched = lost if bool(lost.any()) else None
             v = (state.v * (state.q / state.c.where(~lost, 1))).masked_fill_(lost, 0)
 
         def scale(kernel: Tensor, rows: slice) -> None:

@@ -5,9 +5,9 @@ matching of tight edges (Hopcroft and Karp 1973) leaves some rows free. From all
 finds the nearest free columns in the residual graph, and the potentials move by the distances: shortest paths become
 tight, so the next matching is larger. When it is perfect, it is optimal, and f and g prove it.
 
-There are few phases, some tens, because each lengthens the matching along many paths; both searches are SciPy's. (SciPy's own
-``min_weight_full_bipartite_matching`` is faster on easy graphs but took minutes on 512 points of a line: its rows
-outbid each other by ever smaller amounts. It does not return potentials, either.)
+There are few phases, some tens, because each lengthens the matching along many paths; both searches are SciPy's.
+(SciPy's own ``min_weight_full_bipartite_matching`` is faster on easy graphs but took minutes on 512 points of a line:
+its rows outbid each other by ever smaller amounts. It does not return potentials, either.)
 """
 
 from __future__ import annotations

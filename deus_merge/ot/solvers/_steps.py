@@ -1,7 +1,7 @@
 """How the entropic solvers solve their semi-dual: annealing, Sinkhorn steps, Newton steps, and the search for a reg.
 
-1. *Annealing*: reg starts at the spread of the cost and is halved to its goal, every level starting from the dual of the
-   level before (Schmitzer 2019, arXiv 1610.06519, section 3).
+1. *Annealing*: reg starts at the spread of the cost and is halved to its goal, every level starting from the dual of
+   the level before (Schmitzer 2019, arXiv 1610.06519, section 3).
 2. *Sinkhorn steps* while they converge fast: ``u = p / Kv``, ``log v += k log(q/c)``, ``k = rho/(rho + reg)``; log v is
    absorbed into g before it grows.
 3. *Newton steps* where they do not: the semi-dual's Hessian ``diag(c + reg/rho q) - k Tᵀ diag(1/p) T`` is solved by
@@ -119,7 +119,7 @@ def _conjugate_gradients(kernel: Kernel, state: State, tolerance: float) -> tupl
     direction, rz = z, residual.dot(z)
     going = torch.ones((), dtype=torch.bool, device=x.device)
     start, done = kernel.passes, 0
-    ahead = _AHEAD if x.device.type != "cpu" and kernel.shape[0] * kernel.shape[1] <= _SMALL else 1
+    ahead = steps_ahead(x.device.type, kernel.shape[0] * kernel.shape[1])
     while True:
         count = going.new_zeros((), dtype=torch.int64)
         left = max(1, min(ahead, _CG_STEPS - done, kernel.max_passes - kernel.passes))
@@ -141,6 +141,11 @@ def _conjugate_gradients(kernel: Kernel, state: State, tolerance: float) -> tupl
         kernel.passes = start + done
         if not more or kernel.spent or done >= _CG_STEPS:
             return shifted, longest
+
+
+def steps_ahead(device: str, entries: int) -> int:
+    """How many conjugate gradient steps to do for one read, on a device of this type, with this many kernel entries."""
+    return _AHEAD if device != "cpu" and entries <= _SMALL else 1
 
 
 def _find_reg(kernel: Kernel, g: Tensor, level: float, target: float) -> tuple[Tensor, float]:

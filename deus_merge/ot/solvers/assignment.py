@@ -2,7 +2,7 @@
 
 Small problems go to SciPy's dense ``linear_sum_assignment``. For larger ones almost all of the n² edges are pruned:
 
-1. a few Sinkhorn steps give potentials, and of every row and column the nearest edges by reduced cost are kept
+1. a few Sinkhorn steps give potentials, and of every row and column the nearest edges by reduced cost are retained
    (`_pruning`; Schmitzer 2019 prunes entropic transport so);
 2. a sparse primal-dual solver finds the best matching among these edges, and its potentials (`_sparse_matching`);
 3. a pass over the whole cost prices every edge with them. If none is below 0, the matching is optimal among all:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _DENSE = 1024  # rows up to which SciPy's dense solver is as fast
 _ROUNDS = 20  # of column generation, at most
-#: How to find potentials: the factor by which reg falls, and Sinkhorn steps at each reg; the second after the first fails.
+#: How to find potentials: the factor by which reg falls, and Sinkhorn steps at each reg; the second if the first fails.
 _ATTEMPTS = ((1 / 4, 1), (1 / 2, 4))
 
 

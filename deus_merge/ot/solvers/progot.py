@@ -6,8 +6,8 @@ point by the share alpha_k of the rest of its way along the entropic map T, whic
 
     x <- (1 - alpha_k) x + alpha_k T(x),     1 - t_{k+1} = (1 - t_k)(1 - alpha_k),     reg_k between reg_0 and reg_K
 
-The plan of the last stage is the coupling. The duals of one stage, times 1 - alpha_k, start the next. The schedules, for
-K stages, k = 0 .. K-1 (the paper's constant speed, deceleration and acceleration):
+The plan of the last stage is the coupling. The duals of one stage, times 1 - alpha_k, start the next. The schedules,
+for K stages, k = 0 .. K-1 (the paper's constant speed, deceleration and acceleration):
 
 - ``linear``: t_k = k/K;
 - ``exponential``: t_k = 1 - (1 - 1/e)^k, every alpha_k is 1/e;

@@ -11,8 +11,8 @@ of it shortens the error by no more than rho/(rho + reg).)
 
 The solution is T divided by its total mass, so that a `Coupling` means the same for every solver; the mass itself is
 `OTSolution.mass`. Column s of the coupling holds b_s of the mass where it matches like the average, less where it
-matches badly. A column that keeps less than a millionth of b_s is set to zero. `Coupling.unmatched` names such columns: a
-`TransportMap` has no mean for them, so alignments keep B's own rows there.
+matches badly. A column that keeps less than a millionth of b_s is set to zero. `Coupling.unmatched` names such columns:
+a `TransportMap` has no mean for them, so alignments keep B's own rows there.
 """
 
 from __future__ import annotations

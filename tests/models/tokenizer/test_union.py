@@ -100,7 +100,7 @@ def test_a_part_of_a_tokenizer(kind):
 
 
 def test_added_tokens_keep_their_settings():
-    """Those of the first model that has them; a token of the first model that is an added token elsewhere becomes one."""
+    """Those of the first model that has them; a token of the first that is an added token elsewhere becomes one."""
     one, two = train_tokenizer(size=130), train_tokenizer(text=OTHER, size=60)
     token = next(t for t in tokens_of(data(one)) if len(t) > 3 and t[0].isascii() and t not in two.get_vocab())
     two.add_tokens([tokenizers.AddedToken("<|x|>", lstrip=True, normalized=False), token])

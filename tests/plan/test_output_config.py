@@ -1,0 +1,154 @@
+"""config.json of the output: its depth, its lists of layers, its dtype; and when it does not fit the tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from support import make_model, write_recipe
+
+from deus_merge import api
+from deus_merge.core.errors import ArchitectureError, PlanError
+from deus_merge.models.config_rules import config_patch
+
+SLICES = (
+    "merge_method: passthrough\nslices:\n- sources: [{model: %s, layer_range: [0, 3]}]\n"
+    "- sources: [{model: %s, layer_range: [2, 4]}]\n"
+)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_model(tmp_path / "base", layers=4)
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """The plan of a recipe, whose models may have edited configs."""
+    return lambda text: api.plan(write_recipe(tmp_path / "recipe.yml", text))
+
+
+def edit(base, folder, **changes):
+    """A copy of a model with other entries in its config.json; None removes one."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+def test_lists_of_layers_follow_their_layers(base, planned, tmp_path):
+    lists = {"windows": [1, 2, 3, 4], "nested": [[1], [2], [3], [4]]}
+    other = {"eos_token_id": [2, 3, 4, 5], "stop_tokens": [1, 2, 3, 4], "pair": [1, 2], "sizes": [9, 9, 9, 8]}
+    model = edit(base, tmp_path / "model", **lists, **other)
+    config = planned(SLICES % (model, model)).config
+    assert config["num_hidden_layers"] == 5
+    assert config["windows"] == [1, 2, 3, 3, 4] and config["nested"] == [[1], [2], [3], [3], [4]]
+    assert {key: config[key] for key in other} == other  # about something else
+    grown = planned(f"base_model: {model}\nupscale: {{insert: {{after: [1]}}}}\n").config
+    assert grown["windows"] == [1, 2, 3, 3, 4]  # a new layer is of its upper neighbour's kind
+    unlike = edit(base, tmp_path / "unlike")
+    with pytest.raises(PlanError, match="no per-layer list"):
+        planned(SLICES % (model, unlike))
+
+
+def test_a_merged_layer_is_of_the_base_models_kind(base, planned, tmp_path):
+    one, two = (edit(base, tmp_path / str(i), windows=[10 * i + j for j in range(4)]) for i in (1, 2))
+    text = (
+        "merge_method: slerp\nbase_model: %s\nparameters: {t: 0.5}\nslices:\n- sources: "
+        "[{model: %s, layer_range: [0, 3]}, {model: %s, layer_range: [1, 4]}]\n"
+    )
+    assert planned(text % (one, one, two)).config["windows"] == [10, 11, 12]
+    assert planned(text % (two, one, two)).config["windows"] == [21, 22, 23]
+
+
+def test_implied_kinds_of_layers_are_spelled_out(planned, tmp_path):
+    """From layer 2 on Qwen2's attention slides."""
+    model = make_model(tmp_path / "model", "qwen2", layers=4, use_sliding_window=True, max_window_layers=2)
+    config = json.loads((model / "config.json").read_text())
+    config.pop("layer_types", None)
+    (model / "config.json").write_text(json.dumps(config))
+    full, sliding = "full_attention", "sliding_attention"
+    assert planned(SLICES % (model, model)).config["layer_types"] == [full, full, sliding, sliding, sliding]
+
+
+def test_layers_that_are_told_by_their_numbers(base, planned, tmp_path):
+    """As long as every layer stays in its place they are right."""
+    model = edit(base, tmp_path / "model", fullatt_block_indexes=[1, 3])
+    text = f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n"
+    assert planned(text).config["fullatt_block_indexes"] == [1, 3]
+    with pytest.raises(PlanError, match="fullatt_block_indexes"):
+        planned(SLICES % (model, model))
+
+
+@pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
+def test_the_dtype_of_the_recipe_is_the_configs(base, planned, tmp_path, keys):
+    """Under the keys that the config has; else under the one that every transformers reads."""
+    changes = {"dtype": None, "torch_dtype": None} | dict.fromkeys(keys, "float32")
+    model = edit(base, tmp_path / "model", **changes)
+    config = planned(f"merge_method: passthrough\ndtype: bfloat16\nmodels: [{{model: {model}}}]\n").config
+    got = {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+    assert got == dict.fromkeys(keys or ("torch_dtype",), "bfloat16")
+
+
+def test_a_wider_source_widens_the_config(base, planned, tmp_path):
+    half = make_model(tmp_path / "half", layers=4, dtype=torch.bfloat16)
+    text = "merge_method: linear\nbase_model: %s\nparameters: {weight: 1}\nmodels: [{model: %s}, {model: %s}]\n"
+    assert planned(text % (half, half, base)).config["dtype"] == "float32"
+    assert planned(text % (half, half, half)).config["dtype"] == "bfloat16"
+    aligned = "align: symmetry\n" + (text % (half, half, base)).replace("{weight: 1}\n", "{weight: [{value: 1}]}\n")
+    assert planned(aligned).config["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 64}, {"hidden_size": 64}, {"intermediate_size": 96}, {"num_key_value_heads": 1},
+        {"num_attention_heads": 8}, {"head_dim": 4}, {"num_key_value_heads": None},
+        {"layer_types": ["full_attention"] * 3}, {"num_hidden_layers": 3},
+    ],
+)  # fmt: skip
+def test_a_config_that_does_not_fit_is_refused(base, planned, tmp_path, changes):
+    model = edit(base, tmp_path / "model", **changes)
+    with pytest.raises(ArchitectureError, match="config.json|layer"):
+        planned(f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n")
+
+
+def test_a_head_size_of_its_own(planned, tmp_path):
+    """Heads need not be hidden_size / num_attention_heads wide, and o reads as many columns as there are queries."""
+    model = make_model(tmp_path / "model", "qwen3", layers=2, head_dim=12)
+    plan = planned(f"base_model: {model}\nupscale: {{insert: all}}\n")
+    assert plan.num_layers == 3 and plan.blocks[2].outputs[0].heads.size == 12
+
+
+def test_models_with_other_heads_do_not_match(base, planned, tmp_path):
+    """The shapes are the same, and the result would compute something else."""
+    model = edit(base, tmp_path / "model", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: %s}, {model: %s}]\n"
+    with pytest.raises(PlanError, match="models do not match: num_attention_heads"):
+        planned(text % (base, model))
+    spelled = edit(make_model(tmp_path / "all", layers=4, num_key_value_heads=4), tmp_path / "spelled")
+    implied = edit(spelled, tmp_path / "implied", num_key_value_heads=None)  # as many as queries
+    assert planned(text % (spelled, implied)).num_layers == 4
+
+
+def test_a_patch_turns_one_config_into_the_other():
+    """A JSON merge patch (RFC 7386)."""
+
+    def patched(config, patch):
+        result = dict(config)
+        for key, value in patch.items():
+            if value is None:
+                result.pop(key, None)
+            elif isinstance(value, dict):
+                result[key] = patched(result.get(key) if isinstance(result.get(key), dict) else {}, value)
+            else:
+                result[key] = value
+        return result
+
+    one = {"a": 1, "b": {"c": 2, "d": [1]}, "e": 3, "f": {"g": 1}}
+    two = {"a": 1, "b": {"c": 2, "d": [1, 2]}, "f": 4, "h": {"i": 5}}
+    assert patched(one, config_patch(one, two)) == two and patched(two, config_patch(two, one)) == one
+    assert config_patch(one, one) == {}
+    assert "a" not in config_patch(one, two) and "c" not in config_patch(one, two)["b"]
