@@ -254,7 +254,7 @@ def strip(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Stripped:
-    """Remove the layers that the last up-scaling added.
+    """Remove the layers that the last growth added.
 
     Args:
         out: An output folder, which may have been trained.

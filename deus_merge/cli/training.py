@@ -41,7 +41,7 @@ def export_training(out: Path, trainer: str):
 @click.option("--overwrite", is_flag=True, help="Replace BASE once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")  # fmt: skip
 def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, overwrite: bool, as_json: bool):
-    """Remove the layers that the last up-scaling added to OUT, and write the base to the new folder BASE.
+    """Remove the layers that the last growth added to OUT, and write the base to the new folder BASE.
 
     The result equals the base byte for byte. If OUT has been trained, the base's layers are written in their present
     state.
@@ -68,6 +68,6 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
     if done.different:
         note(f"{len(done.different)} different: {some_of(done.different)}")
     if done.has_manifest:
-        note("the manifest of the previous up-scaling was copied: the result can be stripped again")
+        note("the manifest of the previous growth was copied: the result can be stripped again")
     elif done.has_manifest is False:
-        note("no manifest of the previous up-scaling fits: to strip the result again, name one with --manifest")
+        note("no manifest of the previous growth fits: to strip the result again, name one with --manifest")

@@ -1,4 +1,4 @@
-"""Wrong input, as a newcomer would give it: told with its place, what was expected and what came; nothing is written.
+"""Wrong input, as a newcomer would give it: the message has the place, expected and got; nothing is written.
 
 A row is a recipe (or a command line) and the fragments that its message must contain.
 """
@@ -192,7 +192,7 @@ RECIPES = {
     "solar's parameter": (upscale("{preset: solar, parameters: {reg: 1}}"), "solar has no parameters"),
     "stack part": (upscale("{preset: stack, insert: {count: 3}}"), "a multiple of 4", "with where: top | middle"),
 
-    # model references and the files beside
+    # model references and side files
     "model a list": (source("model: [a, b]"), "slices[0].sources[0].model (line 4)", "a folder or org/name[@revision]"),
     "model nothing": (source("model: "), "slices[0].sources[0].model (line 4)", "got:      nothing"),
     "model key": (source("model: {pth: base}"), "model.pth (line 4): unknown key", "did you mean 'path'?"),
@@ -312,8 +312,8 @@ COMMANDS = {
     "device": ((*UP, "--device", "gpu"), "--device: unknown device", "auto, cpu, cuda or cuda:N", "got:      gpu"),
     "device number": ((*UP, "--device", "cuda:99"), "--device: no such CUDA device", "got:      cuda:99"),
     "OUT = source": (("upscale", "base", "base"), "base: the output and a source must not contain each other"),
-    "OUT in source": (("upscale", "base", "base/deeper"), "must not contain each other", "a folder beside the models"),
-    "OUT around source": (("upscale", "base", "."), "must not contain each other", "a folder beside the models"),
+    "OUT in source": (("upscale", "base", "base/deeper"), "must not contain each other", "a folder outside the models"),
+    "OUT around source": (("upscale", "base", "."), "must not contain each other", "a folder outside the models"),
     "OUT a file": (("upscale", "base", "$recipe"), "recipe.yml: the output is not a folder", "choose another output"),
     "OUT under a file": (("upscale", "base", "$recipe/out"), "recipe.yml", "Not a directory"),
     "OUT not empty": (("upscale", "base", "$full"), "the output folder is not empty", "keep.txt", "--overwrite"),

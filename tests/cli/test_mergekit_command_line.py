@@ -1,4 +1,4 @@
-"""mergekit's command lines run with the program's name exchanged; what they cannot mean here is told."""
+"""mergekit's command lines run with the program's name exchanged; options without a meaning here are reported."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ NOTHING = (
 
 def test_every_option_is_taken(run, place, tmp_path):
     options = [str(tmp_path) if o == "CACHE" else o for o in EVERYTHING]
-    told = run("merge", place / "recipe.yml", tmp_path / "out", *options).err
-    idle = re.findall(r"^note: (\S+) changes nothing: .+$", told, re.MULTILINE)
+    stderr = run("merge", place / "recipe.yml", tmp_path / "out", *options).err
+    idle = re.findall(r"^note: (\S+) changes nothing: .+$", stderr, re.MULTILINE)
     assert sorted(idle) == [
         "--allow-crimes", "--async-write", "--clone-tensors", "--lazy-unpickle", "--lora-merge-cache",
         "--lora-merge-dtype", "--low-cpu-memory", "--multi-gpu", "--read-to-gpu", "--trust-remote-code",
@@ -45,14 +45,14 @@ def test_every_option_is_taken(run, place, tmp_path):
     ]  # fmt: skip
     manifest = json.loads((tmp_path / "out/deus_merge.json").read_text())
     assert (tmp_path / "out/README.md").exists() and (tmp_path / "out/tokenizer_config.json").exists()
-    told = run("merge", place / "recipe.yml", tmp_path / "again", *NOTHING).err
-    assert "note:" not in told
+    stderr = run("merge", place / "recipe.yml", tmp_path / "again", *NOTHING).err
+    assert "note:" not in stderr
     assert run("merge", place / "recipe.yml", tmp_path / "quiet", *options, "--quiet").err == ""
     assert manifest["plan_hash"] == json.loads((tmp_path / "quiet/deus_merge.json").read_text())["plan_hash"]
 
 
 def test_every_option_of_the_installed_mergekit_is_known(run, pytestconfig):
-    """Where mergekit is installed beside (make oracle), its own list of options is the one that counts."""
+    """If mergekit is installed (make oracle), every option in its own list is known."""
     found = list((pytestconfig.rootpath / ".venv-oracle").glob("lib/python*/site-packages/mergekit/options.py"))
     if not found:
         pytest.skip("no mergekit here: make oracle")

@@ -14,7 +14,7 @@ PRESERVING = [name for name, preset in PRESETS.items() if preset.function_preser
 
 
 def check_output(base, out, *, same_function: bool) -> None:
-    """Copied tensors are byte-equal, the manifest is true, and the function is kept where the plan says so."""
+    """Copied tensors are byte-equal, the manifest is true, and the function is preserved where the plan says so."""
     record = json.loads((out / "deus_merge.json").read_text())
     ours, theirs = weights(out), weights(base)
     assert set(ours) == set(record["tensors"])
@@ -47,7 +47,7 @@ def test_presets_on_smollm2(run, real, tmp_path, preset):
     check_output(real, out, same_function=True)
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 45
     layers = json.loads((out / "deus_merge.json").read_text())["layers"]
-    plans = [told for layer in layers for told in layer["diagnostics"] if "solver" in told]
+    plans = [entry for layer in layers for entry in layer["diagnostics"] if "solver" in entry]
     assert bool(plans) is (preset in ("opt_deus", "opt_deus_paper", "opt_deus_script"))
     assert all(plan["converged"] and plan["marginal_error"] <= 1e-4 for plan in plans), plans
 
@@ -98,7 +98,7 @@ def test_same_recipe_same_bytes_and_sources_untouched(run, tmp_path):
         run("upscale", base, tmp_path / name, "--max-shard-size", "30kB")
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one.keys() == two.keys()
-    assert [n for n in one if one[n] != two[n]] in ([], ["deus_merge.json"])  # seconds stand in the manifest
+    assert [n for n in one if one[n] != two[n]] in ([], ["deus_merge.json"])  # the manifest records seconds
     assert sum(n.startswith("model-") for n in one) > 3
     assert {p.name: p.read_bytes() for p in base.iterdir()} == before
     assert torch.equal(load(tmp_path / "one")(torch.arange(9)[None]).logits, load(base)(torch.arange(9)[None]).logits)
@@ -114,15 +114,15 @@ def test_resolved_recipe_runs_again(run, tiny, tmp_path):
 
 
 def test_several_layers_in_one_gap(run, tmp_path):
-    """k layers share the gap's plans and stand at t = 1/(k+1), 2/(k+1), ...: for plain averages exactly so."""
+    """k layers share the gap's plans and are at t = 1/(k+1), 2/(k+1), ...: for plain averages exactly so."""
     base = make_model(tmp_path / "base")
     run("upscale", base, tmp_path / "out", "--preset", "average", "--insert", "{after: [1]}", "-p", "layers_per_gap=3",
         "-p", "t=even")  # fmt: skip
     ours, theirs = weights(tmp_path / "out"), weights(base)
     a, b = (theirs[f"model.layers.{i}.mlp.up_proj.weight"].double() for i in (1, 2))
     for j in (1, 2, 3):
-        made = ours[f"model.layers.{1 + j}.mlp.up_proj.weight"].double()
-        assert (made - ((1 - j / 4) * a + j / 4 * b)).abs().max() < 1e-7
+        new = ours[f"model.layers.{1 + j}.mlp.up_proj.weight"].double()
+        assert (new - ((1 - j / 4) * a + j / 4 * b)).abs().max() < 1e-7
     assert load(tmp_path / "out").config.num_hidden_layers == 7
 
 

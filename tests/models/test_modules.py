@@ -86,15 +86,15 @@ MODULES = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Family -> two models of it."""
-    root, made = tmp_path_factory.mktemp("modules"), {}
+    root, built = tmp_path_factory.mktemp("modules"), {}
 
     def get(family: str):
-        if family not in made:
+        if family not in built:
             for seed, name in enumerate(("one", "two")):
                 torch.manual_seed(seed)
                 MAKE[family]().save_pretrained(root / family / name)
-            made[family] = (root / family / "one", root / family / "two")
-        return made[family]
+            built[family] = (root / family / "one", root / family / "two")
+        return built[family]
 
     return get
 
@@ -146,7 +146,7 @@ def test_each_module_has_slices_of_its_own(run, models, tmp_path, family):
 
 
 def test_one_module_is_merged(run, models, tmp_path):
-    """With the tensors around its layers; parameters of the module stand behind a slice's and before the recipe's."""
+    """With its tensors outside layers; parameters of the module come after a slice's and before the recipe's."""
     one, two = models("llava")
     recipe = write_recipe(
         tmp_path / "r.yml",
@@ -247,9 +247,9 @@ def test_wrong_modules(run, models, llama, tmp_path, case):
     one = llama if family == "llama" else models(family)[0]
     text = text.replace("ONE", str(one)).replace("LLAMA", str(llama))
     recipe = write_recipe(tmp_path / "r.yml", f"merge_method: passthrough\nbase_model: {one}\n{text}\n")
-    told = run("merge", recipe, tmp_path / "out", expect=2).err
+    errors = run("merge", recipe, tmp_path / "out", expect=2).err
     for fragment in fragments:
-        assert fragment in told, told
+        assert fragment in errors, errors
 
 
 def test_layers_that_are_told_by_number_stay(run, models, tmp_path):

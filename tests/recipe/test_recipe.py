@@ -66,19 +66,19 @@ def slices(draw):
     method = draw(st.sampled_from(sorted(METHODS)))
     parameter, count = METHODS[method]
     start, length = draw(st.integers(0, 50)), draw(st.integers(1, 50))
-    piece = {"merge_method": method, "sources": []}
+    part = {"merge_method": method, "sources": []}
     for _ in range(count):
         source = {"model": draw(NAMES)}
         if draw(st.booleans()):
             source["layer_range"] = [start, start + length]
         if parameter != "t" and draw(st.booleans()):
             source["parameters"] = {parameter: draw(SETTINGS)}
-        piece["sources"].append(source)
+        part["sources"].append(source)
     if draw(st.booleans()):
-        piece["parameters"] = {parameter: draw(SETTINGS)}
+        part["parameters"] = {parameter: draw(SETTINGS)}
     if draw(st.booleans()):
-        piece["base_model"] = draw(NAMES)
-    return piece
+        part["base_model"] = draw(NAMES)
+    return part
 
 
 UPSCALES = st.fixed_dictionaries(
@@ -209,18 +209,18 @@ FUSING = [name for name, preset in PRESETS.items() if preset.parameters is not N
 REF = ModelRef("base")
 
 
-def unfold(pieces) -> list:
-    """What the slices of one model make: base layers as numbers, new layers as pairs."""
-    made = []
-    for piece in pieces:
-        ranges = [range(*s.layer_range) for s in piece.sources]
-        if piece.merge_method == "passthrough":
-            made += ranges[0]
+def unfold(parts) -> list:
+    """The output layers of one model's slices: base layers as numbers, new layers as pairs."""
+    layers = []
+    for part in parts:
+        ranges = [range(*s.layer_range) for s in part.sources]
+        if part.merge_method == "passthrough":
+            layers += ranges[0]
         elif len(ranges) == 2:
-            made += zip(*ranges, strict=True)
+            layers += zip(*ranges, strict=True)
         else:
-            made += [x for pair in itertools.pairwise(ranges[0]) for x in (pair[0], pair)] + [ranges[0][-1]]
-    return made
+            layers += [x for pair in itertools.pairwise(ranges[0]) for x in (pair[0], pair)] + [ranges[0][-1]]
+    return layers
 
 
 def placed(preset: str, insert: object, n: int) -> list:
@@ -229,7 +229,7 @@ def placed(preset: str, insert: object, n: int) -> list:
 
 
 def forms(n: int, last: int):
-    """Insert forms and how many new layers each must give; ``last`` is the last layer one may stand after."""
+    """Insert forms and the number of new layers that each must give; ``last`` is the last layer that one may follow."""
     yield from [("all", n - 1), ("top_half", n // 2), ("bottom_half", n // 2)]
     yield from [({"every": k}, (last + 1) // k) for k in range(1, n + 1)]
     yield from [({"after": list(range(i, last + 1, 3))}, len(range(i, last + 1, 3))) for i in range(last + 1)]
@@ -247,24 +247,24 @@ def test_base_layers_stay_in_order_and_new_ones_stand_between(preset, n):
             with pytest.raises(RecipeError, match="inserts no layer"):
                 placed(preset, form, n)
             continue
-        made = placed(preset, form, n)
-        assert [x for x in made if isinstance(x, int)] == list(range(n)), form
-        assert len(made) == n + count, form
-        for at, x in enumerate(made):
-            if isinstance(x, tuple):  # stands right behind its lower parent, before the upper one
-                assert x == (made[at - 1], min(made[at - 1] + 1, n - 1)), form
+        layers = placed(preset, form, n)
+        assert [x for x in layers if isinstance(x, int)] == list(range(n)), form
+        assert len(layers) == n + count, form
+        for at, x in enumerate(layers):
+            if isinstance(x, tuple):  # directly after its lower neighbour, before the upper one
+                assert x == (layers[at - 1], min(layers[at - 1] + 1, n - 1)), form
 
 
 @pytest.mark.parametrize("preset", FUSING)
 @pytest.mark.parametrize(("n", "total"), [(32, 48), (16, 24)])
 def test_the_papers_placement(preset, n, total):
     """Base layers of the lower half first, then a new one in every gap of the upper half (`ot_fuse` section 5)."""
-    made = placed(preset, "top_half", n)
+    layers = placed(preset, "top_half", n)
     half = n // 2
-    assert len(made) == total
-    assert made[:half] == list(range(half))
-    assert [at for at, x in enumerate(made) if isinstance(x, tuple)] == list(range(half, total - 1, 2))
-    assert made[half::2] == [(i, i + 1) for i in range(half - 1, n - 1)]
+    assert len(layers) == total
+    assert layers[:half] == list(range(half))
+    assert [at for at, x in enumerate(layers) if isinstance(x, tuple)] == list(range(half, total - 1, 2))
+    assert layers[half::2] == [(i, i + 1) for i in range(half - 1, n - 1)]
 
 
 @pytest.mark.parametrize("where", ["top", "middle", "bottom", "even", "sandwich"])
@@ -278,15 +278,15 @@ def test_counted_places(where):
 @pytest.mark.parametrize("n", range(2, 41))
 def test_repeating_presets(n):
     for added in range(2 - n % 2, n + 1, 2):
-        made = placed("solar", {"count": added}, n)
+        layers = placed("solar", {"count": added}, n)
         m = (n - added) // 2
-        assert made == [*range(n - m), *range(m, n)] and len(made) == n + added
+        assert layers == [*range(n - m), *range(m, n)] and len(layers) == n + added
     assert placed("stack", {"count": 2 * n}, n) == 3 * list(range(n))
     for added, where in itertools.product(range(1, n + 1), ("top", "middle", "bottom")):
-        made = placed("stack", {"count": added, "where": where}, n)
-        seam = next(at for at in range(1, len(made)) if made[at] <= made[at - 1])
-        assert made[:seam] + made[seam + added :] == list(range(n))  # one block stands twice in its place
-        assert made[seam - added : seam] == made[seam : seam + added]
+        layers = placed("stack", {"count": added, "where": where}, n)
+        seam = next(at for at in range(1, len(layers)) if layers[at] <= layers[at - 1])
+        assert layers[:seam] + layers[seam + added :] == list(range(n))  # one block is repeated in its place
+        assert layers[seam - added : seam] == layers[seam : seam + added]
 
 
 def test_repeats_by_default():
@@ -320,7 +320,7 @@ slices:
 
 @pytest.fixture
 def merge(run, base, other, tmp_path, monkeypatch):
-    """Run a recipe beside the models; gives the output's folder."""
+    """Run a recipe in the folder of the models; gives the output's folder."""
     monkeypatch.chdir(base.parent)
 
     def call(text: str):

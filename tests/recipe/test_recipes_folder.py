@@ -1,4 +1,4 @@
-"""Every recipe in recipes/ runs as it stands: on a 30-layer stand-in by default, on the real model when slow."""
+"""Every recipe in recipes/ runs unchanged: on a 30-layer substitute by default, on the real model when slow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_recipe(run, stand_ins, monkeypatch, tmp_path, recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_recipe_on_smollm2(run, real, monkeypatch, tmp_path, recipe):
-    """The real model under both names; presets have a slow test of their own, so plans are kept cheap here."""
+    """The real model under both names; presets have their own slow test, so plans are cheap here."""
     (tmp_path / "HuggingFaceTB").mkdir()
     for name in ("SmolLM2-135M-Instruct", "SmolLM2-135M"):
         os.symlink(real, tmp_path / "HuggingFaceTB" / name)

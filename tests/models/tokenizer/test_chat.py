@@ -1,4 +1,4 @@
-"""Chat templates: published prompt formats by name, the most common one, and none left beside the chosen one."""
+"""Chat templates: published prompt formats by name, the most common one, and no other next to the chosen one."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def planned(run, speakers, tmp_path):
         for i, own in enumerate(found or (None,)):
             folders.append(tmp_path / str(i))
             shutil.copytree(speakers["base"], folders[-1])
-            if isinstance(own, list) or (own and i % 2):  # both places where templates stand
+            if isinstance(own, list) or (own and i % 2):  # both places of templates
                 config = json.loads((folders[-1] / "tokenizer_config.json").read_text())
                 (folders[-1] / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": own}))
             elif own:
@@ -108,8 +108,8 @@ def test_the_first_of_equally_common_ones(planned):
 
 
 def test_no_template_anywhere(planned):
-    out, told = planned("auto")
-    assert "chat_template (line 4): no model has a chat template" in told and not list(out.glob("chat*"))
+    out, stderr = planned("auto")
+    assert "chat_template (line 4): no model has a chat template" in stderr and not list(out.glob("chat*"))
 
 
 def test_a_template_of_ones_own(planned):

@@ -1,4 +1,4 @@
-"""Where rows come from and how they are read, beside a few lines that say the same thing slowly."""
+"""The origin of rows and how they are read, compared with a few lines that compute the same slowly."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def test_rows_follow_the_rule(stored, vocabulary, data):
     maps, lost = row_maps(vocabulary, members, base)
     wanted = expected(vocabulary, list(members), base, tables)
     for member, rows, want in zip(members, maps, wanted, strict=True):
-        made = permute(EMBEDDINGS, member, members, rows, checkpoints)
-        if made is None:
+        permuted = permute(EMBEDDINGS, member, members, rows, checkpoints)
+        if permuted is None:
             assert torch.equal(tables[member].double(), want)
             continue
-        source = PermutedCheckpoint(checkpoints[member], {EMBEDDINGS: made})
+        source = PermutedCheckpoint(checkpoints[member], {EMBEDDINGS: permuted})
         info = source.tensors[EMBEDDINGS]
         whole = source.read(EMBEDDINGS)
         assert info.derived and info.shape == whole.shape == want.shape
@@ -104,8 +104,8 @@ def test_means_are_rounded_once(tmp_path):
     vocabulary = SimpleNamespace(rows=3, tokens={"a": 0, "b": 1, "c": 2}, own=own, chosen={})
     maps, _ = row_maps(vocabulary, [0, 1, 2], base=0)
     checkpoints, tables = [Checkpoint.open(f) for f in folders], [weights(f)[EMBEDDINGS] for f in folders]
-    made = permute(EMBEDDINGS, 0, [0, 1, 2], maps[0], checkpoints)
-    source = PermutedCheckpoint(checkpoints[0], {EMBEDDINGS: made})
+    permuted = permute(EMBEDDINGS, 0, [0, 1, 2], maps[0], checkpoints)
+    source = PermutedCheckpoint(checkpoints[0], {EMBEDDINGS: permuted})
     assert torch.equal(source.read(EMBEDDINGS)[1], (tables[1][3].float() + tables[2][5].float()) / 2)
     assert source.slice(EMBEDDINGS, 2, 3).dtype == torch.bfloat16
     assert source.tensors[EMBEDDINGS].dtype == "BF16"
@@ -121,6 +121,6 @@ def test_rows_of_float8(tmp_path):
     checkpoint = Checkpoint.open(tmp_path / "m")
     vocabulary = SimpleNamespace(rows=3, tokens={"a": 0, "b": 1, "c": 2}, own=np.array([[5, 1, 2]]), chosen={})
     maps, _ = row_maps(vocabulary, [0], base=None)
-    made = permute(EMBEDDINGS, 0, [0], maps[0], [checkpoint])
-    rows = PermutedCheckpoint(checkpoint, {EMBEDDINGS: made}).read(EMBEDDINGS)
+    permuted = permute(EMBEDDINGS, 0, [0], maps[0], [checkpoint])
+    rows = PermutedCheckpoint(checkpoint, {EMBEDDINGS: permuted}).read(EMBEDDINGS)
     assert torch.equal(rows.float(), stored[EMBEDDINGS][[5, 1, 2]].float())

@@ -42,7 +42,7 @@ def same_but(folder: Path, new: Path, **changes: object) -> Path:
 
 @pytest.fixture
 def merge(run, speakers, tmp_path):
-    """Merge a recipe about `speakers`; returns the output, which verifies, and what was said."""
+    """Merge a recipe about `speakers`; returns the output, which verifies, and what it printed on stderr."""
 
     def call(text: str, name: str = "out", **more: Path) -> tuple[Path, str]:
         recipe = write_recipe(tmp_path / f"{name}.yml", text.format(**speakers | more))
@@ -59,18 +59,18 @@ def merge(run, speakers, tmp_path):
 def test_texts_of_every_source(merge, speakers):
     """Texts that sources encode alike, and the added tokens of each, which stay special or not."""
     out, _ = merge(f"{LINEAR}{JOINED}tokenizer_source: union\n")
-    made, base, other = (
+    merged, base, other = (
         transformers.AutoTokenizer.from_pretrained(f) for f in (out, speakers["base"], speakers["other"])
     )
     for source, text in ((base, "<s>a.b</s>"), (base, "R<|start|>, <|end|>"), (other, "x<pad>y <|tool|>")):
-        assert made.tokenize(text) == source.tokenize(text)
-        assert made.decode(made(text).input_ids) == text
+        assert merged.tokenize(text) == source.tokenize(text)
+        assert merged.decode(merged(text).input_ids) == text
     assert base.tokenize("a.b") == other.tokenize("a.b") and base.tokenize("<pad>") != other.tokenize("<pad>")
-    assert base.get_vocab().items() <= made.get_vocab().items()
-    assert (made.bos_token, made.eos_token) == ("<s>", "</s>")
-    flags = {t.content: t.special for t in made.added_tokens_decoder.values()}
+    assert base.get_vocab().items() <= merged.get_vocab().items()
+    assert (merged.bos_token, merged.eos_token) == ("<s>", "</s>")
+    flags = {t.content: t.special for t in merged.added_tokens_decoder.values()}
     theirs = {t.content: t.special for s in (other, base) for t in s.added_tokens_decoder.values()}
-    assert flags == theirs and not made.decode(made("<|tool|>").input_ids, skip_special_tokens=True)
+    assert flags == theirs and not merged.decode(merged("<|tool|>").input_ids, skip_special_tokens=True)
 
 
 def test_rows_that_stay_are_copied(merge, speakers, run, tmp_path):
@@ -84,22 +84,22 @@ def test_rows_that_stay_are_copied(merge, speakers, run, tmp_path):
     assert "vocabulary" not in run("plan", plain, "--json").json()
 
 
-def test_rows_that_move_are_told(merge, speakers):
+def test_rows_that_move_are_derived(merge, speakers):
     """Embeddings of one model in another order: derived when they are read, as the manifest records."""
-    out, told = merge(f"{PASS}base_model: {{base}}\ntokenizer_source: {{other}}\n")
-    assert "embeddings: no source has an embedding for 17 tokens ('Ġt'" in told and "rows of zeros" in told
+    out, stderr = merge(f"{PASS}base_model: {{base}}\ntokenizer_source: {{other}}\n")
+    assert "embeddings: no source has an embedding for 17 tokens ('Ġt'" in stderr and "rows of zeros" in stderr
     manifest = read(out, "deus_merge.json")
     actions = {name: t["action"] for name, t in manifest["tensors"].items()}
     assert {name for name, action in actions.items() if action == "derive"} == {EMBEDDINGS, HEAD}
     assert {action for name, action in actions.items() if name not in (EMBEDDINGS, HEAD)} == {"copy"}
     assert not manifest["function_preserving"]
-    made, base = weights(out), weights(speakers["base"])
+    merged, base = weights(out), weights(speakers["base"])
     known, mine = tokens(speakers["base"]), tokens(out)
-    assert mine == tokens(speakers["other"]) and len(made[HEAD]) == len(mine)  # rows beyond the tokens are gone
+    assert mine == tokens(speakers["other"]) and len(merged[HEAD]) == len(mine)  # rows beyond the tokens are gone
     for token, at in mine.items():
         for name in (EMBEDDINGS, HEAD):
             wanted = base[name][known[token]] if token in known else torch.zeros(32)
-            assert torch.equal(made[name][at], wanted)
+            assert torch.equal(merged[name][at], wanted)
 
 
 def test_ids_of_special_tokens_move(merge, speakers, tmp_path):
@@ -109,12 +109,12 @@ def test_ids_of_special_tokens_move(merge, speakers, tmp_path):
     base = same_but(speakers["base"], tmp_path / "base", **ids)
     generation = {"eos_token_id": [1, 0, gone], "pad_token_id": gone, "suppress_tokens": [0], "max_length": 1}
     (base / "generation_config.json").write_text(json.dumps(generation))
-    out, told = merge(f"{PASS}tokenizer_source: {{other}}\n", base=base)
+    out, stderr = merge(f"{PASS}tokenizer_source: {{other}}\n", base=base)
     mine, known = tokens(out), {i: t for t, i in tokens(base).items()}
     config, generation = read(out, "config.json"), read(out, "generation_config.json")
     assert config["bos_token_id"] == mine["<s>"] == 1 and config["decoder_start_token_id"] == mine["<s>"]
     assert config["eos_token_id"] == [mine[known[2]], mine["</s>"]] and config["vocab_size"] == len(mine)
-    assert config["pad_token_id"] is None and f"config.json: the token of pad_token_id {gone} is not in" in told
+    assert config["pad_token_id"] is None and f"config.json: the token of pad_token_id {gone} is not in" in stderr
     assert generation == {
         "eos_token_id": [0, 1], "pad_token_id": None, "suppress_tokens": [1], "max_length": 1
     }  # fmt: skip
@@ -165,24 +165,24 @@ def test_plans_differ_by_ids_alone(run, speakers, tmp_path):
 
 
 def test_a_model_without_a_tokenizer_has_the_first_ones(merge, speakers, tmp_path):
-    bare = make_model(tmp_path / "bare", vocab_size=103, seed=7)
-    out, told = merge(f"{LINEAR}{JOINED}tokenizer_source: union\n", other=bare)
-    assert f"{bare} has no tokenizer: that of {speakers['base']} is assumed" in told
-    base, other, made = (weights(f)[HEAD] for f in (speakers["base"], bare, out))
-    assert torch.allclose(made, (base + other) / 2, atol=1e-6)
+    without = make_model(tmp_path / "without_tokenizer", vocab_size=103, seed=7)
+    out, stderr = merge(f"{LINEAR}{JOINED}tokenizer_source: union\n", other=without)
+    assert f"{without} has no tokenizer: that of {speakers['base']} is assumed" in stderr
+    base, other, merged = (weights(f)[HEAD] for f in (speakers["base"], without, out))
+    assert torch.allclose(merged, (base + other) / 2, atol=1e-6)
 
 
 def test_tokens_beyond_the_embeddings(merge, run, speakers, tmp_path):
     """A plain merge keeps such a tokenizer and warns; the union takes their embeddings from a model that has them."""
     short = make_model(tmp_path / "short", vocab_size=101)
     save_tokenizer(short, train_tokenizer(more=["<|start|>", "<|tool|>"]))
-    told = "has 1 token ('<|tool|>') beyond the 101 rows of its embeddings"
+    beyond = "has 1 token ('<|tool|>') beyond the 101 rows of its embeddings"
     plain = write_recipe(tmp_path / "plain.yml", PASS.format(base=short))
-    assert told in run("merge", plain, tmp_path / "plain").err
+    assert beyond in run("merge", plain, tmp_path / "plain").err
     checks = run("verify", tmp_path / "plain", "--json", expect=3).json()["checks"]
     assert [c["name"] for c in checks if c["passed"] is False] == ["tokenizer"]
     out, err = merge(f"{LINEAR}{JOINED}tokenizer_source: union\n", base=short)
-    assert f"{told}: they are ignored" in err
+    assert f"{beyond}: they are ignored" in err
     at, there = tokens(out)["<|tool|>"], tokens(speakers["other"])["<|tool|>"]
     assert torch.allclose(weights(out)[HEAD][at], weights(speakers["other"])[HEAD][there])
 
@@ -191,21 +191,25 @@ def test_a_special_token_beyond_the_embeddings(merge, tmp_path):
     """transformers adds a pad token that tokenizer_config.json names, so it has to have a row."""
     short = make_model(tmp_path / "short", vocab_size=101)
     save_tokenizer(short, train_tokenizer(more=["<|start|>", "<pad>"]), pad_token="<pad>")
-    out, told = merge(f"{PASS}tokenizer_source: base\n", base=short)
-    assert "has 1 token ('<pad>') beyond the 101 rows" in told and "embedding for 1 token ('<pad>'): rows of" in told
+    out, stderr = merge(f"{PASS}tokenizer_source: base\n", base=short)
+    assert (
+        "has 1 token ('<pad>') beyond the 101 rows" in stderr and "embedding for 1 token ('<pad>'): rows of" in stderr
+    )
     assert tokens(out) == tokens(short) and len(weights(out)[HEAD]) == 102 and not weights(out)[HEAD][101].any()
 
 
 def test_plain_merges_tell_of_other_ids(run, tmp_path):
-    """Without tokenizer settings rows are merged as they stand; where they are other tokens', that is told."""
+    """Without tokenizer settings rows are merged in their order, with a warning if tokens differ."""
     folders = {}
     for name, special in (("base", ["<s>", "</s>"]), ("other", ["</s>", "<s>"]), ("like", ["<s>", "</s>"])):
         folders[name] = make_model(tmp_path / name, vocab_size=100)
         save_tokenizer(folders[name], train_tokenizer(special=special))
     recipe = write_recipe(tmp_path / "r.yml", f"{LINEAR}{JOINED}".format(**folders))
-    told = run("plan", recipe, "--json").json()["warnings"]
+    warnings = run("plan", recipe, "--json").json()["warnings"]
     assert (
-        len(told) == 1 and "at the ids of 2 tokens ('</s>', '<s>')" in told[0] and "tokenizer_source: union" in told[0]
+        len(warnings) == 1
+        and "at the ids of 2 tokens ('</s>', '<s>')" in warnings[0]
+        and "tokenizer_source: union" in warnings[0]
     )
     recipe = write_recipe(tmp_path / "r.yml", f"{LINEAR}{JOINED}".format(**folders | {"other": folders["like"]}))
     assert run("plan", recipe, "--json").json()["warnings"] == []
@@ -250,15 +254,15 @@ def test_a_family_that_nobody_described(run, tmp_path):
         save_tokenizer(folders[name], train_tokenizer(size=size, special=special))
     text = f"{LINEAR}{JOINED}tokenizer_source: union\n".format(**folders)
     run("merge", write_recipe(tmp_path / "r.yml", text), tmp_path / "out")
-    base, other, made = (weights(f) for f in (*folders.values(), tmp_path / "out"))
+    base, other, merged = (weights(f) for f in (*folders.values(), tmp_path / "out"))
     words, positions = "transformer.wte.weight", "transformer.wpe.weight"
     ids, known = tokens(folders["other"]), tokens(folders["base"])
     for token, at in tokens(tmp_path / "out").items():
         theirs = other[words][ids[token]]
         wanted = (base[words][known[token]] + theirs) / 2 if token in known else theirs
-        assert torch.allclose(made[words][at], wanted, atol=1e-6)
-    assert torch.allclose(made[positions], (base[positions] + other[positions]) / 2, atol=1e-6)
-    assert load(tmp_path / "out").config.vocab_size == len(made[words]) == 110
+        assert torch.allclose(merged[words][at], wanted, atol=1e-6)
+    assert torch.allclose(merged[positions], (base[positions] + other[positions]) / 2, atol=1e-6)
+    assert load(tmp_path / "out").config.vocab_size == len(merged[words]) == 110
 
 
 # fmt: off
@@ -308,19 +312,19 @@ def test_wrong_settings(run, speakers, tmp_path, name):
 
 
 def test_other_kinds_and_other_sizes(run, speakers, tmp_path):
-    pieces = make_model(tmp_path / "pieces", vocab_size=90)
-    save_tokenizer(pieces, train_tokenizer("WordPiece", size=80))
-    models = speakers | {"other": pieces}
+    wordpiece = make_model(tmp_path / "wordpiece", vocab_size=90)
+    save_tokenizer(wordpiece, train_tokenizer("WordPiece", size=80))
+    models = speakers | {"other": wordpiece}
     recipe = write_recipe(tmp_path / "r.yml", f"{LINEAR}{JOINED}tokenizer_source: union\n".format(**models))
-    told = run("plan", recipe, expect=2).err
-    assert f"tokenizer_source (line 5): {pieces}: tokenizers of different kinds have no union" in told
-    assert f"BPE over bytes, as that of {speakers['base']}" in told and "WordPiece over characters" in told
+    stderr = run("plan", recipe, expect=2).err
+    assert f"tokenizer_source (line 5): {wordpiece}: tokenizers of different kinds have no union" in stderr
+    assert f"BPE over bytes, as that of {speakers['base']}" in stderr and "WordPiece over characters" in stderr
     recipe = write_recipe(tmp_path / "r.yml", f"{LINEAR}{JOINED}".format(**models))
     assert "hint:     tokenizer_source: union or base" in run("plan", recipe, expect=2).err
 
 
 def test_damaged_tokenizers(run, speakers, tmp_path):
-    """Told where recipes ask for them; a plain merge copies them, and says that it did not look."""
+    """An error where a recipe uses them; a plain merge copies them, and warns that they were not checked."""
     for number, content in enumerate((b"{", b"[]", b'{"model": {}}', b'{"model": {"vocab": {"a": -1}}}', b"\xff")):
         folder = same_but(speakers["other"], tmp_path / str(number))
         (folder / "tokenizer.json").write_bytes(content)

@@ -26,8 +26,8 @@ def union(*sources) -> dict:
     return united([Named(f"model {i}", data(s)) for i, s in enumerate(sources)])
 
 
-def loaded(made: dict) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(json.dumps(made))
+def loaded(combined: dict) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(combined))
 
 
 def spelled(tokenizer, text: str) -> list[str]:
@@ -63,20 +63,20 @@ def test_a_source_that_extends_the_first_is_reproduced(text):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_of_a_union(kind):
-    """The first one's tokens keep their ids; then come the others' pieces, then their added tokens."""
+    """The first one's tokens keep their ids; then come the tokens of the others' models, then their added tokens."""
     one = train_tokenizer(kind, size=70, more=["<|a|>"])
     two = train_tokenizer(kind, OTHER, 60, special=["</s>", "<s>"], more=["<|b|>", "<|a|>"])
     three = train_tokenizer(kind, OTHER + TEXT, 70, more=["<|c|>"])
-    made = union(one, two, three)
-    ids, mine = tokens_of(made), one.get_vocab()
+    combined = union(one, two, three)
+    ids, mine = tokens_of(combined), one.get_vocab()
     assert {token: i for token, i in ids.items() if token in mine} == mine
     assert sorted(ids.values()) == list(range(len(ids)))
     assert ids.keys() == mine.keys() | two.get_vocab().keys() | three.get_vocab().keys()
     new = list(ids)[len(mine) :]
     assert new[-2:] == ["<|b|>", "<|c|>"]
-    pieces = [[t for t in tokens_of(data(s)) if t in new[:-2]] for s in (two, three)]
-    assert new[:-2] == list(dict.fromkeys(pieces[0] + pieces[1]))
-    both = loaded(made)
+    fresh = [[t for t in tokens_of(data(s)) if t in new[:-2]] for s in (two, three)]
+    assert new[:-2] == list(dict.fromkeys(fresh[0] + fresh[1]))
+    both = loaded(combined)
     assert both.get_vocab() == ids  # the library gives them the ids that we say
     assert both.encode("<|b|>").ids == [ids["<|b|>"]] and both.encode("<|a|>").ids == [mine["<|a|>"]]
     word = "whose"
@@ -100,25 +100,25 @@ def test_a_part_of_a_tokenizer(kind):
 
 
 def test_added_tokens_keep_their_settings():
-    """Those of the first model that has them; a piece of the first that is an added token elsewhere becomes one."""
+    """Those of the first model that has them; a token of the first that is an added token elsewhere becomes one."""
     one, two = train_tokenizer(size=130), train_tokenizer(text=OTHER, size=60)
-    piece = next(t for t in tokens_of(data(one)) if len(t) > 3 and t[0].isascii() and t not in two.get_vocab())
-    two.add_tokens([tokenizers.AddedToken("<|x|>", lstrip=True, normalized=False), piece])
-    made = union(one, two)
-    entry = next(t for t in made["added_tokens"] if t["content"] == "<|x|>")
+    token = next(t for t in tokens_of(data(one)) if len(t) > 3 and t[0].isascii() and t not in two.get_vocab())
+    two.add_tokens([tokenizers.AddedToken("<|x|>", lstrip=True, normalized=False), token])
+    combined = union(one, two)
+    entry = next(t for t in combined["added_tokens"] if t["content"] == "<|x|>")
     assert entry["lstrip"] and not entry["normalized"] and not entry["special"]
-    both = loaded(made)
+    both = loaded(combined)
     assert both.encode("a   <|x|>").offsets == two.encode("a   <|x|>").offsets == [(0, 1), (1, 9)]
-    assert both.token_to_id(piece) == one.token_to_id(piece)
-    assert spelled(both, f"x{piece}x") == spelled(two, f"x{piece}x") == ["x", piece, "x"]
+    assert both.token_to_id(token) == one.token_to_id(token)
+    assert spelled(both, f"x{token}x") == spelled(two, f"x{token}x") == ["x", token, "x"]
 
 
 def test_other_kinds_have_no_union():
     one, two = train_tokenizer(size=100), train_tokenizer("WordPiece", OTHER, 60)
     with pytest.raises(PlanError) as caught:
         union(one, two)
-    told = str(caught.value)
-    assert "model 1: tokenizers of different kinds" in told and "BPE over bytes, as that of model 0" in told
-    assert "WordPiece over characters with continuing_subword_prefix '##'" in told
+    message = str(caught.value)
+    assert "model 1: tokenizers of different kinds" in message and "BPE over bytes, as that of model 0" in message
+    assert "WordPiece over characters with continuing_subword_prefix '##'" in message
     known = train_tokenizer("WordPiece", "o", 4)  # where it has nothing new, its kind does not matter
     assert union(train_tokenizer("WordLevel", "o", 4), known)["model"]["type"] == "WordLevel"
