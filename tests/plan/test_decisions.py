@@ -266,7 +266,7 @@ def test_tokenizers_stay_behind_only_when_asked(models, monkeypatch, tmp_path):
         (
             "merge_method: linear\nparameters: {weight: 1}\nslices:\n- sources: [{model: a, layer_range: [0, 2]},"
             " {model: b, layer_range: [0, 3]}]\n",
-            "2 layers each",
+            "2 layers",
         ),
         ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 5]}]}]\n", "beyond the 4 layers"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]\n", "needs weight"),
