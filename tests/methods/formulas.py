@@ -44,17 +44,17 @@ def multislerp(base, others, *, weight):
     return start + mean / mean.norm() * sum(s * v.norm() for s, v in zip(shares, vectors, strict=True))
 
 
-def karcher(base, others):
+def karcher(base, others, *, max_iter, tol):
     """Gradient steps on the sphere itself, in full space."""
     vectors = torch.stack([x.double().flatten() for x in others])  # (s, n)
     units = vectors / vectors.norm(dim=1, keepdim=True)  # (s, n)
     mean = units.mean(0) / units.mean(0).norm()  # (n,)
-    for _ in range(100):
+    for _ in range(max_iter):
         angles = (units @ mean).clamp(-1, 1).arccos()  # (s,)
         logs = (angles / angles.sin())[:, None] * (units - angles.cos()[:, None] * mean)  # (s, n)
         step = logs.mean(0)  # (n,)
         size = step.norm()
-        if size < 1e-12:
+        if size < tol:
             break
         mean = size.cos() * mean + size.sin() * step / size
     return (mean * vectors.norm(dim=1).mean()).view_as(others[0])

@@ -46,6 +46,7 @@ CASES = {  # method, parameters for all, weight of each source (the base model h
     "ramplus_tl": ("ramplus_tl", {"epsilon": 0.01, "r": 0.5, "alpha": 1.5}, None),
     "ramplus_tl, bounded": ("ramplus_tl", {"epsilon": 0.01, "r": 0.5, "alpha": 0.2}, None),
     "karcher": ("karcher", {"max_iter": 100, "tol": 1e-9}, None),
+    "karcher, one step": ("karcher", {"max_iter": 1, "tol": 1e-9}, None),
     "arcee_fusion": ("arcee_fusion", {}, None),
     "nearswap": ("nearswap", {"t": 0.01}, None),
 }
@@ -103,7 +104,7 @@ def test_published_formula(run, family, tmp_path, case, with_base):
     others = [t for m, t in sources.items() if m != "base" or method in AS_SOURCE]
     before = {path: path.read_bytes() for path in family.glob("*/model.safetensors")}
     ours = merged(run, family, tmp_path, models, method, parameters, weight)
-    more = ({"weight": weight} if weight else {}) | (parameters if method != "karcher" else {})
+    more = ({"weight": weight} if weight else {}) | parameters
     for name, tensor in ours.items():
         oracle = getattr(formulas, method)(base and base[name], [o[name] for o in others], **more)
         error = (tensor.double() - oracle).abs()

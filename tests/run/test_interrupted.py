@@ -105,7 +105,7 @@ def test_another_recipe_or_seed_is_refused(plan, whole, tmp_path):
         with pytest.raises(api.DeusMergeError, match="cannot resume") as raised:
             api.merge(unlike, out, api.RunOptions(resume=True, **options))
         assert told in str(raised.value)
-    with pytest.raises(api.DeusMergeError, match="unfinished run"):
+    with pytest.raises(api.DeusMergeError, match="--resume"):
         api.merge(plan, out)
     api.merge(plan, out, api.RunOptions(resume=True))
     assert content(out) == whole
