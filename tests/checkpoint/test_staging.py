@@ -71,3 +71,19 @@ def test_two_earlier_outputs_are_both_left(tmp_path):
     with pytest.raises(PlanError, match="moved the earlier output away") as caught:
         area.check(overwrite=True)
     assert str(area.old) in caught.value.got
+
+
+@pytest.mark.parametrize(("names", "inode"), [(("old", "new"), "new"), (("out", "old"), "out")])
+def test_names_are_on_the_disk_before_anything_else(names, inode, tmp_path, monkeypatch):
+    """Both folders that a name moved between are synced, before the rest is removed."""
+    area = build(tmp_path, *names, inode=inode)
+    fsync, synced = os.fsync, []
+
+    def record(fd):
+        assert area.out.exists() and area.staging.exists()
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", record)
+    area.recover()
+    assert synced == [str(area.staging), str(tmp_path)]
