@@ -37,7 +37,8 @@ class FileHeader:
     Attributes:
         file: The file.
         size: Its size in bytes.
-        identity: Device, inode, size and modification time; they must not change while the file is in use.
+        identity: Device, inode, size and modification time; they must not change while the file is in use. A pickled
+            header has only the last two, which a shared file has on every machine.
         tensors: Its tensors in file order.
         metadata: The header's ``__metadata__``.
         digest: sha256 over the length prefix and the header.
@@ -49,6 +50,10 @@ class FileHeader:
     tensors: tuple[StoredTensor, ...]
     metadata: Mapping[str, str]
     digest: bytes
+
+    def __reduce__(self) -> tuple:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return type(self), tuple((values | {"identity": self.identity[-2:]}).values())
 
 
 def read_header(path: Path) -> FileHeader:
@@ -251,6 +256,11 @@ def open_regular(path: Path) -> int:
     if fd >= 0:
         os.close(fd)
     return _refuse(path, "not a regular file", expected="a file", got="a folder, FIFO, socket or device")
+
+
+def is_same_file(header: FileHeader, status: os.stat_result) -> bool:
+    """Whether an open file is the one that a header was read from, unchanged."""
+    return file_identity(status)[-len(header.identity) :] == header.identity
 
 
 def file_identity(status: os.stat_result) -> tuple[int, ...]:

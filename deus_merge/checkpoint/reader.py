@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import CheckpointError, nearest, printable
 from ..core.tensors import StoredTensor
 from ..core.units import ITEMSIZE, torch_dtype
-from .header import FileHeader, file_identity, open_regular, parse_json, read_header, read_small
+from .header import FileHeader, is_same_file, open_regular, parse_json, read_header, read_small
 from .index import INDEX, SINGLE, single_file, weight_map
 from .tensor_source import TensorSource
 
@@ -231,7 +231,7 @@ class Checkpoint:
             if file not in self._fds:
                 self._fds[file] = open_regular(file)
             # A file that shrank would end in a bus error instead of a message.
-            if file_identity(os.fstat(self._fds[file])) != self._headers[file].identity:
+            if not is_same_file(self._headers[file], os.fstat(self._fds[file])):
                 raise CheckpointError("the file has changed since it was opened", where=file)
             return self._fds[file]
 
