@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -126,3 +127,15 @@ def test_in_another_process(folders):
     code = f"import pickle, sys; print(pickle.load(sys.stdin.buffer).read({name!r}).double().sum().item())"
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(source), capture_output=True, check=True)
     assert float(done.stdout) == source.read(name).double().sum().item()
+
+
+def test_files_of_another_machine_have_other_inodes(folders, tmp_path):
+    """A pickled source compares size and time alone; this process would notice that a file was replaced."""
+    shutil.copytree(folders / "base", tmp_path / "model")
+    source = Checkpoint.open(tmp_path / "model")
+    data, name = pickle.dumps(source), "model.norm.weight"
+    (tmp_path / "model").rename(tmp_path / "before")
+    shutil.copytree(tmp_path / "before", tmp_path / "model")  # the same bytes and times
+    assert torch.equal(pickle.loads(data).read(name), Checkpoint.open(tmp_path / "before").read(name))
+    with pytest.raises(CheckpointError, match="has changed since"):
+        source.read(name)
