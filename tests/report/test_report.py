@@ -71,6 +71,10 @@ def test_a_page_for_every_kind_of_output(run, tiny, tmp_path, preset):
     for shown in (f"{d[key]:.3g}" for layer in record["layers"] for d in layer["diagnostics"]
                   for key in ("cosine", "transport_cost") if d.get(key)):  # fmt: skip
         assert f">{shown}<" in text
+    for queries in (d["queries"] for layer in record["layers"] for d in layer["diagnostics"] if "queries" in d):
+        cell = 96 / len(queries)
+        for at, head in enumerate(queries):
+            assert f'<rect class="cell" x="{at * cell:.2f}" y="{head * cell:.2f}"' in text
     assert "copied tensors" in told and "computes " + ("what" if record["function_preserving"] else "something") in told
     run("verify", out, "--quick")
     run("upscale", tiny, out, "--preset", "stack", "--overwrite")  # the page does not stand in the way

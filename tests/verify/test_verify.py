@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from outputs import EVERY_ACTION, edit_json, places, reseal, sources
 from support import load, make_model, write_recipe
 
-from deus_merge.cli.main import _run
+from deus_merge import api
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def made(tmp_path_factory, tiny) -> Path:
     folder = tmp_path_factory.mktemp("verify")
     sources(folder, tiny)
     recipe = write_recipe(folder / "recipe.yml", EVERY_ACTION.format(folder=folder))
-    assert _run(["merge", str(recipe), str(folder / "out"), "--max-shard-size", "150kB", "--quiet"]) == 0
+    api.merge(recipe, folder / "out", max_shard_size="150kB")
     return folder / "out"
 
 
