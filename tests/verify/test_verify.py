@@ -128,7 +128,7 @@ def made_by(out: Path, action: str) -> str:
 
 # The manifest is made to fit after each of these, so that no checksum tells.
 @pytest.mark.parametrize(
-    ("damage", "check", "told"),
+    ("damage", "check", "reported"),
     [
         (lambda out: patch(out, made_by(out, "compute"), b"\xc0\x7f"), "finite values", "holds NaN"),
         (lambda out: patch(out, made_by(out, "cast"), b"\x80\xff"), "finite values", "holds NaN or infinity"),
@@ -153,15 +153,15 @@ def made_by(out: Path, action: str) -> str:
         (lambda out: (out / "added_tokens.json").write_text("{}"), "other files", "added_tokens.json"),
     ],
 )  # fmt: skip
-def test_damage_that_no_checksum_tells(run, made, out, damage, check, told):
+def test_damage_that_no_checksum_tells(run, made, out, damage, check, reported):
     damage(out)
     reseal(out)
     found = failed(run("verify", out, "--json", expect=3))
-    assert told in found[check], found
+    assert reported in found[check], found
 
 
 @pytest.mark.parametrize(
-    ("damage", "check", "told"),
+    ("damage", "check", "reported"),
     [
         (cut, "files and headers", "model-00002-of-"),
         (lambda out: (out / "model-00002-of-00003.safetensors").unlink(), "files and headers", "model-00002-of-00003"),
@@ -172,10 +172,10 @@ def test_damage_that_no_checksum_tells(run, made, out, damage, check, told):
         (lambda out: (out / "config.json").write_text("[1" * 50_000), "files and headers", "config.json"),
     ],
 )
-def test_files_that_are_gone_or_cut(run, out, damage, check, told):
+def test_files_that_are_gone_or_cut(run, out, damage, check, reported):
     damage(out)
     done = run("verify", out, "--json", expect=3)
-    assert told in failed(done)[check]
+    assert reported in failed(done)[check]
     assert len(done.json()["checks"]) == 11
 
 
