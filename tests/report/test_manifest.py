@@ -278,5 +278,5 @@ def test_outputs_of_old_formats_are_verified_stripped_and_reported(run, tiny, tm
         assert [name for name, passed in checks.items() if not passed] == (["checksums"] if version == 1 else [])
         run("report", out)
         assert "layer 3: compute of tiny 2 + tiny 3" in (out / "report.html").read_text()
-        told = run("strip", out, tmp_path / f"base{version}", "--json").json()
-        assert told["same_files"] and told["different"] == []
+        reported = run("strip", out, tmp_path / f"base{version}", "--json").json()
+        assert reported["same_files"] and reported["different"] == []

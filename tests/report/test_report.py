@@ -60,18 +60,25 @@ def test_a_page_for_every_kind_of_output(run, tiny, tmp_path, preset):
     record = json.loads((out / "deus_merge.json").read_text())
     layers = f"6 → {record['num_layers']} layers"
     assert layers in text and page.tags.count("svg") >= 1 and record["sources"][0]["fingerprint"] in text
-    told = "".join(page.texts)
+    reported = "".join(page.texts)
     card = (out / "README.md").read_text()
     for layer in record["layers"]:
         how = " + ".join(layer["actions"])
-        assert f"layer {layer['layer']}: {how} of tiny {layer['sources'][0]['layer']}" in told
+        assert f"layer {layer['layer']}: {how} of tiny {layer['sources'][0]['layer']}" in reported
         assert how == "copy" or f"| {how} ({layer['method']}), new |" in card
         strongest = [a for a in ("copy", "derive", "cast", "zeros", "align", "compute") if a in layer["actions"]][-1]
         assert f'<i class="{strongest}"></i>{how}<' in text and f'<rect class="{strongest}"' in text
     for shown in (f"{d[key]:.3g}" for layer in record["layers"] for d in layer["diagnostics"]
                   for key in ("cosine", "transport_cost") if d.get(key)):  # fmt: skip
         assert f">{shown}<" in text
-    assert "copied tensors" in told and "computes " + ("what" if record["function_preserving"] else "something") in told
+    for queries in (d["queries"] for layer in record["layers"] for d in layer["diagnostics"] if "queries" in d):
+        cell = 96 / len(queries)
+        for at, head in enumerate(queries):
+            assert f'<rect class="cell" x="{at * cell:.2f}" y="{head * cell:.2f}"' in text
+    assert (
+        "copied tensors" in reported
+        and "computes " + ("what" if record["function_preserving"] else "something") in reported
+    )
     run("verify", out, "--quick")
     run("upscale", tiny, out, "--preset", "stack", "--overwrite")  # the page does not stand in the way
     assert not (out / "report.html").exists()

@@ -54,8 +54,8 @@ def test_base_comes_back_byte_for_byte(tmp_path_factory, family, layers, tied, d
 def test_every_preset_with_its_tokenizer(run, tiny, tmp_path, preset):
     """Also solar and stack: the base's layers are all in them, in order."""
     out = grow(tiny, tmp_path / "out", preset)
-    told = run("strip", out, tmp_path / "back", "--json").json()
-    assert told["same_files"] is True and told["num_layers"] == 6
+    reported = run("strip", out, tmp_path / "back", "--json").json()
+    assert reported["same_files"] is True and reported["num_layers"] == 6
     assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in tiny.iterdir()} - {"TRAINING.md"}
     for file in (tmp_path / "back").iterdir():
         same_model(tiny, tmp_path / "back", (file.name,))
@@ -166,14 +166,14 @@ def test_what_is_not_the_base_with_layers_added(run, tmp_path, monkeypatch, case
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "base")
     make_model(tmp_path / "other", seed=1)
-    slices, told = REFUSED[case]
+    slices, reported = REFUSED[case]
     pair = "{model: base, layer_range: [0, 1]}, {model: base, layer_range: [1, 2]}"
     new = f"  - merge_method: ot_fuse\n    sources: [{pair}]\n"
     method = "" if "merge_method" in slices else "merge_method: passthrough\n"
     Path("recipe.yml").write_text(f"base_model: base\n{method}{slices}{new}")
     api.merge("recipe.yml", tmp_path / "out", QUIET)
     error = run("strip", "out", "back", expect=2).err
-    assert "not all there" in error and told in error
+    assert "not all there" in error and reported in error
     assert not Path("back").exists()
 
 
@@ -207,7 +207,7 @@ def test_what_strip_does_not_take(run, tmp_path):
     assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".back*tmp"))
 
 
-def test_strip_replaces_only_when_told(run, tmp_path):
+def test_strip_replaces_only_with_overwrite(run, tmp_path):
     base = make_model(tmp_path / "base")
     out = grow(base, tmp_path / "out", "copy_next")
     run("strip", out, tmp_path / "back")

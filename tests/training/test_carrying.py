@@ -65,13 +65,15 @@ def test_an_earlier_growth_is_trained_and_a_tied_head_saved_once(run, deeper, tm
     assert "lm_head.weight" in weights(twice) and "lm_head.weight" not in weights(tmp_path / "trained")
     training.carry_manifest(twice, tmp_path / "trained")
     assert run("verify", tmp_path / "trained", "--json").json()["passed"]
-    told = run("strip", tmp_path / "trained", tmp_path / "back", "--json").json()
-    assert told["manifest"] is True and json.loads((tmp_path / "back/deus_merge.json").read_text())["trained"] is True
+    reported = run("strip", tmp_path / "trained", tmp_path / "back", "--json").json()
+    assert (
+        reported["manifest"] is True and json.loads((tmp_path / "back/deus_merge.json").read_text())["trained"] is True
+    )
     assert run("verify", tmp_path / "back", "--json").json()["passed"]
 
 
 def test_training_in_another_dtype(run, tmp_path):
-    """bfloat16 weights are told; a model saved in float32 holds its base's values, and in float16 it does not."""
+    """bfloat16 weights are reported; a model saved in float32 holds its base's values, and in float16 it does not."""
     out = grow(make_model(tmp_path / "base", tied=True, dtype=torch.bfloat16), tmp_path / "deeper")
     model = load(out).to(torch.bfloat16)
     assert "in bfloat16 small steps are lost" in str(training.freeze_base(model, out))
@@ -83,8 +85,8 @@ def test_training_in_another_dtype(run, tmp_path):
     checks = {c["name"]: c for c in run("verify", wide, "--json").json()["checks"]}
     assert "in a wider dtype" in checks["copied tensors"]["detail"]
     assert checks["tensors against the plan"]["detail"].endswith("names, shapes; now float32")
-    told = run("verify", narrow, expect=3).out
-    assert "it is float16, its source bfloat16" in told
+    reported = run("verify", narrow, expect=3).out
+    assert "it is float16, its source bfloat16" in reported
     done = run("strip", wide, tmp_path / "back", "--json").json()
     assert (done["equal_to_base"], done["different"], done["widened"]) == (0, [], len(weights(tmp_path / "base")))
     tensors = weights(wide)

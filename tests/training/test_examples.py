@@ -49,8 +49,8 @@ def check_example(run, script: str, base: Path, tmp_path: Path, *options: object
     assert all(weights(trained)[n].any() for n in new)
     assert load(trained).config.num_hidden_layers == load(out).config.num_hidden_layers
     assert run("verify", trained, "--json").json()["passed"]
-    told = run("strip", trained, tmp_path / "back", "--json").json()
-    assert told["different"] == [] and told["equal_to_base"] == len(weights(base))
+    reported = run("strip", trained, tmp_path / "back", "--json").json()
+    assert reported["different"] == [] and reported["equal_to_base"] == len(weights(base))
     assert (tmp_path / "back/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     return trained
 
@@ -73,11 +73,11 @@ def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
     assert training.freeze_base(model, again, generation=0).layers == (5, 8)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(older)
     assert "layers 5, 8, then trained, by plan" in (again / "README.md").read_text()
-    told = run("strip", again, tmp_path / "once").err
-    assert not changed(weights(trained), weights(tmp_path / "once")) and "can be stripped again" in told
+    reported = run("strip", again, tmp_path / "once").err
+    assert not changed(weights(trained), weights(tmp_path / "once")) and "can be stripped again" in reported
     assert run("verify", tmp_path / "once", "--json").json()["passed"]
-    told = run("strip", tmp_path / "once", tmp_path / "twice", "--json").json()
-    assert (told["equal_to_base"], told["manifest"]) == (len(weights(tiny)), None)
+    reported = run("strip", tmp_path / "once", tmp_path / "twice", "--json").json()
+    assert (reported["equal_to_base"], reported["manifest"]) == (len(weights(tiny)), None)
     trained.rename(tmp_path / "moved")
     assert "name one with --manifest" in run("strip", again, tmp_path / "alone").err
     assert (tmp_path / "twice/model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()

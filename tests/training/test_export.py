@@ -30,7 +30,7 @@ def test_settings_for_axolotl(run, deeper):
 
 
 # fmt: off
-FACTORY = {  # preset, where, and what LLaMA-Factory is told: every k-th layer, the last, the first; or nothing
+FACTORY = {  # preset, where, and the setting of LLaMA-Factory: every k-th layer, the last, the first; or nothing
     "evenly": ("llama_pro", {"every": 3}, {"freeze_trainable_layers": 4, "use_llama_pro": True}),
     "each": ("llama_pro", {"every": 1}, {"freeze_trainable_layers": 12, "use_llama_pro": True}),
     "at the end": ("llama_pro", {"after": [11]}, {"freeze_trainable_layers": 1}),
@@ -47,8 +47,8 @@ def test_settings_for_llama_factory(run, tmp_path, case):
     preset, insert, expected = FACTORY[case]
     out = grow(make_model(tmp_path / "base", layers=12), tmp_path / "out", preset, insert)
     if isinstance(expected, str):
-        told = run("export-training", out, "--for", "llama-factory", expect=2).err
-        assert "LLaMA-Factory cannot train only" in told and expected in told
+        reported = run("export-training", out, "--for", "llama-factory", expect=2).err
+        assert "LLaMA-Factory cannot train only" in reported and expected in reported
         every = yaml.safe_load(expected)
         again = grow(tmp_path / "base", tmp_path / "again", "llama_pro", every)
         settings = yaml.safe_load(run("export-training", again, "--for", "llama-factory").out)
@@ -60,13 +60,13 @@ def test_settings_for_llama_factory(run, tmp_path, case):
 
 
 def test_settings_that_there_are_none_for(run, deeper, tmp_path):
-    told = run("export-training", deeper, "--for", "torchtune", expect=2).err
-    assert "torchtune cannot train only" in told and "new layers 2, 4" in told
+    reported = run("export-training", deeper, "--for", "torchtune", expect=2).err
+    assert "torchtune cannot train only" in reported and "new layers 2, 4" in reported
     assert "llama-factory" in run("export-training", deeper, "--for", "unsloth", expect=2).err
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=32))
     gpt2.save_pretrained(tmp_path / "gpt2")
     out = grow(tmp_path / "gpt2", tmp_path / "out", "stack", None)
-    told = run("export-training", out, "--for", "axolotl", expect=2).err
-    assert "model_type 'gpt2'" in told and "--for trainer" in told
+    reported = run("export-training", out, "--for", "axolotl", expect=2).err
+    assert "model_type 'gpt2'" in reported and "--for trainer" in reported
     model = load(out)
     assert training.freeze_base(model, out).layers == (2, 3)

@@ -171,12 +171,12 @@ def test_too_late_for_distributed_training(deeper, tmp_path):
 
 @pytest.mark.parametrize("stranger", STRANGERS)
 def test_another_model_is_refused_and_left_alone(deeper, stranger):
-    make, told = STRANGERS[stranger]
+    make, reported = STRANGERS[stranger]
     model = make(deeper)
     before = [p.requires_grad for p in model.parameters()]
     with pytest.raises(TrainingError) as caught:
         training.freeze_base(model, deeper)
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
     assert [p.requires_grad for p in model.parameters()] == before
 
 

@@ -44,7 +44,7 @@ def test_new_layers_that_peft_is_to_save(run, deeper, tmp_path):
 
 
 def test_copies_of_peft_that_are_not_all_or_not_used(deeper):
-    """Of layers that are saved in part the rest is told; of several adapters the one in use counts."""
+    """Layers that are saved in part are reported; of several adapters, the active one counts."""
     peft = pytest.importorskip("peft")
     part = peft.get_peft_model(load(deeper), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]))
     assert training.freeze_base(part, deeper).unsaved == ("model.layers.2", "model.layers.4")

@@ -13,7 +13,7 @@ from deus_merge.core.errors import TrainingError
 
 
 class Listener(transformers.TrainerCallback):
-    """What TensorBoard and its like get to see; and, when told, something that writes to frozen weights."""
+    """What TensorBoard and its like get to see; and, on request, writes to frozen weights."""
 
     def __init__(self, spoil: torch.Tensor | None = None):
         self.seen, self.spoil = [], spoil

@@ -63,7 +63,7 @@ print(eval(sys.argv[2])(tensor))
 
 
 @pytest.mark.parametrize("use", ["lambda t: t.sum()", "lambda t: t.numpy().sum()", "lambda t: (t * 2).shape"])
-def test_a_file_that_is_cut_off_while_it_is_mapped_is_told(tmp_path, use):
+def test_a_file_that_is_cut_off_while_it_is_mapped_is_reported(tmp_path, use):
     """In the window between the check of the file and the use of its pages the kernel sends a bus error."""
     (tmp_path / "config.json").write_text("{}")
     save_file({"w": torch.ones(1024, 2048)}, tmp_path / "model.safetensors")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from outputs import EVERY_ACTION, edit_json, places, reseal, sources
 from support import load, make_model, write_recipe
 
-from deus_merge.cli.main import _run
+from deus_merge import api
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def made(tmp_path_factory, tiny) -> Path:
     folder = tmp_path_factory.mktemp("verify")
     sources(folder, tiny)
     recipe = write_recipe(folder / "recipe.yml", EVERY_ACTION.format(folder=folder))
-    assert _run(["merge", str(recipe), str(folder / "out"), "--max-shard-size", "150kB", "--quiet"]) == 0
+    api.merge(recipe, folder / "out", max_shard_size="150kB")
     return folder / "out"
 
 
@@ -128,7 +128,7 @@ def made_by(out: Path, action: str) -> str:
 
 # The manifest is made to fit after each of these, so that no checksum tells.
 @pytest.mark.parametrize(
-    ("damage", "check", "told"),
+    ("damage", "check", "reported"),
     [
         (lambda out: patch(out, made_by(out, "compute"), b"\xc0\x7f"), "finite values", "holds NaN"),
         (lambda out: patch(out, made_by(out, "cast"), b"\x80\xff"), "finite values", "holds NaN or infinity"),
@@ -153,15 +153,15 @@ def made_by(out: Path, action: str) -> str:
         (lambda out: (out / "added_tokens.json").write_text("{}"), "other files", "added_tokens.json"),
     ],
 )  # fmt: skip
-def test_damage_that_no_checksum_tells(run, made, out, damage, check, told):
+def test_damage_that_no_checksum_tells(run, made, out, damage, check, reported):
     damage(out)
     reseal(out)
     found = failed(run("verify", out, "--json", expect=3))
-    assert told in found[check], found
+    assert reported in found[check], found
 
 
 @pytest.mark.parametrize(
-    ("damage", "check", "told"),
+    ("damage", "check", "reported"),
     [
         (cut, "files and headers", "model-00002-of-"),
         (lambda out: (out / "model-00002-of-00003.safetensors").unlink(), "files and headers", "model-00002-of-00003"),
@@ -172,10 +172,10 @@ def test_damage_that_no_checksum_tells(run, made, out, damage, check, told):
         (lambda out: (out / "config.json").write_text("[1" * 50_000), "files and headers", "config.json"),
     ],
 )
-def test_files_that_are_gone_or_cut(run, out, damage, check, told):
+def test_files_that_are_gone_or_cut(run, out, damage, check, reported):
     damage(out)
     done = run("verify", out, "--json", expect=3)
-    assert told in failed(done)[check]
+    assert reported in failed(done)[check]
     assert len(done.json()["checks"]) == 11
 
 
