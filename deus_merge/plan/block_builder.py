@@ -70,7 +70,7 @@ class BlockBuilder:
 
     def add_layers(
         self,
-        piece: OutputSlice,
+        slice_: OutputSlice,
         layers: Sequence[int],
         position: float,
         *,
@@ -82,7 +82,7 @@ class BlockBuilder:
         """Add a block that makes the next layers of the output.
 
         Args:
-            piece: The slice, its sources those of the block.
+            slice_: The slice, its sources those of the block.
             layers: Which layer of each source.
             position: Where in the slice, from 0 to 1, for gradients.
             count: How many layers.
@@ -93,9 +93,9 @@ class BlockBuilder:
         first = len(self.origins)
         last = first + count - 1
         if last >= MAX_LAYERS:
-            piece.place.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got="more")
+            slice_.place.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got="more")
         title = self.title(f"layers {first}-{last}" if count > 1 else f"layer {last}")
-        sources = piece.sources
+        sources = slice_.sources
         views = [self.view(s.model) for s in sources]
         roles = [view.layers[layer] for view, layer in zip(views, layers, strict=True)]
         parts = [
@@ -105,17 +105,17 @@ class BlockBuilder:
         check_same(parts)
         donor = self.view(self.recipe.donor)
         check_like_donor(parts[0], self.models[0], donor)
-        base = base_source(piece, piece.base_model or self.recipe.base_model)
+        base = base_source(slice_, slice_.base_model or self.recipe.base_model)
         outputs = []
         for slot in range(count):
             prefix = prefix_of(first + slot, donor.layer_prefix)
             for role in roles[0]:
                 spec = views[0].spec(role)
                 name = prefix + (spec.name if spec else role)
-                output = self._output(piece, role, name, [r[role] for r in roles], spec, position, defaults)
+                output = self._output(slice_, role, name, [r[role] for r in roles], spec, position, defaults)
                 outputs.append(replace(output, slot=slot, between=between))
         block_sources = [BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True)]
-        block = self._add(piece, title, range(first, first + count), block_sources, base, outputs, new)
+        block = self._add(slice_, title, range(first, first + count), block_sources, base, outputs, new)
         neighbours = block.sources_of(0)
         entries_of = neighbours[-1 if new else block.base or 0]
         assert entries_of.layer is not None
@@ -126,25 +126,25 @@ class BlockBuilder:
             self._report_types(title, neighbours)
 
     def add_other(
-        self, title: str, piece: OutputSlice, names: Sequence[Sequence[str]], position: float, *, defaults: bool
+        self, title: str, slice_: OutputSlice, names: Sequence[Sequence[str]], position: float, *, defaults: bool
     ) -> None:
         """Add a block of tensors that belong to no layer.
 
         Args:
             title: Their description: ``embeddings``.
-            piece: The slice, its sources those of the block.
+            slice_: The slice, its sources those of the block.
             names: The tensors' names in each source.
             position, defaults: As in `add_layers`.
         """
-        sources, title = piece.sources, self.title(title)
-        base = base_source(piece, piece.base_model or self.recipe.base_model)
+        sources, title = slice_.sources, self.title(title)
+        base = base_source(slice_, slice_.base_model or self.recipe.base_model)
         indices = [self.index[s.model] for s in sources]
         for i, checkpoint in zip(indices, self.vocabulary.reordered(indices, names[0], base, title), strict=True):
             self.models[i] = replace(self.models[i], checkpoint=checkpoint)
         parts = [Part.of(s, self.model(s), title, {n: n for n in own}) for s, own in zip(sources, names, strict=True)]
         check_same(parts, self.vocabulary.hint(indices))
-        outputs = [self._output(piece, n, n, [n] * len(sources), None, position, defaults) for n in names[0]]
-        self._add(piece, title, (), [BlockSource(i, None) for i in indices], base, outputs)
+        outputs = [self._output(slice_, n, n, [n] * len(sources), None, position, defaults) for n in names[0]]
+        self._add(slice_, title, (), [BlockSource(i, None) for i in indices], base, outputs)
 
     def title(self, title: str) -> str:
         """A block's title with its module."""
@@ -152,7 +152,7 @@ class BlockBuilder:
 
     def _output(
         self,
-        piece: OutputSlice,
+        slice_: OutputSlice,
         role: str,
         name: str,
         names: Sequence[str],
@@ -161,17 +161,17 @@ class BlockBuilder:
         defaults: bool,
     ) -> OutputTensor:
         """One output tensor with its inputs and parameters, before it is decided how it comes about."""
-        models = [self.model(s) for s in piece.sources]
+        models = [self.model(s) for s in slice_.sources]
         inputs = tuple(model.checkpoint.tensors[n] for model, n in zip(models, names, strict=True))
-        levels: list[Settings] = [piece.parameters]
+        levels: list[Settings] = [slice_.parameters]
         if not defaults:
-            levels += [piece.shared, self.recipe.parameters]
+            levels += [slice_.shared, self.recipe.parameters]
         parameters, per_source = {}, [{} for _ in models]
-        for p in methods()[piece.merge_method].parameters:
+        for p in methods()[slice_.merge_method].parameters:
             if p.scope != "source":
                 parameters[p.name] = resolve_setting(p, levels, None if p.scope == "block" else name, position)
                 continue
-            for values, source, stored in zip(per_source, piece.sources, names, strict=True):
+            for values, source, stored in zip(per_source, slice_.sources, names, strict=True):
                 values[p.name] = resolve_setting(p, [source.parameters, *levels], stored, position)
         view = self.view(models[0].ref)
         heads = head_shape(models[0].checkpoint.config, view) if spec else None
@@ -220,7 +220,7 @@ class BlockBuilder:
 
     def _add(
         self,
-        piece: OutputSlice,
+        slice_: OutputSlice,
         title: str,
         layers: Sequence[int],
         sources: Sequence[BlockSource],
@@ -229,18 +229,18 @@ class BlockBuilder:
         new: bool = False,
     ) -> BlockPlan:
         """Add a block, if its method accepts it. That is checked before anything else about the method."""
-        method = methods()[piece.merge_method]
+        method = methods()[slice_.merge_method]
         outputs = [replace(output, base=base) for output in outputs]
         align = None
-        if piece.align and layers:
-            align = AlignTo(base if base is not None else len(sources) - 1, piece.align.values)
+        if slice_.align and layers:
+            align = AlignTo(base if base is not None else len(sources) - 1, slice_.align.values)
             if problem := check_alignment(align.values, [o.spec for o in outputs], outputs[0].heads):
                 message = f"{problem.parameter}: {problem.message}"
-                raise RecipeError(message, where=f"{piece.align.place.where}, {title} of the output")
+                raise RecipeError(message, where=f"{slice_.align.place.where}, {title} of the output")
         if refusal := method.check(outputs, len(sources)):
             name = refusal.parameter
-            levels = (piece.parameters, piece.shared, self.recipe.parameters)
-            place = next((level[name].place for level in levels if name and name in level), piece.place)
+            levels = (slice_.parameters, slice_.shared, self.recipe.parameters)
+            place = next((level[name].place for level in levels if name and name in level), slice_.place)
             views = [self.view(self.models[s.model].ref) for s in sources]
             undescribed = [v.model_type for v in views if method.inserts and v.family is None]
             raise RecipeError(
@@ -249,11 +249,11 @@ class BlockBuilder:
                 expected=f"a described family: {', '.join(families())}" if undescribed else None,
                 got=f"model_type {undescribed[0]}" if undescribed else None,
             )
-        check_given(piece, base, outputs)
+        check_given(slice_, base, outputs)
         if warning := method.warning(outputs[0]):
             self._warn(warning)
         decided = tuple(self._decided(output, method, align) for output in outputs)
-        index, method_name = len(self.blocks), piece.merge_method
+        index, method_name = len(self.blocks), slice_.merge_method
         block = BlockPlan(
             index, title, tuple(layers), method_name, tuple(sources), base, decided, new, align, self.module
         )

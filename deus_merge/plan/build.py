@@ -120,13 +120,13 @@ class _Planner:
 
     def _add_module(self, slices: Sequence[OutputSlice]) -> None:
         """The blocks of a module, or of a whole model."""
-        layers = sum(len(self._range(piece.sources[0])) for piece in slices)
+        layers = sum(len(self._range(slice_.sources[0])) for slice_ in slices)
         if layers > MAX_LAYERS:  # those between layers are counted when they are builder
             self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
         has_layers = bool(self.builder.view(self.donor.ref).layers)
         self._add_outside("embeddings" if has_layers else "", "before", slices[0], 0.0)
-        for piece in slices:
-            self._add_slice(piece)
+        for slice_ in slices:
+            self._add_slice(slice_)
         self._add_outside("final norm and head", "after", slices[-1], 0.0)
 
     def _modules(self) -> list[tuple[str | None, tuple[OutputSlice, ...]]]:
@@ -149,68 +149,68 @@ class _Planner:
             return [(None, named[DEFAULT].slices)]
         return [(name, named[name].slices) for name in known if name in named]
 
-    def _add_slice(self, piece: OutputSlice) -> None:
-        method = methods()[piece.merge_method]
-        ranges = [self._range(s) for s in piece.sources]
+    def _add_slice(self, slice_: OutputSlice) -> None:
+        method = methods()[slice_.merge_method]
+        ranges = [self._range(s) for s in slice_.sources]
         lengths = {len(r) for r in ranges}
         if len(lengths) > 1:
-            piece.place.fail(
+            slice_.place.fail(
                 "the sources of a slice must have the same number of layers",
                 expected=f"{len(ranges[0])} layers each",
-                got=", ".join(f"{s.model}: {len(r)}" for s, r in zip(piece.sources, ranges, strict=True)),
-                hint="give each source a layer_range" + (" (in slices)" if piece.place.path == "models" else ""),
+                got=", ".join(f"{s.model}: {len(r)}" for s, r in zip(slice_.sources, ranges, strict=True)),
+                hint="give each source a layer_range" + (" (in slices)" if slice_.place.path == "models" else ""),
             )
         if method.inserts:
-            self._add_new_layers(piece, ranges)
+            self._add_new_layers(slice_, ranges)
             return
         length = len(ranges[0])
         for j in range(length):
             position = j / (length - 1) if length > 1 else 1.0
-            self.builder.add_layers(piece, [r[j] for r in ranges], position)
+            self.builder.add_layers(slice_, [r[j] for r in ranges], position)
 
-    def _add_new_layers(self, piece: OutputSlice, ranges: list[range]) -> None:
+    def _add_new_layers(self, slice_: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
-        first, base = ranges[0], piece.sources[0]
-        fills_gaps, learns = len(piece.sources) == 1, methods()[piece.merge_method].learns
+        first, base = ranges[0], slice_.sources[0]
+        fills_gaps, learns = len(slice_.sources) == 1, methods()[slice_.merge_method].learns
         if fills_gaps:
             if len(first) < 2:
                 base.place.fail(
-                    f"a single layer has no gap for {piece.merge_method}",
+                    f"a single layer has no gap for {slice_.merge_method}",
                     expected="a layer_range of at least two layers",
                     got=f"[{first.start}, {first.stop}]",
                 )
             pairs = list(zip(first, first[1:], strict=False))
-            sources = piece.sources * 2
+            sources = slice_.sources * 2
         elif learns:
-            piece.place.fail(
-                f"{piece.merge_method} learns from the layers of one model",
+            slice_.place.fail(
+                f"{slice_.merge_method} learns from the layers of one model",
                 expected="one source, whose gaps are filled",
-                got=f"{len(piece.sources)} sources",
+                got=f"{len(slice_.sources)} sources",
                 hint="ot_fuse fuses the layers of two sources in pairs",
             )
         else:
             pairs = list(zip(*ranges, strict=True))
-            sources = piece.sources
-        copy, whole = _copied(piece), range(self.builder.view(base.model).num_layers)
+            sources = slice_.sources
+        copy, whole = _copied(slice_), range(self.builder.view(base.model).num_layers)
         for j, pair in enumerate(pairs):
             if fills_gaps:
                 self.builder.add_layers(copy, [pair[0]], 0.0, defaults=True)
             position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
             if learns:
-                every = replace(piece, sources=piece.sources * len(whole))
+                every = replace(slice_, sources=slice_.sources * len(whole))
                 self.builder.add_layers(every, whole, position, new=True, between=pair)
             else:
                 self.builder.add_layers(
-                    replace(piece, sources=sources), pair, position, count=self._per_gap(piece), new=True
+                    replace(slice_, sources=sources), pair, position, count=self._per_gap(slice_), new=True
                 )
         if fills_gaps:
             self.builder.add_layers(copy, [first[-1]], 0.0, defaults=True)
 
-    def _per_gap(self, piece: OutputSlice) -> int:
-        known = {p.name: p for p in methods()[piece.merge_method].parameters}
+    def _per_gap(self, slice_: OutputSlice) -> int:
+        known = {p.name: p for p in methods()[slice_.merge_method].parameters}
         if "layers_per_gap" not in known:
             return 1
-        levels = [piece.parameters, piece.shared, self.recipe.parameters]
+        levels = [slice_.parameters, slice_.shared, self.recipe.parameters]
         count = resolve_setting(known["layers_per_gap"], levels, None, 0.0)
         assert isinstance(count, int)
         return count
@@ -229,16 +229,16 @@ class _Planner:
             )
         return range(start, end)
 
-    def _add_outside(self, title: str, part: str, piece: OutputSlice, position: float) -> None:
+    def _add_outside(self, title: str, part: str, slice_: OutputSlice, position: float) -> None:
         """Embeddings follow the first slice, final norm and head the last, if these merge several models, or are the
         donor's layers; otherwise they are the donor's, copied."""
-        refs = list(dict.fromkeys(s.model for s in piece.sources))
-        own = len(piece.sources) == 1 and refs == [self.donor.ref]
-        merges = (own or len(refs) > 1) and not methods()[piece.merge_method].inserts
+        refs = list(dict.fromkeys(s.model for s in slice_.sources))
+        own = len(slice_.sources) == 1 and refs == [self.donor.ref]
+        merges = (own or len(refs) > 1) and not methods()[slice_.merge_method].inserts
         if merges:
-            sources = tuple(next(s for s in piece.sources if s.model == ref) for ref in refs)
+            sources = tuple(next(s for s in slice_.sources if s.model == ref) for ref in refs)
         else:
-            sources = (SliceSource(self.donor.ref, place=piece.place),)
+            sources = (SliceSource(self.donor.ref, place=slice_.place),)
         names = [getattr(self.builder.view(s.model), part) for s in sources]
         if not names[0]:
             return
@@ -247,8 +247,8 @@ class _Planner:
                 f"{self.builder.title(title)} come from {self.donor.ref}, the first model named, not from {refs[0]},"
                 " whose layers are next to them; set base_model to choose"
             )
-        piece = replace(piece if merges else _copied(piece), sources=sources)
-        self.builder.add_other(title, piece, names, position, defaults=not merges)
+        slice_ = replace(slice_ if merges else _copied(slice_), sources=sources)
+        self.builder.add_other(title, slice_, names, position, defaults=not merges)
 
     def _add_other_modules(self) -> None:
         """Tensors that belong to none of the recipe's modules are the donor's."""
@@ -256,10 +256,10 @@ class _Planner:
         taken = {name for module in self.recipe.modules for name in self.donor.modules[module].names()}
         rest = tuple(name for name in self.donor.checkpoint.tensors if name not in taken)
         if rest:
-            piece = self.recipe.all_slices()[0]
-            sources = (SliceSource(self.donor.ref, place=piece.place),)
+            slice_ = self.recipe.all_slices()[0]
+            sources = (SliceSource(self.donor.ref, place=slice_.place),)
             self.builder.add_other(
-                "other modules", replace(_copied(piece), sources=sources), [rest], 0.0, defaults=True
+                "other modules", replace(_copied(slice_), sources=sources), [rest], 0.0, defaults=True
             )
 
     def _report_feature_layer(self, view: ModelView) -> None:
@@ -276,8 +276,8 @@ class _Planner:
         outputs = [o for block in blocks for o in block.outputs]
         names = {name for o in outputs for name in (o.name, *(i.name for i in o.inputs))}
         levels = [self.recipe.parameters]
-        for piece in self.recipe.all_slices():
-            levels += [piece.parameters, piece.shared, *(s.parameters for s in piece.sources)]
+        for slice_ in self.recipe.all_slices():
+            levels += [slice_.parameters, slice_.shared, *(s.parameters for s in slice_.sources)]
         for setting in (value for settings in levels for value in settings.values()):
             idle = [f for f in filters(setting.value) if not any(f in name for name in names)]
             self.builder.warnings += [
@@ -285,6 +285,6 @@ class _Planner:
             ]
 
 
-def _copied(piece: OutputSlice) -> OutputSlice:
+def _copied(slice_: OutputSlice) -> OutputSlice:
     """A slice that copies its sources."""
-    return replace(piece, merge_method="passthrough", parameters={}, shared={})
+    return replace(slice_, merge_method="passthrough", parameters={}, shared={})

@@ -92,51 +92,51 @@ def check_like_donor(part: Part, donor: SourceModel, view: ModelView) -> None:
     _mismatch(part, f"the layers of {donor.ref}", _difference(part.shapes, donor.shapes(view.layers[0])))
 
 
-def base_source(piece: OutputSlice, ref: ModelRef | None) -> int | None:
+def base_source(slice_: OutputSlice, ref: ModelRef | None) -> int | None:
     """Which source is the base model, None without one; checks that the method gets the sources it needs.
 
     Args:
-        piece: The slice, its sources those of the block.
+        slice_: The slice, its sources those of the block.
         ref: The base model that holds for the slice.
 
     Raises:
         RecipeError: the method needs a base model, or needs it among the sources, or takes another number of models.
     """
-    method, name, sources = methods()[piece.merge_method], piece.merge_method, piece.sources
+    method, name, sources = methods()[slice_.merge_method], slice_.merge_method, slice_.sources
     base = next((i for i, s in enumerate(sources) if s.model == ref), None)
     models = " or ".join(dict.fromkeys(str(s.model) for s in sources))
     if base is None and ref is not None and method.base != "ignored":
         ref.place.fail(f"{name} starts from the base model, but no source of the slice is it", expected=models)
     if base is None and method.base == "required":
         nowhere = "no base_model in the slice or at the top level"
-        piece.place.fail(f"{name} needs a base model", expected=f"base_model: {models}", got=nowhere)
+        slice_.place.fail(f"{name} needs a base model", expected=f"base_model: {models}", got=nowhere)
     low, high = method.others
     count = len(sources) - (base is not None and method.base != "ignored")
     if count < low or (high is not None and count > high):
         wanted = f"exactly {low}" if low == high else f"at least {low}" if count < low else f"at most {high}"
         beside = " beside the base model" if method.base != "ignored" else ""
-        piece.place.fail(f"{name} takes {wanted} {'model' if low == 1 else 'models'}{beside}, not {count}")
+        slice_.place.fail(f"{name} takes {wanted} {'model' if low == 1 else 'models'}{beside}, not {count}")
     return base
 
 
-def check_given(piece: OutputSlice, base: int | None, outputs: Sequence[OutputTensor]) -> None:
+def check_given(slice_: OutputSlice, base: int | None, outputs: Sequence[OutputTensor]) -> None:
     """Parameters without a default must be set for every tensor, and every source, that they act on.
 
     Raises:
         RecipeError: one is not.
     """
-    method = methods()[piece.merge_method]
+    method = methods()[slice_.merge_method]
     needed = [p for p in method.parameters if p.default is REQUIRED]
     for output in outputs if needed else ():
-        holders = [(piece.place, output.parameters)]
-        for i, source in enumerate(piece.sources):
+        holders = [(slice_.place, output.parameters)]
+        for i, source in enumerate(slice_.sources):
             if i != base or method.base == "ignored":  # a base model has no weight of its own
                 holders.append((source.place, output.source_parameters[i]))
         for place, values in holders:
             for p in needed:
                 if values.get(p.name) is REQUIRED:
                     place.fail(
-                        f"{piece.merge_method} needs {p.name}, which has no default",
+                        f"{slice_.merge_method} needs {p.name}, which has no default",
                         expected=f"parameters: {{{p.name}: {p.expected}}}",
                         got=f"no value for {output.name}",
                     )

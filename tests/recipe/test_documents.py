@@ -220,13 +220,13 @@ WRONG = {
     "itself": ((TIES.replace("model: b", "model: tuned"), LAST), "models[1].model (line 5)", "tuned -> tuned"),
     "a circle": (
         (TIES.replace("model: b", "model: deep"), "name: deep\nbase_model: tuned\nupscale: {}\n", LAST),
-        "base_model (line 9): documents need each other", "tuned -> deep -> tuned",
+        "base_model (line 9): circular dependency between documents", "tuned -> deep -> tuned",
     ),
     "misspelt": (
         (TIES, "merge_method: passthrough\nmodels: [{model: tuned}]\nbase_model: tunde\n"),
         "base_model (line 10): tunde: no such folder", "did you mean 'tuned'?",
     ),
-    "a plus": ((TIES.replace("name: tuned", "name: a+b"), LAST), "name (line 2): not a name a document can have"),
+    "a plus": ((TIES.replace("name: tuned", "name: a+b"), LAST), "name (line 2): not a valid name of a document"),
     "no text": ((TIES.replace("name: tuned", "name: 3"), LAST), "name (line 2): wrong value", "a name for other"),
     "in the first": ((TIES.replace("density", "densty"), LAST), "parameters.densty (line 6)", "mean 'density'?"),
     "in the last": ((TIES, "base_model: tuned\nupscale: {presett: solar}\n"), "upscale.presett (line 9)"),
