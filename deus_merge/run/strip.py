@@ -231,10 +231,16 @@ def _base_layers(manifest: Manifest, view: ModelView) -> list[int]:
         raise PlanError(
             f"the layers of {base} are not all there as they were",
             expected=f"its layers 0 to {depth - 1}, copied, in order, with new ones between them",
-            got=f"layer {changed[0].layer} is {changed[0].how}" if changed else numbers,
+            got=_describe(changed[0]) if changed else numbers,
             hint="only an output with added layers can be stripped, not one with merged or removed layers",
         )
     return [layer.layer for layer in old]
+
+
+def _describe(layer: ManifestLayer) -> str:
+    """A layer that is not one of the base's, for the message."""
+    sources = f" of {len(layer.sources)} layers" if len(layer.sources) > 1 else ""
+    return f"layer {layer.layer} is {layer.how}{sources}"
 
 
 def _is_unchanged(layer: ManifestLayer) -> bool:

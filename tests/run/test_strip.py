@@ -155,7 +155,12 @@ REFUSED = {
     "merged": (
         "merge_method: linear\nslices:\n  - sources: [{model: base, layer_range: [0, 4], parameters: {weight: 1}},"
         " {model: other, layer_range: [0, 4], parameters: {weight: 1}}]\n",
-        "layer 0 is compute",
+        "layer 0 is compute of 2 layers",
+    ),
+    "copied, but from another model": (
+        "merge_method: linear\nslices:\n  - sources: [{model: base, layer_range: [0, 4], parameters: {weight: 0}},"
+        " {model: other, layer_range: [0, 4], parameters: {weight: 1}}]\n",
+        "layer 0 is copy of 2 layers",
     ),
     "another model's layers": ("slices:\n  - sources: [{model: other, layer_range: [0, 4]}]\n", "the layers of base"),
 }
