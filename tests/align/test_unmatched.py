@@ -13,6 +13,8 @@ from test_symmetry import layer as symmetric_layer
 from test_transport_flow import HEADS, PLAIN, SPECS, H, change, layer
 
 from deus_merge.align import align_layer, fuse_layer
+from deus_merge.align.fusion import choose
+from deus_merge.core.errors import SolverError
 from deus_merge.ot.problem import SolverOptions
 from deus_merge.ot.solvers.unbalanced import Unbalanced
 
@@ -33,9 +35,9 @@ def sides() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return a, b
 
 
-def near(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Within what the entropic plan mixes in; norms are exact where they are restored."""
-    return ((x - y).norm() < 0.1 * y.norm() and 0.95 < x.norm() / y.norm() < 1.05).item()
+def near(x: torch.Tensor, y: torch.Tensor, limit: float = 0.05) -> bool:
+    """Within what the entropic plan mixes in, and norms to ``limit``: they are closer where they are restored."""
+    return ((x - y).norm() < 0.1 * y.norm() and (x.norm() / y.norm() - 1).abs() < limit).item()
 
 
 def own(got: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -62,7 +64,9 @@ def test_fused_rows_that_match_nothing_are_b(restore_norm, t):
         others = torch.arange(len(b[role])) != row
         columns = torch.arange(b[role].shape[1]) != (FAR["o"] if role in ("gate", "up") else -1)
         want = (1 - t) * a[role] + t * b[role]
-        assert near(got[role][others][:, columns], want[others][:, columns]), role
+        assert near(
+            got[role][others][:, columns], want[others][:, columns], 0.05 if restore_norm == "none" else 0.009
+        ), role
     found = {c.role: c.diagnostics for c in chunks if c.diagnostics is not None}
     for role in FAR:
         assert found[role].fused == len(b[role]) - 1
@@ -100,6 +104,20 @@ def test_partial_matches_choose_among_the_rows_that_match(fraction, scale):
         assert diagnostics.fused == fused
 
 
+def test_the_unmatched_are_the_last_to_be_chosen():
+    scores = torch.tensor([-0.5, 0.0, -0.2, 0.9])
+    unmatched = torch.tensor([False, True, False, False])
+    options = change(PLAIN, match="partial", match_fraction=0.75)
+    found = choose(scores, "row", "q", options, unmatched)
+    assert found.chosen.tolist() == [True, False, True, True] and found.count == 3
+    assert found.cosine == pytest.approx(0.2 / 3)
+    with pytest.raises(SolverError, match="the best of 4 has -0.2"):
+        choose(scores[:3].repeat(2)[:4], "row", "q", change(options, match_score=0.0), unmatched)
+    full = choose(scores, "row", "q", PLAIN, unmatched)
+    assert torch.equal(full.chosen, ~unmatched) and full.count == 3
+    assert choose(scores, "row", "q", PLAIN).chosen is None
+
+
 def test_a_zeroed_writer_whose_rows_match_nothing_leaves_its_bias_and_the_flow_to_b():
     a, b = sides()
     options = change(PLAIN, solver=SOLVER, reg=0.05, zero=frozenset({"o"}))
@@ -131,7 +149,8 @@ def test_neurons_that_match_nothing_are_b(entry, restore_norm):
             assert (same.all(1) if same.ndim == 2 else same).nonzero().flatten().tolist() == [far], role
             others = torch.arange(len(two)) != far
             was = a[role].t() if role == "down" else a[role]
-            assert near(one[others], ((1 - t) * was + t * two)[others]), role
+            restored = restore_norm != "none" and entry == "fuse" and one.ndim == 2
+            assert near(one[others], ((1 - t) * was + t * two)[others], 0.002 if restored else 0.05), role
     found = next(c.diagnostics for c in chunks if c.role == "gate")
     assert found.fused == len(b["gate"]) - 1 and found.cosine > 0.9
 

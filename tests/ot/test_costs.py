@@ -95,6 +95,16 @@ def test_row_blocks_are_the_matrix_whatever_is_kept(dtype, cost_scale, monkeypat
             assert torch.equal(torch.cat([rows.clone() for _, rows in lazy.blocks()]), want)
 
 
+def test_near_twins_are_exact_on_every_pass(monkeypatch):
+    monkeypatch.setattr("deus_merge.ot.blocks.PRODUCT_ELEMENTS", 3000)
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(97, 5, generator=g)
+    cost = PointCost(x, x[torch.randperm(97, generator=g)])
+    cost.keep(0)
+    for _ in range(3):
+        assert sum((rows == 0).sum().item() for _, rows in cost.blocks()) == 97
+
+
 def test_points_go_when_nobody_needs_them():
     x, y = torch.randn(6, 3), torch.randn(5, 3)
     kept, gone = PointCost(x, y), PointCost(x, y, keep_points=False)

@@ -268,6 +268,19 @@ def test_sinkhorn_refuses_a_reg_that_is_none(reg):
         SOLVERS["sinkhorn"].solve(OTProblem.uniform(torch.rand(3, 3)), SolverOptions(reg=reg))
 
 
+def test_scalings_beyond_the_range_of_float32_are_absorbed():
+    """Without annealing: from a dual of zeros, columns that differ by some hundred reg need scalings of e^300."""
+    from deus_merge.ot.solvers._semidual import Kernel
+    from deus_merge.ot.solvers._steps import solve_level
+
+    cost = torch.rand(40, 30, generator=generator(10)) + torch.linspace(0, 3, 30)
+    kernel = Kernel(OTProblem.uniform(cost), SolverOptions())
+    state = solve_level(kernel, torch.zeros(30), 0.01, 1e-4)
+    assert state.error <= 1e-4 and state.longest <= 60
+    plan = kernel.plan(state).matrix
+    assert torch.isfinite(plan).all() and (plan.sum(0) - 1 / 30).abs().sum() < 1e-5
+
+
 @pytest.mark.parametrize("name", ["sinkhorn", "unbalanced", "progot"])
 @pytest.mark.parametrize("limit", [10_000, 41, 23])
 def test_steps_ahead_of_a_read_change_nothing(name, limit, monkeypatch):

@@ -102,6 +102,23 @@ def test_what_matches_nothing_keeps_its_mass(dtype):
     assert balanced.unmatched is None
 
 
+@pytest.mark.parametrize("solver", [Unbalanced(marginal_penalty=0.005), sinkhorn.SOLVER])
+def test_points_without_mass_are_unmatched(solver):
+    """Besides the columns that a relaxed plan leaves empty."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(50, 8, generator=g)
+    y = torch.cat([x[:40] + 0.05 * torch.randn(40, 8, generator=g), x[:10] + 1e3])
+    b = torch.ones(50)
+    b[7] = 0
+    solution = solver.solve(OTProblem(cost_matrix(x, y), torch.full((50,), 0.02), b / 49), SolverOptions(reg=0.05))
+    empty = torch.arange(50) == 7
+    if not solver.keeps_marginals:
+        empty |= torch.arange(50) >= 40
+    assert torch.equal(solution.coupling.unmatched, empty)
+    assert torch.equal(solution.coupling.matrix.sum(0) == 0, empty)
+    assert solution.effective_support >= 1
+
+
 def test_small_reg_in_float32_where_pot_underflows():
     """Random rows at C/reg = 1000: POT's stabilised variant has no kernel left, ours agrees with its float64 dual."""
     g = torch.Generator().manual_seed(4)
