@@ -19,23 +19,19 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from common import COLUMNS, SMALL, Figure, Shape, at_most, fine_tuned, parser, random_checkpoint, report
 from run_all import machine_facts
+from stages import STAGES, compare
 
 HERE = Path(__file__).resolve().parent
 PAIR = Shape(layers=2, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=4096)
 SMALL_PAIR = Shape(layers=2, hidden=128, intermediate=448, heads=4, kv_heads=2, vocabulary=256)
-STAGES = ("reading", "computing", "writing")
 COST = 1e-4  # relative difference of transport costs
 TENSOR = 1e-2  # relative error of a tensor in the Frobenius norm: some units of bfloat16
 
@@ -81,12 +77,7 @@ def main() -> int:
     options.add_argument("--device", default="cuda", help="as for deus-merge (cuda)")
     options.add_argument("--minutes", type=float, default=10, help="when these are over, what is left is left out (10)")
     options.add_argument("--out", type=Path, default=HERE, help="where gpu.json and GPU.md go (benchmarks/)")
-    options.add_argument("--run", nargs="+", type=Path, help=argparse.SUPPRESS)
     options = options.parse_args()
-    if options.run:
-        recipe, *folders = options.run
-        print(json.dumps([timed_run(recipe, folder, options.device) for folder in folders]))
-        return 0
     if not has_device(options.device):
         import torch
 
@@ -226,7 +217,7 @@ class _Bench:
             folder.parent.mkdir(exist_ok=True)
         recipe = self.scratch / "gpu-recipe.yml"
         recipe.write_text(case.recipe.format(**self._checkpoints(case.pair)))
-        command = [sys.executable, __file__, "--device", device, "--run", str(recipe), *map(str, folders)]
+        command = [sys.executable, HERE / "stages.py", device, recipe, *folders]
         try:
             process = subprocess.run(command, timeout=max(self.left, 0.001), capture_output=True, text=True)
         except subprocess.TimeoutExpired:
@@ -252,101 +243,6 @@ class _Bench:
     def _leave_out(self, what: str) -> None:
         self.details.setdefault("left out for lack of time", []).append(what)
         print(f"left out for lack of time: {what}", file=sys.stderr)
-
-
-def timed_run(recipe: Path, out: Path, device: str) -> dict[str, Any]:
-    """Run a recipe in this process.
-
-    Returns:
-        Seconds of the whole and of each stage, the peak of GPU memory in bytes (0 on the CPU), and the cost of every
-        transport plan.
-    """
-    import torch
-
-    from deus_merge import api
-    from deus_merge.checkpoint.shards import ShardWriter
-    from deus_merge.run.compute import BlockComputer
-
-    seconds = dict.fromkeys(STAGES, 0.0)
-    lock = threading.Lock()
-
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            with lock:
-                seconds[name] += time.perf_counter() - start
-
-    def timed(name: str, function: Callable) -> Callable:
-        def call(*args, **kwargs):
-            with stage(name):
-                return function(*args, **kwargs)
-
-        return call
-
-    def timed_steps(name: str, function: Callable) -> Callable:
-        """A generator whose every step is timed. A step ends with a check of its values, so the GPU is done by then."""
-
-        def call(*args, **kwargs):
-            steps = function(*args, **kwargs)
-            while True:
-                with stage(name):
-                    step = next(steps, None)
-                if step is None:
-                    return
-                yield step
-
-        return call
-
-    plan = api.plan(recipe)
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        torch.zeros(1, device=device)  # its start-up is not ours
-        torch.cuda.reset_peak_memory_stats(device)
-    with ExitStack() as stack:
-        for owner, method, name, wrap in (
-            (BlockComputer, "load", "reading", timed),
-            (BlockComputer, "merge_outputs", "computing", timed_steps),
-            (ShardWriter, "write", "writing", timed),
-            (ShardWriter, "copy_many", "writing", timed),
-        ):
-            stack.enter_context(mock.patch.object(owner, method, wrap(name, getattr(owner, method))))
-        start = time.perf_counter()
-        api.merge(plan, out, api.RunOptions(device=device, verify=False, seed=1))
-        whole = time.perf_counter() - start
-    manifest = json.loads((out / "deus_merge.json").read_text())
-    lines = [d for layer in manifest["layers"] for d in layer["diagnostics"]]
-    return {
-        "seconds": round(whole, 6),
-        **{name: round(value, 6) for name, value in seconds.items()},
-        "peak_gpu_memory": torch.cuda.max_memory_allocated(device) if cuda else 0,
-        "costs": [line["transport_cost"] for line in lines if "transport_cost" in line],
-    }
-
-
-def compare(ours: Path, expected: Path) -> dict[str, Any]:
-    """Two checkpoints, tensor by tensor.
-
-    Returns:
-        Names of the tensors with the ``same`` bytes and of the ``different`` ones, and the ``largest_error`` of one,
-        relative, in the Frobenius norm.
-    """
-    import torch
-
-    from deus_merge.checkpoint.reader import Checkpoint
-
-    found: dict[str, Any] = {"same": [], "different": [], "largest_error": 0.0}
-    with Checkpoint.open(ours) as one, Checkpoint.open(expected) as two:
-        for name in two.tensors:
-            a, b = one.read(name), two.read(name)
-            same = torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-            found["same" if same else "different"].append(name)
-            if not same:
-                error = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-                found["largest_error"] = max(found["largest_error"], error)
-    return found
 
 
 def device_name(device: str) -> str:

@@ -98,11 +98,11 @@ class SimulatedTensor(torch.Tensor):
     """A tensor of the device.
 
     Attributes:
-        values: Its values, a CPU tensor of the same shape.
+        on_cpu: Its values, a CPU tensor of the same shape.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    values: torch.Tensor
+    on_cpu: torch.Tensor
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> SimulatedTensor:
@@ -111,11 +111,11 @@ class SimulatedTensor(torch.Tensor):
         return tensor
 
     def __init__(self, values: torch.Tensor):
-        self.values = values
+        self.on_cpu = values
         _remember(self)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"SimulatedTensor({self.values})"
+        return f"SimulatedTensor({self.on_cpu})"
 
 
 #: by its storage's address, the values of every tensor; see `_values_of`
@@ -127,7 +127,7 @@ def _remember(tensor: SimulatedTensor) -> None:
     global _next_purge
     storage = tensor.untyped_storage()
     with _lock:
-        _by_storage[storage._cdata] = StorageWeakRef(storage), tensor.values
+        _by_storage[storage._cdata] = StorageWeakRef(storage), tensor.on_cpu
         if len(_by_storage) >= _next_purge:
             for address in [a for a, (reference, _) in _by_storage.items() if reference.expired()]:
                 del _by_storage[address]
@@ -136,7 +136,7 @@ def _remember(tensor: SimulatedTensor) -> None:
 
 def _values_of(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's values. Autograd saves results as tensors that share their storage and are no `SimulatedTensor`."""
-    return tensor.values if isinstance(tensor, SimulatedTensor) else _by_storage[tensor.untyped_storage()._cdata][1]
+    return tensor.on_cpu if isinstance(tensor, SimulatedTensor) else _by_storage[tensor.untyped_storage()._cdata][1]
 
 
 def _is_simulated(value: object) -> bool:
@@ -177,7 +177,7 @@ _libraries: list[torch.library.Library] = []  # a registration ends with its lib
 
 
 def _composed_operations() -> Iterator[tuple[str, Any]]:
-    """Operations that C++ composes of others and that would give tensors without `SimulatedTensor.values`."""
+    """Operations that C++ composes of others and that would give tensors without `SimulatedTensor.on_cpu`."""
     keys = ("CompositeExplicitAutogradNonFunctional", "CompositeExplicitAutograd")
     for qualified in torch._C._dispatch_get_all_op_names():
         namespace, _, name = qualified.partition("::")
@@ -228,12 +228,12 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
             torch.tensor(x) if kind == "Tensor" and isinstance(x, int) else x
             for kind, x in zip(wanted, args, strict=False)
         )
-    on_cpu = partial(_on_cpu, operation)
-    result = operation(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+    argument_on_cpu = partial(_on_cpu, operation)
+    result = operation(*tree_map(argument_on_cpu, args), **tree_map(argument_on_cpu, kwargs))
     for i, argument in enumerate(operation._schema.arguments):
         target = args[i] if i < len(args) else kwargs.get(argument.name)
         if _is_written(argument) and isinstance(target, SimulatedTensor):
-            if target.values.shape != target.shape:
+            if target.on_cpu.shape != target.shape:
                 raise RuntimeError(f"{operation} resized its output, which the device {NAME} cannot do")
             if isinstance(result, torch.Tensor):
                 return target
@@ -243,25 +243,25 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
 def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Between the host and the device, or within the device. Values are cast first, so the target's size counts."""
     if isinstance(source, SimulatedTensor) and isinstance(target, SimulatedTensor):
-        target.values.copy_(source.values)
+        target.on_cpu.copy_(source.on_cpu)
     elif isinstance(source, SimulatedTensor):
         _record(_add_scalar_read if source.numel() == 1 else partial(_add_download, target.nbytes))
-        target.copy_(source.values)
+        target.copy_(source.on_cpu)
     else:
         assert isinstance(target, SimulatedTensor)
         _record(partial(_add_upload, target.nbytes))
-        target.values.copy_(source)
+        target.on_cpu.copy_(source)
     return target
 
 
 def _read_scalar(tensor: SimulatedTensor) -> object:
     _record(_add_scalar_read)
-    return tensor.values.item()
+    return tensor.on_cpu.item()
 
 
 def _reshape(tensor: SimulatedTensor, size: Any, stride: Any = None) -> SimulatedTensor:
     """A view, or a copy of what only looks contiguous."""
-    return SimulatedTensor(tensor.values.reshape(size))
+    return SimulatedTensor(tensor.on_cpu.reshape(size))
 
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **options: Any) -> SimulatedTensor:
