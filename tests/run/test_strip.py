@@ -251,3 +251,16 @@ def test_a_base_that_cannot_be_compared_or_was_cast(run, tmp_path):
     run("upscale", once, tmp_path / "half", "--insert", "{after: [0]}", "--dtype", "bfloat16")
     assert "no manifest of the growth before" in run("strip", tmp_path / "half", tmp_path / "cast").err
     assert not (tmp_path / "cast/deus_merge.json").exists()
+
+
+def test_a_base_with_an_adapter_has_no_manifest_of_its_own(run, tmp_path, monkeypatch):
+    """A growth of a grown model with an adapter: no folder holds the base, so its manifest cannot be copied."""
+    peft = pytest.importorskip("peft")
+    base = make_model(tmp_path / "base")
+    once = grow(base, tmp_path / "once", "copy_next")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(load(once), config).save_pretrained(tmp_path / "adapter")
+    run("upscale", f"{once}+{tmp_path / 'adapter'}", tmp_path / "twice", "--insert", "{after: [0]}")
+    monkeypatch.chdir(base)  # a folder without a manifest
+    assert "no manifest of the growth before" in run("strip", tmp_path / "twice", tmp_path / "back").err
+    assert not (tmp_path / "back/deus_merge.json").exists()
