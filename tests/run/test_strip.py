@@ -140,8 +140,7 @@ def test_a_base_that_was_cast_or_is_gone(run, tmp_path):
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"  # as the tensors are
     load(tmp_path / "back")
     shutil.move(base, tmp_path / "elsewhere")
-    done = run("strip", out, tmp_path / "again")
-    assert "nothing to compare with" in done.err
+    assert run("strip", out, tmp_path / "again", "--json").json()["equal_to_base"] is None
     same_model(tmp_path / "back", tmp_path / "again")
 
 
@@ -246,8 +245,21 @@ def test_a_base_that_cannot_be_compared_or_was_cast(run, tmp_path):
     torch.save(weights(base), base / "pytorch_model.bin")
     (base / "model.safetensors").rename(tmp_path / "weights")
     run("upscale", base, tmp_path / "once", "--preset", "copy_next", "--allow-pickle")
-    assert "nothing to compare with" in run("strip", tmp_path / "once", tmp_path / "back").err
+    assert run("strip", tmp_path / "once", tmp_path / "back", "--json").json()["equal_to_base"] is None
     once = tmp_path / "once"
     run("upscale", once, tmp_path / "half", "--insert", "{after: [0]}", "--dtype", "bfloat16")
-    assert "no manifest of the growth before" in run("strip", tmp_path / "half", tmp_path / "cast").err
+    assert run("strip", tmp_path / "half", tmp_path / "cast", "--json").json()["manifest"] is False
     assert not (tmp_path / "cast/deus_merge.json").exists()
+
+
+def test_a_base_with_an_adapter_has_no_manifest_of_its_own(run, tmp_path, monkeypatch):
+    """A growth of a grown model with an adapter: no folder holds the base, so its manifest cannot be copied."""
+    peft = pytest.importorskip("peft")
+    base = make_model(tmp_path / "base")
+    once = grow(base, tmp_path / "once", "copy_next")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(load(once), config).save_pretrained(tmp_path / "adapter")
+    run("upscale", f"{once}+{tmp_path / 'adapter'}", tmp_path / "twice", "--insert", "{after: [0]}")
+    monkeypatch.chdir(base)  # a folder without a manifest
+    assert run("strip", tmp_path / "twice", tmp_path / "back", "--json").json()["manifest"] is False
+    assert not (tmp_path / "back/deus_merge.json").exists()

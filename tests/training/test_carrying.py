@@ -10,8 +10,9 @@ from grown import grow, trainer
 from safetensors.torch import save_file
 from support import load, make_model, weights
 
-from deus_merge import training
+from deus_merge import api, training
 from deus_merge.core.errors import CheckpointError, TrainingError
+from deus_merge.report.lineage import ancestors
 
 
 def test_where_a_manifest_can_be_carried(deeper, tmp_path):
@@ -93,3 +94,13 @@ def test_training_in_another_dtype(run, tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] *= 1 + 2**-20
     save_file(tensors, wide / "model.safetensors", {"format": "pt"})
     assert "model.layers.0.mlp.up_proj.weight" in run("verify", wide, expect=3).out
+
+
+def test_a_growth_that_was_trained_in_one_of_the_sources_is_trained(deeper, tmp_path):
+    load(deeper).save_pretrained(tmp_path / "trained")
+    training.carry_manifest(deeper, tmp_path / "trained")
+    models = [f"{{model: {folder}, parameters: {{weight: 1}}}}" for folder in (deeper, tmp_path / "trained")]
+    for order in (models, models[::-1]):
+        (tmp_path / "r.yml").write_text(f"merge_method: linear\nmodels: [{', '.join(order)}]\n")
+        (growth,), warnings = ancestors(api.plan(tmp_path / "r.yml"))
+        assert growth.trained and growth.new_layers == (2, 4) and not warnings

@@ -137,7 +137,7 @@ def made_by(out: Path, action: str) -> str:
         (swap, "copied tensors", "q_proj.weight"),
         (wrong_shard, "files and headers", "model.safetensors.index.json"),
         (unnamed, "files and headers", "does not name model.layers.1.mlp.up_proj.weight"),
-        (lambda out: edit_json(out / "config.json", num_hidden_layers=6), "layers and config", "first missing: [5]"),
+        (lambda out: edit_json(out / "config.json", num_hidden_layers=6), "layers and config", "missing: "),
         (lambda out: edit_json(out / "config.json", num_hidden_layers=4), "layers and config", "4 layers"),
         (lambda out: edit_json(out / "config.json", intermediate_size=8), "layers and config", "shape [8, 32]"),
         (lambda out: edit_json(out / "config.json", head_dim=None, hidden_size=64), "layers and config", "hidden_size"),
