@@ -130,7 +130,7 @@ def test_every_method_takes_aligned_sources(run, tmp_path, method, align):
             assert all(close(got[n], want[n], 1e-4) for n in want if ".layers." in n)
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.25, 1.0])
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.3, 1.0])
 def test_partial_fuses_the_best_share_and_keeps_the_rest(run, tmp_path, fraction):
     base = make_model(tmp_path / "base", layers=2, num_key_value_heads=4)
     options = ["-p", "match=partial", "-p", f"match_fraction={fraction}", "-p", "zero_init=false"]

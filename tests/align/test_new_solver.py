@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from support import make_model, weights, write_recipe
 
-from deus_merge.align.parameters import PARAMETERS, align_options
+from deus_merge.align.parameters import PARAMETERS, align_options, alignment_memory
 from deus_merge.core.errors import SolverError
 from deus_merge.methods.registry import methods
+from deus_merge.models.family import RESIDUAL, TensorSpec
 from deus_merge.ot.registry import solver, solver_parameters, solvers
 
 SOLVER = '''
@@ -108,6 +109,26 @@ def test_solver_options_are_fields_of_their_solver():
         names = [p.name for p in parameters]
         assert len(set(names)) == len(names)
         assert {p.name for p in solver_parameters()} <= set(names)
+
+
+@dataclass(frozen=True)
+class Role:
+    role: str
+    shape: tuple[int, ...]
+    spec: TensorSpec
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("alignment", ["symmetry", "transport_flow"])
+def test_a_solver_that_stores_the_cost_needs_that_memory_at_least(alignment, compute_dtype):
+    """One cost in the dtype of the arithmetic, and cost and plan of POT in float64."""
+    values = {p.name: p.default for p in PARAMETERS} | {"alignment": alignment, "compute_dtype": compute_dtype}
+    spaces = {"gate": (RESIDUAL, "neurons"), "down": ("neurons", RESIDUAL)}
+    shapes = {"gate": (1000, 10), "down": (10, 1000)}
+    roles = [Role(role, shapes[role], TensorSpec(role, role, *spaces[role])) for role in spaces]
+    small, large = (alignment_memory(values | {"solver": name}, roles).minimum for name in ("auto", "emd"))
+    entry = {"float32": 4, "float64": 8}[compute_dtype] + 16
+    assert entry * 1000**2 <= large <= entry * 1000**2 + small
 
 
 def test_options_of_a_recipe_reach_their_solver_and_no_other():

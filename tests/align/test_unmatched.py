@@ -120,11 +120,14 @@ def test_the_unmatched_are_the_last_to_be_chosen():
 
 def test_a_zeroed_writer_whose_rows_match_nothing_leaves_its_bias_and_the_flow_to_b():
     a, b = sides()
-    options = change(PLAIN, solver=SOLVER, reg=0.05, zero=frozenset({"o"}))
-    got = values(fuse_layer(a, b, SPECS, options))
-    assert "o" not in got
-    assert (got["o.bias"] == b["o.bias"]).nonzero().flatten().tolist() == [FAR["o"]]
-    assert (got["n2"] == b["n2"]).nonzero().flatten().tolist() == [FAR["o"]]
+    shares = (0.1, 0.2, 0.3, 0.45, 0.6, 0.7)
+    options = change(PLAIN, solver=SOLVER, reg=0.05, zero=frozenset({"o"}), t=shares)
+    chunks = list(fuse_layer(a, b, SPECS, options))
+    for slot in range(len(shares)):
+        got = values(chunks, slot)
+        assert "o" not in got
+        assert (got["o.bias"] == b["o.bias"]).nonzero().flatten().tolist() == [FAR["o"]]
+        assert (got["n2"] == b["n2"]).nonzero().flatten().tolist() == [FAR["o"]]
 
 
 @pytest.mark.parametrize("entry", ["fuse", "align"])

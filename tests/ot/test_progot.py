@@ -77,8 +77,10 @@ def test_reg_has_the_unit_of_the_scaled_squared_distance(scale):
         assert (plan - plans[0]).abs().sum() < 1e-3
 
 
-def test_reg_auto_makes_the_map_of_y_to_itself_the_identity_and_no_smaller():
+@pytest.mark.parametrize("spread", [1.0, 1.7])
+def test_reg_auto_makes_the_map_of_y_to_itself_the_identity_and_no_smaller(spread):
     x, y = clouds(m=300)
+    y = y * torch.tensor([1.0, spread, spread**2], dtype=y.dtype)  # another place between two halvings
     reg = SOLVER.solve(OTProblem.uniform(PointCost(x, y, cost="sqeuclidean"))).reg
     twins = OTProblem.uniform(PointCost(y, y, cost="sqeuclidean"))
 

@@ -15,7 +15,7 @@ from deus_merge.core.errors import SolverError
 from deus_merge.ot.costs import cost_matrix
 from deus_merge.ot.problem import OTProblem, SolverOptions
 from deus_merge.ot.solvers import sinkhorn
-from deus_merge.ot.solvers.unbalanced import Unbalanced
+from deus_merge.ot.solvers.unbalanced import SOLVER, Unbalanced
 
 
 def problem_of(seed: int, n: int, m: int, dtype: torch.dtype = torch.float64) -> OTProblem:
@@ -42,6 +42,17 @@ def test_unbalanced_is_the_plan_of_pot(penalty, reg):
     single = OTProblem(problem.cost.float(), problem.a.float(), problem.b.float())
     got = Unbalanced(marginal_penalty=penalty).solve(single, SolverOptions(reg=reg, tolerance=2e-6))
     assert np.abs(got.mass * got.coupling.matrix.numpy() - want).sum() < 1e-4 * want.sum()
+
+
+def test_the_penalty_is_in_units_of_the_mean_absolute_cost():
+    problem = problem_of(1, 40, 30)
+    problem = problem.with_cost(problem.cost - problem.cost.median())
+    a, b, cost = (t.numpy() for t in (problem.a, problem.b, problem.cost))
+    want = ot.unbalanced.sinkhorn_unbalanced(
+        a, b, cost, 0.5, (a @ abs(cost) @ b).item(), numItermax=50_000, stopThr=1e-14
+    )
+    got = SOLVER.solve(problem, SolverOptions(reg=0.5, tolerance=1e-12))
+    assert got.mass == pytest.approx(want.sum(), rel=1e-8)
 
 
 @settings(deadline=None, max_examples=40)
