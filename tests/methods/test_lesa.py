@@ -151,6 +151,8 @@ slices:
     new = tuple(f"model.layers.{i}." for i in plan["new_layers"])
     assert record["new_parameters"] == [n for n in record["tensors"] if n.startswith(new)]
     assert load(tmp_path / "out").config.num_hidden_layers == 14
+    ours = [weights(tmp_path / "out")[f"model.layers.{layer}.{UP}"] for layer in (1, 3, 9)]
+    assert not any(ours[i].equal(ours[j]) for i, j in ((0, 1), (0, 2), (1, 2)))  # each from its own neighbours
 
 
 def test_bytes_depend_on_the_seed_alone(run, tiny, tmp_path):

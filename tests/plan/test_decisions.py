@@ -24,6 +24,7 @@ def models(tmp_path_factory):
     for seed, name in enumerate("abc"):
         make_model(folder / name, layers=4, seed=seed)
     make_model(folder / "biased", "llama_bias", layers=4, seed=3)
+    make_model(folder / "shallow", layers=3, seed=5)
     make_model(folder / "half", layers=4, seed=4, dtype=torch.bfloat16)
     return folder
 
@@ -40,21 +41,18 @@ def outputs(models, monkeypatch, tmp_path):
     return call
 
 
-def test_the_nearest_setting_holds(outputs):
-    """A source's, else its slice's, else the recipe's, for every tensor; filters meet the stored tensors' names."""
-    levels = {
-        "source": "{scale: 2}", "slice": "{scale: 3}", "recipe": "{scale: 5}",
-    }  # fmt: skip
-    for there in (("source", "slice", "recipe"), ("slice", "recipe"), ("recipe",)):
-        own = f", parameters: {levels['source']}" if "source" in there else ""
-        shared = f", parameters: {levels['slice']}" if "slice" in there else ""
-        text = (
-            f"merge_method: passthrough\nslices:\n- {{sources: [{{model: a, layer_range: [0, 4]{own}}}]{shared}}}\n"
-            f"parameters: {levels['recipe']}\n"
-        )
-        wanted = {"source": 2, "slice": 3, "recipe": 5}[there[0]]
-        for name, (_, output) in outputs(text).items():
-            assert output.source_parameters[0]["scale"] == wanted, (there, name)
+@pytest.mark.parametrize("first", ["source", "slice", "module", "recipe"])
+def test_the_nearest_setting_holds(outputs, first):
+    """A source's, else its slice's, else its module's, else the recipe's, for every tensor."""
+    levels = ["source", "slice", "module", "recipe"]
+    factors = {level: f"{{scale: {2 + i}}}" for i, level in enumerate(levels) if i >= levels.index(first)}
+    source, piece, module = (f", parameters: {factors[n]}" if n in factors else "" for n in levels[:3])
+    text = (
+        f"merge_method: passthrough\nparameters: {factors['recipe']}\nmodules:\n"
+        f"  default: {{slices: [{{sources: [{{model: a, layer_range: [0, 4]{source}}}]{piece}}}]{module}}}\n"
+    )
+    for name, (_, output) in outputs(text).items():
+        assert output.source_parameters[0]["scale"] == 2 + levels.index(first), name
 
 
 def test_a_filter_meets_the_name_in_the_source(outputs):
@@ -268,6 +266,7 @@ def test_tokenizers_stay_behind_only_when_asked(models, monkeypatch, tmp_path):
             " {model: b, layer_range: [0, 3]}]\n",
             "the same number of layers",
         ),
+        ("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: shallow}]\n", "4 layers"),
         ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 5]}]}]\n", "beyond the 4 layers"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]\n", "needs weight"),
         ("merge_method: ties\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n", "needs a base model"),
@@ -299,3 +298,14 @@ def test_refused_before_anything_is_read(run, models, monkeypatch, tmp_path, tex
 def test_a_base_model_needs_no_weight(outputs):
     text = "merge_method: ties\nbase_model: a\nmodels: [{model: a}, {model: b, parameters: {weight: 1}}]\n"
     assert outputs(text)[UP.format(0)][1].action is Action.COMPUTE
+
+
+def test_layers_that_stay_take_no_parameters(outputs):
+    """Of a slice that grows; what the recipe sets for other slices is not for them."""
+    text = (
+        "base_model: a\nparameters: {scale: 0.5}\nslices:\n"
+        "- {merge_method: passthrough, sources: [{model: a, layer_range: [0, 1]}]}\n"
+        "- {merge_method: ot_fuse, sources: [{model: a, layer_range: [1, 4]}]}\n"
+    )
+    found = {block.layers: block for block, _ in outputs(text).values() if block.layers}
+    assert [found[(layer,)].how for layer in (0, 1, 3, 5)] == ["compute", "copy", "copy", "copy"]

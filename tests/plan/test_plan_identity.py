@@ -21,6 +21,10 @@ TWO = (
     "merge_method: passthrough\nbase_model: a\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
     "- sources: [{model: b, layer_range: [2, 4]}]\n"
 )
+SLICE = (
+    "merge_method: slerp\nbase_model: a\nparameters: {t: 0.3}\nslices:\n- base_model: a\n"
+    "  sources: [{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 4]}]\n"
+)
 STACKED = "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 3]}]\n"
 LEARNED = "base_model: a\nupscale: {preset: lesa, insert: {after: [1]}, parameters: {width: 8}}\n"
 UNLIKE = {
@@ -30,7 +34,8 @@ UNLIKE = {
         ", parameters: {weight: 0.6}", "")),
     "the order of sources": (SLERP, SLERP.replace("{model: a}, {model: b}", "{model: b}, {model: a}")),
     "which source is the base": (SLERP, SLERP.replace("base_model: a", "base_model: b")),
-    "which model a layer is of": (TWO, TWO.replace("[0, 2]", "x").replace("[2, 4]", "[0, 2]").replace("x", "[2, 4]")),
+    "which model a layer is of": (TWO, TWO.replace("a, l", "x, l").replace("b, l", "a, l").replace("x, l", "b, l")),
+    "which source a slice starts from": (SLICE, SLICE.replace("- base_model: a", "- base_model: b")),
     "the dtype": (LINEAR, "dtype: bfloat16\n" + LINEAR),
     "the written dtype": ("dtype: float32\n" + LINEAR, "dtype: float32\nout_dtype: float16\n" + LINEAR),
     "aligned or not": (LINEAR, ALIGNED),
