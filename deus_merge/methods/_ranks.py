@@ -84,9 +84,12 @@ def cuts(read: Callable[[], Iterable[torch.Tensor]], ranks: Sequence[int]) -> li
     """
     import torch
 
-    upper = torch.zeros(_HALF // 2, dtype=torch.int64)  # (2 ** 15,)
+    upper: torch.Tensor | None = None
     for run in read():
-        upper = upper.to(run.device) + torch.bincount(run >> 16, minlength=_HALF // 2)
+        counts = torch.bincount(run >> 16, minlength=_HALF // 2)  # (2 ** 15,)
+        upper = counts if upper is None else upper + counts
+    if upper is None:
+        upper = torch.zeros(_HALF // 2, dtype=torch.int64)  # (2 ** 15,)
     ends = upper.cumsum(0)
     bins = [int(torch.searchsorted(ends, rank, right=True)) for rank in ranks]
     inside = [b for b in dict.fromkeys(bins) if b < len(ends)]

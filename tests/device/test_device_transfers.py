@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(not IS_SIMULATED, reason="only the simulated dev
 #: how often the host may wait for the device (a number read, a few numbers read at once, a size that depends on
 #: values), for each transport plan of two tiny layers fused by alignment transport_flow; the work around the plan,
 #: such as checks for finite values, counts. Tighten these when a solver waits less
-WAITS_PER_PLAN = {"assignment": 36, "emd": 40, "progot": 420, "sinkhorn": 175, "unbalanced": 215}
+WAITS_PER_PLAN = {"assignment": 12, "emd": 14, "progot": 125, "sinkhorn": 55, "unbalanced": 57}
 #: the same of presets
-WAITS_PER_PLAN_OF_PRESETS = {"opt_deus": 90, "opt_deus_paper": 75, "opt_deus_script": 70}
+WAITS_PER_PLAN_OF_PRESETS = {"opt_deus": 25, "opt_deus_paper": 25, "opt_deus_script": 23}
 #: and of merge methods, for each tensor they compute
 WAITS_PER_TENSOR = 35
 
