@@ -77,18 +77,18 @@ def execute(
                 if block.index == done:
                     return
 
-        run_blocks(
-            plan,
-            [block.index for block in plan.blocks if block.index not in resumed],
-            writer,
-            device=ready.device,
-            seed=options.seed,
-            max_memory=options.max_memory,
-            on_block=finished,
-        )
+        with _unchanged_sources(plan):
+            run_blocks(
+                plan,
+                [block.index for block in plan.blocks if block.index not in resumed],
+                writer,
+                device=ready.device,
+                seed=options.seed,
+                max_memory=options.max_memory,
+                on_block=finished,
+            )
         for block in upcoming:
             on_block(block, True)
-        _check_same_sources(plan)
         output.flush(wait=False)  # while the result is checked
         run_record = ready.run_record | {"seconds": round(time.monotonic() - began, 3)}
         files = _write_files(plan, output, past, options.model_card)
@@ -120,13 +120,24 @@ def _passed(verification: Verification, out: Path, hint: str) -> Verification:
     return replace(verification, folder=out)
 
 
-def _check_same_sources(plan: Plan) -> None:
+@contextmanager
+def _unchanged_sources(plan: Plan) -> Iterator[None]:
+    """A source that changes during the run makes its result invalid, whether or not reading it failed."""
+
+    def check() -> None:
+        try:
+            plan.check_sources()
+        except CheckpointError as error:
+            raise VerifyError(
+                "a source has changed during the run", where=error.where, hint="start over with --overwrite"
+            ) from None
+
     try:
-        plan.check_sources()
-    except CheckpointError as error:
-        raise VerifyError(
-            "a source has changed during the run", where=error.where, hint="start over with --overwrite"
-        ) from None
+        yield
+    except CheckpointError:
+        check()
+        raise
+    check()
 
 
 def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], card: bool) -> dict[str, bytes]:

@@ -200,7 +200,7 @@ BAD = {
     "unknown step": (two("align: {symmetry: [neuron]}"), "slices[0].align.symmetry", "a list of neurons, heads"),
     "no list": (fuse("symmetry: neurons"), "a list of neurons, heads, values, rotary"),
     "gradient": (two("align: {reg: [0.1, 0.2, x]}"), "slices[0].align.reg"),
-    "ot_fuse aligns": (two("align: symmetry", "ot_fuse"), "ot_fuse aligns by itself", "parameters: {alignment"),
+    "ot_fuse aligns": (two("align: symmetry", "ot_fuse"), "ot_fuse has its own alignment", "parameters: {alignment"),
     "one source": (
         "merge_method: passthrough\nslices:\n  - align: symmetry\n    sources:\n      - {model: base}\n",
         "align needs at least two sources",

@@ -87,8 +87,8 @@ REFUSED = {
     "a licence of 100 GB": ({"base/LICENSE": Special("sparse", size=GIGABYTES)}, "LICENSE: the file is too large"),
     # names
     "half a character in a template": (recipe(r'{base_model: base, upscale: {}, chat_template: "{{ \ud800 }}"}'),
-                                       "chat_template (line 1): half a character"),
-    "a tensor named like a role": (tensors({}, **{"model.layers.0.q": [8, 8]}), "is named like the role 'q'"),
+                                       "chat_template (line 1): the text has a lone surrogate"),
+    "a tensor named like a role": (tensors({}, **{"model.layers.0.q": [8, 8]}), "has the name of the role 'q'"),
     "escapes in a tensor's name": (tensors({_LAYER: "\x1b]0;x\x07"}), "has control characters", r"\x1b]0;x"),
     "a tensor's name of 50 000": (tensors({_LAYER: "\u202e" * 50_000}), "lacks its 'n1'"),
     "a file's name of 50 000": ({"base/model.safetensors.index.json":

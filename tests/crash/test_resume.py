@@ -105,7 +105,7 @@ def test_a_finished_output_is_complete(stages, base):
     weights = next((folder / "out").glob("*00003-of*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     ended = stage.run(folder, "--resume")
-    assert ended.code == 3 and "make it anew with --overwrite" in ended.err
+    assert ended.code == 3 and "write it again with --overwrite" in ended.err
     assert content(folder / "out") != stage.new
     assert stage.run(folder, "--overwrite").code == 0
     assert content(folder / "out") == stage.new

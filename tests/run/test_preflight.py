@@ -97,8 +97,9 @@ def test_what_an_interrupted_run_has_left_counts_as_room(run, mount, tiny):
     disk = mount("tmpfs", "size=4m")
     command = ("upscale", tiny, disk / "out", "--quiet", "--preset", "copy_next")
     program = (
-        "import os, signal, sys; from deus_merge.cli.main import _run; from deus_merge.checkpoint import staging\n"
-        "staging.StagingArea.commit = lambda self: os.kill(os.getpid(), signal.SIGKILL); _run(sys.argv[1:])"
+        "import os, signal, sys\nfrom deus_merge.checkpoint import staging\n"
+        "from deus_merge.cli.main import run_command\n"
+        "staging.StagingArea.commit = lambda self: os.kill(os.getpid(), signal.SIGKILL); run_command(sys.argv[1:])"
     )
     subprocess.run([sys.executable, "-c", program, *map(str, command)])
     free = psutil.disk_usage(str(disk)).free

@@ -138,7 +138,7 @@ def test_demo_tiny(run, tmp_path, tiny):
     assert "FAILED" not in done.out and "bit for bit" in done.out
     mine = tmp_path / "demo/tiny-opt_deus/trained.pt"
     mine.write_text("mine")
-    assert "is kept" in run("demo", tmp_path / "demo", "--tiny").err and mine.exists()
+    assert "is not computed again" in run("demo", tmp_path / "demo", "--tiny").err and mine.exists()
 
 
 @pytest.mark.slow
