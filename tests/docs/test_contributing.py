@@ -87,3 +87,20 @@ def test_a_family_is_one_file(run_with, tmp_path):
     new = weights(tmp_path / "deeper")["model.layers.1.mlp.up_proj.weight"]
     stored = weights(tmp_path / "base")
     assert not any(new.equal(stored[f"model.layers.{i}.mlp.up_proj.weight"]) for i in (0, 1))  # fused, not copied
+
+
+def test_a_solver_with_an_option_is_one_file(run_with, tmp_path):
+    base = make_model(tmp_path / "base", layers=2)
+    parameters = "{alignment: transport_flow, solver: nearest, neighbours: 2, unit_rows: false, cost_scale: none, t: 0"
+    recipe = write_recipe(
+        tmp_path / "r.yml",
+        f"base_model: {base}\nupscale: {{insert: all, parameters: {parameters}, restore_norm: none}}}}\n",
+    )
+    run_with("ot/solvers/nearest.py", "merge", recipe, tmp_path / "out", "--quiet")
+    stored, name = weights(base), "model.layers.{}.self_attn.q_proj.weight"
+    a, b = (stored[name.format(i)].double() for i in (0, 1))  # (n, d) each
+    nearest = torch.cdist(a, b).topk(2, dim=0, largest=False).indices  # (2, n)
+    assert torch.allclose(weights(tmp_path / "out")[name.format(1)].double(), a[nearest].mean(dim=0), atol=1e-6)
+    assert "neighbours" in run_with("ot/solvers/nearest.py", "methods", "ot_fuse")
+    wrong = write_recipe(tmp_path / "wrong.yml", recipe.read_text().replace("neighbours: 2", "neighbours: 0"))
+    assert "neighbours" in run_with("ot/solvers/nearest.py", "merge", wrong, tmp_path / "no", code=2)

@@ -4,7 +4,7 @@ The plan minimises, over all T >= 0,
 
     <T, C> + reg KL(T | a bᵀ) + rho KL(T 1 | a) + rho KL(Tᵀ 1 | b),     KL(x | y) = Σ x log(x/y) - x + y
 
-(Chizat et al. 2018, arXiv 1607.05816), with rho = `SolverOptions.marginal_penalty` times the problem's mean cost. It is
+(Chizat et al. 2018, arXiv 1607.05816), with rho = `Unbalanced.marginal_penalty` times the problem's mean cost. It is
 solved as `sinkhorn` solves the balanced problem, to which it tends as rho grows: see `_semidual`. (POT's
 ``sinkhorn_stabilized_unbalanced`` loses its kernel to underflow where C/reg passes some hundreds in float32, and a step
 of it shortens the error by no more than rho/(rho + reg).)
