@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deus_merge.core.errors import SolverError
+from deus_merge.ot.blocks import matrix_blocks
 from deus_merge.ot.coupling import Coupling, ScriptedMap
 from deus_merge.ot.problem import OTProblem
 
@@ -64,3 +65,12 @@ def test_effective_support_counts_rows(support):
     plan = torch.zeros(8, 5)
     plan[:support] = 1 / (5 * support)
     assert Coupling(plan).effective_support() == pytest.approx(support, rel=1e-5)
+
+
+def test_effective_support_leaves_empty_columns_out():
+    plan = torch.zeros(8, 5)
+    plan[:3, 1:] = 1 / 12
+    assert Coupling(plan).effective_support() == pytest.approx(3, rel=1e-5)
+    measures = Coupling(plan).measures(plan.sum(1), plan.sum(0), matrix_blocks(torch.ones(8, 5)))
+    assert measures == pytest.approx((0, 1, 3), rel=1e-5, abs=1e-6)
+    assert Coupling(torch.zeros(2, 2)).effective_support() == 0
