@@ -246,6 +246,9 @@ def test_bytes_read_are_what_is_read(models, monkeypatch, tmp_path):
     assert (
         read(tuned + "merge_method: linear\nmodels: [{model: t}, {model: c}]\nparameters: {weight: 1}\n") == 4 * total
     )
+    twice = "merge_method: passthrough\nslices:\n" + 2 * "- sources: [{model: t, layer_range: [0, 4]}]\n"
+    layers = sum(t.nbytes for n, t in weights(models / "a").items() if ".layers." in n)
+    assert read(tuned + twice) == 3 * (total + layers)  # its layers are computed a second time
 
 
 def test_tokenizers_stay_behind_only_when_asked(models, monkeypatch, tmp_path):

@@ -73,7 +73,7 @@ def test_finished_blocks_of_documents_are_counted(plan_of):
         (document,) = plan.documents
         assert document.cached_blocks == count
         largest = max(block.nbytes for block in document.plan.blocks)
-        computing = max(block.workspace() for block in plan.blocks if block.computes)
+        computing = max(block.workspace() + plan.reading_memory(block) for block in plan.blocks)
         assert plan.peak_memory >= 330_000_000 + count * largest + computing
         assert max(plan.reading_memory(block) for block in plan.blocks) >= max(
             block.workspace() for block in document.plan.blocks
