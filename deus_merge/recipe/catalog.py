@@ -9,6 +9,7 @@ from ..methods.base import MergeMethod
 from ..methods.registry import methods
 from ..models.family import families
 from ..ot.registry import solvers
+from ..ot.solver import OTSolver
 from .presets import PRESETS
 
 
@@ -16,13 +17,13 @@ def catalog() -> dict[str, dict[str, dict[str, Any]]]:
     """All entries as JSON data.
 
     Returns:
-        Kind -> name -> ``summary``, ``reference`` and more: ``parameters`` of methods, ``method``, ``insert`` and
+        Kind -> name -> ``summary``, ``reference`` and more: ``parameters`` of methods and solvers, ``method``, ``insert`` and
         ``settings`` of presets.
     """
     return {
-        "methods": {n: _method(m) for n, m in methods().items()},
+        "methods": {n: _with_parameters(m) for n, m in methods().items()},
         "alignments": {n: {"summary": summary, "reference": ref} for n, (summary, ref) in ALIGNMENTS.items()},
-        "solvers": {n: {"summary": s.summary, "reference": s.reference} for n, s in solvers().items()},
+        "solvers": {n: _with_parameters(s) for n, s in solvers().items()},
         "families": {
             n: {
                 "summary": f"model_type {', '.join(f.model_types)}",
@@ -43,9 +44,9 @@ def catalog() -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def _method(method: MergeMethod) -> dict[str, Any]:
+def _with_parameters(entry: MergeMethod | OTSolver) -> dict[str, Any]:
     parameters = [
         {"name": p.name, "values": p.expected, "default": p.default, "scope": p.scope, "help": p.help}
-        for p in method.parameters
+        for p in entry.parameters
     ]
-    return {"summary": method.summary, "reference": method.reference, "parameters": parameters}
+    return {"summary": entry.summary, "reference": entry.reference, "parameters": parameters}

@@ -101,6 +101,6 @@ def test_a_solver_with_an_option_is_one_file(run_with, tmp_path):
     a, b = (stored[name.format(i)].double() for i in (0, 1))  # (n, d) each
     nearest = torch.cdist(a, b).topk(2, dim=0, largest=False).indices  # (2, n)
     assert torch.allclose(weights(tmp_path / "out")[name.format(1)].double(), a[nearest].mean(dim=0), atol=1e-6)
-    assert "neighbours" in run_with("ot/solvers/nearest.py", "methods", "ot_fuse")
+    assert "neighbours" in run_with("ot/solvers/nearest.py", "methods", "nearest")
     wrong = write_recipe(tmp_path / "wrong.yml", recipe.read_text().replace("neighbours: 2", "neighbours: 0"))
     assert "neighbours" in run_with("ot/solvers/nearest.py", "merge", wrong, tmp_path / "no", code=2)
