@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +27,7 @@ FOLDERS = {  # in the order in which imports run, from the command line down
     "checkpoint": "files: read, planned, written, put in place",
     "core": "what everybody may import",
 }
-WIDTH = 26
+WIDTH, LENGTH = 26, 92  # characters of a name and of its description
 
 
 def render() -> str:
@@ -51,14 +50,15 @@ def _folder(folder: Path, depth: int) -> list[str]:
 
 
 def _line(file: Path, depth: int) -> list[str]:
-    """A file's line, wrapped; nothing for a package without a docstring."""
+    """A file's line; nothing for a package without a docstring."""
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
     if text is None:
         return []
-    first = " ".join(text.split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[.:])\s(?=[A-Z`])", first)[0].rstrip(".:")
-    head = f"{'  ' * depth}{file.name:<{WIDTH + 2 - 2 * depth}}"
-    return textwrap.wrap(sentence, 118, initial_indent=head, subsequent_indent=" " * (WIDTH + 4))
+    sentence = re.split(r"(?<=\.)\s", " ".join(text.split("\n\n")[0].split()))[0].rstrip(".")
+    for mark in ("; ", ": ", ", "):  # a clause of it, where the whole sentence does not fit
+        if len(sentence) > LENGTH:
+            sentence = sentence[: sentence.rfind(mark, 0, LENGTH)] if mark in sentence[20:LENGTH] else sentence
+    return [f"{'  ' * depth}{file.name:<{WIDTH + 2 - 2 * depth}}{sentence}"]
 
 
 def with_tree(page: str) -> str:

@@ -1,4 +1,4 @@
-"""Growth upon growth: the lineage of the layers that a plan takes from its sources."""
+"""Lineage: which layers of a plan's sources earlier up-scalings put in."""
 
 from __future__ import annotations
 
