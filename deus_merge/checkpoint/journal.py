@@ -186,7 +186,8 @@ def check_journal(folder: Path, plan_hash: str, identity: Mapping[str, object]) 
     head = read_journal(folder).head
     if head is None or head.format != FORMAT:
         got = "no complete head" if head is None else f"format {head.format}"
-        raise _refusal(folder, "the journal has another format", f"format {FORMAT}", got)
+        hint = "start over with --overwrite, or continue it with the version of deus_merge that began it"
+        raise _refusal(folder, "the journal has another format", f"format {FORMAT}", got, hint)
     # Compared first: it can say what differs, and a plan hash cannot.
     old, new = head.identity, json.loads(json.dumps(dict(identity)))
     if names := sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
@@ -272,11 +273,17 @@ class Journal:
         os.fdatasync(self._fd)
 
 
-def _refusal(folder: Path, message: str, expected: object, got: object) -> PlanError:
+def _refusal(
+    folder: Path,
+    message: str,
+    expected: object,
+    got: object,
+    hint: str = "run the interrupted command again, or start over with --overwrite",
+) -> PlanError:
     return PlanError(
         f"cannot resume: {message}",
         where=folder,
         expected=expected,
         got=got,
-        hint="run the interrupted command again, or start over with --overwrite",
+        hint=hint,
     )

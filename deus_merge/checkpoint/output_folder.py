@@ -92,7 +92,8 @@ class OutputFolder:
             return f"{self.out} is complete"
         if not self.resumable:
             return None
-        saved = f"{len(self.finished)} finished blocks are saved in {self.area.staging}"
+        count = len(self.finished)
+        saved = f"{count} finished {'block is' if count == 1 else 'blocks are'} saved in {self.area.staging}"
         return f"{saved}; run the same command with --resume to continue"
 
     def __enter__(self) -> OutputFolder:
@@ -248,7 +249,7 @@ class OutputFolder:
             raise PlanError(
                 "an earlier run to this output was interrupted",
                 where=self.area.staging,
-                got=f"{count} finished blocks",
+                got=f"{count} finished {'block' if count == 1 else 'blocks'}",
                 hint="continue it with --resume, or start over with --overwrite",
             )
         return self._resume

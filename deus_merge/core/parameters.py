@@ -93,6 +93,14 @@ def as_number(value: object) -> float | int | None:
     return None
 
 
+def parse_positive(value: object) -> float:
+    """a number above 0"""
+    number = as_number(value)
+    if number is not None and number > 0:
+        return float(number)
+    raise ValueError(parse_positive.__doc__)
+
+
 def parse_roles(value: object) -> object:
     """true, false, or a list of roles like [o, down]"""
     if isinstance(value, bool):

@@ -200,6 +200,7 @@ class Output:
     def copied(self) -> CheckResult:
         """Copied tensors are equal to their sources. Where one cannot be compared, the check is skipped."""
         names, derived = self._names(Action.COPY), self._names(Action.DERIVE)
+        derived += [name for name in self._names(Action.CAST) if self.manifest.tensors[name].derived]
         compared = [name for name in names if self._source_of(name) is not None]
         wrong = [name for name in compared if not self.results[name].equal]
         if wrong:
@@ -207,7 +208,9 @@ class Output:
         missing = sorted({self._source_index(name) for name in names if self._source_of(name) is None})
         reasons = [str(self._sources[index]) for index in missing]
         if derived:
-            reasons.append(f"{len(derived)} tensors were derived (adapter, tokenizer), so no source has their bytes")
+            reasons.append(
+                f"{len(derived)} tensors were derived (adapter, tokenizer, document), so no source has their bytes"
+            )
         if not names and not derived:
             return True, "no tensor was copied"
         stored = {name: self._stored_source(self.checkpoint.tensors[name]) for name in compared}

@@ -86,7 +86,7 @@ def test_a_finished_block_is_saved_and_resumed(stop, tmp_path):
     ]
     with OutputFolder(out, plan_hash="p", identity={"device": "cpu"}, resume=True) as folder:
         assert folder.finished == {"a": {"cost": 1.5}}
-        assert "1 finished blocks are saved" in folder.resume_hint and "--resume" in folder.resume_hint
+        assert "1 finished block is saved" in folder.resume_hint and "--resume" in folder.resume_hint
     write(out, b"...def", resume=True)
     assert content(out)["model.safetensors"].endswith(b"abcdef")
     assert os.listdir(tmp_path) == ["out"]

@@ -281,3 +281,16 @@ def test_a_manifest_of_format_1_is_still_read(run, out):
     assert [c["name"] for c in result["checks"] if c["passed"] is None] == ["checksums"]
     patch(out, made_by(out, "copy"), b"\x01\x02")
     assert "copied tensors" in failed(run("verify", out, "--quick", "--json", expect=3))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_results_of_documents_are_not_called_copies(run, tmp_path, dtype):
+    """Nothing on the disk has their bytes, whether or not they are cast: the check says so, and strict fails."""
+    models = [make_model(tmp_path / name, layers=2, seed=seed) for seed, name in enumerate("ab")]
+    sources = "".join(f"- {{model: {model}, parameters: {{weight: 1}}}}\n" for model in models)
+    last = "base_model: soup\nupscale: {preset: llama_pro, insert: all}\n" + (f"dtype: {dtype}\n" if dtype else "")
+    recipe = write_recipe(tmp_path / "r.yml", f"name: soup\nmerge_method: linear\nmodels:\n{sources}---\n{last}")
+    run("merge", recipe, tmp_path / "out")
+    checks = {c["name"]: c for c in run("verify", tmp_path / "out", "--quick", "--json").json()["checks"]}
+    assert checks["copied tensors"]["passed"] is None and "document" in checks["copied tensors"]["detail"]
+    run("verify", tmp_path / "out", "--quick", "--strict", expect=3)

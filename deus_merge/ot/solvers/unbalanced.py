@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 
 from ...core.errors import SolverError
-from ...core.parameters import block_parameter
+from ...core.parameters import block_parameter, parse_positive
 from ..problem import DEFAULT_OPTIONS, OTProblem, OTSolution, SolverOptions
 from ..solver import OTSolver
 from ._semidual import Kernel
@@ -45,8 +45,8 @@ class Unbalanced(OTSolver):
     summary = "entropic, relaxed marginals: rows that match nothing are left out; any device"
     reference = "Chizat et al. 2018, arXiv 1607.05816; Séjourné et al. 2022, arXiv 2201.00730"
     parameters = (
-        block_parameter("marginal_penalty", "number", 1.0,
-                        "solver unbalanced: weight of the marginals, in units of the mean cost", minimum=0),
+        block_parameter("marginal_penalty", "other", 1.0,
+                        "solver unbalanced: weight of the marginals, in units of the mean cost", parse=parse_positive),
     )  # fmt: skip
     keeps_marginals = False
 
