@@ -13,6 +13,7 @@ from support import make_model, weights, write_recipe
 
 from deus_merge import api
 from deus_merge.core.errors import MachineError
+from deus_merge.run.compute import BlockComputer
 from deus_merge.run.document_results import document_results
 
 RECIPES = {
@@ -22,6 +23,8 @@ RECIPES = {
     "cast": "merge_method: passthrough\ndtype: bfloat16\nmodels: [{model: a}]\n",
     "aligned": "merge_method: slerp\nbase_model: a\nalign: symmetry\nparameters: {t: 0.3}\nmodels: [{model: b}]\n",
     "learned": "base_model: a\nupscale: {preset: lesa, insert: {after: [0, 1]}, parameters: {epochs: 1, width: 8}}\n",
+    "scaled document": "name: soft\nmerge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
+    "---\nmerge_method: passthrough\nparameters: {scale: 0.5}\nmodels: [{model: soft}]\n",
     "document": "name: soft\nmerge_method: linear\nmodels:\n- {model: a, parameters: {weight: 0.3}}\n"
     "- {model: b, parameters: {weight: 0.7}}\n---\nbase_model: soft\nupscale: {preset: average, insert: all}\n",
 }
@@ -114,6 +117,41 @@ def test_a_block_whose_last_write_fails_is_not_done(plan_of, name, error):
     assert done == [0, 1]
     if expected is MachineError:
         assert raised.value.where == block.title and "--max-memory" in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["runs of elements", "fused", "cast", "aligned"])
+def test_a_block_whose_first_write_fails_is_not_done(plan_of, name):
+    """A tensor is written while the next one is computed: its error comes out all the same."""
+    plan = plan_of(name)
+    names, failed, done = {o.name for o in plan.blocks[2].outputs}, [], []
+
+    def fails(tensor):
+        if tensor in names and not failed:
+            failed.append(tensor)
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        api.run_blocks(
+            plan, range(len(plan.blocks)), Notes(plan, fails), device=torch.device("cpu"),
+            on_block=lambda block, diagnostics: done.append(block.index),
+        )  # fmt: skip
+    assert done == [0, 1]
+
+
+def test_outputs_that_share_what_they_read_are_not_computed_at_once(plan_of):
+    """Aligned layers, fused ones, and sources that keep what they computed between two reads."""
+    independent = {}
+    for name in RECIPES:
+        plan = plan_of(name)
+        computer = BlockComputer(plan, torch.device("cpu"), 0, None, document_results(plan, None, 0, limited=False))
+        independent[name] = any(computer.independent_outputs(block) for block in plan.blocks)
+    assert independent == {name: name == "runs of elements" for name in RECIPES} | {"aligned": True}
+    aligned = plan_of("aligned")
+    computer = BlockComputer(aligned, torch.device("cpu"), 0, None, {})
+    assert [bool(computer.independent_outputs(block)) for block in aligned.blocks] == [True, False, False, False, True]
+    scaled = plan_of("scaled document")
+    computer = BlockComputer(scaled, torch.device("cpu"), 0, None, document_results(scaled, None, 0, limited=False))
+    assert not any(computer.independent_outputs(block) for block in scaled.blocks)
 
 
 def test_what_is_no_lack_of_memory_stays_what_it_is(plan_of):
