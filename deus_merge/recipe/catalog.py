@@ -17,8 +17,8 @@ def catalog() -> dict[str, dict[str, dict[str, Any]]]:
     """All entries as JSON data.
 
     Returns:
-        Kind -> name -> ``summary``, ``reference`` and more: ``parameters`` of methods and solvers, ``method``, ``insert``
-        and ``settings`` of presets.
+        Kind -> name -> ``summary``, ``reference`` and more: ``parameters`` of methods and solvers; ``method``,
+        ``insert`` and ``settings`` of presets.
     """
     return {
         "methods": {n: _with_parameters(m) for n, m in methods().items()},
