@@ -8,6 +8,14 @@
     print(api.plan(recipe).describe()["new_layers"])
     api.merge(recipe, "deeper")
     api.verify("deeper", check=True)
+
+A plan pickles, and any process can make some of its blocks::
+
+    plan = pickle.loads(data)
+    writer = api.ShardWriter(Path("parts"), plan.shards)  # an existing folder; resume=True where the files are there
+    api.run_blocks(plan, [0, 1, 2], writer, device="cpu")
+    writer.sync(shard.filename for shard in plan.shards)
+    writer.close()
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.header import read_small
+from .checkpoint.shards import ShardWriter
 from .checkpoint.storage import LoadOptions
 from .core.errors import DeusMergeError, VerifyError
 from .core.located import Plain, locate
@@ -39,6 +48,7 @@ __all__ = [
     "LoadOptions",
     "MergeResult",
     "RunOptions",
+    "ShardWriter",
     "Stripped",
     "export_training",
     "merge",

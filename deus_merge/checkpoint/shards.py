@@ -140,6 +140,10 @@ class ShardWriter:
             finally:
                 os.close(fd)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether one of the files has a tensor of this name."""
+        return name in self._places
+
     def entry(self, name: str) -> TensorEntry:
         """The planned name, dtype and shape of a tensor."""
         return self._find(name)[0].entries[name]

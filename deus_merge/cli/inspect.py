@@ -13,6 +13,11 @@ from ..core.units import format_size
 from .failures import report_bus_errors
 from .output import echo, emit_json, note, quiet_transformers, show_verification, table
 
+#: kinds of entries of `recipe.catalog` -> one of them
+_SINGULAR = {
+    "methods": "method", "alignments": "alignment", "solvers": "solver", "families": "family", "presets": "preset",
+}  # fmt: skip
+
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -168,7 +173,7 @@ def methods(name: str | None, as_json: bool):
         emit_json(found)
         return
     for kind, entry in found.items():
-        click.echo(f"{name} ({kind.rstrip('s')}): {entry['summary']}\nreference: {entry['reference']}\n")
+        click.echo(f"{name} ({_SINGULAR[kind]}): {entry['summary']}\nreference: {entry['reference']}\n")
         if parameters := entry.get("parameters"):
             columns = ["parameter", "values", "default", "description"]
             table("", columns, [[p["name"], p["values"], str(p["default"]), p["help"]] for p in parameters])

@@ -103,8 +103,9 @@ def show_plan(plan: Plan) -> None:
     layers = f"{plan.donor.view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
     same = "; computes the same function as the base" if plan.function_preserving else ""
     click.echo(f"{layers}{same}")
+    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     click.echo(
-        f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {len(plan.shards)} files; "
+        f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {files}; "
         f"about {format_size(plan.peak_memory)} of memory, {plan.seconds:.0f} s"
     )
     click.echo(f"plan {plan.hash}")

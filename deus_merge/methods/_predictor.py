@@ -1,4 +1,4 @@
-"""A network that tells the layer between two layers, and how it learns that from layers between two others.
+"""A network that predicts the layer between two layers, and how it learns that from layers between two others.
 
 Reference: Yang et al., LESA, arXiv 2502.13794, sections 3.2 and 3.3; details that the paper leaves open follow the
 authors' code: AdamW, batches of 64. A sample is one direction (see `_stacked`) of three successive layers. We hold

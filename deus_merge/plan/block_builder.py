@@ -52,7 +52,7 @@ class BlockBuilder:
         self.index = {model.ref: i for i, model in enumerate(self.models)}
 
     def begin(self, module: str | None) -> None:
-        """Go on with the layers of a module."""
+        """Continue with the layers of a module."""
         self.module, self.origins = module, []
 
     def view(self, ref: ModelRef) -> ModelView:

@@ -121,7 +121,7 @@ class _Planner:
     def _add_module(self, slices: Sequence[OutputSlice]) -> None:
         """The blocks of a module, or of a whole model."""
         layers = sum(len(self._range(slice_.sources[0])) for slice_ in slices)
-        if layers > MAX_LAYERS:  # those between layers are counted when they are builder
+        if layers > MAX_LAYERS:  # those between layers are counted when they are planned
             self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
         has_layers = bool(self.builder.view(self.donor.ref).layers)
         self._add_outside("embeddings" if has_layers else "", "before", slices[0], 0.0)

@@ -114,7 +114,7 @@ def base_source(slice_: OutputSlice, ref: ModelRef | None) -> int | None:
     count = len(sources) - (base is not None and method.base != "ignored")
     if count < low or (high is not None and count > high):
         wanted = f"exactly {low}" if low == high else f"at least {low}" if count < low else f"at most {high}"
-        beside = " beside the base model" if method.base != "ignored" else ""
+        beside = " in addition to the base model" if method.base != "ignored" else ""
         slice_.place.fail(f"{name} takes {wanted} {'model' if low == 1 else 'models'}{beside}, not {count}")
     return base
 

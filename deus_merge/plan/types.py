@@ -1,7 +1,7 @@
 """The plan: every output tensor, how it comes about and where it goes, before any tensor is read.
 
 A `Plan` is plain data, and can be pickled. Blocks are independent of each other: inputs, method, parameters and output
-offsets are all in it, so any worker that reaches the files can do any block in any order (`run.compute.run_blocks`).
+offsets are all in it, so any worker that reaches the files can make any block (`run.block_runner.run_blocks`).
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def _after(node: Located, n: int, after_last: bool) -> list[int]:
     for item in node.sequence("a list of layers"):
         layer = item.integer()
         if layer > last:
-            reason = "the model ends there" if layer >= n else "the last layer has no upper neighbour to fuse with"
+            reason = "the model ends there" if layer >= n else "the last layer has no upper neighbour"
             item.fail(f"no new layer can follow layer {layer}: {reason}", expected=f"0 to {last}")
         if layer in places:
             item.fail(f"layer {layer} is named twice", expected="each once", hint="parameters: {layers_per_gap: 2}")

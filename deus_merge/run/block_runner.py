@@ -9,13 +9,14 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from ..checkpoint.shards import ShardWriter
-from ..core.errors import MachineError
+from ..core.errors import MachineError, PlanError
 from ..core.tensors import Action
 from ..core.units import ITEMSIZE, format_size
 from ..methods.base import CONCURRENT_OUTPUTS, OutputTensor
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from .compute import BlockComputer, Computed, Loaded
+from .device import choose_device
 from .document_results import document_results
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def run_blocks(
     indices: Iterable[int],
     writer: ShardWriter,
     *,
-    device: torch.device | None,
+    device: torch.device | str | None,
     seed: int = 0,
     max_memory: int | None = None,
     on_block: Callable[[BlockPlan, list[dict]], None] = lambda block, diagnostics: None,
@@ -35,29 +36,51 @@ def run_blocks(
     """Make blocks of a plan and write their tensors.
 
     The next block is read ahead while one is computed, and a tensor is written while the next one is computed. Blocks
-    are independent: any process that reaches the sources can make any of them, in any order, with the same bytes.
+    are independent: any process that reaches the sources can make any of them, in any order. The bytes are those of a
+    single run with the same seed and threads on such a machine (`run.device.machine_identity`). Nothing else is written:
+    config, index, side files, manifest, verification and the final rename belong to `executor.execute`.
 
     Args:
         plan: The plan; it may have been pickled.
         indices: Which of its blocks, in the order in which they are made.
         writer: The writer of the files that their tensors belong to.
-        device: Where the arithmetic is done; None when these blocks only copy.
+        device: Where the arithmetic is done, or its name; None when these blocks only copy.
         seed: For methods that draw random numbers.
         max_memory: Bytes that the process may take; None for no limit.
         on_block: Called after each block, when all its tensors are written, with its diagnostics as JSON data.
 
     Raises:
+        PlanError: there is no such block, or the writer has no file for one of its tensors.
         CheckpointError: a source has changed since the plan was made.
         DeusMergeError: a tensor that cannot be read, merged or written.
     """
+    blocks = _checked_blocks(plan, indices, writer)
     plan.check_sources()
-    blocks = [plan.blocks[i] for i in indices]
+    if isinstance(device, str):
+        device = choose_device(device)
     with ExitStack() as stack:
         runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack)
         for block in blocks:
             with _memory_errors(block):
                 diagnostics = runner.run(block)
             on_block(block, diagnostics)
+
+
+def _checked_blocks(plan: Plan, indices: Iterable[int], writer: ShardWriter) -> list[BlockPlan]:
+    blocks = []
+    for index in indices:
+        if not 0 <= index < len(plan.blocks):
+            expected = f"0 to {len(plan.blocks) - 1}"
+            raise PlanError("the plan has no such block", where="indices", expected=expected, got=index)
+        blocks.append(plan.blocks[index])
+        if missing := next((o.name for o in blocks[-1].outputs if o.name not in writer), None):
+            raise PlanError(
+                "the writer has no file for a tensor of this block",
+                where=blocks[-1].title,
+                expected="a writer of the files of `plan.shards` that the block belongs to",
+                got=f"none with {missing}",
+            )
+    return blocks
 
 
 class _BlockRunner:

@@ -34,8 +34,8 @@ class RunOptions:
     Attributes:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         max_memory: Bytes the process may take: plans then work in row blocks; too few are refused.
-        resume: Go on with an interrupted run.
-        overwrite: Replace an existing output, once the new one is whole.
+        resume: Continue an interrupted run.
+        overwrite: Replace an existing output, once the new one is complete.
         verify: Check the result before it is renamed to OUT.
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic; None for torch's own choice.

@@ -54,6 +54,7 @@ def test_the_drawing_names_files_that_exist():
     assert [name for name in named if not (ROOT / "deus_merge" / name).exists()] == []
 
 
+@pytest.mark.slow
 def test_a_method_is_one_file(run_with, tmp_path):
     models = [make_model(tmp_path / name, layers=2, seed=seed) for seed, name in enumerate("abc")]
     sources = "".join(f"  - model: {model}\n" for model in models)
@@ -68,6 +69,7 @@ def test_a_method_is_one_file(run_with, tmp_path):
     assert "odd number of sources" in run_with("methods/median.py", "merge", two, tmp_path / "no", code=2)
 
 
+@pytest.mark.slow
 def test_a_family_is_one_file(run_with, tmp_path):
     config = transformers.ArceeConfig(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -89,6 +91,7 @@ def test_a_family_is_one_file(run_with, tmp_path):
     assert not any(new.equal(stored[f"model.layers.{i}.mlp.up_proj.weight"]) for i in (0, 1))  # fused, not copied
 
 
+@pytest.mark.slow
 def test_a_solver_with_an_option_is_one_file(run_with, tmp_path):
     base = make_model(tmp_path / "base", layers=2)
     parameters = "{alignment: transport_flow, solver: nearest, neighbours: 2, unit_rows: false, cost_scale: none, t: 0"

@@ -105,6 +105,7 @@ def test_training_note_states_a_loss_well_below_the_unigram_entropy():
     assert int(rows["seed"]) == 0
 
 
+@pytest.mark.slow
 def test_training_is_the_same_twice_and_lowers_the_loss(script):
     texts = stdlib_sources(script, held_out=False, count=12)
     runs = []

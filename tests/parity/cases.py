@@ -246,12 +246,15 @@ REFUSED = {
     "nuslerp of three": (plain("nuslerp", "a", "b", "c", base=False, settings="weight: 1"), "exactly 2 models"),
     "nuslerp with one of them as base": (
         plain("nuslerp", "a", "base", settings="weight: 1"),
-        "exactly 2 models beside the base model, not 1",
+        "exactly 2 models in addition to the base model, not 1",
     ),
-    "nearswap of three": (plain("nearswap", "a", "b", settings="t: 1"), "exactly 1 model beside the base model, not 2"),
+    "nearswap of three": (
+        plain("nearswap", "a", "b", settings="t: 1"),
+        "exactly 1 model in addition to the base model, not 2",
+    ),
     "nearswap without t": (plain("nearswap", "a"), "nearswap needs t"),
-    "arcee_fusion of three": (plain("arcee_fusion", "a", "b"), "exactly 1 model beside"),
-    "model_stock of two": (plain("model_stock", "a"), "at least 2 models beside the base model, not 1"),
+    "arcee_fusion of three": (plain("arcee_fusion", "a", "b"), "exactly 1 model in addition"),
+    "model_stock of two": (plain("model_stock", "a"), "at least 2 models in addition to the base model, not 1"),
     "multislerp of a base": (plain("multislerp", "base", settings="weight: 1"), "at least 1 model beside"),
     "epsilon too large": (plain("della", "a", settings="weight: 1, density: 0.9"), "probabilities from density"),
     "tokenizer twice": (

@@ -29,12 +29,11 @@ import pickle, sys
 from pathlib import Path
 import torch
 from deus_merge import api
-from deus_merge.checkpoint import ShardWriter
 torch.set_num_threads(1)
 plan = pickle.loads(Path(sys.argv[1]).read_bytes())
-writer = ShardWriter(Path(sys.argv[2]), plan.shards)
+writer = api.ShardWriter(Path(sys.argv[2]), plan.shards)
 done = []
-api.run_blocks(plan, reversed(range(len(plan.blocks))), writer, device=torch.device("cpu"),
+api.run_blocks(plan, reversed(range(len(plan.blocks))), writer, device="cpu",
                on_block=lambda block, diagnostics: done.append(block.index))
 writer.close()
 assert done == list(reversed(range(len(plan.blocks))))
@@ -73,6 +72,25 @@ def test_a_pickled_plan_knows_a_changed_source(models, tmp_path):
     writer = ShardWriter(tmp_path / "parts", plan.shards)
     with pytest.raises(api.DeusMergeError, match="has changed"):
         api.run_blocks(plan, range(len(plan.blocks)), writer, device=None)
+    writer.close()
+
+
+def test_what_run_blocks_refuses(models, monkeypatch, tmp_path):
+    """Before anything is written: no such block, no such file, no such device."""
+    monkeypatch.chdir(models)
+    plan = api.plan(write_recipe(tmp_path / "recipe.yml", RECIPES["up-scaled"]), max_shard_size=20_000)
+    (tmp_path / "parts").mkdir()
+    writer = api.ShardWriter(tmp_path / "parts", plan.shards[:1])
+    last = len(plan.blocks) - 1
+    for indices, device, message in (
+        ([last + 1], "cpu", f"0 to {last}"),
+        ([-1], "cpu", "no such block"),
+        ([last], "cpu", "no file for a tensor"),
+        ([0], "gpu", "unknown device"),
+    ):
+        with pytest.raises(api.DeusMergeError, match=message):
+            api.run_blocks(plan, indices, writer, device=device)
+    assert writer.bytes_written == 0
     writer.close()
 
 

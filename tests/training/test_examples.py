@@ -83,6 +83,7 @@ def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
     assert (tmp_path / "twice/model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_supervised_fine_tuning(run, tiny, tmp_path):
     pytest.importorskip("trl")
     trained = check_example(run, "sft", tiny, tmp_path, "--steps", 12, "--context", 96, "--lr", 5e-3)
