@@ -142,7 +142,7 @@ class ShardWriter:
 
     def __contains__(self, name: object) -> bool:
         """Whether one of the files has a tensor of this name."""
-        return name in self._places
+        return name in self._shard_of
 
     def entry(self, name: str) -> TensorEntry:
         """The planned name, dtype and shape of a tensor."""

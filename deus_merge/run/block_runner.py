@@ -37,8 +37,8 @@ def run_blocks(
 
     The next block is read ahead while one is computed, and a tensor is written while the next one is computed. Blocks
     are independent: any process that reaches the sources can make any of them, in any order. The bytes are those of a
-    single run with the same seed and threads on such a machine (`run.device.machine_identity`). Nothing else is written:
-    config, index, side files, manifest, verification and the final rename belong to `executor.execute`.
+    single run with the same seed and threads on such a machine (`run.device.machine_identity`). Nothing else is
+    written: config, index, side files, manifest, verification and the final rename belong to `executor.execute`.
 
     Args:
         plan: The plan; it may have been pickled.
