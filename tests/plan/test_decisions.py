@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from support import make_model, weights, write_recipe
 
@@ -225,6 +226,17 @@ def test_a_layer_that_is_there_a_second_time_is_new(models, monkeypatch, tmp_pat
     plan = api.plan(write_recipe(tmp_path / "recipe.yml", text))
     assert plan.new_layers == (3, 4)
     assert {n.split(".")[2] for n in plan.new_parameters} == {"3", "4"}
+
+
+def test_a_layer_of_another_module_is_another_layer(tmp_path):
+    """Encoder and decoder both have a layer 0; neither is a repetition of the other's."""
+    sizes = {"d_model": 32, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 8}
+    config = transformers.T5Config(vocab_size=64, **sizes)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    sources = f"{{slices: [{{sources: [{{model: {tmp_path / 't5'}, layer_range: [0, 2]}}]}}]}}"
+    text = f"merge_method: passthrough\nmodules:\n  encoder: {sources}\n  decoder: {sources}\n"
+    plan = api.plan(write_recipe(tmp_path / "recipe.yml", text))
+    assert plan.new_layers == () and plan.new_parameters == ()
 
 
 def test_bytes_read_are_what_is_read(models, monkeypatch, tmp_path):

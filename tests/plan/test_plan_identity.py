@@ -17,9 +17,8 @@ SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\np
 GROWN = "base_model: a\nupscale: {insert: {after: [1]}}\n"
 ALIGNED = LINEAR + "align: {alignment: symmetry, solver: assignment}\n"
 REGULARISED = LINEAR + "align: {alignment: symmetry, solver: sinkhorn, reg: 0.1}\n"
-TWO = (
-    "merge_method: passthrough\nbase_model: a\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n"
-    "- sources: [{model: b, layer_range: [2, 4]}]\n"
+MIXED = "merge_method: passthrough\nbase_model: c\nslices:\n" + "".join(
+    f"- sources: [{{model: {model}, layer_range: [{start}, {start + 1}]}}]\n" for start, model in enumerate("aba")
 )
 SLICE = (
     "merge_method: slerp\nbase_model: a\nparameters: {t: 0.3}\nslices:\n- base_model: a\n"
@@ -34,7 +33,7 @@ UNLIKE = {
         ", parameters: {weight: 0.6}", "")),
     "the order of sources": (SLERP, SLERP.replace("{model: a}, {model: b}", "{model: b}, {model: a}")),
     "which source is the base": (SLERP, SLERP.replace("base_model: a", "base_model: b")),
-    "which model a layer is of": (TWO, TWO.replace("a, l", "x, l").replace("b, l", "a, l").replace("x, l", "b, l")),
+    "which model a layer is of": (MIXED, MIXED.replace("a, layer_range: [2", "b, layer_range: [2")),
     "which source a slice starts from": (SLICE, SLICE.replace("- base_model: a", "- base_model: b")),
     "the dtype": (LINEAR, "dtype: bfloat16\n" + LINEAR),
     "the written dtype": ("dtype: float32\n" + LINEAR, "dtype: float32\nout_dtype: float16\n" + LINEAR),

@@ -168,6 +168,18 @@ def test_a_source_that_changes_during_the_run(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_source_that_changed_since_the_interruption(tmp_path):
+    """Its headers, and so the plan, may be the same."""
+    base = make_model(tmp_path / "base", layers=2)
+    recipe = api.upscale_recipe(base, preset="copy_next")
+    interrupted(api.plan(recipe), tmp_path / "out", 2)
+    os.utime(base / "model.safetensors", (1, 1))
+    with pytest.raises(api.DeusMergeError, match="cannot resume") as raised:
+        api.merge(recipe, tmp_path / "out", api.RunOptions(resume=True))
+    assert "sources" in str(raised.value)
+    api.merge(recipe, tmp_path / "out", api.RunOptions(overwrite=True))
+
+
 def test_a_finished_output_is_checked_again_by_resume(plan, tmp_path):
     out = tmp_path / "out"
     api.merge(plan, out)
