@@ -77,6 +77,7 @@ def test_a_run_is_repeatable_and_seeds_differ(setting, scratch):
     assert one["online"] != other["online"]
 
 
+@pytest.mark.slow
 def test_training_windows_are_not_held_out(setting, scratch):
     windows = Scratch(scratch, replace(setting, steps=64)).windows("text", 3)
     assert len(windows["train"]) == 128
