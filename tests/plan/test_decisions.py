@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from support import make_model, weights, write_recipe
+from support import make_model, make_speakers, weights, write_recipe
 
 from deus_merge import api
 from deus_merge.core.tensors import Action
@@ -215,6 +215,15 @@ def test_the_ends_of_t_are_copies(outputs, run, models, tmp_path):
 def test_what_keeps_the_function(models, monkeypatch, tmp_path, text, preserved):
     monkeypatch.chdir(models)
     assert api.plan(write_recipe(tmp_path / "recipe.yml", text)).function_preserving == preserved
+
+
+def test_other_tokens_are_another_function(tmp_path):
+    """The layers are the base's, but an id means another token."""
+    speakers = make_speakers(tmp_path, layers=2)
+    text = f"merge_method: passthrough\nmodels: [{{model: {speakers['base']}}}]\ntokenizer_source: "
+    for tokenizer, preserved in ((speakers["base"], True), (speakers["other"], False)):
+        plan = api.plan(write_recipe(tmp_path / "recipe.yml", f"{text}{tokenizer}\n"))
+        assert plan.function_preserving == preserved
 
 
 def test_a_layer_that_is_there_a_second_time_is_new(models, monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -15,6 +16,7 @@ from deus_merge import api
 from deus_merge.core.errors import MachineError
 from deus_merge.run.compute import BlockComputer
 from deus_merge.run.document_results import document_results
+from deus_merge.run.preflight import preflight
 
 RECIPES = {
     "runs of elements": "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 0.3}}\n"
@@ -204,6 +206,19 @@ def test_what_is_read_of_a_document_is_the_readers_own(plan_of):
         assert part.equal(wanted[3:17])
         part.zero_()
         assert result.read(name).equal(wanted)
+
+
+def test_a_source_that_changed_is_refused_before_anything_is_written(tmp_path):
+    """By the checks before a run, and by each worker that gets the plan."""
+    base = make_model(tmp_path / "base", layers=2)
+    plan = api.plan(api.upscale_recipe(base, preset="copy_next"))
+    notes = Notes(plan)
+    os.utime(base / "model.safetensors", (1, 1))
+    with pytest.raises(api.DeusMergeError, match="has changed since the plan was made"):
+        api.run_blocks(plan, range(len(plan.blocks)), notes, device=None)
+    assert all(notes.missing.values())
+    with pytest.raises(api.DeusMergeError, match="has changed since the plan was made"):
+        preflight(plan, tmp_path / "out", api.RunOptions())
 
 
 def test_not_a_number_is_refused_before_it_is_written(models, monkeypatch, tmp_path):
