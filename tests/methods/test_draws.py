@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from support import make_model, weights, write_recipe
 
 DENSITY = {"a": 0.35, "b": 0.6}
-LONG = "model.embed_tokens.weight"  # (4500, 64): more than a run of 2 ** 18 elements
+LONG = "model.embed_tokens.weight"  # (5600, 48): more than a run of 2 ** 18 elements
 TWINS = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
 
 
@@ -19,7 +19,7 @@ TWINS = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight
 def family(tmp_path_factory):
     """Two fine-tunes whose changes have sizes that tell them apart, alone and added up."""
     root = tmp_path_factory.mktemp("family")
-    base = make_model(root / "base", layers=2, vocab_size=4500, hidden_size=64, tied=True)
+    base = make_model(root / "base", layers=2, vocab_size=5600, hidden_size=48, tied=True)
     generator = torch.Generator().manual_seed(0)
     for name, low in (("a", 0.01), ("b", 0.1)):
         shutil.copytree(base, root / name)
@@ -80,7 +80,7 @@ def test_sources_tensors_and_runs_draw_for_themselves(run, kept, tmp_path, metho
     first, second = found[LONG]["a"].flatten()[:20_000], found[LONG]["a"].flatten()[-20_000:]
     as_often(first & second, DENSITY["a"] ** 2)
     other = kept(run, tmp_path, method, seed=1)[LONG]["a"]
-    spread = 0.15**2 / 3 * 65 / 63 if "della" in method else 0  # variance of the probabilities in a row of 64
+    spread = 0.15**2 / 3 * 49 / 47 if "della" in method else 0  # variance of the probabilities in a row of 48
     as_often(found[LONG]["a"] & other, DENSITY["a"] ** 2 + spread)
 
 
@@ -90,13 +90,13 @@ def test_larger_changes_are_kept_more_often(run, kept, family, tmp_path, method)
     found, base = kept(run, tmp_path, method)[LONG], weights(family / "base")[LONG]
     chances, ranked = [], []
     for source, mask in found.items():
-        change = (weights(family / source)[LONG] - base).abs()  # (4500, 64)
+        change = (weights(family / source)[LONG] - base).abs()  # (5600, 48)
         order = change.argsort(dim=1)
-        by_rank = mask.gather(1, order).double().mean(dim=0)  # (64,)
-        chance = DENSITY[source] + torch.linspace(-0.15, 0.15, 64, dtype=torch.float64)  # (64,)
-        assert (by_rank - chance).abs().max() < 5 * math.sqrt(0.25 / 4500)
+        by_rank = mask.gather(1, order).double().mean(dim=0)  # (48,)
+        chance = DENSITY[source] + torch.linspace(-0.15, 0.15, 48, dtype=torch.float64)  # (48,)
+        assert (by_rank - chance).abs().max() < 5 * math.sqrt(0.25 / 5600)
         chances.append(chance)
-        ranked.append(mask.gather(1, order))  # (4500, 64)
+        ranked.append(mask.gather(1, order))  # (5600, 48)
     as_often(ranked[0] & ranked[1], float((chances[0] * chances[1]).mean()))  # draws are by rank, so also there
 
 

@@ -45,7 +45,7 @@ ALONE = ("arcee_fusion", "nearswap", "slerp")
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     """A base model and two others, with a tensor of more than a run of elements."""
-    root, shape = tmp_path_factory.mktemp("family"), {"vocab_size": 4500, "hidden_size": 64, "tied": True}
+    root, shape = tmp_path_factory.mktemp("family"), {"vocab_size": 5600, "hidden_size": 48, "tied": True}
     return [make_model(root / name, layers=2, seed=seed, **shape) for seed, name in enumerate(("base", "a", "b"))]
 
 
