@@ -45,7 +45,7 @@ def test_stopped_at_any_step(stages, stage, how, points):
             assert ended.code == 1 and said in ended.err and "error: " in ended.err, context
         resumable = (folder / ".out.deus-tmp/journal.jsonl").exists() and not (folder / "out/deus_merge.json").exists()
         if resumable and stage.old is None:
-            assert "--resume" in ended.err and "are saved" in ended.err, context
+            assert "--resume" in ended.err and " saved in " in ended.err, context
         assert not (folder / ".out.deus-lock").exists() or "deus-lock" in step, context
         stage.check_resumes(folder, context)
 
@@ -60,7 +60,7 @@ def test_interrupted_at_any_time(stages, stage):
         ended = stage.run(folder, seconds=seconds, signal="SIGINT")
         context = f"interrupted after {seconds} s: exit code {ended.code}\n{ended.err}"
         assert ended.code in (130, 0) and "Traceback" not in ended.err, context
-        assert ("are saved" in ended.err) == (folder / ".out.deus-tmp").exists() or ended.code == 0, context
+        assert (" saved in " in ended.err) == (folder / ".out.deus-tmp").exists() or ended.code == 0, context
         stage.check_state(folder, context)
         stage.check_resumes(folder, context)
 

@@ -255,7 +255,7 @@ REFUSED = {
     "nearswap without t": (plain("nearswap", "a"), "nearswap needs t"),
     "arcee_fusion of three": (plain("arcee_fusion", "a", "b"), "exactly 1 model in addition"),
     "model_stock of two": (plain("model_stock", "a"), "at least 2 models in addition to the base model, not 1"),
-    "multislerp of a base": (plain("multislerp", "base", settings="weight: 1"), "at least 1 model beside"),
+    "multislerp of a base": (plain("multislerp", "base", settings="weight: 1"), "at least 1 model in addition"),
     "epsilon too large": (plain("della", "a", settings="weight: 1, density: 0.9"), "probabilities from density"),
     "tokenizer twice": (
         plain("linear", "a", "b", settings="weight: 1") + "tokenizer_source: base\ntokenizer: {{source: union}}\n",
