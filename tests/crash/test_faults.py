@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 
 import pytest
 from faults import NEED_SPACE
@@ -59,7 +60,9 @@ def test_interrupted_at_any_time(stages, stage):
         seconds = (i + random.Random(i).random()) / 12 * stage.seconds
         ended = stage.run(folder, seconds=seconds, signal="SIGINT")
         context = f"interrupted after {seconds} s: exit code {ended.code}\n{ended.err}"
-        assert ended.code in (130, 0) and "Traceback" not in ended.err, context
+        # Python itself reports an interrupt that arrives in a destructor, and goes on.
+        own = re.sub(r"Exception ignored in.*?KeyboardInterrupt:? *\n", "", ended.err, flags=re.DOTALL)
+        assert ended.code in (130, 0) and "Traceback" not in own, context
         assert (" saved in " in ended.err) == (folder / ".out.deus-tmp").exists() or ended.code == 0, context
         stage.check_state(folder, context)
         stage.check_resumes(folder, context)
