@@ -166,7 +166,8 @@ def test_laws_of_a_coupling(name, n, m, d, kind, scale, reg, power, seed):
         # Float32 has no better plan where costs are thousands of reg, as under `reg: auto` they may be.
         assert one.converged or reg == "auto"
         exact = SOLVERS["emd"].solve(problem)
-        assert one.transport_cost >= exact.transport_cost - 2e-4 * max(1, largest_cost(problem))
+        slack = max(2e-4, one.marginal_error)  # mass at the wrong place may be that much cheaper
+        assert one.transport_cost >= exact.transport_cost - slack * max(1, largest_cost(problem))
     assert torch.equal(plan, SOLVERS[name].solve(problem, SolverOptions(reg=reg)).coupling.matrix)
 
 
