@@ -16,6 +16,7 @@ from ..core.errors import DeusMergeError, PlanError
 from ..core.units import format_size
 from ..plan.types import Plan
 from ..report.manifest import MANIFEST, read_manifest
+from ..report.plan_manifest import plan_sources, planned_source
 from .device import check_device_name, choose_device, machine_identity, set_threads
 from .limits import allow_open_files, memory
 
@@ -143,7 +144,10 @@ def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
         return False
     options = {key: manifest.options.get(key) for key in run_record}
     same = (manifest.plan_hash, manifest.deus_merge, options) == (plan.hash, __version__, run_record)
-    return same and all(file.modified <= written for m in plan.models for file in m.stamp)
+    # fine-tunes of one model have the same headers, so the plan's hash does not tell them apart
+    planned = [planned_source(source, name) for source, name in plan_sources(plan).items()]
+    recorded, wanted = ([(s.folder, s.adapter, s.document) for s in both] for both in (manifest.sources, planned))
+    return same and recorded == wanted and all(file.modified <= written for m in plan.models for file in m.stamp)
 
 
 def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:

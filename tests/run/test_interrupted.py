@@ -198,6 +198,22 @@ def test_a_finished_output_is_checked_again_by_resume(plan, tmp_path):
         api.merge(plan, out, api.RunOptions(resume=True))
 
 
+def test_a_finished_output_of_other_models_is_not_complete(tmp_path):
+    """Fine-tunes have the headers and the config of their base, so the plans' hashes are the same."""
+    for seed, name in enumerate("abc"):
+        make_model(tmp_path / name, layers=2, seed=seed)
+    plans = {}
+    for other in "bc":
+        text = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n"
+        text += f"- model: {tmp_path / 'a'}\n- model: {tmp_path / other}\n"
+        plans[other] = api.plan(write_recipe(tmp_path / f"{other}.yml", text))
+    assert plans["b"].hash == plans["c"].hash
+    api.merge(plans["b"], tmp_path / "out")
+    with pytest.raises(api.DeusMergeError, match="not empty"):
+        api.merge(plans["c"], tmp_path / "out", api.RunOptions(resume=True))
+    assert "already complete" in api.merge(plans["b"], tmp_path / "out", api.RunOptions(resume=True)).warnings[-1]
+
+
 def test_files_of_outputs_and_sources_are_open_at_once(plan, monkeypatch, tmp_path):
     asked = []
 
