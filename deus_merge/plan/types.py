@@ -214,7 +214,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over all that decides the output's bytes but the sources' weights: of these it has headers and configs."""
+        """sha256 over all that decides the output's bytes, of the sources' weights only the headers."""
         text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
