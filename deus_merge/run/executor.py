@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
@@ -25,9 +24,6 @@ from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
 from .block_runner import run_blocks
 from .preflight import RunOptions, preflight
-
-if TYPE_CHECKING:
-    pass
 
 
 def execute(
