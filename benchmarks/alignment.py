@@ -62,14 +62,14 @@ class Layers:
     """The layers of a checkpoint by role."""
 
     def __init__(self, folder: Path):
-        from deus_merge.models.config_rules import head_shape
+        from deus_merge.models.head_layout import layer_heads
         from deus_merge.models.reference import ModelRef
         from deus_merge.models.source import SourceModel
 
         self.folder = folder
         self.source = SourceModel.open(ModelRef(str(folder)), {})
         self.depth, self.view = self.source.view.num_layers, self.source.view
-        self.heads = head_shape(self.source.checkpoint.config, self.view)
+        self.heads = layer_heads(self.source.checkpoint.config, self.view)
         self.specs = [self.view.spec(role) for role in self.view.layers[0]]
 
     def layer(self, index: int, dtype) -> dict:

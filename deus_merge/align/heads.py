@@ -4,8 +4,9 @@ A query head works with its key-value group. The function of attention does not 
 
 - a permutation of the G groups, their query heads going along, and of the H/G query heads inside a group;
 - an orthogonal R (h, h) on a group's values: ``v <- R v``, ``o_j <- o_j Rᵀ`` for every query head j of the group;
-- a turn of the pair of components (j, j + h/2) of a group's keys and of all its queries: it commutes with the rotary
-  embedding. Per-head norm weights scale the two components differently; then only half a turn, a sign, is left.
+- a turn of a rotary pair of components (j and j + r/2, or 2j and 2j + 1, of the first r) of a group's keys and of all
+  its queries: it commutes with the rotary embedding. Per-head norm weights scale the two components differently; then
+  only half a turn, a sign, is left. The components that are not rotary stay as they are.
 
 Heads are compared by scores that none of these turns changes (git re-basin, arXiv 2209.04836, for the idea of aligning
 by the symmetries of the function): for the value path ``⟨o_A v_A, o_B v_B⟩``,
@@ -34,9 +35,10 @@ class AttentionAlignment:
         groups: G of them: A's group that takes the place of B's group g.
         queries: H of them: A's query head that takes the place of B's query head i.
         values: (G, h, h) float64: R of the group in place g. This and ``turns`` are None where that step is not taken.
-        turns: (G, h/2) complex128 of absolute value 1: the turn of each rotary pair.
+        turns: (G, r/2) complex128 of absolute value 1: the turn of each rotary pair.
         scores: (G,) mean of value and query-key cosines of each group with its match.
         value_cosine, query_key_cosine: Means over the query heads, after matching.
+        heads: The layer's heads.
     """
 
     groups: tuple[int, ...]
@@ -46,6 +48,7 @@ class AttentionAlignment:
     scores: Tensor
     value_cosine: float
     query_key_cosine: float
+    heads: Heads
 
     def move(self, weight: Tensor, in_space: str | None, out_space: str) -> Tensor:
         """A's weight in B's order.
@@ -56,15 +59,20 @@ class AttentionAlignment:
         """
         if in_space == "value_heads":
             return self._move_outputs(weight)
-        order = self.queries if out_space == "query_heads" else self.groups
-        heads = _take(weight.view(len(order), -1, weight.shape[1]), order)  # (n, h, d)
-        if out_space == "value_heads":
-            moved = heads if self.values is None else self.values.to(heads) @ heads
-        elif self.turns is None:
-            moved = heads
-        else:
-            moved = turn(heads, self.turns.repeat_interleave(len(order) // len(self.groups), 0))
-        return moved.flatten(0, 1)
+        rows = self.permute(weight, out_space)
+        if out_space == "value_heads" and self.values is not None:
+            by_head = rows.unflatten(0, (len(self.groups), -1))  # (G, h, d)
+            return (self.values.to(rows) @ by_head).flatten(0, 1)
+        if out_space in ("query_heads", "key_heads") and self.turns is not None:
+            count = len(self.queries if out_space == "query_heads" else self.groups)
+            turns = self.turns.repeat_interleave(count // len(self.groups), 0)  # (n, r/2)
+            return turn(rows.unflatten(0, (count, -1)), turns, self.heads).flatten(0, 1)
+        return rows
+
+    def permute(self, rows: Tensor, out_space: str) -> Tensor:
+        """Rows (n·m, d) in the order of B's heads, without any turn."""
+        order = self.groups if out_space in ("key_heads", "value_heads") else self.queries
+        return _take(rows.unflatten(0, (len(order), -1)), order).flatten(0, 1)
 
     def _move_outputs(self, weight: Tensor) -> Tensor:
         """o: (d, H·h) -> (d, H·h)."""
@@ -116,21 +124,42 @@ def align_heads(
         (matched[0] + matched[1]).view(g, per_group).mean(1) / 2,
         value_cosine,
         query_key_cosine,
+        heads,
     )
 
 
-def turn(rows: Tensor, turns: Tensor) -> Tensor:
-    """Multiply the pairs of components (j, j + h/2) of every head, as complex numbers, by theirs.
+def turn(rows: Tensor, turns: Tensor, heads: Heads) -> Tensor:
+    """Multiply the rotary pairs of components of every head, as complex numbers, by theirs.
 
     Args:
-        rows: (G, h, d).
-        turns: (G, h/2) complex, of absolute value 1.
+        rows: (n, h, d).
+        turns: (n, r/2) complex, of absolute value 1.
+        heads: Which components are pairs.
     """
     import torch
 
-    first, second = rows.chunk(2, dim=1)  # (G, h/2, d) each
-    cos, sin = (part.to(rows).unsqueeze(2) for part in (turns.real, turns.imag))  # (G, h/2, 1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=1)
+    first, second = rotary_pairs(rows, heads)  # (n, r/2, d) each
+    cos, sin = (part.to(rows).unsqueeze(2) for part in (turns.real, turns.imag))  # (n, r/2, 1)
+    moved = torch.empty_like(rows)
+    for place, values in zip(
+        rotary_pairs(moved, heads), (first * cos - second * sin, first * sin + second * cos), strict=True
+    ):
+        place.copy_(values)
+    still = _still(rows, heads)
+    _still(moved, heads).copy_(still)
+    return moved
+
+
+def rotary_pairs(rows: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Views of the first and of the second components of all rotary pairs: (n, h, ..) -> (n, r/2, ..) each."""
+    r = heads.size if heads.rotary_size is None else heads.rotary_size
+    rotary = rows[:, :r]
+    return (rotary[:, ::2], rotary[:, 1::2]) if heads.interleaved else (rotary[:, : r // 2], rotary[:, r // 2 :])
+
+
+def _still(rows: Tensor, heads: Heads) -> Tensor:
+    """A view of the components that are not rotary: (n, h, ..) -> (n, h - r, ..)."""
+    return rows[:, heads.size if heads.rotary_size is None else heads.rotary_size :]
 
 
 def _take(heads: Tensor, order: tuple[int, ...], axis: int = 0) -> Tensor:
@@ -177,23 +206,31 @@ def _query_key_scores(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: H
     per_group = heads.query // heads.key_value
 
     def products(x: Tensor, y: Tensor, n: int) -> Tensor:
-        """xᴴ y of every frequency and every pair of heads: (n·h, e), (n·h, e) -> (h/2, n, n) complex (or real)."""
-        x, y = (z.view(n, heads.size, -1).transpose(0, 1) for z in (x, y))  # (h, n, e)
+        """xᴴ y of every frequency and every pair of heads, (n·h, e), (n·h, e) -> (h - r/2, n, n) complex (or real); for
+        components that are not rotary x y of each."""
+        x, y = (z.unflatten(0, (n, heads.size)) for z in (x, y))  # (n, h, e)
         if heads.rotary == "none":
-            return x @ y.transpose(1, 2)
-        (x1, x2), (y1, y2) = x.chunk(2), y.chunk(2)  # (h/2, n, e)
-        real = x1 @ y1.transpose(1, 2) + x2 @ y2.transpose(1, 2)
+            return _dots(x, y)
+        (x1, x2), (y1, y2) = rotary_pairs(x, heads), rotary_pairs(y, heads)  # (n, r/2, e) each
+        real = torch.cat((_dots(x1, y1) + _dots(x2, y2), _dots(_still(x, heads), _still(y, heads))))
         if heads.rotary == "signs":
             return real
-        return torch.complex(real, x1 @ y2.transpose(1, 2) - x2 @ y1.transpose(1, 2))
+        imaginary = torch.zeros_like(real)
+        imaginary[: x1.shape[1]] = _dots(x1, y2) - _dots(x2, y1)
+        return torch.complex(real, imaginary)
 
     def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
         queries, keys = products(x["q"], y["q"], heads.query), products(x["k"], y["k"], heads.key_value)
-        keys = keys.repeat_interleave(per_group, 1).repeat_interleave(per_group, 2)  # (h/2, H, H)
+        keys = keys.repeat_interleave(per_group, 1).repeat_interleave(per_group, 2)  # (h - r/2, H, H)
         return (queries * keys.conj()).real.sum(0) if keys.is_complex() else (queries * keys).sum(0)
 
     own_a, own_b = (inner(x, x).diagonal().clamp_min(0).sqrt() for x in (a, b))  # (H,) each
     return _over_norms(inner(a, b), own_a, own_b)
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """x yᵀ over the inputs, of each component: (n, c, e), (m, c, e) -> (c, n, m)."""
+    return x.transpose(0, 1) @ y.permute(1, 2, 0)
 
 
 def _over_norms(inner: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
@@ -220,6 +257,16 @@ def _match(scores: Tensor, g: int, per_group: int) -> tuple[tuple[int, ...], tup
     return tuple(groups), tuple(queries)
 
 
+def best_order(scores: Tensor, groups: int) -> tuple[int, ...]:
+    """A's in place of each of B's, so that the sum of the scores is largest: (n, n) float64 on the host -> n numbers.
+
+    Args:
+        scores: Of A's (rows) with B's (columns).
+        groups: Consecutive ones that stay together.
+    """
+    return _match(scores, groups, len(scores) // groups)[1]
+
+
 def _procrustes(a: Mapping[str, Tensor], b: Mapping[str, Tensor], g: int) -> Tensor:
     """R of each group: the orthogonal matrix nearest to ``v_B v_Aᵀ + Σ_j o_B,jᵀ o_A,j``, in float64; (G, h, h)."""
     import torch
@@ -231,15 +278,15 @@ def _procrustes(a: Mapping[str, Tensor], b: Mapping[str, Tensor], g: int) -> Ten
 
 
 def _turns(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads) -> Tensor:
-    """The turn of each pair that brings A's queries and keys closest to B's; (G, h/2) complex128."""
+    """The turn of each pair that brings A's queries and keys closest to B's; (G, r/2) complex128."""
     import torch
 
     def moment(x: Tensor, y: Tensor) -> Tensor:
-        """Σ y conj x over the inputs, of each head and pair: (n, h, e), (n, h, e) -> (n, h/2) complex."""
-        (x1, x2), (y1, y2) = x.double().chunk(2, dim=1), y.double().chunk(2, dim=1)  # (n, h/2, e)
+        """Σ y conj x over the inputs, of each head and pair: (n, h, e), (n, h, e) -> (n, r/2) complex."""
+        (x1, x2), (y1, y2) = rotary_pairs(x.double(), heads), rotary_pairs(y.double(), heads)  # (n, r/2, e)
         return torch.complex((x1 * y1 + x2 * y2).sum(2), (x1 * y2 - x2 * y1).sum(2))
 
-    queries = moment(a["q"], b["q"]).view(heads.key_value, -1, heads.size // 2).sum(1)  # (G, h/2)
+    queries = moment(a["q"], b["q"]).unflatten(0, (heads.key_value, -1)).sum(1)  # (G, r/2)
     total = queries + moment(a["k"], b["k"])
     if heads.rotary == "signs":
         total = torch.complex(total.real, torch.zeros_like(total.real))

@@ -25,7 +25,7 @@ ALIGNMENTS = {
     "none": ("A unchanged", "baseline"),
 }
 #: The steps of ``symmetry``, in their order.
-STEPS = ("neurons", "heads", "values", "rotary")
+STEPS = ("experts", "neurons", "heads", "values", "rotary")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def parse_score(value: object) -> object:
 
 
 def parse_steps(value: object) -> object:
-    """a list of neurons, heads, values, rotary"""
+    """a list of experts, neurons, heads, values, rotary"""
     if isinstance(value, list | tuple) and all(v in STEPS for v in value):
         return tuple(step for step in STEPS if step in value)
     raise ValueError(parse_steps.__doc__)

@@ -4,15 +4,17 @@ The rows of a layer's matrices have no inherent order: neuron r of the MLP is ``
 gate, up and down move together; a query head works with its key-value head (`heads`). The residual stream keeps its
 basis, which neighbouring layers share. The steps, each optional:
 
-- ``neurons``: one plan between the f neurons, applied to the rows of gate and up and to the columns of down. Neurons
-  are compared by ``[gate_r ⊙ n2, up_r ⊙ n2, down[:, r]]``, each of the three scaled to the same mean norm. With the
-  solver ``assignment`` it is a permutation; with others each neuron is a mixture, which changes A's function. Where
-  ``unbalanced`` leaves neurons of B unmatched, the result has B's own.
+- ``experts``: a permutation of experts and of their rows in the router, before all other steps (`experts`).
+- ``neurons``: one plan between the f neurons, of an MLP or of each pair of experts, applied to the rows of gate and up
+  and to the columns of down. Neurons are compared by ``[gate_r ⊙ n2, up_r ⊙ n2, down[:, r]]``, each of the three scaled
+  to the same mean norm. With the solver ``assignment`` it is a permutation; with others each neuron is a mixture, which
+  changes A's function. Where ``unbalanced`` leaves neurons of B unmatched, the result has B's own.
 - ``heads``: a permutation of key-value groups, and of the query heads inside a group.
 - ``values``: an orthogonal turn of each group's values. ``rotary``: turns of the rotary pairs of queries and keys.
 
-The rules depend only on a role's spaces, so no family is named here. Biases and per-head norms are in the space of the
-weight they follow.
+Steps that would change the function of a layer (`models.family.Family.without`), and those whose roles it lacks, are
+left out. The rules depend only on a role's spaces, so no family is named here. Biases and per-head norms are in the
+space of the weight they follow.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 _ATTENTION = {"q": (RESIDUAL, "query_heads"), "k": (RESIDUAL, "key_heads"), "v": (RESIDUAL, "value_heads")}
 _ATTENTION["o"] = ("value_heads", RESIDUAL)
+_ATTENTION_STEPS = frozenset({"heads", "values", "rotary"})
+_HEAD_SPACES = {"query_heads", "key_heads", "value_heads", "gate_heads", "head_entries"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +72,11 @@ class HeadDiagnostics(Diagnostics):
 
 def missing_for_symmetry(specs: Sequence[TensorSpec], steps: frozenset[str], heads: Heads | None) -> str | None:
     """Why layers of these roles cannot be aligned by these steps; None when they can."""
-    found = {_spaces(s) for s in specs if s.in_space}
-    lacking = []
-    if "neurons" in steps:
-        lacking += [w for w, there in (
-            ("a weight that writes neurons (gate, up)", (RESIDUAL, "neurons") in found),
-            ("a weight that reads neurons (down)", ("neurons", RESIDUAL) in found),
-        ) if not there]  # fmt: skip
-    if steps - {"neurons"}:
-        lacking += [role for role, spaces in _ATTENTION.items() if spaces not in found]
-        if not lacking and heads is None:
-            return "symmetry needs the numbers of attention heads, which config.json lacks"
-        if not lacking and heads is not None and heads.mismatch:
-            return f"symmetry: {heads.mismatch}"
-    return f"symmetry needs roles that these layers lack: {', '.join(lacking)}" if lacking else None
+    if not steps & _ATTENTION_STEPS or not _has_attention(specs):
+        return None
+    if heads is None:
+        return "symmetry needs the numbers of attention heads, which config.json lacks"
+    return f"symmetry: {heads.mismatch}" if heads.mismatch else None
 
 
 def fuse(
@@ -129,19 +124,21 @@ class _Layer:
     ):
         self.a, self.b = _Stored(a), _Stored(b)
         self.specs, self.options = {s.role: s for s in specs}, options
-        self.norm_of = _input_norms(specs)
+        self.steps = options.symmetry - (options.heads.without if options.heads else frozenset())
+        self.attends = bool(self.steps & _ATTENTION_STEPS) and _has_attention(specs)
         self.attention: AttentionAlignment | None = None
-        self.neurons: TransportMap | None = None
+        self.neurons: dict[str, TransportMap] = {}  # by space
         self.fused_groups: Tensor | None = None  # (G,) bool
-        self.fused_neurons: Tensor | None = None  # (f,) bool
+        self.fused_neurons: dict[str, Tensor | None] = {}  # (f,) bool each
 
     def step(self, spec: TensorSpec) -> Iterator[OutputChunk]:
         role, options = spec.role, self.options
         diagnostics = None
-        if self.attention is None and options.symmetry - {"neurons"} and _spaces(spec) in _ATTENTION.values():
+        space = _neurons_of(spec)
+        if self.attention is None and self.attends and _spaces(spec) in _ATTENTION.values():
             diagnostics = self._align_attention(role)
-        elif self.neurons is None and "neurons" in options.symmetry and "neurons" in _spaces(spec) and spec.in_space:
-            diagnostics = self._align_neurons(role)
+        elif space and spec.in_space and space not in self.neurons and "neurons" in self.steps:
+            diagnostics = self._align_neurons(role, space)
         if role in options.zero:
             self._drop(spec)
             return chunks(role, (), diagnostics)
@@ -174,17 +171,19 @@ class _Layer:
 
     def _move(self, spec: TensorSpec, weight: Tensor) -> _Moved:
         spaces, rows = _spaces(spec), weight if weight.ndim == 2 else weight.unsqueeze(1)  # (n, d), a bias (n, 1)
-        if self.neurons is not None and "neurons" in spaces:
-            fused, unmatched = self.fused_neurons, self.neurons.unmatched
-            matched, axis = None if unmatched is None else ~unmatched, int(spec.in_space == "neurons")
-            moved = self.neurons.to_columns(weight) if axis else self.neurons.to_rows(rows).view_as(weight)
-            return _Moved(moved, self._norms(weight, self.neurons, axis), fused, matched, axis)
-        # The residual stream stays as it is; a per-head norm is shared by all heads, and no turn that is allowed
-        # changes it.
-        if self.attention is None or spec.out_space is None or spec.multiplies:
+        space = _neurons_of(spec)
+        if space in self.neurons:
+            plan = self.neurons[space]
+            fused, unmatched = self.fused_neurons[space], plan.unmatched
+            matched, axis = None if unmatched is None else ~unmatched, int(spec.in_space == space)
+            moved = plan.to_columns(weight) if axis else plan.to_rows(rows).view_as(weight)
+            return _Moved(moved, self._norms(weight, plan, axis), fused, matched, axis)
+        # The residual stream stays as it is.
+        if self.attention is None or spec.out_space is None or not set(spaces) & _HEAD_SPACES:
             return _Moved(weight)
-        if set(spaces) <= {None, RESIDUAL, "neurons"}:
-            return _Moved(weight)
+        if spec.multiplies:  # no turn that is allowed changes a norm's weight, and one that all heads share stays
+            own = len(weight) > self.attention.heads.size
+            return _Moved(self.attention.permute(rows, spec.out_space).view_as(weight) if own else weight)
         moved = self.attention.move(rows, spec.in_space, spec.out_space).view_as(weight)
         axis = int(spec.in_space == "value_heads")
         return _Moved(moved, fused=self._fused_components(moved.shape[axis]), axis=axis)
@@ -226,7 +225,7 @@ class _Layer:
         for name, r in roles.items():
             check_fit(r, sides[0][name], sides[1][name])
         assert self.options.heads is not None, "checked by missing_for_symmetry"
-        found = align_heads(sides[0], sides[1], self.options.heads, self.options.symmetry)
+        found = align_heads(sides[0], sides[1], self.options.heads, self.steps)
         self.attention = found
         choice = choose(found.scores, "key-value group", role, self.options)
         self.fused_groups = choice.chosen
@@ -247,46 +246,47 @@ class _Layer:
         import torch
 
         weight = self._read(side, role)  # (n, d)
-        if norm := self.norm_of.get(role):
-            weight = weight * self._read(side, norm)  # (n, d)
+        if (norm := self.specs[role].norm) in self.specs:
+            weight = weight * (self.specs[norm].offset + self._read(side, norm))  # (n, d)
         for spec in self.specs.values():
             if spec.follows == role:
                 vector = self._read(side, spec.role)
-                if spec.multiplies:
+                if len(weight) % len(vector) == 0 and spec.multiplies:
+                    vector = vector + spec.offset
                     weight = weight * vector.repeat(len(weight) // len(vector)).unsqueeze(1)
-                else:
+                elif len(weight) == len(vector):
                     weight = torch.cat((weight, vector.unsqueeze(1)), dim=1)  # (n, d + 1)
         return weight
 
     # neurons -----------------------------------------------------------------------------------------------------
 
-    def _align_neurons(self, role: str) -> PlanDiagnostics:
+    def _align_neurons(self, role: str, space: str) -> PlanDiagnostics:
         import torch
 
-        x, y = self._neurons()  # (f, e) each
+        x, y = self._neurons(space)  # (f, e) each
         coupling, diagnostics = plan_between(role, x, y, replace(self.options, unit_rows=False))
-        plan = self.neurons = coupling.transport_map()
+        plan = self.neurons[space] = coupling.transport_map()
         scores = torch.cat([cosines(moved, y[rows]) for rows, moved in plan.row_blocks(x)])  # (f,)
         choice = choose(scores, "neuron", role, self.options, plan.unmatched)
-        self.fused_neurons = choice.chosen
+        self.fused_neurons[space] = choice.chosen
         return replace(diagnostics, cosine=choice.cosine, fused=choice.count)
 
-    def _neurons(self) -> tuple[Tensor, Tensor]:
+    def _neurons(self, space: str) -> tuple[Tensor, Tensor]:
         """A's and B's neurons, one a row: every weight that writes or reads them, scaled to the same mean norm."""
         import torch
 
-        parts = [s for s in self.specs.values() if s.in_space and "neurons" in _spaces(s)]
+        parts = [s for s in self.specs.values() if s.in_space and space in _spaces(s)]
         sides: list[Tensor] = []
         at = 0
         for spec in parts:
             pair = []
             for side in (self.a, self.b):
-                reads = spec.in_space == "neurons"
+                reads = spec.in_space == space
                 pair.append(self._read(side, spec.role).t() if reads else self._folded(side, spec.role))
             check_fit(spec.role, *pair)
             mean = (pair[0].norm(dim=1).mean() + pair[1].norm(dim=1).mean()) / 2
             if not sides:  # one more column a weight, for biases
-                width = sum(1 + self.a[s.role].shape[0 if s.in_space == "neurons" else 1] for s in parts)
+                width = sum(1 + self.a[s.role].shape[0 if s.in_space == space else 1] for s in parts)
                 sides = [pair[0].new_zeros(len(pair[0]), width) for _ in pair]  # (f, e) each
             for whole, weight in zip(sides, pair, strict=True):
                 torch.div(weight, mean.where(mean > 0, 1), out=whole[:, at : at + weight.shape[1]])
@@ -331,12 +331,11 @@ def _spaces(spec: TensorSpec) -> tuple[str | None, str | None]:
     return spec.in_space, spec.out_space
 
 
-def _input_norms(specs: Sequence[TensorSpec]) -> dict[str, str]:
-    """The norm whose output each weight on the residual stream reads: the last one in front of it."""
-    norm, found = None, {}
-    for spec in specs:
-        if spec.in_space is None and spec.out_space == RESIDUAL and spec.follows is None:
-            norm = spec.role
-        elif spec.in_space == RESIDUAL and norm is not None:
-            found[spec.role] = norm
-    return found
+def _neurons_of(spec: TensorSpec) -> str | None:
+    """The space of the neurons that a tensor reads or writes."""
+    return next((space for space in _spaces(spec) if space and space.startswith("neurons")), None)
+
+
+def _has_attention(specs: Sequence[TensorSpec]) -> bool:
+    """Whether q, k, v and o are there."""
+    return set(_ATTENTION.values()) <= {_spaces(spec) for spec in specs if spec.in_space}

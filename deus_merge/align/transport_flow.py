@@ -5,8 +5,9 @@ side was moved by the plan of the last block that wrote to the residual stream (
 
 The rules depend only on a role's spaces, so no family is named here:
 
-- 2-D, reads the residual stream: columns are moved by the *flow*, the out-plan of the last residual writer before it
-  in this layer (identity before the first). Then rows are moved by its own plan.
+- 2-D, reads the residual stream: columns are moved by the *flow*, the out-plan of the last residual writer before the
+  norm that it reads (before itself, where it reads none) in this layer; identity before the first. Writers in parallel
+  so do not see each other. Then rows are moved by its own plan; those of a router stay, its experts are matched before.
 - 2-D, reads another space: no input side.
 - 1-D that follows nothing (a norm): ½ (moved by the flow) + ½ itself; before any residual writer, itself.
 - 1-D that follows a weight (bias, per-head norm): moved by that weight's plan.
@@ -54,24 +55,36 @@ def fuse(
     Reference:
         OpT-DeUS, arXiv 2508.08011, equations of section 3 and algorithm 1.
     """
-    needed = _plans_needed(specs, options.zero) if options.alignment != "none" else frozenset()
-    walk = _Walk(a, b, options, needed, _followed(specs, options.zero))
+    flows = _flows(specs)
+    needed = _plans_needed(specs, flows, options.zero) if options.alignment != "none" else frozenset()
+    walk = _Walk(a, b, options, needed, flows, _last_uses(specs, flows, options.zero))
     for spec in specs:
         yield from walk.step(spec)
+        walk.release(spec.role)
 
 
 @dataclass
 class _Walk:
-    """The walk through one layer: the plans that later roles still need."""
+    """The walk through one layer: the plans that later roles still need.
+
+    Attributes:
+        a, b: The layers.
+        options: How to align and to fuse.
+        needed: The weights that need a plan.
+        flows: Role -> the writer whose plan moves what it reads.
+        last_uses: Weight -> the last role that its plan moves.
+        plans: By weight.
+        fused: Weight -> rows to fuse, (m,) bool; None: all.
+    """
 
     a: Mapping[str, Tensor]
     b: Mapping[str, Tensor]
     options: AlignOptions
     needed: frozenset[str]
-    followed: frozenset[str]
-    flow: RowMap | None = None
+    flows: Mapping[str, str | None]
+    last_uses: Mapping[str, str]
     plans: dict[str, RowMap] = field(default_factory=dict)
-    fused: dict[str, Tensor | None] = field(default_factory=dict)  # role -> rows to fuse, (m,) bool; None: all
+    fused: dict[str, Tensor | None] = field(default_factory=dict)
 
     def step(self, spec: TensorSpec) -> Iterator[OutputChunk]:
         role, zero = spec.role, spec.role in self.options.zero
@@ -83,16 +96,15 @@ class _Walk:
             check_fit(role, wa, wb)
         if spec.in_space is None:
             return chunks(role, self._mix_vector(spec, wa, wb))
-        if role not in self.needed:
-            return chunks(role, mix(wa, wb, self.options, scale=self._scale(spec)))
-        flow = self.flow if spec.in_space == RESIDUAL else None
+        flow = self._flow(role)
         moved = wa if flow is None else flow.to_columns(wa)  # W_A T_in
+        if role not in self.needed:
+            columns = None if flow is None else _matched(flow)  # (d,)
+            return chunks(role, mix(moved, wb, self.options, fused=columns, matched=columns, scale=self._scale(spec)))
         coupling, diagnostics = plan_between(role, moved, wb, self.options)
         plan: RowMap = coupling.transport_map() if self.options.plan_scale == "barycentric" else ScriptedMap(coupling)
-        if role in self.followed:
+        if role in self.last_uses:
             self.plans[role] = plan
-        if spec.out_space == RESIDUAL:
-            self.flow = plan
         if zero:
             self.fused[role] = _matched(plan)
             return chunks(role, (), diagnostics)
@@ -125,9 +137,9 @@ class _Walk:
                 tiled = vb.repeat(heads).where(plan.unmatched, tiled)
             moved = tiled.view(heads, -1).mean(0)
             fused = self.fused.get(spec.follows) if heads == 1 else None  # per-head norms are always fused
-        elif spec.follows is None and self.flow is not None and spec.out_space == RESIDUAL:
-            moved = 0.5 * self.flow.to_rows(va.unsqueeze(1)).squeeze(1) + 0.5 * va
-            fused = _matched(self.flow)  # (d,)
+        elif (flow := self._flow(spec.role)) is not None:
+            moved = 0.5 * flow.to_rows(va.unsqueeze(1)).squeeze(1) + 0.5 * va
+            fused = _matched(flow)  # (d,)
         return mix(moved, vb, self.options, fused=fused, scale=self._scale(spec))
 
     def _norms(self, wa: Tensor, flow: RowMap | None, plan: RowMap, coupling: Coupling) -> Tensor | None:
@@ -143,6 +155,15 @@ class _Walk:
         means = coupling.transport_map()  # weighted means under either plan_scale
         return means.to_rows(rows) if self.options.restore_norm == "row" else means.to_rows(rows.square()).sum().sqrt()
 
+    def release(self, role: str) -> None:
+        """Forget the plans that no role after this one needs."""
+        for weight in [w for w, last in self.last_uses.items() if last == role]:
+            self.plans.pop(weight, None)
+
+    def _flow(self, role: str) -> RowMap | None:
+        writer = self.flows.get(role)
+        return None if writer is None else self.plans.get(writer)
+
     def _scale(self, spec: TensorSpec) -> float:
         return self.options.output_scale if spec.writes_residual else 1.0
 
@@ -152,22 +173,41 @@ def _matched(plan: RowMap) -> Tensor | None:
     return None if plan.unmatched is None else ~plan.unmatched
 
 
-def _plans_needed(specs: Sequence[TensorSpec], zero: frozenset[str]) -> frozenset[str]:
+def _flows(specs: Sequence[TensorSpec]) -> dict[str, str | None]:
+    """For each norm and each weight on the residual stream: the writer whose plan moves what it reads."""
+    flows: dict[str, str | None] = {}
+    last: str | None = None
+    for spec in specs:
+        if spec.in_space is None and spec.follows is None and spec.out_space == RESIDUAL:
+            flows[spec.role] = last
+        elif spec.in_space == RESIDUAL:
+            flows[spec.role] = flows.get(spec.norm, last) if spec.norm else last
+        if spec.in_space is not None and spec.out_space == RESIDUAL:
+            last = spec.role
+    return flows
+
+
+def _plans_needed(specs: Sequence[TensorSpec], flows: Mapping[str, str | None], zero: frozenset[str]) -> frozenset[str]:
     """The weights whose plan changes anything: those fused, those followed, and those whose plan flows on."""
     needed: set[str] = set()
-    followed = _followed(specs, zero)
-    flow_used = False
+    used = _followed(specs, zero)  # and writers whose plan flows on
     for spec in reversed(specs):
-        if spec.in_space is None:
-            flow_used |= spec.follows is None and spec.out_space == RESIDUAL and spec.role not in zero
-            continue
-        if spec.role not in zero or spec.role in followed or (spec.out_space == RESIDUAL and flow_used):
+        if spec.in_space is not None and spec.out_space != "experts" and (spec.role not in zero or spec.role in used):
             needed.add(spec.role)
-        if spec.out_space == RESIDUAL:
-            flow_used = False
-        flow_used |= spec.role in needed and spec.in_space == RESIDUAL
+        if (spec.role in needed or spec.role not in zero) and (writer := flows.get(spec.role)):
+            used.add(writer)
     return frozenset(needed)
 
 
-def _followed(specs: Sequence[TensorSpec], zero: frozenset[str]) -> frozenset[str]:
-    return frozenset(spec.follows for spec in specs if spec.follows is not None and spec.role not in zero)
+def _last_uses(specs: Sequence[TensorSpec], flows: Mapping[str, str | None], zero: frozenset[str]) -> dict[str, str]:
+    """For each weight whose plan moves other roles: the last of these."""
+    followed, last = _followed(specs, zero), {}
+    for spec in specs:
+        for weight in (flows.get(spec.role), spec.follows if spec.follows in followed else None):
+            if weight is not None:
+                last[weight] = spec.role
+    return last
+
+
+def _followed(specs: Sequence[TensorSpec], zero: frozenset[str]) -> set[str]:
+    return {spec.follows for spec in specs if spec.follows is not None and spec.role not in zero}

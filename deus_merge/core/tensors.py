@@ -24,6 +24,7 @@ class Action(str, Enum):
             tokenizer), in the same dtype.
         CAST: One source's tensor in another dtype.
         ZEROS: Zeros; nothing is read.
+        ONES: Ones; nothing is read.
         ALIGN: One source's tensor, aligned to another source.
         COMPUTE: The merge method computes it.
     """
@@ -32,12 +33,16 @@ class Action(str, Enum):
     DERIVE = "derive"
     CAST = "cast"
     ZEROS = "zeros"
+    ONES = "ones"
     ALIGN = "align"
     COMPUTE = "compute"
 
     def __str__(self) -> str:
         return self.value
 
+
+#: Actions that read nothing.
+CONSTANT = frozenset({Action.ZEROS, Action.ONES})
 
 #: Actions that leave the values of one source as they are, but for rounding to another dtype.
 UNCHANGED = frozenset({Action.COPY, Action.DERIVE, Action.CAST})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.parameters import Parameter
-from ..core.tensors import UNCHANGED, Action, OutputChunk, StoredTensor
+from ..core.tensors import CONSTANT, UNCHANGED, Action, OutputChunk, StoredTensor
 from ..core.units import ITEMSIZE
 from ..models.family import Heads, TensorSpec
 
@@ -29,7 +29,7 @@ class Decision:
     """A method's decision about an output tensor, made before any tensor is read.
 
     Attributes:
-        action: ``COPY`` (one source's tensor), ``ZEROS`` or ``COMPUTE``.
+        action: ``COPY`` (one source's tensor), ``ZEROS``, ``ONES`` or ``COMPUTE``.
         source: For ``COPY``: which source of the block.
     """
 
@@ -39,6 +39,7 @@ class Decision:
 
 COMPUTE = Decision(Action.COMPUTE)
 ZEROS = Decision(Action.ZEROS)
+ONES = Decision(Action.ONES)
 
 
 def copy_of(source: int | None) -> Decision:
@@ -122,7 +123,7 @@ class OutputTensor:
     @property
     def nbytes_read(self) -> int:
         """Bytes that are read for it."""
-        if self.action is Action.ZEROS or (self.computed and self.slot):  # what slot 0 reads serves all slots
+        if self.action in CONSTANT or (self.computed and self.slot):  # what slot 0 reads serves all slots
             return 0
         if self.action in UNCHANGED:
             return self.stored.nbytes

@@ -16,8 +16,8 @@ from ..align.parameters import (
 )
 from ..core.parameters import Parameter, as_number, parse_roles
 from ..core.tensors import OutputChunk
-from ..models.family import TensorSpec
-from .base import COMPUTE, ZEROS, MergeMethod, OutputTensor, Refusal, SourceLayer, copy_of, undescribed
+from ..models.family import TensorSpec, group_of
+from .base import COMPUTE, ONES, ZEROS, MergeMethod, OutputTensor, Refusal, SourceLayer, copy_of, undescribed
 
 _FUSION = ("match", "match_fraction", "match_score", "restore_norm", "output_scale")
 
@@ -40,6 +40,8 @@ class OtFuse(MergeMethod):
         Parameter("t", "other", "even", "share of B: W = (1-t) A + t B; even: 1/(k+1), 2/(k+1), ...", "block",
                   parse=parse_t),
         Parameter("layers_per_gap", "integer", 1, "new layers between two neighbours", "block", minimum=1, maximum=64),
+        Parameter("incompatible", "choice", "nearest", "neighbours with unlike tensors: fuse the nearest layer of the"
+                  " upper one's kind, copy the upper one, or refuse", "block", choices=("nearest", "copy", "refuse")),
         Parameter("match", "choice", "full", "partial: fuse only the best matches, keep B's rest; symmetry counts"
                   " neurons and key-value groups, transport_flow rows", "block", choices=("full", "partial")),
         Parameter("match_fraction", "other", 0.25, "match partial: the share to fuse", "block", parse=parse_share),
@@ -70,21 +72,25 @@ class OtFuse(MergeMethod):
         return None
 
     def decide(self, output):
-        """B where t = 1, A where t = 0 and nothing is aligned, zeros for the roles of zero_init."""
-        parameters = output.parameters
-        if spec_of(output).writes_residual:
+        """B where t = 1, A where t = 0 and nothing is aligned, zeros for the roles of zero_init. Of a tensor that
+        nothing is known about there is no mean: it is one parent's, B's if it has a share."""
+        parameters, spec, t = output.parameters, spec_of(output), share_of_b(output)
+        if spec.one and parameters["zero_init"] is not False:
+            return ONES
+        if spec.writes_residual:
             if is_zeroed(output):
                 return ZEROS
             if parameters["output_scale"] != 1:
                 return COMPUTE
-        t = share_of_b(output)
-        if t == 1:
+        if t == 1 or output.inputs[0] == output.inputs[1]:
             return copy_of(1)
+        if spec.opaque:
+            return copy_of(0 if t == 0 else 1)
         return copy_of(0) if t == 0 and parameters["alignment"] == "none" else COMPUTE
 
     def merge(self, block):
         """Align once, fuse for every slot: the layers of one gap share their plans."""
-        first = [o for o in block.outputs if o.slot == 0]
+        first = [o for o in block.outputs if o.slot == 0 and not spec_of(o).opaque]
         computed = {(o.role, o.slot): o.computed for o in block.outputs}
         parameters = first[0].parameters
         options = align_options(
@@ -95,7 +101,8 @@ class OtFuse(MergeMethod):
             zero=frozenset(o.role for o in first if spec_of(o).writes_residual and is_zeroed(o)),
             **{key: parameters[key] for key in _FUSION},
         )
-        for chunk in fuse_layer(SourceLayer(block, 0), SourceLayer(block, 1), [spec_of(o) for o in first], options):
+        sides, shapes = (SourceLayer(block, 0), SourceLayer(block, 1)), {o.role: o.shape for o in first}
+        for chunk in fuse_layer(*sides, [spec_of(o) for o in first], options, shapes):
             if computed[chunk.role, chunk.slot]:
                 yield chunk
             elif chunk.diagnostics is not None:
@@ -123,7 +130,7 @@ def share_of_b(output: OutputTensor) -> float:
 def check_zero_init(outputs: Sequence[OutputTensor]) -> Refusal | None:
     """Why zero_init cannot be used for these outputs; None if it can."""
     zeroed = outputs[0].parameters["zero_init"]
-    writers = [o.role for o in outputs if o.spec is not None and o.spec.writes_residual]
+    writers = list(dict.fromkeys(o.spec.group for o in outputs if o.spec is not None and o.spec.writes_residual))
     if not isinstance(zeroed, bool) and (wrong := [role for role in zeroed if role not in writers]):
         return Refusal(
             f"{wrong[0]!r} does not write to the residual stream; these do: {', '.join(writers)}", "zero_init"
@@ -136,7 +143,8 @@ def is_zeroed(output: OutputTensor) -> bool:
     zeroed = output.parameters["zero_init"]
     if isinstance(zeroed, bool):
         return zeroed
-    return output.role in zeroed or (output.spec is not None and output.spec.follows in zeroed)
+    roles = [role for role in (output.role, spec_of(output).follows) if role]
+    return any(role in zeroed or group_of(role) in zeroed for role in roles)
 
 
 METHOD = OtFuse()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from ..core.errors import ArchitectureError, PlanError
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from .config_json import Config, section, with_section
-from .family import RESIDUAL, Heads
+from .family import RESIDUAL
+from .head_layout import head_size, positive
 from .view import ModelView
 
 #: lists that are not per layer, though their length may equal the depth by chance
@@ -60,55 +61,34 @@ def check_config(config: Config, view: ModelView, shapes: Mapping[str, tuple[int
         )
     if view.family is None or "quantization_config" in config:  # packed tensors have other shapes
         return
-    rows, columns = _matrix_sizes(sizes)
-    for role, name in ((r, n) for layer in view.layers for r, n in layer.items()):
-        spec = view.spec(role)
-        if spec is not None and spec.in_space is not None and spec.out_space is not None:
-            _check_shape(name, shapes[name], (rows.get(spec.out_space), columns.get(spec.in_space)), sizes, where)
+    rows, columns = _matrix_sizes(sizes, view.family.unchecked)
+    for i, role, name in ((i, r, n) for i, layer in enumerate(view.layers) for r, n in layer.items()):
+        spec = view.spec(role, i)
+        if spec is not None and spec.layout is None and None not in (spec.in_space, spec.out_space):
+            _check_shape(
+                name, shapes[name], (rows.get(spec.out_space or ""), columns.get(spec.in_space or "")), sizes, where
+            )
     for name in (*view.family.before, *view.family.after):
         if len(shapes.get(name, ())) == 2:
-            _check_shape(name, shapes[name], (sizes.get("vocab_size"), columns[RESIDUAL]), sizes, where)
+            _check_shape(name, shapes[name], (sizes.get("vocab_size"), columns.get(RESIDUAL)), sizes, where)
 
 
-def head_counts(config: Config, view: ModelView) -> dict[str, object]:
-    """The numbers of attention heads by their keys in the config, which shapes alone do not determine."""
-    sizes = section(config, view.layers_path)
-    queries = sizes.get("num_attention_heads")
-    return {"num_attention_heads": queries, "num_key_value_heads": sizes.get("num_key_value_heads") or queries}
-
-
-def head_shape(config: Config, view: ModelView) -> Heads | None:
-    """The attention heads of a described family; None where the config lacks their numbers or sizes."""
-    sizes = section(config, view.layers_path)
-    query, size = sizes.get("num_attention_heads"), _head_size(sizes)
-    key_value = sizes.get("num_key_value_heads") or query
-    if view.family is None or not (_positive(query) and _positive(key_value) and _positive(size)):
-        return None
-    return Heads(query, key_value, size, view.family.rotary)
-
-
-def _head_size(sizes: Config) -> Any:
-    hidden, queries = sizes.get("hidden_size"), sizes.get("num_attention_heads")
-    return sizes.get("head_dim") or (hidden // queries if _positive(hidden) and _positive(queries) else None)
-
-
-def _matrix_sizes(sizes: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rows by out space and columns by in space of a layer's matrices; anything but a positive integer is unknown."""
+def _matrix_sizes(sizes: Config, unchecked: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rows by out space and columns by in space of a layer's matrices; anything but a positive integer is unknown.
+    Nothing is said about ``unchecked`` spaces."""
     queries = sizes.get("num_attention_heads")
     keys = sizes.get("num_key_value_heads") or queries
-    head = _head_size(sizes)
-    query_rows, key_rows = (n * head if _positive(n) and _positive(head) else None for n in (queries, keys))
+    head = head_size(sizes)
+    query_rows, key_rows = (n * head if positive(n) and positive(head) else None for n in (queries, keys))
     common = {RESIDUAL: sizes.get("hidden_size"), "neurons": sizes.get("intermediate_size")}
     rows = {**common, "query_heads": query_rows, "key_heads": key_rows, "value_heads": key_rows}
-    return rows, {**common, "value_heads": query_rows}  # o reads each value head once for every query head
-
-
-def _positive(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and value > 0
+    columns = {**common, "value_heads": query_rows}  # o reads each value head once for every query head
+    known = [{s: n for s, n in side.items() if s not in unchecked} for side in (rows, columns)]
+    return known[0], known[1]
 
 
 def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[Any, Any], sizes: Config, where: object) -> None:
-    known = [_positive(n) for n in wanted]
+    known = [positive(n) for n in wanted]
     if len(shape) == 2 and any(k and n != w for k, n, w in zip(known, shape, wanted, strict=True)):
         keys = (
             "vocab_size",

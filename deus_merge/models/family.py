@@ -1,71 +1,183 @@
-"""The description of a model family as data: the tensors of a decoder layer and the spaces that they connect.
+"""The description of a model family as data: the sublayers of a decoder layer, their tensors, and the spaces that these
+connect.
 
-A family is one file in ``families/``, and `families` is their registry.
+A family is one file in ``families/``, and `families` is their registry. Sublayers are put together from the pieces in
+``families/_pieces.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 from ..core.plugins import plugins
+from .layouts import Layout
 
 RESIDUAL = "residual"
+#: the place of an expert's number in names, roles and spaces
+EXPERT = "{e}"
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a decoder layer.
+    """A tensor of a decoder layer: one that is stored, or one of the matrices that a stored tensor consists of.
 
     Attributes:
-        role: Its function in the layer: ``q``, ``gate``, ``n1``, ``q.bias`` ...
-        name: Its name under the layer's prefix: ``self_attn.q_proj.weight``.
-        in_space: The space its columns read from; None for one-dimensional tensors.
-        out_space: The space its rows write to: residual, query_heads, key_heads, value_heads or neurons.
-        follows: For biases and per-head norms: the role whose output they act on.
+        role: Its function in the layer: ``q``, ``gate``, ``n1``, ``q.bias``, ``experts.{e}.down`` ...
+        name: Its name under the layer's prefix: ``self_attn.q_proj.weight``. ``{e}`` stands for the number of an
+            expert, a final ``*`` for any rest, which is then also the role.
+        in_space: The space its columns read from; None for vectors.
+        out_space: The space its rows write to: residual, query_heads, gate_heads (gates of what the query heads give),
+            key_heads, value_heads, head_entries (one number a query head), neurons (``neurons.{e}``: of one expert),
+            experts.
+        norm: The role of the norm whose output it reads; None where it reads the residual stream as it is.
+        follows: For biases and norms of a weight's output: the role of that weight.
         optional: Whether a checkpoint may lack it (biases that a config enables).
-        multiplies: Whether it scales the output that it follows (a per-head norm's weight) instead of being added to
-            it (a bias).
+        multiplies: Whether it scales the output that it follows (a norm's weight) instead of being added to it (a
+            bias).
+        offset: For norms: the scale is ``offset + weight``.
+        one: Whether it scales what the whole layer computes, so that it must be 1 for the layer to be the identity.
+        opaque: Whether nothing is known about its axes: a new layer takes it from one parent.
+        layout: How it consists of several matrices, where it does.
     """
 
     role: str
     name: str
     in_space: str | None = None
     out_space: str | None = None
+    norm: str | None = None
     follows: str | None = None
     optional: bool = False
     multiplies: bool = False
+    offset: float = 0.0
+    one: bool = False
+    opaque: bool = False
+    layout: Layout | None = None
 
     @property
     def writes_residual(self) -> bool:
-        """Whether it adds to the residual stream: zeroing all such tensors of a layer makes it the identity."""
-        return self.out_space == RESIDUAL and (self.in_space is not None or self.follows is not None)
+        """Whether it adds to the residual stream: zeroing all such tensors of a layer makes it the identity. A norm
+        behind such a tensor is none: it keeps zero zero, and its own zeros would stop every gradient."""
+        return self.out_space == RESIDUAL and (
+            self.in_space is not None or (self.follows is not None and not self.multiplies)
+        )
+
+    @property
+    def group(self) -> str:
+        """Its role without the number of an expert: ``experts.down``."""
+        return group_of(self.role)
+
+    def of_expert(self, index: int) -> TensorSpec:
+        """The tensor of one expert, where this describes those of all."""
+        parts = ("role", "name", "in_space", "out_space", "norm", "follows")
+        found = {part: getattr(self, part) for part in parts}
+        return replace(self, **{part: text.replace(EXPERT, str(index)) for part, text in found.items() if text})
+
+    @cached_property
+    def pattern(self) -> re.Pattern | None:
+        """A regular expression for its names, where there are several."""
+        if EXPERT not in self.name and not self.name.endswith("*"):
+            return None
+        text = re.escape(self.name.removesuffix("*")).replace(re.escape(EXPERT), r"(?P<e>0|[1-9][0-9]{0,5})")
+        return re.compile(text + (".*" if self.name.endswith("*") else ""), re.DOTALL)
+
+
+def group_of(role: str) -> str:
+    """A role without the number of an expert."""
+    return re.sub(r"\.(\d+|\{e\})(?=\.)", "", role)
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A part of a layer: attention, an MLP, experts, a mixer of another kind; with its norms.
+
+    Attributes:
+        kind: Its name in tables: ``attention``, ``experts``.
+        tensors: Its tensors, in the order in which alignment processes them.
+    """
+
+    kind: str
+    tensors: tuple[TensorSpec, ...]
+
+    def find(self, suffix: str) -> Placed | None:
+        """The description of a tensor by its name under the layer's prefix, and its place among the layer's."""
+        if suffix in self._exact:
+            return self._exact[suffix]
+        for place, spec in self._patterns:
+            assert spec.pattern is not None
+            if match := spec.pattern.fullmatch(suffix):
+                if "e" not in match.groupdict():
+                    return Placed((place, 0, place), replace(spec, role=suffix, name=suffix))
+                expert = int(match["e"])
+                return Placed((self._first_expert, expert, place), spec.of_expert(expert))
+        return None
+
+    def missing(self, suffixes: Iterable[str]) -> TensorSpec | None:
+        """The first required tensor that is not among these names."""
+        there = set(suffixes)
+        for spec in self.tensors:
+            if spec.optional or spec.name in there:
+                continue
+            if spec.pattern is None or not any(spec.pattern.fullmatch(s) for s in there):
+                return spec
+        return None
+
+    @cached_property
+    def _exact(self) -> Mapping[str, Placed]:
+        plain = ((i, s) for i, s in enumerate(self.tensors) if s.pattern is None)
+        return {spec.name: Placed((i, 0, i), spec) for i, spec in plain}
+
+    @cached_property
+    def _patterns(self) -> tuple[tuple[int, TensorSpec], ...]:
+        return tuple((i, s) for i, s in enumerate(self.tensors) if s.pattern is not None)
+
+    @cached_property
+    def _first_expert(self) -> int:
+        """The place of all experts, which are aligned one after the other."""
+        return next((i for i, spec in self._patterns if EXPERT in spec.name), 0)
+
+
+class Placed(NamedTuple):
+    """A tensor's description and its place in the order of alignment."""
+
+    place: tuple[int, int, int]
+    spec: TensorSpec
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention heads of a model.
+    """The attention heads of a layer.
 
     Attributes:
         query: Number of query heads, H.
         key_value: Number of key-value heads, G; each serves H/G consecutive query heads.
         size: Components of a head, h.
-        rotary: The rotations of a pair of components j, j + h/2 that leave attention scores unchanged: see `Family`.
+        rotary: The rotations of a rotary pair of components that leave attention scores unchanged: see `Family`.
+        rotary_size: The first r components are rotary; None for all of them.
+        interleaved: Whether components 2j and 2j + 1 are a pair, and not j and j + r/2.
+        without: Steps of ``alignment: symmetry`` that would change the function of such a layer.
+        expert_groups: Groups of consecutive experts that a router chooses first.
     """
 
     query: int
     key_value: int
     size: int
     rotary: str = "none"
+    rotary_size: int | None = None
+    interleaved: bool = False
+    without: frozenset[str] = frozenset()
+    expert_groups: int = 1
 
     @property
     def mismatch(self) -> str | None:
         """The reason why these numbers do not fit together; None when they do."""
         if self.query % self.key_value:
             return f"{self.query} query heads do not divide among {self.key_value} key-value heads"
-        return f"heads of size {self.size} have no rotary pairs" if self.size % 2 and self.rotary != "none" else None
+        rotary = self.size if self.rotary_size is None else self.rotary_size
+        return f"heads of size {self.size} have no rotary pairs" if rotary % 2 and self.rotary != "none" else None
 
 
 @dataclass(frozen=True)
@@ -74,35 +186,102 @@ class Family:
 
     Attributes:
         name: Its name, which is also its file's.
-        model_types: The ``model_type`` values of config.json that it covers.
-        layer: The tensors of a decoder layer, in the order in which alignment processes them.
-        layer_prefix: The layer's prefix with ``{layer}`` for the index.
+        model_types: The ``model_type`` values of config.json that it covers, also of a ``text_config``.
+        sublayers: The parts of a decoder layer in the order in which alignment processes them; for each the kinds of
+            which a layer has one.
+        layer_prefix: The layer's prefix with ``{layer}`` for the index. Checkpoints may have other prefixes in front of
+            its last part.
         before: Tensors before the layers.
         after: Tensors after the layers.
         tied: Tensors of ``before`` and ``after`` that a checkpoint may lack, unless its config says that embeddings are
             not tied.
         ignored: Layer tensors of old checkpoints that current models compute (rotary buffers): not written to outputs.
         layers_key: The key of config.json that holds the depth.
-        rotary: The rotations of components j and j + h/2 of query and key that leave the function of attention
+        rotary: The rotations of a rotary pair of components of query and key that leave the function of attention
             unchanged. ``phases``: by any angle, since they commute with the rotary embedding; ``signs``: by half a turn
             only, since per-head norm weights scale the two components differently; ``none``.
+        rotary_share: The share of a head's components that are rotary where config.json does not say.
+        interleaved: See `Heads`.
+        without: Steps of ``alignment: symmetry`` that would change the function -> the reason.
+        unchecked: Spaces whose sizes the usual keys of config.json do not say.
+        no_identity: The reason why no layer of this family can be the identity; None where zeros make one.
     """
 
     name: str
     model_types: tuple[str, ...]
-    layer: tuple[TensorSpec, ...]
+    sublayers: tuple[tuple[Sublayer, ...], ...]
     layer_prefix: str = "model.layers.{layer}."
     before: tuple[str, ...] = ("model.embed_tokens.weight",)
     after: tuple[str, ...] = ("model.norm.weight", "lm_head.weight")
     tied: tuple[str, ...] = ("lm_head.weight",)
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     layers_key: str = "num_hidden_layers"
-    rotary: str = "none"
+    rotary: Literal["phases", "signs", "none"] = "none"
+    rotary_share: float = 1.0
+    interleaved: bool = False
+    without: Mapping[str, str] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
+    no_identity: str | None = None
 
     @cached_property
-    def roles(self) -> Mapping[str, TensorSpec]:
-        """The layer's tensors by role."""
-        return {spec.role: spec for spec in self.layer}
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All tensors that a layer of any kind may have."""
+        return tuple(dict.fromkeys(s for kinds in self.sublayers for kind in kinds for s in kind.tensors))
+
+    @cached_property
+    def layer(self) -> tuple[TensorSpec, ...]:
+        """The tensors of a layer of the first kind."""
+        return tuple(spec for kinds in self.sublayers for spec in kinds[0].tensors)
+
+    def sort(self, suffixes: frozenset[str]) -> SortedLayer:
+        """The tensors of one layer by role, whatever kind of layer it is.
+
+        Args:
+            suffixes: Their names under the layer's prefix.
+        """
+        if suffixes not in self._sorted:
+            self._sorted[suffixes] = self._sort(suffixes - {*self.ignored})
+        return self._sorted[suffixes]
+
+    @cached_property
+    def _sorted(self) -> dict[frozenset[str], SortedLayer]:
+        return {}
+
+    def _sort(self, suffixes: frozenset[str]) -> SortedLayer:
+        specs: dict[str, TensorSpec] = {}  # name -> description
+        kinds, missing = [], None
+        for alternatives in self.sublayers:
+            hits = [{s: placed for s in suffixes if (placed := kind.find(s))} for kind in alternatives]
+            lacks = [kind.missing(hit) for kind, hit in zip(alternatives, hits, strict=True)]
+            best = max(range(len(hits)), key=lambda i: (lacks[i] is None, len(hits[i]), -i))
+            specs |= {s: placed.spec for s, placed in sorted(hits[best].items(), key=lambda item: item[1].place)}
+            missing = missing or lacks[best]
+            kinds += [alternatives[best].kind] if alternatives[best].kind else []
+        rest = sorted(suffixes - specs.keys())
+        names = {spec.role: suffix for suffix, spec in specs.items()}
+        clash = next((suffix for suffix in rest if suffix in {s.role for s in self.tensors}), None)
+        by_role = {spec.role: spec for spec in specs.values()}
+        return SortedLayer(" + ".join(kinds), names | dict(zip(rest, rest, strict=True)), by_role, missing, clash)
+
+
+@dataclass(frozen=True)
+class SortedLayer:
+    """One layer's tensors by role.
+
+    Attributes:
+        kind: In words: ``attention + experts``.
+        names: Role -> name under the layer's prefix, in the order of alignment. Tensors that the family does not
+            describe come last, by their names.
+        specs: Role -> description, where there is one.
+        missing: The first required tensor that is not there; None if all are.
+        clash: A tensor that has the name of a role; None if there is none.
+    """
+
+    kind: str
+    names: Mapping[str, str]
+    specs: Mapping[str, TensorSpec]
+    missing: TensorSpec | None = None
+    clash: str | None = None
 
 
 def families() -> Mapping[str, Family]:

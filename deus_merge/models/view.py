@@ -16,6 +16,12 @@ from .config_json import Config, value_at
 from .family import Family, TensorSpec, families
 from .stacks import DEPTH_KEYS, INDEX, depth_path, find_stacks, is_vision_or_audio
 
+#: the keys of config.json that count prediction layers behind the last layer
+PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
+
+#: the classes of models that have a head: others are saved without one
+_HAS_HEAD = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration")
+
 
 @dataclass(frozen=True)
 class ModelView:
@@ -27,8 +33,10 @@ class ModelView:
         layers: For each layer: role -> tensor name. Without a family the role is the name under the prefix.
         layer_prefix: The prefix of a layer's tensor names, with ``{layer}`` for the index.
         before: Names of tensors before the layers (embeddings).
-        after: Names of tensors after the layers (final norm, head).
+        after: Names of tensors after the layers (final norm, head, prediction layers).
         layers_path: Keys that lead to the depth in config.json.
+        specs: For each layer: role -> description, where there is one.
+        kinds: For each layer its kind in words: ``attention + experts``; empty without a family.
     """
 
     family: Family | None
@@ -38,6 +46,8 @@ class ModelView:
     before: tuple[str, ...]
     after: tuple[str, ...]
     layers_path: tuple[str, ...]
+    specs: tuple[Mapping[str, TensorSpec], ...] = ()
+    kinds: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -55,13 +65,18 @@ class ModelView:
         yield from (name for layer in self.layers for name in layer.values())
         yield from self.after
 
-    def spec(self, role: str) -> TensorSpec | None:
-        """The family's description of a role; None for a tensor or a family that is not described."""
-        return self.family.roles.get(role) if self.family else None
+    def spec(self, role: str, layer: int = 0) -> TensorSpec | None:
+        """The family's description of a layer's role; None for a tensor or a family that is not described."""
+        return self.specs[layer].get(role) if self.specs else None
 
-    def residual_writers(self) -> tuple[str, ...]:
-        """The roles of tensors that add to the residual stream."""
-        return tuple(s.role for s in self.family.layer if s.writes_residual) if self.family else ()
+    def output_name(self, name: str, depth: int) -> str:
+        """The name of one of its tensors outside of the layers in an output of another depth: prediction layers that
+        are numbered behind the last layer stay behind it."""
+        head, _, tail = self.layer_prefix.rpartition("{layer}")
+        match = re.match(re.escape(head) + f"({INDEX})" + re.escape(tail), name) if self.layer_prefix else None
+        if match is None or int(match[1]) < self.num_layers:
+            return name
+        return prefix_of(int(match[1]) - self.num_layers + depth, self.layer_prefix) + name[match.end() :]
 
 
 def prefix_of(layer: int, layer_prefix: str) -> str:
@@ -85,13 +100,10 @@ def view_model(config: Config, names: tuple[str, ...], where: object) -> ModelVi
     if not isinstance(model_type, str):
         got = repr(model_type) if model_type is not None else None
         raise ArchitectureError("config.json has no model_type", where=where, expected="a string", got=got)
-    for family in families().values():
-        if model_type in family.model_types:
-            return _described(family, model_type, config, names, where)
-    return _undescribed(model_type, config, names, where)
-
-
-def _described(family: Family, model_type: str, config: Config, names: tuple[str, ...], where: object) -> ModelView:
+    family = family_of(model_type)
+    if family is None:
+        return _undescribed(model_type, config, names, where)
+    prefix, layers, outside = _own_layers(family, names)
     depth = config.get(family.layers_key)
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
         raise ArchitectureError(
@@ -100,46 +112,110 @@ def _described(family: Family, model_type: str, config: Config, names: tuple[str
             expected="the number of layers, at least 1",
             got=repr(depth),
         )
-    head, tail = family.layer_prefix.split("{layer}")
-    pattern = re.compile(re.escape(head) + f"({INDEX})" + re.escape(tail) + r"(.+)", re.DOTALL)
-    by_suffix = {spec.name: spec.role for spec in family.layer}
-    layers: dict[int, dict[str, str]] = {}
-    outside = []
-    for name in names:
-        match = pattern.fullmatch(name)
-        if match is None:
-            outside.append(name)
-        elif match[2] in family.roles and match[2] not in by_suffix:
-            raise ArchitectureError(f"a tensor has the name of the role {match[2]!r}", where=where, got=name)
-        elif match[2] not in family.ignored:
-            layers.setdefault(int(match[1]), {})[by_suffix.get(match[2], match[2])] = name
+    layers, predicting = _without_prediction_layers(layers, depth, config)
     _check_depth(layers, depth, family.layers_key, where)
-    for index in range(depth):
-        for spec in family.layer:
-            if not spec.optional and spec.role not in layers[index]:
-                raise ArchitectureError(
-                    f"layer {index} lacks its {spec.role!r} tensor",
-                    where=where,
-                    expected=family.layer_prefix.format(layer=index) + spec.name,
-                    hint=f"config.json says model_type {model_type!r}, family {family.name}",
-                )
-    order = {spec.role: i for i, spec in enumerate(family.layer)}
-    ordered = tuple(
-        dict(sorted(layers[i].items(), key=lambda item: (order.get(item[0], len(order)), item[1])))
-        for i in range(depth)
+    view = _view(family, model_type, prefix, layers, (family.layers_key,), where)
+    before, after, tied = (
+        tuple(_rooted(name, family.layer_prefix, prefix, outside) for name in part)
+        for part in (family.before, family.after, family.tied)
     )
-    untied = config.get("tie_word_embeddings") is False
-    for name in (*family.before, *family.after):
-        if name not in outside and (untied or name not in family.tied):
+    headless = config.get("architectures") and not any(_HAS_HEAD.search(str(a)) for a in config["architectures"])
+    untied = config.get("tie_word_embeddings") is False and not headless
+    for name in (*before, *after):
+        if name not in outside and (untied or name not in tied):
             raise ArchitectureError(
                 f"the checkpoint lacks {name}",
                 where=where,
-                hint="its config.json says tie_word_embeddings: false" if name in family.tied else None,
+                hint="its config.json says tie_word_embeddings: false" if name in tied else None,
             )
-    before = tuple(n for n in family.before if n in outside)
-    after = tuple(n for n in family.after if n in outside)
-    rest = tuple(sorted(set(outside) - set(before) - set(after)))
-    return ModelView(family, model_type, ordered, family.layer_prefix, before, after + rest, (family.layers_key,))
+    before, after = (tuple(n for n in part if n in outside) for part in (before, after))
+    rest = sorted(outside - {*before, *after})
+    return replace(view, before=before, after=(*after, *rest, *sorted(predicting)))
+
+
+def family_of(model_type: object) -> Family | None:
+    """The described family of a ``model_type``; None if there is none."""
+    return next((family for family in families().values() if model_type in family.model_types), None)
+
+
+def _own_layers(family: Family, names: Sequence[str]) -> tuple[str, dict[int, dict[str, str]], set[str]]:
+    """The layers of a described model.
+
+    Returns:
+        The prefix of a layer's names with ``{layer}``: the family's, or where no tensor has it that of the largest
+        stack with the same last part (``layers``); layer -> name under the prefix -> name; and all other names.
+    """
+    stacks = {f"{prefix}.{{layer}}.": layers for prefix, layers in find_stacks(names).items()}
+    last = _parts(family.layer_prefix)[-1]
+    similar = [prefix for prefix in stacks if _parts(prefix)[-1] == last]
+    prefix = family.layer_prefix
+    if prefix not in stacks and similar:
+        prefix = max(similar, key=lambda p: (_size(stacks[p]), p))
+    layers = stacks.get(prefix, {})
+    return prefix, layers, set(names) - {name for layer in layers.values() for name in layer.values()}
+
+
+def _rooted(name: str, own_prefix: str, prefix: str, names: set[str]) -> str:
+    """A family's name of a tensor outside of the layers, as a checkpoint has it whose layers have another prefix.
+
+    With ``language_model.model.layers.`` that is ``language_model.model.norm.weight`` or
+    ``language_model.lm_head.weight``, for example.
+    """
+    own_root, root = (".".join(_parts(p)[:-1]) for p in (own_prefix, prefix))
+    bare = name.removeprefix(f"{own_root}.") if own_root else name
+    choices = (name, *(f"{place}.{bare}".lstrip(".") for place in (root, root.rpartition(".")[0])))
+    return next((choice for choice in choices if choice in names), name)
+
+
+def _parts(prefix: str) -> list[str]:
+    """``model.layers.{layer}.`` -> model, layers."""
+    return prefix.removesuffix(".{layer}.").split(".")
+
+
+def _without_prediction_layers(
+    layers: dict[int, dict[str, str]], depth: int, config: Config
+) -> tuple[dict[int, dict[str, str]], list[str]]:
+    """Layers without those that config.json counts as prediction layers behind the last one, and the names of these."""
+    counts = [config.get(key) for key in PREDICTION_KEYS]
+    count = next((n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n > 0), 0)
+    behind = [i for i in layers if depth <= i < depth + count]
+    names = [name for i in behind for name in layers[i].values()]
+    return {i: layer for i, layer in layers.items() if i not in behind}, names
+
+
+def _view(
+    family: Family, model_type: str, prefix: str, layers: Mapping[int, Mapping[str, str]], path: tuple[str, ...],
+    where: object,
+) -> ModelView:  # fmt: skip
+    """The layers of a described stack.
+
+    Raises:
+        ArchitectureError: a required tensor is missing, or one has the name of a role.
+    """
+    by_role, specs, kinds = [], [], []
+    for index in range(len(layers)):
+        found = family.sort(frozenset(layers[index]))
+        if found.clash:
+            name = layers[index][found.clash]
+            raise ArchitectureError(f"a tensor has the name of the role {found.clash!r}", where=where, got=name)
+        if found.missing:
+            raise ArchitectureError(
+                f"layer {index} lacks its {found.missing.role!r} tensor",
+                where=where,
+                expected=prefix_of(index, prefix) + found.missing.name,
+                hint=f"config.json says model_type {model_type!r}, family {family.name}",
+            )
+        by_role.append({role: layers[index][suffix] for role, suffix in found.names.items()})
+        specs.append(found.specs)
+        kinds.append(found.kind)
+    described = replace(family, layer_prefix=prefix) if prefix != family.layer_prefix else family
+    return ModelView(
+        described, model_type, tuple(by_role), prefix, (), (), path, specs=tuple(specs), kinds=tuple(kinds)
+    )
+
+
+def _size(layers: Mapping[int, Mapping[str, str]]) -> int:
+    return sum(map(len, layers.values()))
 
 
 def _undescribed(model_type: str, config: Config, names: tuple[str, ...], where: object) -> ModelView:
@@ -151,7 +227,7 @@ def _undescribed(model_type: str, config: Config, names: tuple[str, ...], where:
             expected="names like model.layers.0.…, transformer.h.0.…",
         )
     paths = {prefix: depth_path(config, prefix, len(layers)) for prefix, layers in stacks.items()}
-    size = {prefix: sum(map(len, layers.values())) for prefix, layers in stacks.items()}
+    size = {prefix: _size(layers) for prefix, layers in stacks.items()}
 
     def is_language_model(path: tuple[str, ...] | None) -> bool:
         return path is not None and not is_vision_or_audio(path)
@@ -188,31 +264,21 @@ def stack_view(
         path: Keys that lead to the stack's depth.
         outside: The stack's tensors outside its layers.
     """
-    kind = value_at(config, (*path[:-1], "model_type"))
-    family = next((f for f in families().values() if len(path) > 1 and kind in f.model_types), None)
-    needed = [spec.name for spec in family.layer if not spec.optional] if family else []
-    if family and all(name in layer for layer in layers.values() for name in needed):
-        family = replace(family, layer_prefix=prefix + ".{layer}.", before=(), after=(), tied=())
-    else:
-        family = None
-    role = {spec.name: spec.role for spec in family.layer} if family else {}
-    order = {name: i for i, name in enumerate(role)}
+    family = family_of(value_at(config, (*path[:-1], "model_type"))) if len(path) > 1 else None
     before = tuple(n for n in outside if re.search(r"embed|wte|wpe", n))
-    return ModelView(
-        family,
-        model_type,
-        tuple(
-            {
-                role.get(suffix, suffix): layers[i][suffix]
-                for suffix in sorted(layers[i], key=lambda s: (order.get(s, len(order)), s))
-            }
-            for i in range(len(layers))
-        ),
-        prefix + ".{layer}.",
-        before,
-        tuple(n for n in outside if n not in before),
-        path,
-    )
+    after = tuple(n for n in outside if n not in before)
+    full = prefix + ".{layer}."
+    if family and not any(_unlike(family, layer) for layer in layers.values()):
+        view = _view(replace(family, before=(), after=(), tied=()), model_type, full, layers, path, prefix)
+        return replace(view, before=before, after=after)
+    plain = tuple(dict(sorted(layers[i].items())) for i in range(len(layers)))
+    return ModelView(None, model_type, plain, full, before, after, path)
+
+
+def _unlike(family: Family, layer: Mapping[str, str]) -> bool:
+    """Whether a layer lacks a tensor of the family, or has one with the name of a role."""
+    found = family.sort(frozenset(layer))
+    return bool(found.missing or found.clash)
 
 
 def _check_depth(layers: Mapping[int, Mapping[str, str]], depth: int, key: str, where: object) -> None:

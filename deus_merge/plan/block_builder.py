@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from ..align.parameters import check_alignment
 from ..core.errors import PlanError, RecipeError
-from ..core.tensors import Action, StoredTensor
+from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
-from ..models.config_rules import LayerEntries, head_shape, layer_lists
-from ..models.family import TensorSpec, families
+from ..models.config_rules import LayerEntries, layer_lists
+from ..models.family import Heads, TensorSpec, families
+from ..models.head_layout import layer_heads
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..models.tokenizer.blocks import VocabularyPlan
@@ -106,18 +107,21 @@ class BlockBuilder:
         donor = self.view(self.recipe.donor)
         check_like_donor(parts[0], self.models[0], donor)
         base = base_source(slice_, slice_.base_model or self.recipe.base_model)
+        heads = layer_heads(self.model(sources[0]).checkpoint.config, views[0], layers[0], parts[0].shapes)
         outputs = []
         for slot in range(count):
             prefix = prefix_of(first + slot, donor.layer_prefix)
             for role in roles[0]:
-                spec = views[0].spec(role)
+                spec = views[0].spec(role, layers[0])
                 name = prefix + (spec.name if spec else role)
-                output = self._output(slice_, role, name, [r[role] for r in roles], spec, position, defaults)
+                names = [r[role] for r in roles]
+                output = self._output(slice_, role, name, names, spec, position, defaults, heads)
                 outputs.append(replace(output, slot=slot, between=between))
         block_sources = [BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True)]
         block = self._add(slice_, title, range(first, first + count), block_sources, base, outputs, new)
         neighbours = block.sources_of(0)
-        entries_of = neighbours[-1 if new else block.base or 0]
+        copied = {o.source for o in block.outputs if o.action not in CONSTANT}
+        entries_of = neighbours[0 if copied == {0} else -1] if new else neighbours[block.base or 0]
         assert entries_of.layer is not None
         model = self.models[entries_of.model]
         origin = LayerEntries(model.checkpoint.config, entries_of.layer, str(model.ref), model.view.layers_path)
@@ -143,7 +147,12 @@ class BlockBuilder:
             self.models[i] = replace(self.models[i], checkpoint=checkpoint)
         parts = [Part.of(s, self.model(s), title, {n: n for n in own}) for s, own in zip(sources, names, strict=True)]
         check_same(parts, self.vocabulary.hint(indices))
-        outputs = [self._output(slice_, n, n, [n] * len(sources), None, position, defaults) for n in names[0]]
+        view = self.view(sources[0].model)
+        depth = len(self.origins) or view.num_layers
+        outputs = [
+            self._output(slice_, n, view.output_name(n, depth), [n] * len(sources), None, position, defaults)
+            for n in names[0]
+        ]
         self._add(slice_, title, (), [BlockSource(i, None) for i in indices], base, outputs)
 
     def title(self, title: str) -> str:
@@ -159,6 +168,7 @@ class BlockBuilder:
         spec: TensorSpec | None,
         position: float,
         defaults: bool,
+        heads: Heads | None = None,
     ) -> OutputTensor:
         """One output tensor with its inputs and parameters, before it is decided how it comes about."""
         models = [self.model(s) for s in slice_.sources]
@@ -173,8 +183,6 @@ class BlockBuilder:
                 continue
             for values, source, stored in zip(per_source, slice_.sources, names, strict=True):
                 values[p.name] = resolve_setting(p, [source.parameters, *levels], stored, position)
-        view = self.view(models[0].ref)
-        heads = head_shape(models[0].checkpoint.config, view) if spec else None
         dtype = self._dtype(inputs)
         return OutputTensor(
             role, name, inputs[0].shape, dtype, inputs, parameters, tuple(per_source), spec=spec, heads=heads
@@ -186,14 +194,14 @@ class BlockBuilder:
         action, source = decision.action, decision.source
         if action is Action.COPY and source is not None:
             taken = output.inputs[source]
-            if align and align.moves(source):
+            if align and align.moves(source) and not (output.spec and output.spec.opaque):
                 action = Action.ALIGN
             elif taken.dtype != output.dtype:
                 action = Action.CAST
             elif taken.derived:
                 action = Action.DERIVE
         output = replace(output, action=action, source=source)
-        if action not in (Action.COPY, Action.ZEROS):
+        if action not in (Action.COPY, *CONSTANT):
             self._check_castable(output)
         return output
 

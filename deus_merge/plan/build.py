@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
@@ -27,6 +28,7 @@ from .block_builder import BlockBuilder
 from .blocks import BlockPlan, file_groups, join_learned, mark_repeats
 from .compatibility import check_heads
 from .documents import PlannedResult, document_plans
+from .parents import Parents
 from .types import Plan
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -191,29 +193,29 @@ class _Planner:
         else:
             pairs = list(zip(*ranges, strict=True))
             sources = slice_.sources
-        copy, whole = _copied(slice_), range(self.builder.view(base.model).num_layers)
+        copy, parents = _copied(slice_), Parents(self.builder, slice_, self._setting)
         for j, pair in enumerate(pairs):
             if fills_gaps:
                 self.builder.add_layers(copy, [pair[0]], 0.0, defaults=True)
             position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
             if learns:
-                every = replace(slice_, sources=slice_.sources * len(whole))
-                self.builder.add_layers(every, whole, position, new=True, between=pair)
+                layers, between = parents.learned_from(pair)
+                every = replace(slice_, sources=slice_.sources * len(layers))
+                self.builder.add_layers(every, layers, position, new=True, between=between)
             else:
-                self.builder.add_layers(
-                    replace(slice_, sources=sources), pair, position, count=self._per_gap(slice_), new=True
-                )
+                pair = parents.of(pair) if fills_gaps else pair
+                count = self._setting(slice_, "layers_per_gap") or 1
+                self.builder.add_layers(replace(slice_, sources=sources), pair, position, count=count, new=True)
         if fills_gaps:
             self.builder.add_layers(copy, [first[-1]], 0.0, defaults=True)
+            parents.report()
 
-    def _per_gap(self, slice_: OutputSlice) -> int:
+    def _setting(self, slice_: OutputSlice, name: str) -> Any:
+        """A block parameter of a slice's method; None where the method has none of this name."""
         known = {p.name: p for p in methods()[slice_.merge_method].parameters}
-        if "layers_per_gap" not in known:
-            return 1
-        levels = [slice_.parameters, slice_.shared, self.recipe.parameters]
-        count = resolve_setting(known["layers_per_gap"], levels, None, 0.0)
-        assert isinstance(count, int)
-        return count
+        if name not in known:
+            return None
+        return resolve_setting(known[name], [slice_.parameters, slice_.shared, self.recipe.parameters], None, 0.0)
 
     def _range(self, source: SliceSource) -> range:
         depth = self.builder.view(source.model).num_layers

@@ -10,7 +10,7 @@ from ..core.errors import PlanError
 from ..core.parameters import REQUIRED
 from ..methods.base import OutputTensor
 from ..methods.registry import methods
-from ..models.config_rules import head_counts
+from ..models.head_layout import head_counts
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..models.view import ModelView

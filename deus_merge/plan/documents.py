@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..checkpoint.reader import TensorSource
-from ..core.tensors import Action, StoredTensor
+from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..methods.base import OutputTensor
 from ..models.tokenizer.permuted import roots
 from .blocks import BlockPlan
@@ -130,14 +130,14 @@ def needed(plan: Plan, block: BlockPlan) -> list[tuple[PlannedResult, BlockPlan]
             for source, name in roots(plan.models[block.sources[i].model].checkpoint, output.inputs[i].name):
                 if isinstance(source, PlannedResult):
                     wanted, taken = source.planned(name)
-                    if taken.action is not Action.ZEROS:
+                    if taken.action not in CONSTANT:
                         found[source.name, wanted.index] = source, wanted
     return list(found.values())
 
 
 def inputs_read(output: OutputTensor) -> range:
     """The sources that are read through this process for an output."""
-    if output.action in (Action.COPY, Action.ZEROS):
+    if output.action in (Action.COPY, *CONSTANT):
         return range(0)
     if output.action in (Action.CAST, Action.DERIVE) and output.source is not None:
         return range(output.source, output.source + 1)

@@ -131,9 +131,7 @@ class Plan:
         copied: dict[str | None, list[int | None]] = {}
         for block in self.blocks:
             if block.new:
-                view = base.modules[block.module] if block.module else base.view
-                writers = [o for o in block.outputs if o.role in view.residual_writers()]
-                if not writers or any(o.action is not Action.ZEROS for o in writers):
+                if not _is_identity(block):
                     return False
             elif any(not _is_of_base(block, o) for o in block.outputs):
                 return False
@@ -299,6 +297,13 @@ def _describe_document(document: DocumentPlan) -> dict:
         "blocks_computed": sum(document.runs.values()),
         "blocks_cached": document.cached_blocks,
     }
+
+
+def _is_identity(block: BlockPlan) -> bool:
+    """Whether the layers of a block add nothing to the residual stream, and scale nothing."""
+    described = [(o, o.spec) for o in block.outputs if o.spec is not None]
+    writers = [o.action is Action.ZEROS for o, spec in described if spec.writes_residual]
+    return bool(writers) and all(writers) and all(o.action is Action.ONES for o, spec in described if spec.one)
 
 
 def _is_of_base(block: BlockPlan, output: OutputTensor) -> bool:

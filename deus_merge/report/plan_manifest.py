@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from .. import __version__
 from ..checkpoint.reader import TensorSource
-from ..core.tensors import UNCHANGED, Action
+from ..core.tensors import CONSTANT, UNCHANGED, Action
 from ..core.typed_json import parse
 from ..methods.base import OutputTensor
 from ..models.config_rules import config_patch, layer_lists
@@ -134,7 +134,7 @@ def _tensor(plan: Plan, block: BlockPlan, output: OutputTensor, sources: Sequenc
     if output.action is Action.COPY:
         checkpoint, name = _root(plan, block, output)
         return ManifestTensor(**facts, model=sources.index(checkpoint), tensor=name)
-    if output.action is Action.ZEROS:
+    if output.action in CONSTANT:
         return ManifestTensor(**facts)
     only = output.source if output.action in UNCHANGED else None
     pairs = zip(output.inputs, block.sources, strict=True)

@@ -23,19 +23,21 @@ class AlignedBlock:
     def __init__(self, block: Block, align: AlignTo):
         self.outputs, self.base, self.memory, self.generator = block.outputs, block.base, block.memory, block.generator
         self._block, self._align = block, align
+        self._specs = {output.role: output.spec for output in self.outputs}
         self._aligning: dict[int, Iterator[OutputChunk]] = {}
         self._waiting: dict[tuple[int, str], torch.Tensor] = {}
         self.diagnostics: list[OutputChunk] = []
 
     def read(self, role: str, source: int) -> torch.Tensor:
-        if not self._align.moves(source):
+        spec = self._specs[role]
+        if not self._align.moves(source) or (spec and spec.opaque):
             return self._block.read(role, source)
         if source not in self._aligning:
             memory = solver_memory(self._align.values, self.outputs, self.memory)
             options = align_options(self._align.values, self.outputs[0].heads, memory)
             sides = SourceLayer(self._block, source), SourceLayer(self._block, self._align.target)
-            specs = [output.spec for output in self.outputs if output.spec is not None]
-            self._aligning[source] = align_layer(*sides, specs, options)
+            specs = [spec for spec in self._specs.values() if spec is not None and not spec.opaque]
+            self._aligning[source] = align_layer(*sides, specs, options, {o.role: o.shape for o in self.outputs})
         while (source, role) not in self._waiting:
             chunk = next(self._aligning[source])
             if chunk.values is not None:

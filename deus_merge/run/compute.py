@@ -84,8 +84,12 @@ class BlockComputer:
             yield from self.merge_outputs(block, diagnostics, loaded or {})
 
     def read_outputs(self, block: BlockPlan) -> Iterator[Computed]:
-        """Outputs that are only read, derived or in another dtype: a slice of rows at a time."""
+        """Outputs that are only read, derived or in another dtype, a slice of rows at a time; and ones."""
+        import torch
+
         for output in block.outputs:
+            if output.action is Action.ONES:
+                yield output, _finish(output, OutputChunk(output.role, torch.ones(output.shape), output.slot))
             if output.action not in (Action.CAST, Action.DERIVE):
                 continue
             stored, source = output.stored, self.source(block, output.source)

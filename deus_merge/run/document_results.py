@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.reader import TensorSource
 from ..core.errors import DeusMergeError
-from ..core.tensors import Action, StoredTensor
+from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import torch_dtype
 from ..plan.documents import PlannedResult, inputs_read
 from ..plan.types import Plan
@@ -83,8 +83,8 @@ class DocumentResult:
         import torch
 
         block, output = self._planned.planned(name)
-        if output.action is Action.ZEROS or 0 in output.shape:
-            return torch.zeros(output.shape, dtype=torch_dtype(output.dtype))
+        if output.action in CONSTANT or 0 in output.shape:
+            return torch.full(output.shape, float(output.action is Action.ONES), dtype=torch_dtype(output.dtype))
         if block.index not in self._blocks:
             while len(self._blocks) >= self._cached_blocks:
                 self._blocks.popitem(last=False)

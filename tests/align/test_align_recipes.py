@@ -14,7 +14,7 @@ from support import load, logits, make_model, weights, write_recipe
 from symmetries import random_symmetry
 
 from deus_merge.methods.registry import methods
-from deus_merge.models.config_rules import head_shape
+from deus_merge.models.head_layout import layer_heads
 from deus_merge.models.reference import ModelRef
 from deus_merge.models.source import SourceModel
 
@@ -24,7 +24,7 @@ FAMILIES = ("llama", "llama_bias", "mistral", "qwen2", "qwen3")
 def planted(base: Path, folder: Path, seed: int = 0) -> Path:
     """A model whose every layer is the base's under a random symmetry: other weights, the same function."""
     source = SourceModel.open(ModelRef(str(base)), {})
-    heads = head_shape(source.checkpoint.config, source.view)
+    heads = layer_heads(source.checkpoint.config, source.view)
     tensors = weights(base)
     for index, layer in enumerate(source.view.layers):
         attention = random_symmetry(heads, seed + index)
@@ -197,8 +197,8 @@ def fuse(parameters: str, model: str = "base") -> str:
 BAD = {
     "unknown alignment": (two("align: symetry"), "slices[0].align (line 3)", "did you mean 'symmetry'?"),
     "unknown key": (two("align: {alignmnt: symmetry}"), "did you mean 'alignment'?"),
-    "unknown step": (two("align: {symmetry: [neuron]}"), "slices[0].align.symmetry", "a list of neurons, heads"),
-    "no list": (fuse("symmetry: neurons"), "a list of neurons, heads, values, rotary"),
+    "unknown step": (two("align: {symmetry: [neuron]}"), "slices[0].align.symmetry", "experts, neurons, heads"),
+    "no list": (fuse("symmetry: neurons"), "a list of experts, neurons, heads, values, rotary"),
     "gradient": (two("align: {reg: [0.1, 0.2, x]}"), "slices[0].align.reg"),
     "ot_fuse aligns": (two("align: symmetry", "ot_fuse"), "ot_fuse has its own alignment", "parameters: {alignment"),
     "one source": (

@@ -17,8 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from test_symmetry import FAMILIES, OPTIONS, heads, layer, specs
 
 from deus_merge.align import align_layer
-from deus_merge.models.config_rules import head_shape
 from deus_merge.models.family import Heads, families
+from deus_merge.models.head_layout import layer_heads
 from deus_merge.models.reference import ModelRef
 from deus_merge.models.source import SourceModel
 
@@ -38,7 +38,7 @@ def uneven(family: str, at: Heads, seed: int) -> dict[str, torch.Tensor]:
 def trained(tiny, index: int) -> tuple[dict[str, torch.Tensor], Heads]:
     source = SourceModel.open(ModelRef(str(tiny)), {})
     found = {r: source.checkpoint.read(n).double() for r, n in source.view.layers[index].items()}
-    at = head_shape(source.checkpoint.config, source.view)
+    at = layer_heads(source.checkpoint.config, source.view)
     assert at is not None
     return found, at
 

@@ -13,12 +13,11 @@ from deus_merge.models.config_rules import (
     check_config,
     config_patch,
     deeper_config,
-    head_counts,
-    head_shape,
     layer_lists,
     typed_config,
     widened_config,
 )
+from deus_merge.models.head_layout import head_counts, layer_heads
 from deus_merge.models.view import view_model
 
 PATH = ("num_hidden_layers",)
@@ -81,13 +80,13 @@ def test_layer_types_have_the_depth(count):
 
 def test_heads():
     view = view_model(CONFIG, tuple(shapes()), "here")
-    heads = head_shape(CONFIG, view)
+    heads = layer_heads(CONFIG, view)
     assert heads is not None and (heads.query, heads.key_value, heads.size, heads.rotary) == (4, 2, 8, "phases")
     alone = {k: v for k, v in CONFIG.items() if k != "num_key_value_heads"}  # every query head has its own
     assert head_counts(alone, view) == {"num_attention_heads": 4, "num_key_value_heads": 4}
-    assert head_shape(CONFIG | {"num_attention_heads": 0}, view) is None
-    assert head_shape(CONFIG | {"num_attention_heads": "4"}, view) is None
-    assert head_shape(CONFIG | {"num_key_value_heads": 3}, view).mismatch is not None
+    assert layer_heads(CONFIG | {"num_attention_heads": 0}, view) is None
+    assert layer_heads(CONFIG | {"num_attention_heads": "4"}, view) is None
+    assert layer_heads(CONFIG | {"num_key_value_heads": 3}, view).mismatch is not None
 
 
 def entries(config: dict, layers: list[int]) -> list[LayerEntries]:

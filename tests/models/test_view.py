@@ -32,7 +32,7 @@ def test_a_described_family():
     assert view.before == ("model.embed_tokens.weight",)
     assert view.after == ("model.norm.weight", "lm_head.weight", "model.other")
     assert set(view.names()) == {*llama(2), *extra}  # rotary buffers are ignored
-    assert set(view.residual_writers()) == {"o", "o.bias", "down", "down.bias"}
+    assert {s.role for s in LLAMA.layer if s.writes_residual} == {"o", "o.bias", "down", "down.bias"}
     assert view.spec("q").out_space == "query_heads" and view.spec("own.weight") is None
 
 

@@ -1,6 +1,6 @@
 """Mistral: a Llama layer without biases. Its config.json decides on sliding attention."""
 
 from ..family import Family
-from ._decoder import decoder_layer
+from ._pieces import llama_layer
 
-FAMILY = Family("mistral", ("mistral",), decoder_layer(), rotary="phases")
+FAMILY = Family("mistral", ("mistral",), llama_layer(), rotary="phases")

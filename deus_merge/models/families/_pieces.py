@@ -1,0 +1,227 @@
+"""The pieces that layers are put together from: norms, attention, MLPs, experts, mixers that nothing is known about.
+
+Roles: n1, q, k, v, o, n2, gate, up, down; ``q.bias`` of a bias, ``q_norm`` of a norm of what q gives, ``o_norm`` of a
+norm behind o, ``experts.{e}.gate`` of an expert, ``shared.gate`` of an expert that every token takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..family import RESIDUAL, Sublayer, TensorSpec
+from ..layouts import Experts, Layout, Stacked, Transposed
+
+Specs = tuple[TensorSpec, ...]
+
+_SPACES = {
+    "q": (RESIDUAL, "query_heads"), "k": (RESIDUAL, "key_heads"), "v": (RESIDUAL, "value_heads"),
+    "o": ("value_heads", RESIDUAL), "q_gate": (RESIDUAL, "gate_heads"),
+    "gate": (RESIDUAL, "neurons"), "up": (RESIDUAL, "neurons"), "down": ("neurons", RESIDUAL),
+}  # fmt: skip
+ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
+MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+
+
+def norm(role: str, module: str, *, bias: bool = False, offset: float = 0.0) -> Specs:
+    """A norm of the residual stream; with ``bias`` a LayerNorm."""
+    weight = TensorSpec(role, f"{module}.weight", None, RESIDUAL, offset=offset)
+    return (weight, TensorSpec(f"{role}.bias", f"{module}.bias", None, RESIDUAL)) if bias else (weight,)
+
+
+def norm_behind(role: str, module: str, *, offset: float = 0.0, optional: bool = False) -> Specs:
+    """A norm of what the weight ``role`` writes, before it is added to the residual stream."""
+    name = f"{module}.weight"
+    return (
+        TensorSpec(f"{role}_norm", name, None, RESIDUAL, follows=role, multiplies=True, offset=offset,
+                   optional=optional),
+    )  # fmt: skip
+
+
+def projection(role: str, module: str, *, norm: str | None, bias: bool = False, space: str = "") -> Specs:
+    """A matrix, and the bias that it may have.
+
+    Args:
+        role: q, k, v, o, gate, up or down, behind a prefix like ``shared.``.
+        module: Its name without ``.weight``.
+        norm: The norm that it reads, where it reads the residual stream.
+        bias: Whether it may have a bias.
+        space: The neurons' space, where it is not ``neurons``.
+    """
+    weight = matrix(role, f"{module}.weight", norm=norm, space=space)
+    return (weight, bias_of(weight, f"{module}.bias")) if bias else (weight,)
+
+
+def matrix(role: str, name: str, *, norm: str | None, space: str = "") -> TensorSpec:
+    """A matrix in the spaces of its role."""
+    reads, writes = (space if space and s == "neurons" else s for s in _SPACES[role.rpartition(".")[2]])
+    return TensorSpec(role, name, reads, writes, norm=norm if reads == RESIDUAL else None)
+
+
+def bias_of(weight: TensorSpec, name: str, *, optional: bool = True) -> TensorSpec:
+    """What is added to the output of a weight."""
+    return TensorSpec(f"{weight.role}.bias", name, None, weight.out_space, follows=weight.role, optional=optional)
+
+
+def projections(
+    modules: Mapping[str, str], *, norm: str | None, biases: str = "", prefix: str = "", space: str = ""
+) -> Specs:
+    """Matrices by role, those of ``biases`` (roles, separated by spaces) with a bias."""
+    return tuple(
+        spec
+        for role, module in modules.items()
+        for spec in projection(prefix + role, module, norm=norm, bias=role in biases.split(), space=space)
+    )
+
+
+def attention(
+    modules: Mapping[str, str] = ATTENTION, *, norm: str | None = "n1", biases: str = "",
+    head_norms: Mapping[str, str] | None = None, head_norm_offset: float = 0.0,
+) -> Specs:  # fmt: skip
+    """Multi-head attention with a tensor for each role.
+
+    Args:
+        modules: The modules of q, k, v and o.
+        norm: The norm in front.
+        biases: Roles that may have a bias, separated by spaces.
+        head_norms: The modules of the norms of q and k, by role: one weight for all heads (h,), or each its own.
+        head_norm_offset: As `TensorSpec.offset`.
+    """
+    specs = list(projections(modules, norm=norm, biases=biases))
+    for role, module in (head_norms or {}).items():
+        at = max(i for i, s in enumerate(specs) if s.role in (role, f"{role}.bias")) + 1
+        space = _SPACES[role][1]
+        specs.insert(
+            at,
+            TensorSpec(f"{role}_norm", f"{module}.weight", None, space, follows=role, multiplies=True,
+                       offset=head_norm_offset),
+        )  # fmt: skip
+    return tuple(specs)
+
+
+#: norms of q and k per head as most families name them
+HEAD_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+
+
+def mlp(modules: Mapping[str, str] = MLP, *, norm: str | None = "n2", biases: str = "", prefix: str = "") -> Specs:
+    """An MLP; without a gate where ``modules`` has none.
+
+    Args:
+        modules: The modules of gate, up and down.
+        norm: The norm in front.
+        biases: Roles that may have a bias.
+        prefix: Before the roles, where a layer has several: ``shared.``. Its neurons are then a space of their own.
+    """
+    space = f"neurons.{prefix.rstrip('.')}" if prefix else ""
+    return projections(modules, norm=norm, biases=biases, prefix=prefix, space=space)
+
+
+def fused(
+    role: str, name: str, layout: type[Layout], parts: Sequence[str], *, norm: str | None, prefix: str = "",
+    transposed: bool = False, bias: str | None = None, space: str = "",
+) -> Specs:  # fmt: skip
+    """Several matrices in one tensor, and their biases in another.
+
+    Args:
+        role: The stored tensor's role: ``qkv``.
+        name: Its name with ``.weight``.
+        layout: How the parts lie in it.
+        parts: The roles of the parts.
+        norm: The norm in front.
+        prefix: Before the parts' roles.
+        transposed: Whether it is stored as (inputs, outputs).
+        bias: The biases' name, where there may be some.
+        space: The neurons' space, where it is not ``neurons``.
+    """
+    matrices = tuple(matrix(prefix + part, name, norm=norm, space=space) for part in parts)
+    arranged = layout(matrices)  # type: ignore[call-arg]
+    weight = TensorSpec(role, name, RESIDUAL, None, norm=norm, layout=Transposed(arranged) if transposed else arranged)
+    if bias is None:
+        return (weight,)
+    biases = tuple(bias_of(part, bias) for part in matrices)
+    return weight, TensorSpec(f"{role}.bias", bias, optional=True, layout=layout(biases))  # type: ignore[call-arg]
+
+
+def transposed(role: str, module: str, *, norm: str | None = None, bias: bool = True) -> Specs:
+    """A matrix that is stored as (inputs, outputs), and its bias."""
+    inner = matrix(role, f"{module}.weight", norm=norm)
+    weight = TensorSpec(role, inner.name, inner.in_space, inner.out_space, norm=inner.norm, layout=Transposed(inner))
+    return (weight, bias_of(weight, f"{module}.bias")) if bias else (weight,)
+
+
+EXPERT_MLP = {"gate": "mlp.experts.{e}.gate_proj", "up": "mlp.experts.{e}.up_proj", "down": "mlp.experts.{e}.down_proj"}
+
+
+def router(name: str = "mlp.gate.weight", *, norm: str | None = "n2", bias: str | None = None) -> Specs:
+    """What chooses the experts of a token: a row an expert (E, d), and the bias that it may have, (E,)."""
+    weight = TensorSpec("router", name, RESIDUAL, "experts", norm=norm)
+    return (weight, bias_of(weight, bias)) if bias else (weight,)
+
+
+def experts(modules: Mapping[str, str] = EXPERT_MLP, *, norm: str | None = "n2", biases: str = "") -> Specs:
+    """Experts with a tensor for each role of each; ``{e}`` in a name is the expert's number."""
+    return projections(modules, norm=norm, biases=biases, prefix="experts.{e}.", space="neurons.{e}")
+
+
+def stacked_experts(
+    gate_up: str, down: str, *, norm: str | None = "n2", transposed: bool = False, layout: type[Layout] = Stacked,
+    biases: bool = False,
+) -> Specs:  # fmt: skip
+    """All experts in one tensor a role: gate and up (E, 2f, d), down (E, d, f).
+
+    Args:
+        gate_up, down: Their names.
+        norm: The norm in front.
+        transposed: Whether they are (E, d, 2f) and (E, f, d).
+        layout: How gate and up lie in their tensor.
+        biases: Whether there are ``<name>_bias`` tensors, (E, 2f) and (E, d).
+    """
+    pair = fused("", gate_up, layout, ("gate", "up"), norm=norm, prefix="experts.{e}.", transposed=transposed,
+                 bias=f"{gate_up}_bias" if biases else None, space="neurons.{e}")  # fmt: skip
+    inner = matrix("experts.{e}.down", down, norm=None, space="neurons.{e}")
+    roles = ("experts.gate_up", "experts.gate_up.bias")
+    specs = [
+        TensorSpec(role, spec.name, spec.in_space, None, norm=spec.norm, optional=spec.optional,
+                   layout=Experts(_inner(spec)))
+        for role, spec in zip(roles, pair, strict=False)
+    ]  # fmt: skip
+    layout_down = Experts(Transposed(inner) if transposed else inner)
+    specs.append(TensorSpec("experts.down", down, "neurons", RESIDUAL, layout=layout_down))
+    if biases:
+        bias = bias_of(inner, f"{down}_bias")
+        specs.append(
+            TensorSpec("experts.down.bias", bias.name, None, RESIDUAL, follows="experts.down", optional=True,
+                       layout=Experts(bias))
+        )  # fmt: skip
+    return tuple(specs)
+
+
+def mixer(*prefixes: str, writers: Iterable[str]) -> Specs:
+    """A mixer that nothing is known about but which of its tensors write to the residual stream.
+
+    Args:
+        prefixes: The beginnings of its tensors' names: ``mamba.``.
+        writers: The names of the tensors that write to the residual stream.
+    """
+    return (
+        *(TensorSpec(name, name, "mixer", RESIDUAL, opaque=True, optional=name.endswith(".bias")) for name in writers),
+        *(TensorSpec(f"{prefix}*", f"{prefix}*", opaque=True) for prefix in prefixes),
+    )
+
+
+def llama_layer(biases: str = "", head_norms: Mapping[str, str] | None = None) -> tuple[tuple[Sublayer, ...], ...]:
+    """Attention and a gated MLP, each behind a norm: the layer of Llama.
+
+    Args:
+        biases: Roles that may have a bias, separated by spaces.
+        head_norms: As in `attention`.
+    """
+    own = (*norm("n1", "input_layernorm"), *attention(biases=biases, head_norms=head_norms))
+    return (
+        (Sublayer("attention", own),),
+        (Sublayer("mlp", (*norm("n2", "post_attention_layernorm"), *mlp(biases=biases))),),
+    )
+
+
+def _inner(spec: TensorSpec) -> Layout:
+    assert spec.layout is not None
+    return spec.layout

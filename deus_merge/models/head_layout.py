@@ -1,0 +1,98 @@
+"""How many attention heads a layer has, and how large they are: by config.json, and by shapes where these say it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypeGuard
+
+from .config_json import Config, section, value_at
+from .family import Heads
+from .view import ModelView
+
+#: the keys of one fact in the configs of different families
+_QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_SHARES = ("partial_rotary_factor", "rotary_pct")
+_ROTARY_SIZES = ("rotary_dim", "rotary_ndims", "qk_rope_head_dim")
+
+
+def head_counts(config: Config, view: ModelView) -> dict[str, object]:
+    """The numbers of attention heads by their keys in the config, which shapes alone do not determine."""
+    sizes = section(config, view.layers_path)
+    return {"num_attention_heads": _first(sizes, _QUERY_HEADS), "num_key_value_heads": _key_value_heads(sizes)}
+
+
+def layer_heads(
+    config: Config, view: ModelView, layer: int = 0, shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> Heads | None:
+    """The attention heads of a layer of a described family; None where there are none, or their numbers are unknown.
+
+    Args:
+        config: config.json.
+        view: The stack that the layer is in.
+        layer: Its index.
+        shapes: Role -> shape of its tensors. Where q and k are tensors of their own, they say how large heads are:
+            some models have layers with other heads than config.json's first numbers.
+    """
+    family, sizes = view.family, section(config, view.layers_path)
+    query = _first(sizes, _QUERY_HEADS)
+    key_value, size = _key_value_heads(sizes), head_size(sizes)
+    if family is None or not positive(query):
+        return None
+
+    def rows(role: str) -> int | None:
+        spec = view.spec(role, layer)
+        return shapes[role][0] if spec and spec.layout is None and len(shapes.get(role, ())) == 2 else None
+
+    if (q := rows("q")) and q % query == 0:
+        size = q // query
+    if (k := rows("k")) and positive(size) and k % size == 0:
+        key_value = k // size
+    if not (positive(key_value) and positive(size)):
+        return None
+    groups = sizes.get("n_group")
+    return Heads(
+        query,
+        key_value,
+        size,
+        family.rotary,
+        _rotary_size(sizes, size, family.rotary_share),
+        family.interleaved,
+        frozenset(family.without),
+        groups if positive(groups) else 1,
+    )
+
+
+def head_size(sizes: Config) -> Any:
+    """Components of a head as the config says or implies; None, or not an integer, where it does not."""
+    hidden, queries = _first(sizes, _HIDDEN), _first(sizes, _QUERY_HEADS)
+    return sizes.get("head_dim") or (hidden // queries if positive(hidden) and positive(queries) else None)
+
+
+def positive(value: object) -> TypeGuard[int]:
+    """Whether this value of a config is a number of things."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _key_value_heads(sizes: Config) -> Any:
+    """As in the config; Falcon's older layers have one for all, or one each."""
+    if "new_decoder_architecture" in sizes and not sizes["new_decoder_architecture"]:
+        return 1 if sizes.get("multi_query", True) else _first(sizes, _QUERY_HEADS)
+    return _first(sizes, _KEY_VALUE_HEADS) or _first(sizes, _QUERY_HEADS)
+
+
+def _rotary_size(sizes: Config, size: int, share: float) -> int | None:
+    """How many components of a head are rotary; None for all of them."""
+    if positive(count := _first(sizes, _ROTARY_SIZES)):
+        return count if count < size else None
+    stated = _first(sizes, _SHARES)
+    if stated is None:
+        stated = next((v for key in _SHARES if (v := value_at(sizes, ("rope_parameters", key))) is not None), share)
+    rotary = int(size * stated) if isinstance(stated, int | float) and not isinstance(stated, bool) else size
+    return rotary if 0 < rotary < size else None
+
+
+def _first(sizes: Config, keys: tuple[str, ...]) -> Any:
+    return next((sizes[key] for key in keys if sizes.get(key) is not None), None)
