@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..core.tensors import OutputChunk
+from ..core.text import some_of
 from ..models.family import Heads, TensorSpec
 
 if TYPE_CHECKING:
@@ -69,6 +70,23 @@ class Packing:
             if not to_come:
                 del whole[key]
                 yield OutputChunk(role, stored, chunk.slot)
+
+
+def layout_problem(
+    specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]], heads: Heads | None
+) -> str | None:
+    """Why a stored tensor cannot consist of what its layout says; None if all can."""
+    for spec in (spec for spec in specs if spec.layout is not None):
+        import torch
+
+        assert spec.layout is not None
+        try:
+            spec.layout.split(torch.empty(shapes[spec.role], device="meta"), heads)
+        except (RuntimeError, ValueError, AssertionError):
+            parts = some_of(part.role for part in spec.layout.specs(shapes[spec.role]))
+            of = f"{heads.query} query and {heads.key_value} key-value heads of {heads.size}" if heads else "the heads"
+            return f"{spec.role} of shape {list(shapes[spec.role])} does not consist of {parts} for {of} of config.json"
+    return None
 
 
 class _Parts(Mapping[str, "Tensor"]):

@@ -14,6 +14,7 @@ from ..ot.problem import SolverOptions
 from ..ot.registry import solver, solver_parameters, solvers
 from ..ot.solver import OTSolver
 from .options import ALIGNMENTS, STEPS, AlignOptions, default_solver
+from .packing import layout_problem
 from .symmetry import missing_for_symmetry
 
 
@@ -85,7 +86,7 @@ class AlignmentProblem:
 
 
 class PlannedRole(Protocol):
-    """The properties of an output tensor that the estimates of memory use."""
+    """The properties of an output tensor that checks and estimates of memory use."""
 
     @property
     def role(self) -> str: ...
@@ -95,6 +96,9 @@ class PlannedRole(Protocol):
 
     @property
     def spec(self) -> TensorSpec | None: ...
+
+    @property
+    def heads(self) -> Heads | None: ...
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,15 @@ def align_options(values: Mapping[str, Any], heads: Heads | None, memory: int | 
     )
 
 
-def check_alignment(
-    values: Mapping[str, Any], specs: Sequence[TensorSpec | None], heads: Heads | None
-) -> AlignmentProblem | None:
+def check_alignment(values: Mapping[str, Any], outputs: Sequence[PlannedRole]) -> AlignmentProblem | None:
     """Why layers of these roles cannot be aligned; None if they can."""
+    heads = outputs[0].heads
+    described = [o.spec for o in outputs if o.spec is not None]
+    if problem := layout_problem(described, {o.role: o.shape for o in outputs}, heads):
+        return AlignmentProblem(problem, "alignment")
     if values["alignment"] == "none":
         return None
-    described = [spec for spec in specs if spec is not None]
-    if len(described) < len(specs):
+    if len(described) < len(outputs):
         message = (
             "this family has no description of the tensors of its layers. Describe it in models/families/, or merge"
             " without alignment"

@@ -59,7 +59,7 @@ class OtFuse(MergeMethod):
             return Refusal(f"ot_fuse takes one source (its gaps are filled) or two (fused pairwise), not {sources}")
         if unknown := [o.role for o in outputs if o.spec is None]:
             return undescribed(self.name, unknown[0])
-        if problem := check_alignment(outputs[0].parameters, [o.spec for o in outputs], outputs[0].heads):
+        if problem := check_alignment(outputs[0].parameters, outputs):
             return Refusal(problem.message, problem.parameter)
         return check_zero_init(outputs)
 

@@ -68,7 +68,7 @@ def check_config(config: Config, view: ModelView, shapes: Mapping[str, tuple[int
             _check_shape(
                 name, shapes[name], (rows.get(spec.out_space or ""), columns.get(spec.in_space or "")), sizes, where
             )
-    for name in (*view.family.before, *view.family.after):
+    for name in (*view.family.before[:1], *view.family.tied):  # token embeddings and head
         if len(shapes.get(name, ())) == 2:
             _check_shape(name, shapes[name], (sizes.get("vocab_size"), columns.get(RESIDUAL)), sizes, where)
 

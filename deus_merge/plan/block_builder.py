@@ -242,7 +242,7 @@ class BlockBuilder:
         align = None
         if slice_.align and layers:
             align = AlignTo(base if base is not None else len(sources) - 1, slice_.align.values)
-            if problem := check_alignment(align.values, [o.spec for o in outputs], outputs[0].heads):
+            if problem := check_alignment(align.values, outputs):
                 message = f"{problem.parameter}: {problem.message}"
                 raise RecipeError(message, where=f"{slice_.align.place.where}, {title} of the output")
         if refusal := method.check(outputs, len(sources)):

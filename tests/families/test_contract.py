@@ -1,0 +1,145 @@
+"""The contract of every described family, which a family joins by its file being there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import MODEL_TYPES, load, logits, shared
+
+from deus_merge.align import align_layer
+from deus_merge.align.options import STEPS, AlignOptions
+from deus_merge.models.head_layout import layer_heads
+from deus_merge.models.reference import ModelRef
+from deus_merge.models.source import SourceModel
+from deus_merge.recipe.presets import PRESETS
+
+PRESERVING = [name for name, preset in PRESETS.items() if preset.function_preserving]
+INSERTS = ["top_half", "all", {"every": 2}, {"after": [0, 3]}, {"count": 2, "where": "sandwich"}]
+
+
+def upscaled(run, base: Path, folder: Path, preset: str = "opt_deus", insert: object = "all", **parameters) -> Path:
+    recipe = {"base_model": str(base), "upscale": {"preset": preset, "insert": insert, "parameters": parameters}}
+    (folder.parent / f"{folder.name}.yml").write_text(json.dumps(recipe))
+    run("merge", folder.parent / f"{folder.name}.yml", folder)
+    return folder
+
+
+def opened(folder: Path) -> SourceModel:
+    return SourceModel.open(ModelRef(str(folder)), {})
+
+
+@pytest.fixture(params=MODEL_TYPES)
+def kind(request):
+    return request.param
+
+
+def test_roles_cover_the_tensors_of_every_layer(kind):
+    view = opened(shared(kind)).view
+    assert view.family is not None and kind in view.family.model_types
+    for layer, specs, name in zip(view.layers, view.specs, view.kinds, strict=True):
+        assert layer.keys() == specs.keys() and name
+        assert any(spec.writes_residual for spec in specs.values())
+
+
+@pytest.mark.parametrize("preset", PRESERVING)
+def test_new_layers_keep_the_function(run, tmp_path, kind, preset):
+    if opened(shared(kind)).view.family.no_identity:
+        pytest.skip("this family has no identity")
+    insert = INSERTS[(MODEL_TYPES.index(kind) + PRESERVING.index(preset)) % len(INSERTS)]
+    grown = load(upscaled(run, shared(kind), tmp_path / "out", preset, insert))
+    assert torch.equal(logits(grown), logits(load(shared(kind))))
+
+
+def test_every_writer_is_needed_and_learns(run, tmp_path, kind):
+    """One writer that keeps its weights changes the logits; and every zeroed weight gets a gradient at once."""
+    view = opened(shared(kind)).view
+    if view.family.no_identity:
+        pytest.skip("this family has no identity")
+    grown = load(upscaled(run, shared(kind), tmp_path / "out"))
+    manifest = json.loads((tmp_path / "out/deus_merge.json").read_text())
+    zeroed = {name for name, tensor in manifest["tensors"].items() if tensor["action"] == "zeros"}
+    assert zeroed
+    want = logits(grown)
+    ids = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(2))
+    grown.train()
+    grown(ids, labels=ids, use_cache=False).loss.backward()
+    parameters = dict(grown.named_parameters())
+    for name in zeroed & parameters.keys():
+        gradient = parameters[name].grad
+        assert gradient is not None and gradient.abs().max() > 0, name
+    grown.eval()
+    for name in sorted(zeroed & parameters.keys())[:: max(1, len(zeroed) // 12)]:
+        with torch.no_grad():
+            parameters[name].normal_()
+            assert not torch.equal(logits(grown), want), name
+            parameters[name].zero_()
+
+
+def stored_layers(source: SourceModel, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+    return [{r: source.checkpoint.read(n).to(dtype) for r, n in layer.items()} for layer in source.view.layers]
+
+
+def align(source: SourceModel, layer: int, a: dict, b: dict, steps=STEPS) -> dict[str, torch.Tensor]:
+    """Layer A in the order of B, both of the kind of one layer of a model; float64."""
+    specs = [s for s in source.view.specs[layer].values() if not s.opaque]
+    shapes = {role: tuple(x.shape) for role, x in b.items()}
+    heads = layer_heads(source.checkpoint.config, source.view, layer, shapes)
+    options = AlignOptions("symmetry", frozenset(steps), heads, compute_dtype="float64", zero=frozenset())
+    aligned = {c.role: c.values for c in align_layer(a, b, specs, options, shapes) if c.values is not None}
+    return {**a, **{role: x.to(b[role].dtype) for role, x in aligned.items()}}
+
+
+def test_symmetry_keeps_the_function_and_is_undone(tmp_path, kind):
+    """Every layer aligned to a random one computes what it computed; aligned back to itself it is itself."""
+    source = opened(shared(kind))
+    stranger = stored_layers(opened(shared(kind, 7)), torch.float64)
+    tensors = {
+        n: x.double() for f in source.checkpoint.files if f.suffix == ".safetensors" for n, x in load_file(f).items()
+    }
+    moved = 0.0
+    for i, own in enumerate(stored_layers(source, torch.float64)):
+        turned = align(source, i, own, stranger[i])
+        moved += sum((turned[r] - own[r]).abs().sum().item() for r in own)
+        back = align(source, i, turned, own)
+        for role in own:
+            assert (back[role] - own[role]).abs().max() < 1e-9, role
+        tensors |= {source.view.layers[i][role]: x.contiguous() for role, x in turned.items()}
+    (tmp_path / "turned").mkdir()
+    save_file(tensors, tmp_path / "turned/model.safetensors", {"format": "pt"})
+    (tmp_path / "turned/config.json").write_bytes((shared(kind) / "config.json").read_bytes())
+    got, want = (logits(load(folder, torch.float64)) for folder in (tmp_path / "turned", shared(kind)))
+    assert (got - want).abs().max() < 1e-10
+    if any(not s.opaque and s.layout is None for s in source.view.specs[0].values()):
+        assert moved > 0
+
+
+def test_linear_is_the_mean(run, tmp_path, kind):
+    two = [shared(kind), shared(kind, 7)]
+    recipe = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 0.5}} for m in two]}
+    (tmp_path / "r.yml").write_text(json.dumps(recipe))
+    run("merge", tmp_path / "r.yml", tmp_path / "out")
+    got, a, b = (dict(load(f).named_parameters()) for f in (tmp_path / "out", *two))
+    for name in a:
+        torch.testing.assert_close(got[name], (a[name] + b[name]) / 2, atol=1e-6, rtol=1e-6)
+
+
+def test_generation_with_a_cache_is_the_base_s(run, tmp_path, kind):
+    if opened(shared(kind)).view.family.no_identity:
+        pytest.skip("this family has no identity")
+    models = [load(upscaled(run, shared(kind), tmp_path / "out", insert="top_half")), load(shared(kind))]
+    ids = torch.arange(3, 9)[None]
+    texts = [m.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False) for m in models]
+    assert torch.equal(*texts) and texts[0].shape[1] == 26
+
+
+@pytest.mark.parametrize("preset", ["average", "opt_deus_paper"])
+def test_flows_run_on_every_kind_of_layer(run, tmp_path, kind, preset):
+    """The presets that do not zero, and the paper's alignment with outputs: finite and loaded like the base."""
+    out = upscaled(
+        run, shared(kind), tmp_path / "out", preset, "all", **({"zero_init": False} if preset != "average" else {})
+    )
+    assert logits(load(out)).isfinite().all()
