@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..align.parameters import check_alignment
 from ..core.errors import PlanError, RecipeError
@@ -12,7 +13,7 @@ from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
 from ..models.config_rules import LayerEntries, layer_lists
-from ..models.family import Heads, TensorSpec, families
+from ..models.family import families
 from ..models.head_layout import layer_heads
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
@@ -115,8 +116,8 @@ class BlockBuilder:
                 spec = views[0].spec(role, layers[0])
                 name = prefix + (spec.name if spec else role)
                 names = [r[role] for r in roles]
-                output = self._output(slice_, role, name, names, spec, position, defaults, heads)
-                outputs.append(replace(output, slot=slot, between=between))
+                facts = {"spec": spec, "heads": heads, "slot": slot, "between": between, "base": base}
+                outputs.append(self._output(slice_, role, name, names, position, defaults, **facts))
         block_sources = [BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True)]
         block = self._add(slice_, title, range(first, first + count), block_sources, base, outputs, new)
         neighbours = block.sources_of(0)
@@ -150,7 +151,7 @@ class BlockBuilder:
         view = self.view(sources[0].model)
         depth = len(self.origins) or view.num_layers
         outputs = [
-            self._output(slice_, n, view.output_name(n, depth), [n] * len(sources), None, position, defaults)
+            self._output(slice_, n, view.output_name(n, depth), [n] * len(sources), position, defaults, base=base)
             for n in names[0]
         ]
         self._add(slice_, title, (), [BlockSource(i, None) for i in indices], base, outputs)
@@ -165,12 +166,12 @@ class BlockBuilder:
         role: str,
         name: str,
         names: Sequence[str],
-        spec: TensorSpec | None,
         position: float,
         defaults: bool,
-        heads: Heads | None = None,
+        **facts: Any,
     ) -> OutputTensor:
-        """One output tensor with its inputs and parameters, before it is decided how it comes about."""
+        """One output tensor with its inputs and parameters, before it is decided how it comes about; ``facts`` are
+        more of its attributes."""
         models = [self.model(s) for s in slice_.sources]
         inputs = tuple(model.checkpoint.tensors[n] for model, n in zip(models, names, strict=True))
         levels: list[Settings] = [slice_.parameters]
@@ -184,9 +185,7 @@ class BlockBuilder:
             for values, source, stored in zip(per_source, slice_.sources, names, strict=True):
                 values[p.name] = resolve_setting(p, [source.parameters, *levels], stored, position)
         dtype = self._dtype(inputs)
-        return OutputTensor(
-            role, name, inputs[0].shape, dtype, inputs, parameters, tuple(per_source), spec=spec, heads=heads
-        )
+        return OutputTensor(role, name, inputs[0].shape, dtype, inputs, parameters, tuple(per_source), **facts)
 
     def _decided(self, output: OutputTensor, method: MergeMethod, align: AlignTo | None) -> OutputTensor:
         """The output with the way it comes about: the only place where that is decided."""
@@ -233,12 +232,11 @@ class BlockBuilder:
         layers: Sequence[int],
         sources: Sequence[BlockSource],
         base: int | None,
-        outputs: Iterable[OutputTensor],
+        outputs: Sequence[OutputTensor],
         new: bool = False,
     ) -> BlockPlan:
         """Add a block, if its method accepts it. That is checked before anything else about the method."""
         method = methods()[slice_.merge_method]
-        outputs = [replace(output, base=base) for output in outputs]
         align = None
         if slice_.align and layers:
             align = AlignTo(base if base is not None else len(sources) - 1, slice_.align.values)
