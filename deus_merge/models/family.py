@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import cast
 
 from ..core.plugins import plugins
+from .facts.base import Rule
 
 RESIDUAL = "residual"
 
@@ -86,6 +87,8 @@ class Family:
         rotary: The rotations of components j and j + h/2 of query and key that leave the function of attention
             unchanged. ``phases``: by any angle, since they commute with the rotary embedding; ``signs``: by half a turn
             only, since per-head norm weights scale the two components differently; ``none``.
+        facts: The rules by which its configs say of what kind each layer is, where these are not known by
+            ``model_type`` or by the keys: see `layer_facts`.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Family:
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     layers_key: str = "num_hidden_layers"
     rotary: str = "none"
+    facts: tuple[Rule, ...] = ()
 
     @cached_property
     def roles(self) -> Mapping[str, TensorSpec]:
