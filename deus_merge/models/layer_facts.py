@@ -1,8 +1,8 @@
 """What config.json says of each layer, both ways: expanded to one mapping a layer, and contracted for other layers.
 
 Whoever changes depth or order of layers takes the facts along with the layers. What a config cannot say of the layers
-of the output is an error that names its key. `facts.forms` has the forms in which configs speak, `facts.by_key` the rules
-that hold for a key, `facts.implied` those of single families.
+of the output is an error that names its key. `facts.forms` has the forms in which configs speak, `facts.by_key` the
+rules that hold for a key, `facts.implied` those of single families.
 """
 
 from __future__ import annotations

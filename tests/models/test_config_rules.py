@@ -95,7 +95,7 @@ def entries(config: dict, layers: list[int]) -> list[LayerEntries]:
 
 def test_lists_follow_their_layers():
     config = CONFIG | {"layer_types": ["a", "b", "c"], "eos_token_id": [1, 2, 3], "architectures": ["x", "y", "z"],
-                       "other": [1, 2]}  # fmt: skip
+                       "other": [7, 8]}  # fmt: skip
     before = copy.deepcopy(config)
     deeper = deeper_config(config, PATH, entries(config, [0, 1, 1, 2]), "here")
     assert deeper == config | {"num_hidden_layers": 4, "layer_types": ["a", "b", "b", "c"]}

@@ -130,6 +130,13 @@ class Form(ABC):
         """Whether the config has one of the form's keys."""
         return any(scope.get(key) is not None for key in self.keys)
 
+    def agrees(self, scope: Scope, values: Sequence[Any]) -> bool:
+        """Whether the form says these values; one that never did may stay as it is."""
+        try:
+            return list(self.read(scope) or ()) == list(values)
+        except Unsayable:
+            return False
+
     def dropped(self, scope: Scope) -> Changes:
         """The changes that remove the form from the config."""
         return {path(key): DROPPED for key in self.keys if scope.get(key) is not None}
@@ -170,7 +177,7 @@ class Rule:
         """The changes to a config after which the fact has these values.
 
         The forms that are there are kept where they can say the values. If the one that counts cannot, an explicit form
-        takes its place.
+        takes its place. Others that agreed with it must still do so, or they go.
 
         Raises:
             Unsayable: no form can say them.
@@ -187,8 +194,9 @@ class Rule:
             if kept is None:
                 raise
             changes = kept.write(scope, values)
+        own = self.expand(scope)
         for form in self.forms:
-            if form is not kept and form.present(scope):
+            if form is not kept and form.present(scope) and form.agrees(scope, own or ()):
                 try:
                     others = form.write(scope, values)
                 except Unsayable:

@@ -190,7 +190,7 @@ class Every(Form):
         if k is not None and self._values(k, len(values)) == list(values):
             return {}
         if self.key is not None and self.present(scope):
-            for other in range(1, len(values) + 1):
+            for other in range(1, len(values) + 2):
                 if self._values(other, len(values)) == list(values):
                     return {path(self.key): other}
         raise Unsayable(name, "cannot say which layers of the output are of which kind")

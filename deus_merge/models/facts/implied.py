@@ -209,7 +209,8 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     "deepseek_v32": (mlp_types(dense_first("first_k_dense_replace", 3)),),
     "deepseek_v4": (
         Rule("layer_types", (
-            Listed("layer_types", tail=True), Listed("compress_ratios", _RATIOS, tail=True), Implied(_deepseek_v4_types),
+            Listed("layer_types", tail=True), Listed("compress_ratios", _RATIOS, tail=True),
+            Implied(_deepseek_v4_types),
         )),
         Rule("mlp_layer_types", (
             Listed("mlp_layer_types", tail=True), Count("num_hash_layers", "hash_moe", "moe", 3),
