@@ -1,0 +1,283 @@
+"""A small model with lively random weights that is run to find out what its layers do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .built import main_stack, model_class, reason, stacks
+from .stacks import LAYER, find_stacks, is_of_vision_or_audio
+from .tiny_config import HIDDEN, VOCABULARY
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+_TOKENS = 24
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Misbehaviour(Exception):
+    """A layer, or the model, is not what is looked for; the message says what was found."""
+
+
+class SmallModel:
+    """A small model in float32 on the CPU.
+
+    Args:
+        config: Small, see `tiny_config`.
+
+    Raises:
+        Misbehaviour: it cannot be built or run.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        import torch
+
+        try:
+            kind = model_class(config, language_model=True)
+            self.model = kind._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        except Exception as error:  # a model's constructor may raise anything
+            raise Misbehaviour(reason(error)) from None
+        self.path = main_stack(self.model)
+        self.layers = list(stacks(self.model)[self.path])
+        self._generator = torch.Generator().manual_seed(1)
+        self._enliven(self.model.named_parameters())
+        for name, buffer in self.model.named_buffers():
+            if "bias" in name and buffer.is_floating_point():
+                buffer.add_(0.1 * torch.rand(buffer.shape, generator=self._generator))
+        self.ids = torch.randint(3, VOCABULARY, (2, _TOKENS), generator=self._generator)  # (2, tokens)
+        self._order: dict[int, int] = {}
+        try:
+            self._run(order=True)
+        except Misbehaviour:
+            raise
+        except Exception as error:  # a forward pass may raise anything
+            raise Misbehaviour(reason(error)) from None
+
+    def writers(self, layers: Sequence[int]) -> tuple[set[str], set[str]]:
+        """The writers of layers of one kind, proved.
+
+        Args:
+            layers: Their numbers.
+
+        Returns:
+            The names under a layer's prefix of tensors that must be zero for the layer to be the identity, and of all
+            others: those of the modules and those that `save_pretrained` writes.
+
+        Raises:
+            Misbehaviour: no zeros make these layers the identity, or these zeros have no gradient, or the layer reaches
+                later ones in another way.
+        """
+        first = layers[0]
+        candidates = self._candidates(first)
+        if not self._is_identity(first, candidates):
+            raise Misbehaviour(self._what_is_left(first, candidates))
+        zeroed = self._least(first, candidates)
+        if not zeroed:
+            raise Misbehaviour(f"layer {first} returns its input whatever its weights are")
+        if dead := self._without_gradient(layers, zeroed):
+            zeroed = self._least(first, list(reversed(candidates)))
+            if self._without_gradient(layers, zeroed):
+                raise Misbehaviour(f"{dead[0]} gets no gradient when the writers of a layer are zero")
+        for layer in layers:
+            if not self._is_identity(layer, zeroed):
+                raise Misbehaviour(f"zeros in {', '.join(zeroed)} make layer {first} the identity, not layer {layer}")
+        self._check_isolated(first, zeroed)
+        return self._by_name(first, zeroed)
+
+    # weights -----------------------------------------------------------------------------------------------------
+
+    def _enliven(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
+        """Random values of a size that keeps every part of the function alive."""
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in parameters:
+                noise = torch.randn(parameter.shape, generator=self._generator)
+                last = name.rpartition(".")[2]
+                if "bias" in last:
+                    parameter.copy_(0.2 * noise)
+                elif re.search(r"A_log|decay|dt", last):
+                    parameter.copy_(0.2 + noise.abs().clamp(max=1))
+                elif parameter.ndim < 2:
+                    parameter.copy_(1 + 0.2 * noise)
+                else:
+                    parameter.copy_(noise * (1.5 / parameter.shape[-1] ** 0.5))
+
+    def _groups(self, layer: int) -> dict[str, list[torch.nn.Parameter]]:
+        """The parameters of a layer by their names, those of all experts together."""
+        found: dict[str, list[torch.nn.Parameter]] = {}
+        for name, parameter in self.layers[layer].named_parameters():
+            found.setdefault(_NUMBER.sub("*", name), []).append(parameter)
+        return found
+
+    def _candidates(self, layer: int) -> list[str]:
+        """Names of weights that may write: one of their sizes is the hidden size. In the order of their use."""
+        modules = dict(self.layers[layer].named_modules())
+        found = []
+        for position, (name, parameters) in enumerate(self._groups(layer).items()):
+            shape, last = parameters[0].shape, name.rpartition(".")[2]
+            if HIDDEN not in shape or (len(shape) == 1 and "bias" not in last):
+                continue
+            owner = modules.get(name.rpartition(".")[0].replace("*", "0"))
+            found.append((self._order.get(id(owner), len(self._order)), position, name))
+        return [name for *_, name in sorted(found)]
+
+    @contextmanager
+    def _zero(self, layer: int, names: Iterable[str]):
+        """With zeros in weights of a layer."""
+        import torch
+
+        groups = self._groups(layer)
+        changed = [p for name in names for p in groups.get(name, ())]
+        before = [p.detach().clone() for p in changed]
+        with torch.no_grad():
+            for parameter in changed:
+                parameter.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in zip(changed, before, strict=True):
+                    parameter.copy_(values)
+
+    # proofs ------------------------------------------------------------------------------------------------------
+
+    def _is_identity(self, layer: int, zeroed: Iterable[str]) -> bool:
+        import torch
+
+        with self._zero(layer, zeroed):
+            given, returned, _ = self._run(layer)
+        return returned is not None and given.shape == returned.shape and torch.equal(given, returned)
+
+    def _least(self, layer: int, candidates: Sequence[str]) -> list[str]:
+        """Those that must stay zero when the others are given back in turn."""
+        zeroed = list(candidates)
+        for name in candidates:
+            others = [z for z in zeroed if z != name]
+            if self._is_identity(layer, others):
+                zeroed = others
+        return zeroed
+
+    def _without_gradient(self, layers: Sequence[int], zeroed: Sequence[str]) -> list[str]:
+        """Zeroed weights that the first step of training would not change."""
+        import torch
+
+        dead = []
+        with self._zero(layers[0], zeroed):
+            self.model.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                _, _, result = self._run(layers[0], grad=True)
+                weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
+                (result * weights).sum().backward()
+            groups = self._groups(layers[0])
+            for name in zeroed:
+                if not any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in groups[name]):
+                    dead.append(name)
+            self.model.zero_grad(set_to_none=True)
+        return dead
+
+    def _check_isolated(self, layer: int, zeroed: Sequence[str]) -> None:
+        """Check that the rest of the model does not depend on the other weights of a layer whose writers are zero."""
+        import torch
+
+        others = [n for n in self._groups(layer) if n not in zeroed]
+        with self._zero(layer, zeroed):
+            _, _, before = self._run(layer)
+            with self._zero(layer, others):
+                groups = self._groups(layer)
+                self._enliven((name, p) for name in others for p in groups[name])
+                _, _, after = self._run(layer)
+        if not torch.equal(before, after):
+            raise Misbehaviour(f"layer {layer} reaches the rest of the model by more than its output")
+
+    def _what_is_left(self, layer: int, candidates: Sequence[str]) -> str:
+        with self._zero(layer, candidates):
+            given, returned, _ = self._run(layer)
+        if returned is None or given.shape != returned.shape:
+            return f"layer {layer} does not return what it takes: it is not x + f(x)"
+        far = float((given - returned).abs().max() / given.abs().max())
+        return (
+            f"with zeros in every weight of the hidden size, layer {layer} still changes its input by {far:.2g} of its"
+            " size: it is not x + f(x)"
+        )
+
+    # running -----------------------------------------------------------------------------------------------------
+
+    def _run(self, layer: int = 0, *, order: bool = False, grad: bool = False):
+        """One forward pass.
+
+        Args:
+            layer: The layer that is watched.
+            order: Note the order in which modules are called.
+            grad: Keep what a backward pass needs.
+
+        Returns:
+            What the layer takes and returns, and the logits, or the hidden states of a model without a head.
+        """
+        import torch
+
+        seen: dict[str, torch.Tensor | None] = {}
+
+        def taken(_, positional, named):
+            values = [*positional, *named.values()]
+            seen["in"] = next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()).detach().clone()
+
+        def returned(_, __, ___, result):
+            result = result[0] if isinstance(result, (tuple, list)) else result
+            seen["out"] = result.detach().clone() if isinstance(result, torch.Tensor) else None
+
+        def called(module, *_):
+            self._order.setdefault(id(module), len(self._order))
+
+        handles = [
+            self.layers[layer].register_forward_pre_hook(taken, with_kwargs=True),
+            self.layers[layer].register_forward_hook(returned, with_kwargs=True),
+        ]
+        if order:
+            handles += [m.register_forward_pre_hook(called) for each in self.layers for m in each.modules()]
+        inputs = {"input_ids": self.ids, "use_cache": False}
+        if self.model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = self.ids
+        try:
+            with torch.set_grad_enabled(grad):
+                result = self.model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if "in" not in seen or "out" not in seen:
+            raise Misbehaviour(f"layer {layer} is not called as other layers are")
+        logits = result.logits if getattr(result, "logits", None) is not None else result[0]
+        if not torch.isfinite(logits).all():
+            raise Misbehaviour("its logits are not finite")
+        return seen["in"], seen["out"], logits
+
+    # names -------------------------------------------------------------------------------------------------------
+
+    def _by_name(self, layer: int, zeroed: Sequence[str]) -> tuple[set[str], set[str]]:
+        """The names of zeroed tensors and of all others, as transformers has them and as it saves them."""
+        import torch
+        from transformers.core_model_loading import revert_weight_conversion
+
+        inside = f"{self.path}.{layer}."
+        marked, zero, kept = {}, set(), set()
+        for name, tensor in self.model.state_dict().items():
+            writes = name.startswith(inside) and _NUMBER.sub("*", name.removeprefix(inside)) in zeroed
+            marked[name] = (torch.zeros if writes else torch.ones)(tensor.shape)
+            if name.startswith(inside):
+                (zero if writes else kept).add(name.removeprefix(inside))
+        saved = revert_weight_conversion(self.model, marked)
+        prefixes = [p for p in find_stacks(list(saved)) if not is_of_vision_or_audio(p)]
+        tails = [p for p in prefixes if p.rpartition(".")[2] == self.path.rpartition(".")[2]] or prefixes
+        for name, tensor in saved.items():
+            match = LAYER.fullmatch(name)
+            if match is None or match["prefix"] not in tails or int(match["index"]) != layer:
+                continue
+            writes = bool((tensor == 0).all())
+            if not writes and bool((tensor == 0).any()):
+                raise Misbehaviour(f"only a part of the stored tensor {match['suffix']} writes to the residual stream")
+            (zero if writes else kept).add(match["suffix"])
+        return zero, kept
