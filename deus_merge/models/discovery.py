@@ -8,20 +8,17 @@ Then every zeroed weight must have a gradient, and nothing else of such a layer 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .built import CannotBuild, reason, resolved_config
-from .small_model import Misbehaviour, SmallModel
+from .small_model import Misbehaviour, SmallModel, pattern_of
 from .tiny_config import narrow_configs, short_config, structures, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,6 @@ class Discovery:
         if kind is None or kind.reason is not None or name not in kind.zeroed | kind.kept:
             return None
         return name in kind.zeroed
-
-
-def pattern_of(name: str) -> str:
-    """A tensor's name with ``*`` for the numbers of experts."""
-    return _NUMBER.sub("*", name)
 
 
 def find_writers(config: Mapping[str, Any]) -> Discovery:

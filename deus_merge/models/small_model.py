@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _TOKENS = 24
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_EXPERT = re.compile(r"(expert\w*)\.\d+(?=\.)")
+
+
+def pattern_of(name: str) -> str:
+    """A tensor's name with ``*`` for the number of an expert."""
+    return _EXPERT.sub(r"\1.*", name)
 
 
 class Misbehaviour(Exception):
@@ -45,13 +50,16 @@ class SmallModel:
         self.layers = list(stacks(self.model)[self.path])
         self._generator = torch.Generator().manual_seed(1)
         self._enliven(self.model.named_parameters())
+        stored = self.model.state_dict().keys()
         for name, buffer in self.model.named_buffers():
-            if "bias" in name and buffer.is_floating_point():
-                buffer.add_(0.1 * torch.rand(buffer.shape, generator=self._generator))
+            if name in stored and buffer.is_floating_point():
+                noise = torch.randn(buffer.shape, generator=self._generator)
+                buffer.mul_(1 + 0.2 * noise).add_(0.1 * noise if "bias" in name else 0)
         self.ids = torch.randint(3, VOCABULARY, (2, _TOKENS), generator=self._generator)  # (2, tokens)
-        self._order: dict[int, int] = {}
+        self._uses: dict[int, int] = {}
         try:
-            self._run(order=True)
+            with _note_uses(self._uses):
+                self._run()
         except Misbehaviour:
             raise
         except Exception as error:  # a forward pass may raise anything
@@ -111,19 +119,17 @@ class SmallModel:
         """The parameters of a layer by their names, those of all experts together."""
         found: dict[str, list[torch.nn.Parameter]] = {}
         for name, parameter in self.layers[layer].named_parameters():
-            found.setdefault(_NUMBER.sub("*", name), []).append(parameter)
+            found.setdefault(pattern_of(name), []).append(parameter)
         return found
 
     def _candidates(self, layer: int) -> list[str]:
         """Names of weights that may write: one of their sizes is the hidden size. In the order of their use."""
-        modules = dict(self.layers[layer].named_modules())
         found = []
         for position, (name, parameters) in enumerate(self._groups(layer).items()):
             shape, last = parameters[0].shape, name.rpartition(".")[2]
-            if HIDDEN not in shape or (len(shape) == 1 and "bias" not in last):
-                continue
-            owner = modules.get(name.rpartition(".")[0].replace("*", "0"))
-            found.append((self._order.get(id(owner), len(self._order)), position, name))
+            if HIDDEN in shape and (len(shape) > 1 or "bias" in last):
+                used = min(self._uses.get(id(p), len(self._uses)) for p in parameters)
+                found.append((used, position, name))
         return [name for *_, name in sorted(found)]
 
     @contextmanager
@@ -207,12 +213,11 @@ class SmallModel:
 
     # running -----------------------------------------------------------------------------------------------------
 
-    def _run(self, layer: int = 0, *, order: bool = False, grad: bool = False):
+    def _run(self, layer: int = 0, *, grad: bool = False):
         """One forward pass.
 
         Args:
             layer: The layer that is watched.
-            order: Note the order in which modules are called.
             grad: Keep what a backward pass needs.
 
         Returns:
@@ -230,15 +235,10 @@ class SmallModel:
             result = result[0] if isinstance(result, (tuple, list)) else result
             seen["out"] = result.detach().clone() if isinstance(result, torch.Tensor) else None
 
-        def called(module, *_):
-            self._order.setdefault(id(module), len(self._order))
-
         handles = [
             self.layers[layer].register_forward_pre_hook(taken, with_kwargs=True),
             self.layers[layer].register_forward_hook(returned, with_kwargs=True),
         ]
-        if order:
-            handles += [m.register_forward_pre_hook(called) for each in self.layers for m in each.modules()]
         inputs = {"input_ids": self.ids, "use_cache": False}
         if self.model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.ids
@@ -265,7 +265,7 @@ class SmallModel:
         inside = f"{self.path}.{layer}."
         marked, zero, kept = {}, set(), set()
         for name, tensor in self.model.state_dict().items():
-            writes = name.startswith(inside) and _NUMBER.sub("*", name.removeprefix(inside)) in zeroed
+            writes = name.startswith(inside) and pattern_of(name.removeprefix(inside)) in zeroed
             marked[name] = (torch.zeros if writes else torch.ones)(tensor.shape)
             if name.startswith(inside):
                 (zero if writes else kept).add(name.removeprefix(inside))
@@ -281,3 +281,20 @@ class SmallModel:
                 raise Misbehaviour(f"only a part of the stored tensor {match['suffix']} writes to the residual stream")
             (zero if writes else kept).add(match["suffix"])
         return zero, kept
+
+
+def _note_uses(uses: dict[int, int]):
+    """A context that notes when each parameter is used for the first time: id -> its place in the order."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Uses(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride"):  # these read no values
+                for value in (*args, *(kwargs or {}).values()):
+                    for each in value if isinstance(value, (list, tuple)) else (value,):
+                        if isinstance(each, torch.nn.Parameter):
+                            uses.setdefault(id(each), len(uses))
+            return func(*args, **(kwargs or {}))
+
+    return Uses()

@@ -53,7 +53,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*heads?", _HEADS),
     (r"hidden_size_per_layer_input|.*per_layer_input.*", 8),
     (r"(hidden_size|d_model|n_embd|n_embed|dim|embed_dim|model_dim|embedding_dim|embedding_size|hidden_dim)", HIDDEN),
-    (r"word_embed_proj_dim|lru_width|attention_hidden_size|.*token_embed.*dim", HIDDEN),
+    (r"word_embed_proj_dim|lru_width|.*token_embed.*dim", HIDDEN),
     (r"q_lora_rank", 24),
     (r".*rank", 16),
     (r".*(moe|expert).*(intermediate|ffn|hidden|inner).*", 40),
@@ -61,6 +61,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*(intermediate|ffn|inner|d_ff|mlp_dim|mlp_hidden).*", 104),
 )  # fmt: skip
 _HEAD_SIZE = re.compile(r".*(head_dim|head_size|d_head|dim_head|headdim|kv_channels|qk_.*dim|v_head_dim|head_features)s?$")
+_UNUSED = {"dtype", "torch_dtype", "quantization_config", "id2label", "label2id", "architectures", "auto_map"}
 _SCALINGS = {"linear", "dynamic", "yarn", "longrope", "llama3", "su"}
 
 
@@ -92,16 +93,16 @@ def narrow_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     Args:
         config: As transformers reads it, of one stack.
     """
-    declared = getattr(type(config), "__dataclass_fields__", {})
-    full = {k: v for k, v in config.to_dict().items() if not declared or k in declared or k == "model_type"}
-    lists = config_lists(config, int(getattr(config, "num_hidden_layers", 0)) or 1)
-    for key in ("dtype", "torch_dtype", "quantization_config", "id2label", "label2id", "architectures", "auto_map"):
-        full.pop(key, None)
-    for style in _STYLES:
-        try:
-            yield type(config).from_dict({key: _small(key, value, full, style, lists) for key, value in full.items()})
-        except Exception:  # this style does not suit the family
-            continue
+    depth = _depth(config)
+    lists = config_lists(config, depth)
+    for values in _values(config):
+        full = {key: value for key, value in values.items() if key not in _UNUSED}
+        for style in _STYLES:
+            try:
+                small = {key: _small(key, value, full, style, lists) for key, value in full.items()}
+                yield type(config).from_dict(small)
+            except Exception:  # this style does not suit the family
+                continue
 
 
 def short_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -145,20 +146,31 @@ def _depth(config: PreTrainedConfig) -> int:
 
 def _cut(config: PreTrainedConfig, depth: int, shorter: int) -> PreTrainedConfig:
     """The config of the first layers."""
-    declared = getattr(type(config), "__dataclass_fields__", {})
-    values = {k: v for k, v in config.to_dict().items() if not declared or k in declared or k == "model_type"}
     lists = config_lists(config, depth)
-    for key, value in values.items():
-        if key in lists:
-            values[key] = list(value)[:shorter]
-        elif isinstance(value, int) and not isinstance(value, bool) and value == depth and "layer" in key:
-            values[key] = shorter
-    return type(config).from_dict(values)
+    for values in _values(config):
+        for key, value in values.items():
+            if key in lists:
+                values[key] = list(value)[:shorter]
+            elif type(value) is int and value == depth and "layer" in key:
+                values[key] = shorter
+        short = type(config).from_dict(values)
+        if _depth(short) == shorter:
+            return short
+    raise CannotBuild("its depth cannot be set")
+
+
+def _values(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """A config's values: without those that its class works out from others, and with them."""
+    every = config.to_dict()
+    declared = getattr(type(config), "__dataclass_fields__", every).keys() | {"model_type"}
+    return [{k: v for k, v in every.items() if k in declared}, every]
 
 
 def _small(key: str, value: Any, full: Mapping[str, Any], style: _Style, lists: Mapping[str, object]) -> Any:
     """The value of a key in a small model."""
-    if key in lists or value is None or isinstance(value, (bool, float)):
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    if key in lists and not (isinstance(value, list) and all(type(v) is int and v > HIDDEN for v in value)):
         return value
     if _TOKEN.fullmatch(key):
         return _small_token(value)
@@ -177,6 +189,10 @@ def _small(key: str, value: Any, full: Mapping[str, Any], style: _Style, lists: 
 def _small_size(key: str, value: int, full: Mapping[str, Any], style: _Style) -> int:
     if value <= 0 or key in DEPTH_KEYS or _KEPT.fullmatch(key):
         return value
+    if key in ("num_heads", "n_heads") and "state_size" in full:  # mamba2's own names
+        return _MAMBA_HEADS
+    if key == "attention_hidden_size":
+        return HIDDEN * value // int(full.get("hidden_size", value))
     if re.fullmatch(r"rotary_dim|rotary_ndims", key):
         return style.head // 2
     if _HEAD_SIZE.fullmatch(key):
@@ -192,14 +208,14 @@ def _small_size(key: str, value: int, full: Mapping[str, Any], style: _Style) ->
         return _HEADS
     if size == _MAMBA_HEADS or re.fullmatch(r".*head.*|.*intermediate.*|.*rank|hidden_size|.*d_ssm", key):
         return size
-    if key in ("num_heads", "n_heads") and "state_size" in full:  # mamba2's own names
-        return _MAMBA_HEADS
     return min(value, size)
 
 
 def _small_head(key: str, value: int, full: Mapping[str, Any], style: _Style) -> int:
     if re.search(r"mamba|ssm", key) or (key == "head_dim" and "state_size" in full):
         return style.mamba_head
+    if key == "attention_head_dim" and "attention_hidden_size" in full:
+        return HIDDEN * int(full["attention_hidden_size"]) // int(full.get("hidden_size", HIDDEN)) // _HEADS
     if key.startswith("global_"):
         return 2 * style.head if value != full.get("head_dim") else style.head
     if key == "head_dim" and "qk_rope_head_dim" in full:
