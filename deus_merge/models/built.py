@@ -8,7 +8,7 @@ entries in the config's lists with one entry a layer. A layer's own number is le
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +108,7 @@ def resolved_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         remote = " (its code comes with the model, and is not run)" if "auto_map" in config else ""
         raise CannotBuild(f"transformers does not know model_type {model_type!r}{remote}")
     try:
@@ -134,8 +134,7 @@ def build(config: PreTrainedConfig, *, language_model: bool = False) -> PreTrain
 
     config = copy.deepcopy(config)
     # packed tensors have other names and shapes in every model alike: they are compared with the base's
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     kind = model_class(config, language_model=language_model)
     try:
         with torch.device("meta"):
@@ -158,15 +157,19 @@ def model_class(config: PreTrainedConfig, *, language_model: bool = False) -> ty
     named = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
     fits = [c for c in named if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)]
     fits = [c for c in fits if getattr(c, "config_class", None) is type(config)]
-    mapped = []
-    for mapping in (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, auto.MODEL_MAPPING):
-        found = mapping.get(type(config), None)
-        mapped += list(found) if isinstance(found, (tuple, list)) else [found] if found else []
-    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    first = [causal] if language_model and isinstance(causal, type) else []
-    for kind in (*first, *fits, *mapped):
+    encodes = getattr(config, "is_encoder_decoder", False)
+    with_head = [auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING]
+    heads = _classes(config, reversed(with_head) if encodes else with_head)
+    mapped = [*heads, *fits] if language_model else [*fits, *heads]
+    for kind in (*mapped, *_classes(config, [auto.MODEL_MAPPING])):
         return kind
     raise CannotBuild(f"transformers has no model for {type(config).__name__}")
+
+
+def _classes(config: PreTrainedConfig, mappings: Iterable[Any]) -> list[type[PreTrainedModel]]:
+    """The classes that transformers' mappings have for a config."""
+    found = [mapping.get(type(config), None) for mapping in mappings]
+    return [kind for kinds in found if kinds for kind in (kinds if isinstance(kinds, (tuple, list)) else [kinds])]
 
 
 def stacks(model: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
@@ -228,8 +231,9 @@ def describe_stack(model: PreTrainedModel, path: str) -> tuple[LayerDescription,
                 part.pop(what, None)
         elif _OTHER_NUMBER.search(what):
             for part in parts:
-                if type(part.get(what)) is int and not (numbered and what.rpartition(".")[2] in _OWN_NUMBER):
-                    part[what] = LayerRef(part[what])
+                number = part.get(what)
+                if type(number) is int and not (numbered and what.rpartition(".")[2] in _OWN_NUMBER):
+                    part[what] = LayerRef(number)
     for key, values in config_lists(config, len(layers)).items():
         for part, value in zip(parts, values, strict=True):
             part[f"config.{key}"] = value

@@ -128,7 +128,9 @@ def _proved(model_type: str, model: SmallModel, wide: tuple[tuple, ...], short: 
         own = tuple(i for i, other in enumerate(short) if other == structure)
         try:
             zeroed, kept = model.writers(own)
-            kinds.append(KindOfLayer(tuple(layers), frozenset(map(pattern_of, zeroed)), frozenset(map(pattern_of, kept))))
+            kinds.append(
+                KindOfLayer(tuple(layers), frozenset(map(pattern_of, zeroed)), frozenset(map(pattern_of, kept)))
+            )
         except Misbehaviour as error:
             kinds.append(KindOfLayer(tuple(layers), reason=str(error)))
     good = [kind for kind in kinds if kind.reason is None]
@@ -136,10 +138,14 @@ def _proved(model_type: str, model: SmallModel, wide: tuple[tuple, ...], short: 
         for other in good:
             if one.zeroed & other.kept:
                 name = min(one.zeroed & other.kept)
-                return Discovery(model_type, reason=f"{name} writes to the residual stream in some layers, not in others")
+                return Discovery(
+                    model_type, reason=f"{name} writes to the residual stream in some layers, not in others"
+                )
     mixed = [name for kind in good for name in kind.zeroed & kind.kept]
     if mixed:
-        return Discovery(model_type, reason=f"{min(mixed)} writes to the residual stream for some experts, not for others")
+        return Discovery(
+            model_type, reason=f"{min(mixed)} writes to the residual stream for some experts, not for others"
+        )
     return Discovery(model_type, tuple(kinds))
 
 

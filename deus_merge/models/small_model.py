@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from .built import main_stack, model_class, reason, stacks
@@ -26,6 +26,10 @@ def pattern_of(name: str) -> str:
 
 class Misbehaviour(Exception):
     """A layer, or the model, is not what is looked for; the message says what was found."""
+
+
+class _Enough(Exception):
+    """Ends a forward pass."""
 
 
 class SmallModel:
@@ -58,7 +62,7 @@ class SmallModel:
         self.ids = torch.randint(3, VOCABULARY, (2, _TOKENS), generator=self._generator)  # (2, tokens)
         self._uses: dict[int, int] = {}
         try:
-            with _note_uses(self._uses):
+            with torch.no_grad(), _note_uses(self._uses):
                 self._run()
         except Misbehaviour:
             raise
@@ -90,9 +94,7 @@ class SmallModel:
             zeroed = self._least(first, list(reversed(candidates)))
             if self._without_gradient(layers, zeroed):
                 raise Misbehaviour(f"{dead[0]} gets no gradient when the writers of a layer are zero")
-        for layer in layers:
-            if not self._is_identity(layer, zeroed):
-                raise Misbehaviour(f"zeros in {', '.join(zeroed)} make layer {first} the identity, not layer {layer}")
+        self._check_all(layers, zeroed)
         self._check_isolated(first, zeroed)
         return self._by_name(first, zeroed)
 
@@ -156,8 +158,20 @@ class SmallModel:
         import torch
 
         with self._zero(layer, zeroed):
-            given, returned, _ = self._run(layer)
+            given, returned = self._watch([layer])[layer]
         return returned is not None and given.shape == returned.shape and torch.equal(given, returned)
+
+    def _check_all(self, layers: Sequence[int], zeroed: Sequence[str]) -> None:
+        """Check that the same zeros make every layer of a kind the identity, all at once."""
+        import torch
+
+        with ExitStack() as changed:
+            for layer in layers:
+                changed.enter_context(self._zero(layer, zeroed))
+            for layer, (given, returned) in self._watch(layers).items():
+                if returned is None or not torch.equal(given, returned):
+                    names = ", ".join(zeroed)
+                    raise Misbehaviour(f"zeros in {names} make layer {layers[0]} the identity, not layer {layer}")
 
     def _least(self, layer: int, candidates: Sequence[str]) -> list[str]:
         """Those that must stay zero when the others are given back in turn."""
@@ -176,7 +190,7 @@ class SmallModel:
         with self._zero(layers[0], zeroed):
             self.model.zero_grad(set_to_none=True)
             with torch.enable_grad():
-                _, _, result = self._run(layers[0], grad=True)
+                result = self._run()
                 weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
                 (result * weights).sum().backward()
             groups = self._groups(layers[0])
@@ -191,18 +205,18 @@ class SmallModel:
         import torch
 
         others = [n for n in self._groups(layer) if n not in zeroed]
-        with self._zero(layer, zeroed):
-            _, _, before = self._run(layer)
+        with torch.no_grad(), self._zero(layer, zeroed):
+            before = self._run()
             with self._zero(layer, others):
                 groups = self._groups(layer)
                 self._enliven((name, p) for name in others for p in groups[name])
-                _, _, after = self._run(layer)
+                after = self._run()
         if not torch.equal(before, after):
             raise Misbehaviour(f"layer {layer} reaches the rest of the model by more than its output")
 
     def _what_is_left(self, layer: int, candidates: Sequence[str]) -> str:
         with self._zero(layer, candidates):
-            given, returned, _ = self._run(layer)
+            given, returned = self._watch([layer])[layer]
         if returned is None or given.shape != returned.shape:
             return f"layer {layer} does not return what it takes: it is not x + f(x)"
         far = float((given - returned).abs().max() / given.abs().max())
@@ -213,47 +227,53 @@ class SmallModel:
 
     # running -----------------------------------------------------------------------------------------------------
 
-    def _run(self, layer: int = 0, *, grad: bool = False):
-        """One forward pass.
-
-        Args:
-            layer: The layer that is watched.
-            grad: Keep what a backward pass needs.
-
-        Returns:
-            What the layer takes and returns, and the logits, or the hidden states of a model without a head.
-        """
+    def _run(self) -> torch.Tensor:
+        """The logits of one forward pass, or the hidden states of a model without a head: (2, tokens, n)."""
         import torch
 
-        seen: dict[str, torch.Tensor | None] = {}
-
-        def taken(_, positional, named):
-            values = [*positional, *named.values()]
-            seen["in"] = next(v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()).detach().clone()
-
-        def returned(_, __, ___, result):
-            result = result[0] if isinstance(result, (tuple, list)) else result
-            seen["out"] = result.detach().clone() if isinstance(result, torch.Tensor) else None
-
-        handles = [
-            self.layers[layer].register_forward_pre_hook(taken, with_kwargs=True),
-            self.layers[layer].register_forward_hook(returned, with_kwargs=True),
-        ]
         inputs = {"input_ids": self.ids, "use_cache": False}
         if self.model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.ids
+        result = self.model(**inputs)
+        found = result.logits if getattr(result, "logits", None) is not None else result[0]
+        if not torch.isfinite(found).all():
+            raise Misbehaviour("its logits are not finite")
+        return found
+
+    def _watch(self, layers: Sequence[int]) -> dict[int, tuple[torch.Tensor, torch.Tensor | None]]:
+        """What layers take and return in a forward pass, which ends after the last of them."""
+        import torch
+
+        given: dict[int, torch.Tensor] = {}
+        returned: dict[int, torch.Tensor | None] = {}
+
+        def taken(layer: int):
+            def hook(_, positional, named):
+                tensors = (v for v in (*positional, *named.values()) if isinstance(v, torch.Tensor))
+                given[layer] = next(t for t in tensors if t.is_floating_point()).detach().clone()
+
+            return hook
+
+        def left(layer: int):
+            def hook(_, __, result):
+                result = result[0] if isinstance(result, (tuple, list)) else result
+                returned[layer] = result.detach().clone() if isinstance(result, torch.Tensor) else None
+                if len(returned) == len(layers):
+                    raise _Enough
+
+            return hook
+
+        handles = [self.layers[i].register_forward_pre_hook(taken(i), with_kwargs=True) for i in layers]
+        handles += [self.layers[i].register_forward_hook(left(i)) for i in layers]
         try:
-            with torch.set_grad_enabled(grad):
-                result = self.model(**inputs)
+            with torch.no_grad():
+                self._run()
+        except _Enough:
+            return {layer: (given[layer], returned[layer]) for layer in layers}
         finally:
             for handle in handles:
                 handle.remove()
-        if "in" not in seen or "out" not in seen:
-            raise Misbehaviour(f"layer {layer} is not called as other layers are")
-        logits = result.logits if getattr(result, "logits", None) is not None else result[0]
-        if not torch.isfinite(logits).all():
-            raise Misbehaviour("its logits are not finite")
-        return seen["in"], seen["out"], logits
+        raise Misbehaviour(f"layer {layers[0]} is not called as other layers are")
 
     # names -------------------------------------------------------------------------------------------------------
 

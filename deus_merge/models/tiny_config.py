@@ -32,8 +32,8 @@ _TOKEN = re.compile(r".*(token_id|token_index|token_ids)s?$|.*_tokens?$")
 #: a key -> its size in a small model, the first that fits; `None`: as it is
 _SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|n_vocab", VOCABULARY),
-    (r"max_position_embeddings|n_positions|max_seq(uence)?_len(gth)?|n_ctx|seq_len(gth)?|context_length|max_len", POSITIONS),
-    (r"original_max_position_embeddings", POSITIONS),
+    (r"(original_)?max_position_embeddings|n_positions|n_ctx|context_length", POSITIONS),
+    (r"max_len|(max_)?seq(uence)?_len(gth)?", POSITIONS),
     (r".*window(_size)?|attention_chunk_size|.*chunk_size", 8),
     (r".*index_topk|index_top_k", 4),
     (r"index_head_dim", 16),
@@ -60,7 +60,9 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*latent_size", 32),
     (r".*(intermediate|ffn|inner|d_ff|mlp_dim|mlp_hidden).*", 104),
 )  # fmt: skip
-_HEAD_SIZE = re.compile(r".*(head_dim|head_size|d_head|dim_head|headdim|kv_channels|qk_.*dim|v_head_dim|head_features)s?$")
+_HEAD_SIZE = re.compile(
+    r".*(head_dim|head_size|d_head|dim_head|headdim|kv_channels|qk_.*dim|v_head_dim|head_features)s?$"
+)
 _UNUSED = {"dtype", "torch_dtype", "quantization_config", "id2label", "label2id", "architectures", "auto_map"}
 _SCALINGS = {"linear", "dynamic", "yarn", "longrope", "llama3", "su"}
 
@@ -84,7 +86,7 @@ _STYLES = (_Style(8), _Style(16))
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the text stack: the config itself, or its part of that name."""
-    return config.get_text_config(decoder=True)
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
 
 
 def narrow_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -151,7 +153,7 @@ def _cut(config: PreTrainedConfig, depth: int, shorter: int) -> PreTrainedConfig
         for key, value in values.items():
             if key in lists:
                 values[key] = list(value)[:shorter]
-            elif type(value) is int and value == depth and "layer" in key:
+            elif type(value) is int and value == depth and re.search("layer|block", key):
                 values[key] = shorter
         short = type(config).from_dict(values)
         if _depth(short) == shorter:
@@ -197,10 +199,8 @@ def _small_size(key: str, value: int, full: Mapping[str, Any], style: _Style) ->
         return style.head // 2
     if _HEAD_SIZE.fullmatch(key):
         return _small_head(key, value, full, style)
-    for pattern, size in _SIZES:
-        if re.fullmatch(pattern, key):
-            break
-    else:
+    size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, key)), None)
+    if size is None:
         return 32 if value > HIDDEN and re.search(r"size|dim|width|channels", key) else value
     if re.fullmatch(r".*heads?|n_groups|num_kv.*", key) and value == 1:
         return 1

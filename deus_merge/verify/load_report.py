@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import printable
 
@@ -89,7 +89,7 @@ def load_report(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> LoadRepo
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.modeling_utils import LoadStateDictConfig
 
-        mapping = get_model_conversion_mapping(model, None, None)
+        mapping: Any = get_model_conversion_mapping(model, None, None)
         settings = LoadStateDictConfig(
             device_map={"": torch.device("meta")}, dtype=torch.float32, weight_mapping=mapping, dtype_plan={}
         )
