@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from .built import main_stack, model_class, reason, stacks
-from .stacks import LAYER, find_stacks, is_of_vision_or_audio
+from .stacks import LAYER, find_stacks
 from .tiny_config import HIDDEN, VOCABULARY
 
 if TYPE_CHECKING:
@@ -290,11 +290,12 @@ class SmallModel:
             if name.startswith(inside):
                 (zero if writes else kept).add(name.removeprefix(inside))
         saved = revert_weight_conversion(self.model, marked)
-        prefixes = [p for p in find_stacks(list(saved)) if not is_of_vision_or_audio(p)]
-        tails = [p for p in prefixes if p.rpartition(".")[2] == self.path.rpartition(".")[2]] or prefixes
+        words = set(self.path.split("."))
+        ends = [p for p in find_stacks(list(saved)) if p.rpartition(".")[2] == self.path.rpartition(".")[2]]
+        stack = max(ends or find_stacks(list(saved)), key=lambda p: len(words & set(p.split("."))))
         for name, tensor in saved.items():
             match = LAYER.fullmatch(name)
-            if match is None or match["prefix"] not in tails or int(match["index"]) != layer:
+            if match is None or match["prefix"] != stack or int(match["index"]) != layer:
                 continue
             writes = bool((tensor == 0).all())
             if not writes and bool((tensor == 0).any()):
