@@ -177,7 +177,7 @@ def _small(key: str, value: Any, full: Mapping[str, Any], style: _Style, lists: 
     if _TOKEN.fullmatch(key):
         return _small_token(value)
     if key in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
-        return _plain_rope(value, style)
+        return _plain_rope(value, style, bool(re.search(r"vl|omni", str(full.get("model_type")))))
     if isinstance(value, Mapping):
         return {k: _small(str(k), v, value, style, {}) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -231,13 +231,13 @@ def _small_token(value: Any) -> Any:
     return min(value, 2) if isinstance(value, int) else value
 
 
-def _plain_rope(value: Mapping[str, Any], style: _Style) -> dict[str, Any]:
-    """Rotary embeddings without a scaling to long contexts, whose factors depend on sizes."""
+def _plain_rope(value: Mapping[str, Any], style: _Style, seen: bool) -> dict[str, Any]:
+    """Rotary embeddings without a scaling to long contexts, whose factors depend on sizes; of models that see, too."""
     if any(isinstance(v, Mapping) for v in value.values()):  # one for each type of layer
-        return {k: _plain_rope(v, style) if isinstance(v, Mapping) else v for k, v in value.items()}
+        return {k: _plain_rope(v, style, seen) if isinstance(v, Mapping) else v for k, v in value.items()}
     kept = {k: v for k, v in value.items() if k in ("rope_theta", "partial_rotary_factor")}
     kind = value.get("rope_type", value.get("type", "default"))
-    if "mrope_section" in value:
+    if seen or "mrope_section" in value:
         half = int(style.head * value.get("partial_rotary_factor", 1.0)) // 2
         kept["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
     return {**kept, "rope_type": "default" if kind in _SCALINGS or kind == "mrope" else kind}
