@@ -14,11 +14,8 @@ from functools import cached_property
 from typing import Literal, NamedTuple, cast
 
 from ..core.plugins import plugins
-<<<<<<< HEAD
-from .layouts import Layout
-=======
 from .facts.base import Rule
->>>>>>> h13-facts
+from .layouts import Layout
 
 RESIDUAL = "residual"
 #: the place of an expert's number in names, roles and spaces
@@ -204,16 +201,13 @@ class Family:
         rotary: The rotations of a rotary pair of components of query and key that leave the function of attention
             unchanged. ``phases``: by any angle, since they commute with the rotary embedding; ``signs``: by half a turn
             only, since per-head norm weights scale the two components differently; ``none``.
-<<<<<<< HEAD
         rotary_share: The share of a head's components that are rotary where config.json does not say.
         interleaved: See `Heads`.
         without: Steps of ``alignment: symmetry`` that would change the function -> the reason.
         unchecked: Spaces whose sizes the usual keys of config.json do not say.
         no_identity: The reason why no layer of this family can be the identity; None where zeros make one.
-=======
         facts: The rules by which its configs say of what kind each layer is, where these are not known by
             ``model_type`` or by the keys: see `layer_facts`.
->>>>>>> h13-facts
     """
 
     name: str
@@ -225,17 +219,13 @@ class Family:
     tied: tuple[str, ...] = ("lm_head.weight",)
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     layers_key: str = "num_hidden_layers"
-<<<<<<< HEAD
     rotary: Literal["phases", "signs", "none"] = "none"
     rotary_share: float = 1.0
     interleaved: bool = False
     without: Mapping[str, str] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
     no_identity: str | None = None
-=======
-    rotary: str = "none"
     facts: tuple[Rule, ...] = ()
->>>>>>> h13-facts
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:

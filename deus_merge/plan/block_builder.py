@@ -12,16 +12,11 @@ from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
-<<<<<<< HEAD
-from ..models.config_rules import LayerEntries, layer_lists
+from ..models.config_rules import LayerEntries
+from ..models.facts.base import Pinned
 from ..models.family import families
 from ..models.head_layout import layer_heads
-=======
-from ..models.config_rules import LayerEntries, head_shape
-from ..models.facts.base import Pinned
-from ..models.family import TensorSpec, families
 from ..models.layer_facts import LayerFacts, expand
->>>>>>> h13-facts
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..models.tokenizer.blocks import VocabularyPlan

@@ -26,6 +26,7 @@ from .block_builder import BlockBuilder
 from .blocks import BlockPlan, file_groups, join_learned, mark_repeats
 from .compatibility import check_heads
 from .documents import PlannedResult, document_plans
+from .layer_kinds import PlannedStack, check_layer_kinds
 from .parents import Parents
 from .types import Plan
 
@@ -85,12 +86,14 @@ class _Planner:
     def plan(self, max_shard_size: int, copy_tokenizer: bool = True) -> Plan:
         recipe, builder, donor, vocabulary = self.recipe, self.builder, self.donor, self.builder.vocabulary
         config = typed_config(donor.checkpoint.config, recipe.out_dtype or recipe.dtype)
+        stacks = []
         for name, slices in self._modules():
             builder.begin(name)
             self._add_module(slices)
             view = builder.view(donor.ref)
             if view.layers:
                 config = deeper_config(config, view.layers_path, builder.origins, str(donor.ref))
+                stacks.append(PlannedStack(view, tuple(builder.origins), name or ""))
         if builder.module is not None:
             self._add_other_modules()
         blocks = join_learned(mark_repeats(builder.blocks))
@@ -104,8 +107,9 @@ class _Planner:
         if not (recipe.out_dtype or recipe.dtype):
             computed = (o for b in blocks for o in b.outputs if o.action in (Action.COMPUTE, Action.ALIGN))
             config = widened_config(config, {o.dtype for o in computed})
+        unchecked = check_layer_kinds(config, stacks, donor)
         shards = plan_shards(file_groups(blocks), max_shard_size)
-        warnings = (*builder.warnings, *vocabulary.warnings, *file_warnings)
+        warnings = (*unchecked, *builder.warnings, *vocabulary.warnings, *file_warnings)
         return Plan(
             recipe,
             tuple(builder.models),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.header import parse_json, read_small
@@ -299,8 +300,16 @@ class Output:
         return model.tokenizer(self.checkpoint, self.view, self.manifest)
 
     def transformers(self) -> CheckResult:
-        """transformers builds the model with the same names and shapes."""
-        return model.transformers_model(self.checkpoint, self.view, self.computed)
+        """transformers loads the output as cleanly as its base."""
+        return self._built.loading(self.computed)
+
+    def layer_kinds(self) -> CheckResult:
+        """transformers builds every layer like the one that it comes from."""
+        return self._built.layer_kinds()
+
+    @cached_property
+    def _built(self) -> model.BuiltModel:
+        return model.BuiltModel(self.checkpoint, self.view, self.manifest, self._sources)
 
     def logits(self, text: str) -> CheckResult:
         """Base and output give finite logits over a text: equal ones where that was planned."""
@@ -341,4 +350,5 @@ CHECKS: tuple[tuple[str, Callable[[Output], CheckResult], bool], ...] = (
     ("finite values", Output.finite_values, True),
     ("tokenizer", Output.tokenizer, True),
     ("transformers", Output.transformers, True),
+    ("layer kinds", Output.layer_kinds, True),
 )
