@@ -230,15 +230,14 @@ class _Planner:
         return range(start, end)
 
     def _add_outside(self, title: str, part: str, slice_: OutputSlice, position: float) -> None:
-        """Embeddings follow the first slice, final norm and head the last, if these merge several models, or are the
-        donor's layers; otherwise they are the donor's, copied."""
+        """Embeddings follow the first slice, final norm and head the last, if these merge several models, or the same
+        layers of the donor; otherwise they are the donor's, copied. A model that is named twice counts twice, as it
+        does in the layers."""
         refs = list(dict.fromkeys(s.model for s in slice_.sources))
-        own = len(slice_.sources) == 1 and refs == [self.donor.ref]
+        ranges = {s.layer_range for s in slice_.sources}
+        own = len(ranges) == 1 and refs == [self.donor.ref]
         merges = (own or len(refs) > 1) and not methods()[slice_.merge_method].inserts
-        if merges:
-            sources = tuple(next(s for s in slice_.sources if s.model == ref) for ref in refs)
-        else:
-            sources = (SliceSource(self.donor.ref, place=slice_.place),)
+        sources = slice_.sources if merges else (SliceSource(self.donor.ref, place=slice_.place),)
         names = [getattr(self.builder.view(s.model), part) for s in sources]
         if not names[0]:
             return
