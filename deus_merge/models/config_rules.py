@@ -70,13 +70,6 @@ def check_config(config: Config, view: ModelView, shapes: Mapping[str, tuple[int
             _check_shape(name, shapes[name], (sizes.get("vocab_size"), columns[RESIDUAL]), sizes, where)
 
 
-def head_counts(config: Config, view: ModelView) -> dict[str, object]:
-    """The numbers of attention heads by their keys in the config, which shapes alone do not determine."""
-    sizes = section(config, view.layers_path)
-    queries = sizes.get("num_attention_heads")
-    return {"num_attention_heads": queries, "num_key_value_heads": sizes.get("num_key_value_heads") or queries}
-
-
 def head_shape(config: Config, view: ModelView) -> Heads | None:
     """The attention heads of a described family; None where the config lacks their numbers or sizes."""
     sizes = section(config, view.layers_path)

@@ -25,7 +25,7 @@ from ..recipe.presets import MAX_LAYERS, expand
 from ..recipe.types import OutputSlice, Recipe, SliceSource
 from .block_builder import BlockBuilder
 from .blocks import BlockPlan, file_groups, join_learned, mark_repeats
-from .compatibility import check_heads
+from .compatibility import check_configs
 from .documents import PlannedResult, document_plans
 from .types import Plan
 
@@ -72,7 +72,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, known: dict[str, TensorSource], load_options: LoadOptions):
         models = [SourceModel.open(ref, known, load_options) for ref in recipe.models()]
         self.donor = models[0]
-        warnings = check_heads(models, self.donor)
+        warnings = check_configs(models, self.donor)
         vocabulary = plan_vocabulary(
             recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], load_options.cache_dir
         )

@@ -13,7 +13,6 @@ from deus_merge.models.config_rules import (
     check_config,
     config_patch,
     deeper_config,
-    head_counts,
     head_shape,
     layer_lists,
     typed_config,
@@ -83,8 +82,6 @@ def test_heads():
     view = view_model(CONFIG, tuple(shapes()), "here")
     heads = head_shape(CONFIG, view)
     assert heads is not None and (heads.query, heads.key_value, heads.size, heads.rotary) == (4, 2, 8, "phases")
-    alone = {k: v for k, v in CONFIG.items() if k != "num_key_value_heads"}  # every query head has its own
-    assert head_counts(alone, view) == {"num_attention_heads": 4, "num_key_value_heads": 4}
     assert head_shape(CONFIG | {"num_attention_heads": 0}, view) is None
     assert head_shape(CONFIG | {"num_attention_heads": "4"}, view) is None
     assert head_shape(CONFIG | {"num_key_value_heads": 3}, view).mismatch is not None
