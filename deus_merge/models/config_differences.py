@@ -26,14 +26,15 @@ _IRRELEVANT = re.compile(
     | output_.* | return_dict.* | torchscript | pruned_heads | problem_type | id2label | label2id | num_labels
     | classif.* | task_specific_params | finetuning_task | chunk_size_feed_forward | is_(encoder_)?decoder
     | add_cross_attention | tie_.* | tf_legacy_.* | pretraining_tp | gradient_checkpointing | unsloth.*
-    | attn_impl(ementation)? | use_flash.* | use_mambapy | language | title | prefix | tokenizer_class | quantization_config | compression_config
-    | max_length | min_length | do_sample | temperature | top_k | top_p | typical_p | num_beams | num_beam_groups
-    | num_return_sequences | (diversity|repetition|length|exponential_decay_length)_penalty | early_stopping
+    | attn_impl(ementation)? | use_flash.* | use_mambapy | language | title | prefix | tokenizer_class
+    | quantization_config | compression_config | max_length | min_length | do_sample | temperature | top_k | top_p
+    | typical_p | num_beams | num_beam_groups | num_return_sequences
+    | (diversity|repetition|length|exponential_decay_length)_penalty | early_stopping
     | (encoder_)?no_repeat_ngram_size | bad_words_ids | (begin_)?suppress_tokens | remove_invalid_values
     | max_position_embeddings | n_positions | n_ctx | max_sequence_length | model_max_length | seq_length
     | hidden_size | intermediate_size | n_embd | n_inner | d_model | d_ff | ffn_dim | ffn_hidden_size
-    | (moe|shared_expert)_intermediate_size | .*(en|de)coder_layers | max_window_layers
-    | num_nextn_predict_layers | mtp_.*
+    | (moe|shared_expert)_intermediate_size | .*(en|de)coder_layers | max_window_layers | num_nextn_predict_layers
+    | mtp_.*
     """,
     re.VERBOSE,
 )
