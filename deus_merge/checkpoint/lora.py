@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
 from .adapter import CONFIG, Adapted, Adapter
+from .quantized import is_packed, quantization_name, quantized_tensors
 from .reader import Checkpoint
 from .tensor_source import TensorSource
 
@@ -45,7 +46,10 @@ class LoraSource:
     def __init__(self, base: TensorSource, folder: Path):
         adapter = Adapter(folder)
         self.base, self.folder = base, folder
+        quantized = quantized_tensors(base.tensors, base.config)
+        _check_plain(base, [name for name in quantized if is_packed([name])])  # no adapter finds its tensors there
         self._changes = adapter.changes(base.tensors, base.where)
+        _check_plain(base, [change.base for change in self._changes.values() if change.base in quantized])
         if importlib.util.find_spec("peft") is None:
             hint = 'pip install "deus-merge[lora]"'
             raise CheckpointError("adapters are merged by peft, which is not installed", where=folder, hint=hint)
@@ -183,6 +187,21 @@ class LoraSource:
             adapted.merge()
         merged = adapted.get_base_layer()
         return merged.weight, merged.bias if bias else None
+
+
+def _check_plain(base: TensorSource, quantized: Sequence[str]) -> None:
+    """Refuse an adapter that would change quantised tensors.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    if quantized:
+        raise CheckpointError(
+            f"an adapter cannot be added to {quantized[0]}: it is quantised ({quantization_name(base.config)})",
+            where=base.where,
+            expected="a model in floating point",
+            hint="add the adapter to the model that was quantised",
+        )
 
 
 def _layer(kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Module:

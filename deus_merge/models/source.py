@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from ..checkpoint.hub import resolve, split_adapter
 from ..checkpoint.lora import LoraSource
+from ..checkpoint.quantized import is_packed, quantization_name, quantized_tensors
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions, open_source
-from ..core.errors import CheckpointError, DeusMergeError, nearest
+from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError, nearest
 from .config_rules import check_config
 from .modules import view_modules
 from .reference import ModelRef
@@ -40,6 +41,11 @@ class SourceModel:
     def modules(self) -> dict[str, ModelView]:
         """Its modules, by their names in recipes."""
         return view_modules(self.checkpoint.config, tuple(self.checkpoint.tensors), self.view)
+
+    @cached_property
+    def quantized(self) -> dict[str, str]:
+        """Its quantised weights and their companions, each with one that it is read together with."""
+        return quantized_tensors(self.checkpoint.tensors, self.checkpoint.config)
 
     @property
     def main(self) -> str:
@@ -68,7 +74,7 @@ class SourceModel:
             checkpoint: TensorSource = known[name]
             if adapter is not None:
                 checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=load_options.cache_dir))
-            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
+            view = _view(checkpoint)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
             check_config(checkpoint.config, view, shapes, checkpoint.where)
         except DeusMergeError as error:
@@ -92,6 +98,22 @@ class SourceModel:
         if key not in self._layer_kinds:
             self._layer_kinds[key] = frozenset(frozenset(self.shapes(layer).items()) for layer in view.layers)
         return self._layer_kinds[key]
+
+
+def _view(checkpoint: TensorSource) -> ModelView:
+    """`view_model`, with a message of its own where layers lack tensors because they are stored packed."""
+    try:
+        return view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
+    except ArchitectureError as error:
+        if not is_packed(checkpoint.tensors):
+            raise
+        raise ArchitectureError(
+            f"the weights are quantised ({quantization_name(checkpoint.config)}), and packed under other names",
+            where=checkpoint.where,
+            expected="weights in floating point",
+            got=f"tensors like {next(n for n in checkpoint.tensors if is_packed([n]))}",
+            hint="use the original model, or dequantise this one with transformers and save it in floating point",
+        ) from error
 
 
 class FileStamp(NamedTuple):
