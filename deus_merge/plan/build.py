@@ -9,10 +9,9 @@ from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import nearest
-from ..core.tensors import Action
 from ..core.units import parse_size
 from ..methods.registry import methods
-from ..models.config_rules import deeper_config, typed_config, widened_config
+from ..models.config_rules import deeper_config, typed_config
 from ..models.modules import DEFAULT
 from ..models.side_files import output_side_files
 from ..models.source import SourceModel
@@ -27,6 +26,7 @@ from .block_builder import BlockBuilder
 from .blocks import BlockPlan, file_groups, join_learned, mark_repeats
 from .compatibility import check_configs
 from .documents import PlannedResult, document_plans
+from .dtypes import dtyped_config
 from .types import Plan
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -103,8 +103,8 @@ class _Planner:
         if not copy_tokenizer and recipe.tokenizer is None:
             files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
         if not (recipe.out_dtype or recipe.dtype):
-            computed = (o for b in blocks for o in b.outputs if o.action in (Action.COMPUTE, Action.ALIGN))
-            config = widened_config(config, {o.dtype for o in computed})
+            config, dtype_warnings = dtyped_config(config, blocks, donor)
+            builder.warnings += dtype_warnings
         shards = plan_shards(file_groups(blocks), max_shard_size)
         warnings = (*builder.warnings, *vocabulary.warnings, *file_warnings)
         return Plan(
