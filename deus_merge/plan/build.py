@@ -12,6 +12,7 @@ from ..core.errors import nearest
 from ..core.units import parse_size
 from ..methods.registry import methods
 from ..models.config_rules import deeper_config, typed_config
+from ..models.heads import config_of_heads, with_heads
 from ..models.modules import DEFAULT
 from ..models.side_files import output_side_files
 from ..models.source import SourceModel
@@ -70,7 +71,7 @@ class _Planner:
     """Plans one document."""
 
     def __init__(self, recipe: Recipe, known: dict[str, TensorSource], load_options: LoadOptions):
-        models = [SourceModel.open(ref, known, load_options) for ref in recipe.models()]
+        models = _with_heads([SourceModel.open(ref, known, load_options) for ref in recipe.models()], recipe)
         self.donor = models[0]
         warnings = check_configs(models, self.donor)
         vocabulary = plan_vocabulary(
@@ -96,6 +97,10 @@ class _Planner:
             self._add_other_modules()
         blocks = join_learned(mark_repeats(builder.blocks))
         self._report_idle_filters(blocks)
+        outside = [
+            (o.name, [builder.models[s.model] for s in b.sources]) for b in blocks if not b.layers for o in b.outputs
+        ]
+        config = config_of_heads(config, donor, outside)
         config = vocabulary.config(config, donor.view.layers_path)
         sources = {str(m.ref): m.checkpoint for m in builder.models}
         chat_template = recipe.source.child("chat_template") if recipe.chat_template else None
@@ -282,6 +287,17 @@ class _Planner:
             self.builder.warnings += [
                 f"{setting.place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)
             ]
+
+
+def _with_heads(models: list[SourceModel], recipe: Recipe) -> list[SourceModel]:
+    """The models, with heads of their own where tied ones are merged with untied ones."""
+    stacks = [module.slices for module in recipe.modules.values()] or [recipe.slices]
+    for slice_ in (slices[-1] for slices in stacks if slices):
+        if not methods()[slice_.merge_method].inserts:
+            merged = dict.fromkeys(s.model for s in slice_.sources)
+            found = {m.ref: m for m in with_heads([m for m in models if m.ref in merged])}
+            models = [found.get(m.ref, m) for m in models]
+    return models
 
 
 def _copied(slice_: OutputSlice) -> OutputSlice:
