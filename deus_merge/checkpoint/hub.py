@@ -10,7 +10,7 @@ from ..core.errors import CheckpointError
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
-#: The files that a merge reads of a repository. Weights in other formats and in subfolders are not downloaded.
+#: The files that a merge reads of a repository. Weights in other formats are not downloaded.
 NEEDED = (
     "config.json",
     "adapter_config.json",
@@ -33,11 +33,24 @@ NEEDED = (
     "tekken.json",
     "chat_template.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "SYSTEM_PROMPT.txt",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "vocab.bpe",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]*_*/*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY.md",
     "*.safetensors",
     "*.safetensors.index.json",
 )
-#: The hub's ``*`` also matches ``/``. ``consolidated`` is a second copy of the weights in the format of their authors.
-UNNEEDED = ("*/*", "consolidated*")
+#: The hub's ``*`` also matches ``/``; of folders, those of `side_files.PART` are left. ``consolidated`` is a second
+#: copy of the weights in the format of their authors.
+UNNEEDED = ("[!0-9a]*/*", "a[!d]*/*", "ad[!d]*/*", "[0-9][!_]*/*", "*/*/*", "*/*.onnx", "consolidated*")
 #: Also needed of a repository without safetensors, where pickles are allowed.
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 

@@ -36,6 +36,7 @@ class LoraSource:
     Args:
         base: The model.
         folder: The adapter's folder.
+        side_files: The files next to the weights, if they are not those of the model.
 
     Raises:
         CheckpointError: peft is not installed; or as `Adapter`.
@@ -43,9 +44,10 @@ class LoraSource:
     Reference: Hu et al., arXiv 2106.09685; the arithmetic is peft's.
     """
 
-    def __init__(self, base: TensorSource, folder: Path):
+    def __init__(self, base: TensorSource, folder: Path, side_files: Mapping[str, bytes | Path] | None = None):
         adapter = Adapter(folder)
         self.base, self.folder = base, folder
+        self.side_files = base.side_files if side_files is None else side_files
         quantized = quantized_tensors(base.tensors, base.config)
         _check_plain(base, [name for name in quantized if is_packed([name])])  # no adapter finds its tensors there
         self._changes = adapter.changes(base.tensors, base.where)
@@ -83,10 +85,6 @@ class LoraSource:
     @property
     def files(self) -> tuple[Path, ...]:
         return (*self.base.files, *self._adapter.files, self.folder / CONFIG)
-
-    @property
-    def side_files(self) -> Mapping[str, bytes | Path]:
-        return self.base.side_files
 
     @property
     def provenance(self) -> Mapping[str, object]:

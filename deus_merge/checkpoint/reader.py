@@ -17,6 +17,7 @@ from ..core.tensors import StoredTensor
 from ..core.units import ITEMSIZE, torch_dtype
 from .header import FileHeader, is_same_file, open_regular, parse_json, read_header, read_small
 from .index import INDEX, SINGLE, single_file, weight_map
+from .side_files import side_files
 from .tensor_source import TensorSource
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class Checkpoint:
 
     @property
     def side_files(self) -> Mapping[str, Path]:
-        return {path.name: path for path in sorted(self.folder.iterdir()) if not path.is_dir()}
+        return side_files(self.folder)
 
     @property
     def provenance(self) -> Mapping[str, object]:

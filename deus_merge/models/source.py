@@ -13,11 +13,13 @@ from ..checkpoint.hub import resolve, split_adapter
 from ..checkpoint.lora import LoraSource
 from ..checkpoint.quantized import is_packed, quantization_name, quantized_tensors
 from ..checkpoint.reader import TensorSource
+from ..checkpoint.side_files import side_files
 from ..checkpoint.storage import LoadOptions, open_source
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError, nearest
 from .config_rules import check_config
 from .modules import view_modules
 from .reference import ModelRef
+from .tokenizer.files import with_adapter
 from .view import ModelView, view_model
 
 
@@ -30,12 +32,14 @@ class SourceModel:
         checkpoint: Its tensors.
         view: Its tensors by layer and role.
         stamp: The state of its files when they were opened, from `stamp`.
+        notes: Messages for the user about what was read.
     """
 
     ref: ModelRef
     checkpoint: TensorSource
     view: ModelView
     stamp: list[FileStamp]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def modules(self) -> dict[str, ModelView]:
@@ -68,12 +72,15 @@ class SourceModel:
         """
         load_options = load_options or LoadOptions()
         try:
+            note = None
             name, adapter = split_adapter(ref.text)
             if name not in known:
                 known[name] = open_source(name, load_options)
             checkpoint: TensorSource = known[name]
             if adapter is not None:
-                checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=load_options.cache_dir))
+                folder = resolve(adapter, cache_dir=load_options.cache_dir)
+                files, note = with_adapter(checkpoint.side_files, side_files(folder))
+                checkpoint = LoraSource(checkpoint, folder, files)
             view = _view(checkpoint)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
             check_config(checkpoint.config, view, shapes, checkpoint.where)
@@ -82,7 +89,8 @@ class SourceModel:
             if ref.place.path:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
-        return cls(ref, checkpoint, view, stamp(checkpoint.files))
+        notes = (f"{ref}: its tokenizer {note}",) if note else ()
+        return cls(ref, checkpoint, view, stamp(checkpoint.files), notes)
 
     def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
         """Role -> shape, for role -> tensor name."""

@@ -18,7 +18,7 @@ from ..models.side_files import output_side_files
 from ..models.source import SourceModel
 from ..models.stacks import is_vision_or_audio
 from ..models.tokenizer.blocks import plan_vocabulary
-from ..models.tokenizer.files import TOKENIZER_FILES
+from ..models.tokenizer.files import is_tokenizer_file
 from ..models.view import ModelView
 from ..recipe.parameters import filters, resolve_setting
 from ..recipe.presets import MAX_LAYERS, expand
@@ -73,7 +73,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, known: dict[str, TensorSource], load_options: LoadOptions):
         models = _with_heads([SourceModel.open(ref, known, load_options) for ref in recipe.models()], recipe)
         self.donor = models[0]
-        warnings = check_configs(models, self.donor)
+        warnings = [note for m in models for note in m.notes] + check_configs(models, self.donor)
         vocabulary = plan_vocabulary(
             recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], load_options.cache_dir
         )
@@ -106,7 +106,7 @@ class _Planner:
         chat_template = recipe.source.child("chat_template") if recipe.chat_template else None
         files, file_warnings = output_side_files(sources, donor.checkpoint, vocabulary.vocabulary, chat_template)
         if not copy_tokenizer and recipe.tokenizer is None:
-            files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
+            files = {name: content for name, content in files.items() if not is_tokenizer_file(name)}
         if not (recipe.out_dtype or recipe.dtype):
             config, dtype_warnings = dtyped_config(config, blocks, donor)
             builder.warnings += dtype_warnings

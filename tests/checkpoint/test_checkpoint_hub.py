@@ -29,16 +29,28 @@ FILES = {
     "pytorch_model.bin": b"pickle",
     "model.gguf": b"gguf",
     "consolidated.safetensors": b"a second copy",
+    "1_Pooling/config.json": b"{}",
+    "2_Dense/model.safetensors": b"weights of a module",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "modules.json": b"[]",
+    "LICENSE": b"free",
+    "adapters/adapter_model.safetensors": b"an adapter",
+    "2025/model.safetensors": b"an older model",
     "onnx/model.onnx": b"onnx",
     "onnx/model.safetensors": b"another model",
     "README.md": b"# readme",
     "modeling.py": b"print()",
 }
 WANTED = [
+    "1_Pooling/config.json",
+    "2_Dense/model.safetensors",
+    "LICENSE",
+    "additional_chat_templates/tool_use.jinja",
     "chat_template.jinja",
     "config.json",
     "model-00001-of-00001.safetensors",
     "model.safetensors.index.json",
+    "modules.json",
     "tokenizer.json",
 ]
 REVISIONS = {
