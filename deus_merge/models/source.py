@@ -71,9 +71,9 @@ class SourceModel:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
         """
         load_options = load_options or LoadOptions()
+        note = None
+        name, adapter = split_adapter(ref.text)
         try:
-            note = None
-            name, adapter = split_adapter(ref.text)
             if name not in known:
                 known[name] = open_source(name, load_options)
             checkpoint: TensorSource = known[name]
@@ -85,7 +85,8 @@ class SourceModel:
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
             check_config(checkpoint.config, view, shapes, checkpoint.where)
         except DeusMergeError as error:
-            error.hint = error.hint or nearest(ref.text, known)
+            if name not in known:
+                error.hint = error.hint or nearest(name, known)
             if ref.place.path:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise

@@ -252,3 +252,21 @@ def test_importing_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_repository_in_the_cache(tmp_path):
+    """The folder of a repository stands for its only snapshot; of several, one has to be named."""
+    repository = tmp_path / "models--org--name"
+    one, two = (repository / "snapshots" / commit for commit in (OLD, NEW))
+    (repository / "snapshots").mkdir(parents=True)
+    with pytest.raises(CheckpointError) as error:
+        resolve(str(repository))
+    assert "a repository without a snapshot" in str(error.value) and "org/name" in str(error.value)
+    one.mkdir()
+    assert resolve(str(repository)) == one and resolve(str(one)) == one
+    two.mkdir()
+    with pytest.raises(CheckpointError) as error:
+        resolve(str(repository))
+    assert "several snapshots" in str(error.value) and f"name one of them: {one}" in str(error.value)
+    (tmp_path / "snapshots").mkdir()
+    assert resolve(str(tmp_path)) == tmp_path
