@@ -43,7 +43,7 @@ NEEDED = (
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_*_config.json",
-    "[0-9]*_*/*",
+    "[0-9]_[A-Z]*/*",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY.md",

@@ -31,6 +31,8 @@ _BESIDE = tuple(
          ("{0}.weight", "{0}.weight_packed", "{0}.qweight")),
     )
 )  # fmt: skip
+#: a part of every name above
+_SIGN = re.compile(r"scale|zero_point|_shape|g_idx|_blocks|_packed|qweight|qzeros|W_q|SCB|format|codebooks|weight\.")
 _SCALE = re.compile(r"(.+)\.(?:scale|scale_inv|scales|k_scale|v_scale|q_scale)")
 
 
@@ -61,7 +63,7 @@ def quantized_tensors(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
         small = ITEMSIZE[tensor.dtype] == 1
         if described and small:
             found.setdefault(name, name)
-        if partner := _partner(name, tensors, described):
+        if _SIGN.search(name) and (partner := _partner(name, tensors, described)):
             found[name] = partner
             found[partner] = name
     return found

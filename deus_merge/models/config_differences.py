@@ -100,9 +100,13 @@ def config_differences(
         other: The other model's config.json.
         other_path: Keys that lead to its depth.
     """
-    one, two = _facts(config, path), _facts(other, other_path)
-    if one.keys() != two.keys():  # importing transformers takes seconds, so it is asked only about defaults
-        one, two = {**one, **_completed(config, path)}, {**two, **_completed(other, other_path)}
+    above = len(path) > 1 and len(other_path) > 1
+    one, two = _facts(config, path, above), _facts(other, other_path, above)
+    given = [{*section(c, p)} for c, p in ((config, path), (other, other_path))]
+    unlike = {key for key in given[0] ^ given[1] if not _IRRELEVANT.fullmatch(key)}
+    if unlike or one.keys() != two.keys():  # importing transformers takes seconds, so it is asked only about defaults
+        full = _completed(config, path, above), _completed(other, other_path, above)
+        one, two = full if all(full) else (one, two)
     for facts in (one, two):
         if "num_attention_heads" in facts:
             facts.setdefault("num_key_value_heads", facts["num_attention_heads"])
@@ -131,11 +135,17 @@ def _is_fatal(key: str, wanted: object, got: object) -> bool:
     return not (name in _ACTIVATIONS and str(wanted).startswith("gelu") and str(got).startswith("gelu"))
 
 
-def _facts(config: Config, path: Sequence[str]) -> dict[str, Any]:
-    """All that the function of a stack's layers may depend on: key -> value. Without None, which means a default."""
+def _facts(config: Config, path: Sequence[str], above: bool) -> dict[str, Any]:
+    """All that the function of a stack's layers may depend on: key -> value. Without keys whose value is None.
+
+    Args:
+        config: config.json.
+        path: Keys that lead to the stack's depth.
+        above: Whether the config around the stack's section counts, too.
+    """
     settings = section(config, path)
     depth = settings.get(path[-1]) if path else None
-    values: dict[str, Any] = _facts(config, ()) if len(path) > 1 else {}
+    values: dict[str, Any] = _facts(config, (), False) if above else {}
     for key, value in settings.items():
         per_layer = isinstance(value, list) and len(value) == depth
         part = isinstance(value, Mapping) and _PART.fullmatch(key)
@@ -180,8 +190,8 @@ def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
         into[key] = value
 
 
-def _completed(config: Config, path: Sequence[str]) -> dict[str, Any]:
-    """The facts of a config with all defaults of transformers' class; nothing where it cannot say."""
+def _completed(config: Config, path: Sequence[str], above: bool) -> dict[str, Any]:
+    """`_facts` with all defaults of transformers' class; nothing where it cannot say."""
     depth = section(config, path).get(path[-1]) if path else None
     if not isinstance(depth, int) or depth > _MOST_LAYERS:
         return {}
@@ -197,6 +207,6 @@ def _completed(config: Config, path: Sequence[str]) -> dict[str, Any]:
             logging.set_verbosity(verbosity)
         if path[0] not in full and "text_config" in full:  # an old form, which transformers divides into parts
             full = {**full, **full["text_config"]}
-        return _facts(full, path)
+        return _facts(full, path, above)
     except Exception:  # a type that transformers does not know, or values that it refuses
         return {}

@@ -114,7 +114,23 @@ def test_links_out_of_the_folder(run, full, tmp_path):
     assert (tmp_path / "out/1_Pooling/config.json").read_text() == COPIED["1_Pooling/config.json"]
     (tmp_path / "private").mkdir()
     (tmp_path / "private/key").write_text("secret")
-    file.unlink()
-    os.symlink(tmp_path / "private/key", file)
-    done = run("upscale", cache / "snapshots/abc", tmp_path / "second", "--preset", "copy_next", expect=2)
-    assert "a link leads out of the model's folder" in done.err and not (tmp_path / "second").exists()
+    pooling = file.parent
+    shutil.rmtree(pooling)
+    for link in (lambda: os.symlink(tmp_path / "private", pooling), lambda: _link_to(tmp_path / "private/key", file)):
+        link()
+        done = run("upscale", cache / "snapshots/abc", tmp_path / "second", "--preset", "copy_next", expect=2)
+        assert "a link leads out of the model's folder" in done.err and not (tmp_path / "second").exists()
+        pooling.unlink() if pooling.is_symlink() else shutil.rmtree(pooling)
+
+
+def _link_to(target, link):
+    link.parent.mkdir()
+    os.symlink(target, link)
+
+
+def test_overwrite_does_not_take_a_folder_for_a_models(run, full, tmp_path):
+    """1_Pooling is part of a model; 2024_notes is the user's."""
+    run("upscale", full, tmp_path / "out", "--preset", "copy_next")
+    (tmp_path / "out/2024_notes").mkdir()
+    done = run("upscale", full, tmp_path / "out", "--preset", "copy_next", "--overwrite", expect=2)
+    assert "holds more than a model" in done.err and "2024_notes" in done.err

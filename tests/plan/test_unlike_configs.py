@@ -22,6 +22,7 @@ REPORTED = {
     "norm": ({"rms_norm_eps": 1e-5}, "rms_norm_eps: 1e-05 instead of 1e-06"),
     "a key of one only": ({"logits_scaling": 8.0}, "logits_scaling: 8.0 instead of nothing"),
     "a section": ({"attn_config": {"clip_qkv": 8}}, "attn_config.clip_qkv: 8 instead of nothing"),
+    "switched off": ({"head_dim": None, "rms_norm_eps": 1e-5}, "rms_norm_eps: 1e-05 instead of 1e-06"),
     "two": ({"rms_norm_eps": 1e-5, "attention_multiplier": 0.5}, "attention_multiplier: 0.5 instead of nothing"),
 }  # fmt: skip
 REFUSED = {
@@ -75,3 +76,15 @@ def test_weights_that_mean_something_else_are_refused(run, pair, tmp_path, monke
     done = run("merge", tmp_path / "recipe.yml", tmp_path / "out", expect=2)
     assert all(fragment in done.err for fragment in fragments), done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_default_that_one_model_switches_off(run, tmp_path):
+    """Mistral's window is 4096 where the config has no such key, and none where it is null."""
+    for name, value in (("a", 4096), ("b", None)):
+        make_model(tmp_path / name, "mistral", layers=1)
+        file = tmp_path / name / "config.json"
+        config = {k: v for k, v in json.loads(file.read_text()).items() if k != "sliding_window"}
+        file.write_text(json.dumps(config | ({"sliding_window": None} if value is None else {})))
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: karcher\nmodels: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/b}}]\n")
+    assert "sliding_window: nothing instead of 4096" in run("plan", recipe).err

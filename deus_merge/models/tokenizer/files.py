@@ -54,15 +54,15 @@ def _check_link(path: Path, folder: Path) -> None:
     """Refuse a link that would copy private files of the user into the output.
 
     A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or to a file of the
-    same name (except for code, whose names the model chooses). Weights and config.json may be links to any place, since
-    they are parsed and not copied.
+    same name, except for code and files in folders, whose names the model chooses. Weights and config.json may be links
+    to any place, since they are parsed and not copied.
 
     Raises:
         CheckpointError: it leads to another place.
     """
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    if not homes & set(real.parents) and (real.name != path.name or path.suffix == ".py"):
+    if not homes & set(real.parents) and (real.name != path.name or path.suffix == ".py" or path.parent != folder):
         raise CheckpointError(
             "a link leads out of the model's folder",
             where=path,
