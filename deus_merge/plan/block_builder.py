@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..align.parameters import check_alignment
+from ..checkpoint.quantized import quantization_name
 from ..core.errors import PlanError, RecipeError
 from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
@@ -192,7 +193,9 @@ class BlockBuilder:
         dtype = self._dtype(inputs)
         return OutputTensor(role, name, inputs[0].shape, dtype, inputs, parameters, tuple(per_source), **facts)
 
-    def _decided(self, output: OutputTensor, method: MergeMethod, align: AlignTo | None) -> OutputTensor:
+    def _decided(
+        self, output: OutputTensor, method: MergeMethod, align: AlignTo | None, sources: Sequence[BlockSource]
+    ) -> OutputTensor:
         """The output with the way it comes about: the only place where that is decided."""
         decision = method.decide(output)
         action, source = decision.action, decision.source
@@ -205,6 +208,8 @@ class BlockBuilder:
             elif taken.derived:
                 action = Action.DERIVE
         output = replace(output, action=action, source=source)
+        if action is not Action.COPY:
+            self._check_plain(output, sources)
         if action not in (Action.COPY, *CONSTANT):
             self._check_castable(output)
         return output
@@ -214,6 +219,22 @@ class BlockBuilder:
         stored = promoted([i.dtype for i in inputs])
         wanted = self.recipe.out_dtype or self.recipe.dtype
         return wanted if wanted and stored in _FLOATS else stored
+
+    def _check_plain(self, output: OutputTensor, sources: Sequence[BlockSource]) -> None:
+        """Refuse to compute with quantised weights, whose numbers are codes, and with their scales. FP8 has a zero."""
+        for info, source in zip(output.inputs, sources, strict=True):
+            model = self.models[source.model]
+            partner = model.quantized.get(info.name)
+            if partner is None or (output.action is Action.ZEROS and info.dtype.startswith("F8")):
+                continue
+            beside = "" if partner == info.name else f", together with {partner}"
+            raise PlanError(
+                f"{info.name} is part of a quantised weight ({quantization_name(model.checkpoint.config)}){beside}",
+                where=info.file,
+                expected="floating point weights, or a plain copy: passthrough without dtype, scale and align",
+                got=f"{dtype_name(info.dtype)}, for {output.action}",
+                hint="quantised checkpoints can only pass through; use the original weights",
+            )
 
     def _check_castable(self, output: OutputTensor) -> None:
         for info in output.inputs:
@@ -263,7 +284,7 @@ class BlockBuilder:
         check_given(slice_, base, outputs)
         if warning := method.warning(outputs[0]):
             self._warn(warning)
-        decided = tuple(self._decided(output, method, align) for output in outputs)
+        decided = tuple(self._decided(output, method, align, sources) for output in outputs)
         index, method_name = len(self.blocks), slice_.merge_method
         block = BlockPlan(
             index, title, tuple(layers), method_name, tuple(sources), base, decided, new, align, self.module

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.reader import Checkpoint, TensorSource
+from ..checkpoint.side_files import side_files
 from ..core.errors import DeusMergeError
 from ..core.tensors import Action, StoredTensor
 from ..core.text import some_of
@@ -70,7 +71,7 @@ class Output:
                 wrong.append(f"{name} is not as it was written")
         if self.manifest.format > 1:  # format 1 does not name all files
             known = {*digests, *self.manifest.weights, MANIFEST}
-            strange = sorted(path.name for path in self.folder.iterdir() if path.name not in known)
+            strange = (name for name in side_files(self.folder) if name not in known)
             wrong += [f"{n} was not written by the run" for n in strange if any(fnmatch(n, p) for p in _LOADED)]
         return (False, some_of(wrong, _SHOWN)) if wrong else (True, f"{len(digests.keys() - USER_FILES)} as written")
 
