@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import tempfile
@@ -70,13 +71,19 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTr
 def logits(model: transformers.PreTrainedModel, tokens: int = 24) -> torch.Tensor:
     """(1, tokens, vocabulary): longer than the sliding windows."""
     ids = torch.randint(3, 96, (1, tokens), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), mock.patch.object(torch, "float32", model.dtype), _no_floats(model.dtype):
+    with torch.no_grad(), _all_in(model.dtype):
         return model(ids, use_cache=False).logits
 
 
-def _no_floats(dtype: torch.dtype):
-    """In float64, modules that compute parts in float32 do not."""
-    return mock.patch.object(torch.Tensor, "float", lambda x: x.to(dtype))
+@contextlib.contextmanager
+def _all_in(dtype: torch.dtype):
+    """Modules that compute parts in float32 do not, in float64."""
+    with (
+        mock.patch.object(torch, "float32", dtype),
+        mock.patch.object(torch, "float", dtype),
+        mock.patch.object(torch.Tensor, "float", lambda x: x.to(dtype)),
+    ):
+        yield
 
 
 def config_of(folder: Path) -> dict:
