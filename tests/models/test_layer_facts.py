@@ -18,8 +18,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from deus_merge.core.errors import PlanError
 from deus_merge.models.facts.base import Pinned, Rule, Scope, Unsayable, changed
-from deus_merge.models.facts.forms import Count, Every, Listed, Marks, Numbers, Parts, Period
-from deus_merge.models.facts.special import ByNumber, Cycle, Groups, Letters, Shared, Span, SparseStep
+from deus_merge.models.facts.forms import Count, Every, Listed, Period
+from deus_merge.models.facts.numbers import Marks, Numbers, Parts
+from deus_merge.models.facts.special import ByNumber, Cycle, Groups, Letters, Span, SparseStep
+from deus_merge.models.facts.ties import Shared
 from deus_merge.models.layer_facts import contract, expand, layer_kinds
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"

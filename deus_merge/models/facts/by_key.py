@@ -6,8 +6,10 @@ import re
 from typing import Any
 
 from .base import Rule, Scope
-from .forms import Count, Every, Given, Listed, Marks, Numbers, Period
-from .special import ByNumber, Cycle, Groups, Letters, OverRootDepth, Pin, Shared, Sources, Span, SparseStep
+from .forms import Count, Every, Given, Listed, Period
+from .numbers import Marks, Numbers
+from .special import ByNumber, Cycle, Groups, Letters, Span, SparseStep
+from .ties import OverRootDepth, Pin, Shared, Sources
 
 FULL, SLIDING, LINEAR, INDEXED = "full_attention", "sliding_attention", "linear_attention", "indexed_attention"
 
