@@ -11,6 +11,10 @@ from .base import Scope
 from .by_key import FULL, INDEXED, LINEAR, SLIDING
 
 
+def one_window(scope: Scope) -> list[str]:
+    return [FULL if scope.section.get("sliding_window", 4096) is None else SLIDING] * scope.depth
+
+
 def qwen2_moe_types(scope: Scope) -> list[str]:
     used, first = scope.section.get("use_sliding_window"), scope.get("max_window_layers", 28)
     return [SLIDING if used and i % 2 == 0 and i < first else FULL for i in range(scope.depth)]

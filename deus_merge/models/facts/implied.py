@@ -21,6 +21,7 @@ from .defaults import (
     linear_layers,
     moe_numbers,
     olmo_hybrid_types,
+    one_window,
     qwen2_moe_types,
     some_hybrid,
     topk_types,
@@ -109,6 +110,7 @@ _EXAONE = layer_types(
 )
 _QWEN_LINEAR = layer_types(Every("full_attention_interval", FULL, LINEAR, 4))
 _FULL_FIRST_OF_4 = layer_types(Every(None, FULL, SLIDING, 4, shift=-1))
+_INDEXED = layer_types(by_index(lambda i: INDEXED))
 _MIXERS = {"M": LINEAR, "E": "moe", "*": FULL, "-": "mlp"}
 _RATIOS = {0: SLIDING, 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 
@@ -119,7 +121,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         Rule("num_dense_layers", (dense_first("num_dense_layers", 1),)),
     ),
     "axk1": (mlp_types(dense_first("first_k_dense_replace", 1, every="moe_layer_freq")),),
-    "axk2": (mlp_types(dense_first("first_k_dense_replace", 1, every="moe_layer_freq")),),
+    "axk2": (_INDEXED, mlp_types(dense_first("first_k_dense_replace", 1, every="moe_layer_freq")),),
     "bailing_hybrid": (
         layer_types(Every("layer_group_size", FULL, LINEAR, 6)),
         mlp_types(dense_first("first_k_dense_replace", 2)),
@@ -142,7 +144,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     "cwm": (_FULL_FIRST_OF_4,),
     "deepseek_v2": (Rule("first_k_dense_replace", (dense_first("first_k_dense_replace", 0),)),),
     "deepseek_v3": (Rule("first_k_dense_replace", (dense_first("first_k_dense_replace", 3),)),),
-    "deepseek_v32": (mlp_types(dense_first("first_k_dense_replace", 3)),),
+    "deepseek_v32": (_INDEXED, mlp_types(dense_first("first_k_dense_replace", 3)),),
     "deepseek_v4": (
         Rule("layer_types", (
             Listed("layer_types", tail=True), Listed("compress_ratios", _RATIOS, tail=True),
@@ -193,7 +195,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     "glm5_next_text": (
         layer_types(by_index(lambda i: INDEXED if i % 4 == 3 else LINEAR)), mlp_types(dense_first(None, 3)), _TOPK,
     ),
-    "glm_moe_dsa": (mlp_types(dense_first("first_k_dense_replace", 3)), _TOPK),
+    "glm_moe_dsa": (_INDEXED, mlp_types(dense_first("first_k_dense_replace", 3)), _TOPK),
     "gpt_neo": (
         Rule("attention_layers", (Groups("attention_types", [[["global", "local"], 12]]),
                                   Listed("attention_layers", mirror=True))),
@@ -208,6 +210,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     ),
     "hy_v3": (mlp_types(dense_first(None, 1)),),
     "hy_v4": (
+        _INDEXED,
         mlp_types(dense_first(None, 1)),
         _indexers(by_index(lambda i: "full" if i == 0 or (i - 1) % 4 == 0 else "shared")),
     ),
@@ -230,7 +233,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         mlp_types(dense_first("first_k_dense_replace", 1)),
     ),
     "kolibri1": (layer_types(Every(None, FULL, SLIDING, 5)),),
-    "laguna": (mlp_types(dense_first(None, 1)),),
+    "laguna": (layer_types(by_index(lambda i: FULL)), mlp_types(dense_first(None, 1)),),
     "lfm2": (layer_types(Numbers("full_attn_idxs", FULL, "conv", default=range)),),
     "lfm2_moe": (Rule("num_dense_layers", (dense_first("num_dense_layers", 2),)),),
     "lfm3": (
@@ -245,6 +248,8 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         layer_types(by_index(lambda i: SLIDING if i and (i + 1) % 6 else FULL)), mlp_types(dense_first(None, 1)),
     ),
     "minicpm3": (Rule("scale_depth", (OverRootDepth("scale_depth", 1.4),)),),
+    "mellum": (layer_types(by_index(lambda i: FULL)), mlp_types(by_index(lambda i: "sparse"))),
+    "ministral": (layer_types(Implied(one_window)),),
     "minimax": (
         layer_types(Every(None, LINEAR, FULL, 2)),
         Rule("decay", (Pin("layer_types", "gives linear attention a decay by number and depth", linear_layers),)),
