@@ -59,7 +59,7 @@ class Difference:
     theirs: object
 
     def __str__(self) -> str:
-        return f"{self.what}: {_shown(self.ours)}, not {_shown(self.theirs)}"
+        return f"{self.what}: {shown(self.ours)}, not {shown(self.theirs)}"
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,8 @@ def _rank(difference: Difference) -> tuple:
     return shapes, difference.what.count(".")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A part of a description for messages."""
     if isinstance(value, LayerRef):
         return f"layer {value.layer}"
     text = repr(value) if not isinstance(value, tuple) else repr(list(value))

@@ -14,7 +14,7 @@ from .stacks import DEPTH_KEYS
 _PLACING = re.compile(
     r"layer|pattern|interval|period|offset|_step$|_freq$|first_k|dense_replace|ind(ex|ic)es$|_idxs$|block_type|interleave"
 )
-_NOT_PLACING = re.compile(r"norm|layerdrop|layer_scale|^num_layers$|vision|audio")
+_NOT_PLACING = re.compile(r"norm|layerdrop|layer_scale|^num_layers$|vision|audio|rope_interleave|^_")
 #: words in what differs between layers, and in the keys that may decide about it
 _AFFINITIES = (
     (
@@ -135,7 +135,9 @@ def likely_keys(config: Config, differences: Iterable[Difference]) -> tuple[str,
         for key in keys
         if wanted.search(key)
     ]
-    return tuple(dict.fromkeys([*named, *(liked or keys)]))[:_SHOWN_KEYS]
+    there = [key for key in named if any(key in part for part in sections)]
+    implied = [key for key in named if key not in there]  # worked out from others
+    return tuple(dict.fromkeys([*there, *(liked or keys), *implied]))[:_SHOWN_KEYS]
 
 
 def _mapping(origins: Sequence[Sequence[LayerOrigin]], origin: LayerOrigin) -> dict[int, int]:

@@ -57,7 +57,7 @@ def check_layer_kinds(config: Config, stacks: Sequence[PlannedStack], donor: Sou
 
 
 def _check(config: Config, stack: PlannedStack, donor: SourceModel) -> list[str]:
-    from ..models.built import CannotBuild
+    from ..models.built import CannotBuild, shown
     from ..models.layer_kinds import BuiltStack, LayerOrigin, build_stack, misfits
 
     prefix = stack.view.layer_prefix
@@ -90,12 +90,13 @@ def _check(config: Config, stack: PlannedStack, donor: SourceModel) -> list[str]
     origins = [[LayerOrigin(known[o.model], o.layer, o.model)] for o in stack.origins]
     if wrong := misfits(output, origins):
         first = wrong[0]
+        difference = first.differences[0]
         raise PlanError(
             f"layer {first.layer} of the output would be of another kind than layer {first.origin.layer} of"
             f" {first.origin.name}, which it comes from",
             where=where,
-            expected=f"config.json to give it {first.differences[0].what} = {first.differences[0].theirs}",
-            got=f"{first.differences[0].ours}" + (f"; {len(wrong)} layers differ" if len(wrong) > 1 else ""),
+            expected=f"{difference.what}: {shown(difference.theirs)}",
+            got=shown(difference.ours) + (f" ({len(wrong)} layers differ)" if len(wrong) > 1 else ""),
             hint=_hint(first.keys),
         )
     return []
