@@ -225,8 +225,8 @@ def describe_stack(model: PreTrainedModel, path: str) -> tuple[LayerDescription,
     numbered = _number_matters(config)
     for what in dict.fromkeys(what for part in parts for what in part):
         values = [(i, part[what]) for i, part in enumerate(parts) if what in part]
-        own = what.rpartition(".")[2] in _OWN_NUMBER or (len(values) > 2 and "class" not in what)
-        if own and not numbered and all(type(v) is int and v == i for i, v in values):
+        named = what.rpartition(".")[2] in _OWN_NUMBER
+        if not numbered and (named or len(values) > 2) and _counts(values, steps=2 if named else 1):
             for part in parts:
                 part.pop(what, None)
         elif _OTHER_NUMBER.search(what):
@@ -265,6 +265,19 @@ class _Opaque:
 
 
 _OPAQUE = _Opaque()
+
+
+def _counts(values: Sequence[tuple[int, object]], steps: int) -> bool:
+    """Whether values grow with the number of their layer: by one, or up to ``steps``, from layer to layer."""
+    first, start = values[0]
+    if type(start) is not int:
+        return False
+    found = [v for _, v in values]
+    for step in range(1, steps + 1):
+        offset = start - step * first
+        if found == [step * i + offset for i, _ in values] and (steps > 1 or offset == 0):
+            return all(type(v) is int for v in found)
+    return False
 
 
 def _are_numbers(entries: Sequence[object]) -> bool:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .built import Difference, LayerDescription, build, describe_stack, main_stack, resolved_config
 from .config_json import Config
 from .stacks import DEPTH_KEYS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: keys of configs that say which layers are of which kind
 _PLACING = re.compile(
@@ -42,6 +46,15 @@ class BuiltStack:
     layers: tuple[LayerDescription, ...]
     config: Config
     model: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, layer_prefix: str, config: Config) -> BuiltStack:
+        """The stack of a built model whose tensors have this prefix in checkpoints.
+
+        Raises:
+            CannotBuild: it has no stack.
+        """
+        return cls(describe_stack(model, main_stack(model, layer_prefix)), config, type(model).__name__)
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,7 @@ def build_stack(config: Config, layer_prefix: str) -> BuiltStack:
     Raises:
         CannotBuild: transformers cannot.
     """
-    model = build(resolved_config(config))
-    return BuiltStack(describe_stack(model, main_stack(model, layer_prefix)), config, type(model).__name__)
+    return BuiltStack.of(build(resolved_config(config)), layer_prefix, config)
 
 
 def misfits(output: BuiltStack, origins: Sequence[Sequence[LayerOrigin]]) -> list[Misfit]:
