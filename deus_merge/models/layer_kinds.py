@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .built import Difference, LayerDescription, build, describe_stack, main_stack, resolved_config
+from .built import build, main_stack, resolved_config
 from .config_json import Config
+from .layer_description import Difference, LayerDescription, describe_stack
 from .stacks import DEPTH_KEYS
 
 if TYPE_CHECKING:

@@ -108,7 +108,8 @@ class _Planner:
         if not (recipe.out_dtype or recipe.dtype):
             computed = (o for b in blocks for o in b.outputs if o.action in (Action.COMPUTE, Action.ALIGN))
             config = widened_config(config, {o.dtype for o in computed})
-        unchecked = check_layer_kinds(config, stacks, donor)
+        shapes = {o.name: o.shape for block in blocks for o in block.outputs}
+        unchecked = check_layer_kinds(config, stacks, donor, shapes)
         shards = plan_shards(file_groups(blocks), max_shard_size)
         warnings = (*unchecked, *builder.warnings, *vocabulary.warnings, *file_warnings)
         return Plan(

@@ -13,6 +13,7 @@ from ..core.text import some_of
 from ..models.built import CannotBuild, build, reason, resolved_config
 from ..models.config_json import Config, patched
 from ..models.layer_kinds import BuiltStack, LayerOrigin, build_stack, misfits
+from ..models.load_report import CannotReport, LoadReport, load_report
 from ..models.modules import view_modules
 from ..models.stacks import LAYER, is_of_vision_or_audio
 from ..models.tokenizer.files import TOKENIZER_FILES
@@ -20,7 +21,6 @@ from ..models.tokenizer.tokenizer import tokens_digest
 from ..models.view import ModelView, view_model
 from ..report.manifest import Manifest
 from ..report.manifest_parts import ManifestLayer
-from .load_report import CannotReport, LoadReport, load_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
