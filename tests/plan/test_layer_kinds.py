@@ -129,9 +129,11 @@ def test_what_transformers_cannot_build(run, tmp_path):
 
 def test_blocks_for_each_layer_outside_of_the_layers(run, tmp_path):
     """Gemma 3n has one embedding matrix for all layers, as wide as the depth: it does not fit another depth."""
-    text = {**SMALL, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 4, "laurel_rank": 4,
-            "altup_num_inputs": 2, "vocab_size_per_layer_input": 64, "layer_types": ["full_attention"] * 6, "intermediate_size": [48] * 6,
-            "activation_sparsity_pattern": [0.0] * 6}  # fmt: skip
+    text = {
+        **SMALL, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 4, "laurel_rank": 4, "altup_num_inputs": 2,
+        "vocab_size_per_layer_input": 64, "layer_types": ["full_attention"] * 6, "intermediate_size": [48] * 6,
+        "activation_sparsity_pattern": [0.0] * 6,
+    }  # fmt: skip
     config = transformers.AutoConfig.for_model("gemma3n_text", **text)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     slices = ["layer_range: [0, 3]", "layer_range: [2, 6]"]
