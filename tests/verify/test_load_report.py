@@ -13,8 +13,9 @@ from outputs import edit_json, reseal
 from safetensors.torch import load_file, save_file
 from support import make_model, write_recipe
 
-from deus_merge.models.built import build, describe_stack, main_stack, resolved_config
-from deus_merge.verify.load_report import load_report
+from deus_merge.models.built import build, main_stack, resolved_config
+from deus_merge.models.layer_description import describe_stack
+from deus_merge.models.load_report import load_report
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
