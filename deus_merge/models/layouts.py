@@ -100,6 +100,26 @@ class PerHead(Layout):
 
 
 @dataclass(frozen=True)
+class InBlocks(Layout):
+    """For each block of consecutive heads the rows of every part, one part after the other: (b·p·n, columns).
+
+    Attributes:
+        parts: q, v and k, for example.
+        blocks: b, a divisor of the number of heads.
+    """
+
+    parts: tuple[TensorSpec, ...]
+    blocks: int = 4
+
+    def specs(self, shape):
+        return self.parts
+
+    def split(self, stored, heads):
+        by_block = stored.unflatten(0, (self.blocks, len(self.parts), -1))  # (b, p, n, ..)
+        return {part.role: by_block[:, i] for i, part in enumerate(self.parts)}
+
+
+@dataclass(frozen=True)
 class Alternating(Layout):
     """Rows of the parts in turn: gate 0, up 0, gate 1, up 1 ...; (p·n, columns)."""
 
