@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from deus_merge.models.family import families
 
@@ -29,7 +32,8 @@ _MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe
 _OLD = {"num_key_value_heads": ..., "head_dim": ...}  # as many key-value heads as query heads
 _GPT = {**_OLD, "intermediate_size": ..., "n_embd": 32, "n_layer": 6, "n_head": 4, "n_inner": 48, "n_positions": 128}
 _MPT = {
-    **_OLD, "intermediate_size": ..., "d_model": 32, "n_layers": 6, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2,
+    **_OLD, "intermediate_size": ..., "d_model": 32, "n_layers": 6, "n_heads": 4, "max_seq_len": 128,
+    "expansion_ratio": 2,
 }  # fmt: skip
 _FALCON = {**_OLD, "intermediate_size": ..., "ffn_hidden_size": 48}
 _GEMMA4 = {
@@ -94,10 +98,12 @@ SETTINGS: Mapping[str, Mapping] = {
     "qwen2_moe": {**_MOE, "mlp_only_layers": [4], "shared_expert_intermediate_size": 40},
     "qwen3": {"attention_bias": True},
     "qwen3_5_moe_text": {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 40},
+    "qwen3_5_moe_text:published": {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 40},
     "qwen3_5_text": {**_LINEAR, "attention_bias": True},
     "qwen3_moe": {**_MOE, "mlp_only_layers": [4], "decoder_sparse_step": 1},
     "qwen3_next": {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 40, "mlp_only_layers": [4]},
     "qwen3_vl_moe_text": {**_MOE, "mlp_only_layers": [4], **_SECTIONS},
+    "qwen3_vl_moe_text:published": {**_MOE, **_SECTIONS},
     "qwen3_vl_text": {**_SECTIONS},
     "qwen2_vl_text": {**_SECTIONS},
     "qwen2_5_vl_text": {**_SECTIONS},
@@ -114,6 +120,31 @@ COMPOSITES: Mapping[str, tuple[str, Mapping]] = {
     "qwen3_vl_moe_text": ("qwen3_vl_moe", {**_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
     "qwen3_vl_text": ("qwen3_vl", {**_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
 }
+
+
+def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts that are saved one by one, in tensors of a layer."""
+    pattern = re.compile(r"(.*mlp\.experts\.)\d+\.(gate|up|down)_proj\.weight")
+    found: dict[tuple[str, str], list[torch.Tensor]] = {}
+    for name in sorted(tensors):
+        if match := pattern.fullmatch(name):
+            found.setdefault((match[1], match[2]), []).append(tensors[name])
+    rest = {name: x for name, x in tensors.items() if not pattern.fullmatch(name)}
+    for prefix in {prefix for prefix, _ in found}:
+        gate, up, down = (torch.stack(found[prefix, role]) for role in ("gate", "up", "down"))
+        rest |= {f"{prefix}gate_up_proj": torch.cat((gate, up), 1), f"{prefix}down_proj": down}
+    return rest
+
+
+def _turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stacked experts as (E, inputs, outputs)."""
+    return {n: x.transpose(1, 2).contiguous() if ".experts." in n else x for n, x in tensors.items()}
+
+
+#: kinds as they are published, where transformers saves them in another form
+PUBLISHED = {"qwen3_5_moe_text:published": _stacked, "qwen3_vl_moe_text:published": _turned}
+#: kinds whose first layers are told by number, so that new ones stand above
+NUMBERED = ("qwen3_vl_moe_text", "qwen3_vl_text")
 _TYPES = {kind for family in families().values() for kind in family.model_types} & {*transformers.CONFIG_MAPPING}
 #: model types, and further settings of some: ``falcon:new``
 KINDS = sorted(_TYPES | {kind for kind in SETTINGS if type_of(kind) in _TYPES})
@@ -134,6 +165,9 @@ def make(folder: Path, kind: str, seed: int = 0, **more) -> Path:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    if kind in PUBLISHED:
+        tensors = PUBLISHED[kind](load_file(folder / "model.safetensors"))
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -150,6 +184,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTr
     model, report = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **plain)
     found = {key: names for key, names in report.items() if names}
     assert not found, found
+    for parameter in model.parameters():  # matrix products round by where in memory a matrix begins
+        parameter.data = parameter.data.clone()
     return model.eval()
 
 
@@ -166,9 +202,16 @@ def logits(model: transformers.PreTrainedModel, tokens: int = 24) -> torch.Tenso
         return model(ids, use_cache=False).logits
 
 
-def _no_floats(dtype: torch.dtype):
+@contextlib.contextmanager
+def _no_floats(dtype: torch.dtype) -> Iterator[None]:
     """In float64, modules that compute parts in float32 do not."""
-    return mock.patch.object(torch.Tensor, "float", lambda x: x.to(dtype))
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with mock.patch.object(torch.Tensor, "float", lambda x: x.to(dtype)):
+            yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def config_of(folder: Path) -> dict:

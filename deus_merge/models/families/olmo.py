@@ -3,9 +3,7 @@
 from ..family import Case, Family, Sublayer
 from ._pieces import attention, mlp
 
-CLIPPED = Case(
-    "clip_qkv", {step: "clip_qkv cuts each component by itself" for step in ("values", "rotary")}
-)  # fmt: skip
+CLIPPED = Case("clip_qkv", dict.fromkeys(("values", "rotary"), "clip_qkv cuts each component by itself"))
 SUBLAYERS = (
     (Sublayer("attention", attention(norm=None, biases="q k v o")),),
     (Sublayer("mlp", mlp(norm=None)),),
