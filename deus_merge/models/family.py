@@ -250,7 +250,6 @@ class Family:
     without: Mapping[str, str] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
     no_identity: str | None = None
-    rotary: str = "none"
     cases: tuple[Case, ...] = ()
     facts: tuple[Rule, ...] = ()
 

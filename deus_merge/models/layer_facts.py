@@ -1,14 +1,15 @@
 """What config.json says of each layer, both ways: expanded to one mapping a layer, and contracted for other layers.
 
 Whoever changes depth or order of layers takes the facts along with the layers. What a config cannot say of the layers
-of the output is an error that names its key. `facts.forms` has the forms in which configs speak, `facts.by_key` the
-rules that hold for a key, `facts.implied` those of single families.
+of the output is an error that names its key. `facts` has the forms in which configs
+speak, the rules that hold for a key (`facts.by_key`) and those of single families (`facts.implied`).
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 from ..core.errors import PlanError
 from .config_json import Config, section, with_section
 from .facts import features, quantization
-from .facts.base import Changes, Pinned, Rule, Scope, Unsayable, changed, path
+from .facts.base import Changes, Pinned, Rule, Scope, Unsayable, Use, changed, path
 from .facts.by_key import BY_KEY, looks_like_layers
 from .facts.implied import IMPLIED
-from .facts.special import Pin, check_pinned
 from .facts.text_types import TEXT_TYPES
+from .facts.ties import Pin, check_pinned
 from .family import families
 from .stacks import is_vision_or_audio, same_depths
 
@@ -134,7 +135,9 @@ def _check_said(said: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None
     """Check that a new config says what it was made to say."""
     for i, (new, wanted) in enumerate(zip(said, facts, strict=True)):
         for name, value in new.items():
-            if name not in wanted or wanted[name] != value:
+            if name == features.FACT:  # of several copies of a layer only the last one has its features taken
+                continue
+            if name not in wanted or not _same(wanted[name], value):
                 raise Unsayable(name, f"would say {value!r} of layer {i}, not {wanted.get(name)!r}")
 
 
@@ -219,8 +222,17 @@ def _elsewhere(layers_path: Sequence[str]) -> list[ModuleType]:
 def _in_words(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
-    text = value[0] if isinstance(value, tuple) and value and isinstance(value[0], str) else json.dumps(value)
+    text = value.kind if isinstance(value, Use) else json.dumps(value)
     return f"{name} {text}"
+
+
+def _same(wanted: Any, said: Any) -> bool:
+    """Whether a new config says a value: rounding apart, and apart from the numbers of layers that others use."""
+    if isinstance(wanted, float) and isinstance(said, float):
+        return math.isclose(wanted, said, rel_tol=1e-12)
+    if isinstance(wanted, Use) and isinstance(said, Use):
+        return wanted.kind == said.kind
+    return wanted == said
 
 
 def _today(value: Any) -> Any:

@@ -198,20 +198,24 @@ def _auto(model_type: str) -> type:
 def logits(model: transformers.PreTrainedModel, tokens: int = 24) -> torch.Tensor:
     """(1, tokens, vocabulary): longer than the sliding windows."""
     ids = torch.randint(3, 96, (1, tokens), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), mock.patch.multiple(torch, float32=model.dtype, float=model.dtype), _no_floats(model.dtype):
+    with torch.no_grad(), _all_in(model.dtype):
         return model(ids, use_cache=False).logits
 
 
 @contextlib.contextmanager
-def _no_floats(dtype: torch.dtype) -> Iterator[None]:
-    """In float64, modules that compute parts in float32 do not."""
+def _all_in(dtype: torch.dtype) -> Iterator[None]:
+    """Modules that compute parts in float32 do not, in float64."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    try:
-        with mock.patch.object(torch.Tensor, "float", lambda x: x.to(dtype)):
+    with (
+        mock.patch.object(torch, "float32", dtype),
+        mock.patch.object(torch, "float", dtype),
+        mock.patch.object(torch.Tensor, "float", lambda x: x.to(dtype)),
+    ):
+        try:
             yield
-    finally:
-        torch.set_default_dtype(usual)
+        finally:
+            torch.set_default_dtype(usual)
 
 
 def config_of(folder: Path) -> dict:
