@@ -62,6 +62,8 @@ def test_a_merged_layer_is_of_the_base_models_kind(base, planned, tmp_path):
     )
     assert planned(text % (one, one, two)).config["windows"] == [10, 11, 12]
     assert planned(text % (two, one, two)).config["windows"] == [21, 22, 23]
+    told = [w for w in planned(text % (one, one, two)).warnings if "layer 1 fuses layers whose windows differ" in w]
+    assert len(told) == 1 and "22" in told[0] and told[0].endswith("it takes 11")
 
 
 def test_implied_kinds_of_layers_are_spelled_out(planned, tmp_path):
