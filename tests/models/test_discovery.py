@@ -108,8 +108,8 @@ def test_known_writers_are_found(model_type):
         ("hunyuan_v1_dense", {"head_dim": 128}, [LLAMA]),
         (
             "deepseek_v2",
-            {"n_routed_experts": 160, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "first_k_dense_replace": 1,
-             "topk_method": "group_limited_greedy"},
+            {"n_routed_experts": 160, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3,
+             "first_k_dense_replace": 1, "topk_method": "group_limited_greedy"},
             [LLAMA, {OUT, *EXPERTS, *SHARED}],
         ),
         (
@@ -190,7 +190,7 @@ def test_every_family_has_an_answer(model_type):
     """Writers or a reason, never an error; and whatever is called a writer is one by the proofs."""
     try:
         config = CONFIG_MAPPING[model_type]().to_dict()
-    except ValueError:
-        pytest.skip("it has no config by default")
+    except Exception as error:  # validation raises errors of a type of its own
+        pytest.skip(f"it has no config by default: {type(error).__name__}")
     discovery = find_writers(config)
     assert bool(discovery.kinds) != bool(discovery.reason)
