@@ -133,8 +133,8 @@ class BlockBuilder:
             model.checkpoint.config, entries_of.layer, str(model.ref), self.view(model.ref).layers_path
         )
         self.origins += [origin] * count
-        if new:
-            self._report_types(title, neighbours)
+        if len(neighbours) > 1:
+            self._report_types(title, [*(s for s in neighbours if s is not entries_of), entries_of])
 
     def add_other(
         self, title: str, slice_: OutputSlice, names: Sequence[Sequence[str]], position: float, *, defaults: bool

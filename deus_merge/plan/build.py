@@ -112,7 +112,8 @@ class _Planner:
         if not (recipe.out_dtype or recipe.dtype):
             config, dtype_warnings = dtyped_config(config, blocks, donor)
             builder.warnings += dtype_warnings
-        unchecked = check_layer_kinds(config, stacks, donor)
+        shapes = {o.name: o.shape for block in blocks for o in block.outputs}
+        unchecked = check_layer_kinds(config, stacks, donor, shapes)
         shards = plan_shards(file_groups(blocks), max_shard_size)
         warnings = (*unchecked, *builder.warnings, *vocabulary.warnings, *file_warnings)
         return Plan(
