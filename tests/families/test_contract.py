@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, NUMBERED, load, logits, shared, type_of
+from tiny_models import MODEL_TYPES, load, logits, shared, type_of
 
 from deus_merge.align import align_layer
 from deus_merge.align.options import STEPS, AlignOptions
@@ -32,7 +32,7 @@ def opened(folder: Path) -> SourceModel:
     return SourceModel.open(ModelRef(str(folder)), {})
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=MODEL_TYPES)
 def kind(request):
     return request.param
 
@@ -49,8 +49,7 @@ def test_roles_cover_the_tensors_of_every_layer(kind):
 def test_new_layers_keep_the_function(run, tmp_path, kind, preset):
     if opened(shared(kind)).view.family.no_identity:
         pytest.skip("this family has no identity")
-    insert = INSERTS[(KINDS.index(kind) + PRESERVING.index(preset)) % len(INSERTS)]
-    insert = "top_half" if type_of(kind) in NUMBERED else insert
+    insert = INSERTS[(MODEL_TYPES.index(kind) + PRESERVING.index(preset)) % len(INSERTS)]
     grown = load(upscaled(run, shared(kind), tmp_path / "out", preset, insert))
     assert torch.equal(logits(grown), logits(load(shared(kind))))
 
@@ -60,7 +59,7 @@ def test_every_writer_is_needed_and_learns(run, tmp_path, kind):
     view = opened(shared(kind)).view
     if view.family.no_identity:
         pytest.skip("this family has no identity")
-    grown = load(upscaled(run, shared(kind), tmp_path / "out", insert="top_half"))
+    grown = load(upscaled(run, shared(kind), tmp_path / "out"))
     manifest = json.loads((tmp_path / "out/deus_merge.json").read_text())
     zeroed = {name for name, tensor in manifest["tensors"].items() if tensor["action"] == "zeros"}
     assert zeroed
@@ -141,11 +140,6 @@ def test_generation_with_a_cache_is_the_base_s(run, tmp_path, kind):
 def test_flows_run_on_every_kind_of_layer(run, tmp_path, kind, preset):
     """The presets that do not zero, and the paper's alignment with outputs: finite and loaded like the base."""
     out = upscaled(
-        run,
-        shared(kind),
-        tmp_path / "out",
-        preset,
-        "all" if type_of(kind) not in NUMBERED else "top_half",
-        **({"zero_init": False} if preset != "average" else {}),
+        run, shared(kind), tmp_path / "out", preset, "all", **({"zero_init": False} if preset != "average" else {})
     )
     assert logits(load(out)).isfinite().all()

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -117,8 +117,8 @@ SETTINGS: Mapping[str, Mapping] = {
 COMPOSITES: Mapping[str, tuple[str, Mapping]] = {
     "qwen2_5_vl_text": ("qwen2_5_vl", {**_VISION, "out_hidden_size": 32, "fullatt_block_indexes": [1]}),
     "qwen2_vl_text": ("qwen2_vl", {**_VISION, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),
-    "qwen3_vl_moe_text": ("qwen3_vl_moe", {**_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
-    "qwen3_vl_text": ("qwen3_vl", {**_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe_text": ("qwen3_vl_moe", {**_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": []}),
+    "qwen3_vl_text": ("qwen3_vl", {**_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": []}),
 }
 
 
@@ -143,21 +143,21 @@ def _turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 #: kinds as they are published, where transformers saves them in another form
 PUBLISHED = {"qwen3_5_moe_text:published": _stacked, "qwen3_vl_moe_text:published": _turned}
-#: kinds whose first layers are told by number, so that new ones stand above
-NUMBERED = ("qwen3_vl_moe_text", "qwen3_vl_text")
 _TYPES = {kind for family in families().values() for kind in family.model_types} & {*transformers.CONFIG_MAPPING}
 #: model types, and further settings of some: ``falcon:new``
-KINDS = sorted(_TYPES | {kind for kind in SETTINGS if type_of(kind) in _TYPES})
+MODEL_TYPES = sorted(_TYPES | {kind for kind in SETTINGS if type_of(kind) in _TYPES})
 
 
-def make(folder: Path, kind: str, seed: int = 0, **more) -> Path:
-    """Save a tiny model; ``more`` are values of its config."""
+def make(folder: Path, kind: str, seed: int = 0, deepstack: Sequence[int] = (), **more) -> Path:
+    """Save a tiny model; ``more`` are values of its config, ``deepstack`` are the layers of a vision tower whose
+    features enter after the first text layers."""
     model_type = type_of(kind)
     values = {k: v for k, v in {**_SMALL, **SETTINGS.get(kind, {}), **more}.items() if v is not ...}
     if model_type in COMPOSITES:
         model_type, vision = COMPOSITES[model_type]
+        vision = {k: [*deepstack] if k == "deepstack_visual_indexes" else v for k, v in vision.items()}
         ids = {f"{name}_token_id": 90 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))}
-        values = {"text_config": values, "vision_config": {**vision}, **ids, "tie_word_embeddings": False}
+        values = {"text_config": values, "vision_config": vision, **ids, "tie_word_embeddings": False}
     config = transformers.AutoConfig.for_model(model_type, **values)
     torch.manual_seed(seed)
     model = _auto(model_type).from_config(config).float()
