@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
 import click
@@ -103,7 +104,7 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
     if as_json:
         emit_json(facts)
         return
-    shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles")}
+    shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles", "layer_kinds")}
     shown["bytes"] = format_size(shown["bytes"])
     table("", ["", ""], [[k.replace("_", " "), str(v)] for k, v in shown.items()])
     click.echo()
@@ -112,9 +113,22 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
         ["role", "tensor", "shape", "reads", "writes"],
         [list(map(str, r.values())) for r in facts["roles"]],
     )
+    if any(facts["layer_kinds"]):
+        click.echo()
+        table("layers", ["layers", "kind"], _runs(facts["layer_kinds"]))
     if "similarity" in facts:
         click.echo()
         _similarity_table(facts["similarity"])
+
+
+def _runs(kinds: list[str]) -> list[list[str]]:
+    """Rows of a table: neighbouring layers of one kind, and the kind."""
+    rows, first = [], 0
+    for kind, same in groupby(kinds):
+        last = first + len(list(same)) - 1
+        rows.append([f"{first}–{last}" if last > first else str(first), kind])
+        first = last + 1
+    return rows
 
 
 def _cosine(value: float) -> str:

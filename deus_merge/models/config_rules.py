@@ -9,20 +9,16 @@ from typing import Any
 
 from ..core.errors import ArchitectureError, PlanError
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
-from .config_json import Config, section, with_section
+from .config_json import Config, section
 from .family import RESIDUAL
 from .head_layout import head_size, positive
+from .layer_facts import LayerFacts, contract, expand
 from .view import ModelView
-
-#: lists that are not per layer, though their length may equal the depth by chance
-_NOT_PER_LAYER = ("architectures", "mrope_section", "sizes", "feature_size")
-#: lists of layer indices
-_LAYER_INDICES = ("fullatt_block_indexes", "deepstack_visual_indexes")
 
 
 @dataclass(frozen=True)
 class LayerEntries:
-    """The source layer whose entries in per-layer lists an output layer takes: for a fused layer, its upper neighbour.
+    """The source layer whose facts in config.json an output layer takes: for a fused layer, its upper neighbour.
 
     Attributes:
         config: The config.json of the source layer's model.
@@ -149,21 +145,32 @@ def deeper_config(
         where: The donor, for messages.
 
     Returns:
-        A new config with the output's depth and rebuilt per-layer lists; everything else is unchanged.
+        A new config with the output's depth that says of each layer what its own config says; everything else is
+        unchanged.
 
     Raises:
-        PlanError: the model of a layer lacks one of the donor's per-layer lists; or the config refers to layers by
-            index, and the indices change.
+        PlanError: the config cannot say it, or the config of a layer's model lacks something that the donor's says.
     """
-    result = copy.deepcopy(dict(config))
-    target: dict[str, Any] = dict(section(result, layers_path))
-    in_place = len(entries) == target[layers_path[-1]] and [e.layer for e in entries] == list(range(len(entries)))
-    for key in (k for k in _LAYER_INDICES if target.get(k) and not in_place):
-        raise PlanError(f"config.json's {key} refers to layers by index", where=where, got=target[key])
-    for key in layer_lists(config, layers_path):
-        target[key] = [_entry(key, source) for source in entries]
-    target[layers_path[-1]] = len(entries)
-    return with_section(result, layers_path, target)
+    model_type = str(config.get("model_type"))
+    known: dict[tuple[int, tuple[str, ...]], list[LayerFacts]] = {}
+    own, facts = expand(config, layers_path, model_type), []
+    for entry in entries:
+        key = id(entry.config), tuple(entry.layers_path)
+        if key not in known:
+            known[key] = expand(entry.config, entry.layers_path, str(entry.config.get("model_type")))
+            _check_like_donor(own, known[key], entry.model)
+        facts.append(known[key][entry.layer])
+    return contract(config, layers_path, model_type, facts, where)
+
+
+def _check_like_donor(own: Sequence[LayerFacts], facts: Sequence[LayerFacts], model: str) -> None:
+    """Check that two configs say the same facts of their layers, or that one says nothing about single layers."""
+    hint = "choose a base_model of the same kind"
+    for name in (name for name in own[0] if name not in facts[0]) if own and facts else ():
+        raise PlanError(f"the model's config.json has no {name!r}, which the donor has", where=model, hint=hint)
+    for name in (name for name in facts[0] if name not in own[0]) if own and facts else ():
+        if any(layer[name] != facts[0][name] for layer in facts):
+            raise PlanError(f"the donor's config.json has no {name!r}, which the model has", where=model, hint=hint)
 
 
 def config_patch(config: Config, target: Config) -> dict[str, Any]:
@@ -177,34 +184,3 @@ def config_patch(config: Config, target: Config) -> dict[str, Any]:
         elif key not in config or ours != value:
             patch[key] = copy.deepcopy(value)
     return patch
-
-
-def layer_lists(config: Config, layers_path: Sequence[str]) -> dict[str, list]:
-    """Every list with one entry per layer, also one that the config only implies (Qwen2's sliding window)."""
-    settings = section(config, layers_path)
-    depth = settings[layers_path[-1]]
-    lists = {
-        key: value
-        for key, value in settings.items()
-        if isinstance(value, list) and len(value) == depth and not _is_other_list(key)
-    }
-    first_sliding = settings.get("max_window_layers")
-    if settings.get("use_sliding_window") and isinstance(first_sliding, int) and "layer_types" not in lists:
-        kinds = ("full_attention", "sliding_attention")
-        lists["layer_types"] = [kinds[i >= first_sliding] for i in range(depth)]
-    return lists
-
-
-def _is_other_list(key: str) -> bool:
-    return key in (*_NOT_PER_LAYER, *_LAYER_INDICES) or key.endswith(("token_id", "token_ids", "tokens"))
-
-
-def _entry(key: str, source: LayerEntries) -> Any:
-    lists = layer_lists(source.config, source.layers_path)
-    if key not in lists:
-        raise PlanError(
-            f"the model's config.json has no per-layer list {key!r}, which the donor has",
-            where=source.model,
-            hint="choose a base_model of the same kind",
-        )
-    return lists[key][source.layer]

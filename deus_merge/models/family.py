@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, cast
 
 from ..core.plugins import plugins
+from .facts.base import Rule
 from .layouts import Layout
 
 RESIDUAL = "residual"
@@ -205,6 +206,8 @@ class Family:
         without: Steps of ``alignment: symmetry`` that would change the function -> the reason.
         unchecked: Spaces whose sizes the usual keys of config.json do not say.
         no_identity: The reason why no layer of this family can be the identity; None where zeros make one.
+        facts: The rules by which its configs say of what kind each layer is, where these are not known by
+            ``model_type`` or by the keys: see `layer_facts`.
     """
 
     name: str
@@ -222,6 +225,7 @@ class Family:
     without: Mapping[str, str] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
     no_identity: str | None = None
+    facts: tuple[Rule, ...] = ()
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:

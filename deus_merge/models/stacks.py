@@ -54,5 +54,33 @@ def is_vision_or_audio(path: Sequence[str]) -> bool:
     return path[0] in {section for _, section, _ in _SECTIONS}
 
 
+def is_of_stack(name: str, path: Sequence[str]) -> bool:
+    """Whether a module's name may be one of the stack whose depth these keys lead to, and of no other stack."""
+    words = set(re.split(r"\W|_", name))
+    tower = next((section for marks, section, _ in _SECTIONS if words & set(marks)), None)
+    if tower is not None or is_vision_or_audio(path):
+        return tower == path[0]
+    side = next((side for side, keys in _SIDES.items() if path[-1] in keys), None)
+    other = next((side for side in _SIDES if side in words), None)
+    return side is None or other is None or side == other
+
+
+def same_depths(config: Config, path: Sequence[str]) -> list[tuple[str, ...]]:
+    """All keys that hold the depth of one stack, beginning with a path from `depth_path`.
+
+    The language model's may stand at the top and in ``text_config``, and under several names.
+    """
+    depth, places = value_at(config, path), [tuple(path)]
+    sided = {key for keys in _SIDES.values() for key in keys}
+    if path[-1] in _SIDES["decoder"] and any(key in config for key in _SIDES["encoder"]):
+        return places  # the plain keys are the encoder's
+    sections: list[tuple[str, ...]] = [tuple(path[:-1])]
+    if path[-1] not in sided and not is_vision_or_audio(path):
+        sections += [(), ("text_config",)]
+    keys = (*DEPTH_KEYS, "num_blocks")
+    places += [(*section, key) for section in sections for key in keys if value_at(config, (*section, key)) == depth]
+    return list(dict.fromkeys(places))
+
+
 def _first(config: Config, paths: Sequence[tuple[str, ...]], depth: int) -> tuple[str, ...] | None:
     return next((path for path in paths if value_at(config, path) == depth), None)

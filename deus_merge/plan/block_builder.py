@@ -11,9 +11,11 @@ from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
-from ..models.config_rules import LayerEntries, layer_lists
+from ..models.config_rules import LayerEntries
+from ..models.facts.base import Pinned
 from ..models.family import Heads, TensorSpec, families
 from ..models.head_layout import layer_heads
+from ..models.layer_facts import LayerFacts, expand
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..models.tokenizer.blocks import VocabularyPlan
@@ -51,6 +53,7 @@ class BlockBuilder:
 
     def __post_init__(self) -> None:
         self.index = {model.ref: i for i, model in enumerate(self.models)}
+        self.facts: dict[tuple[ModelRef, str | None], Sequence[LayerFacts]] = {}
 
     def begin(self, module: str | None) -> None:
         """Continue with the layers of a module."""
@@ -124,7 +127,9 @@ class BlockBuilder:
         entries_of = neighbours[0 if copied == {0} else -1] if new else neighbours[block.base or 0]
         assert entries_of.layer is not None
         model = self.models[entries_of.model]
-        origin = LayerEntries(model.checkpoint.config, entries_of.layer, str(model.ref), model.view.layers_path)
+        origin = LayerEntries(
+            model.checkpoint.config, entries_of.layer, str(model.ref), self.view(model.ref).layers_path
+        )
         self.origins += [origin] * count
         if new:
             self._report_types(title, neighbours)
@@ -274,11 +279,15 @@ class BlockBuilder:
 
     def _report_types(self, title: str, sources: Sequence[BlockSource]) -> None:
         models = [self.models[s.model] for s in sources]
-        lists = [layer_lists(m.checkpoint.config, self.view(m.ref).layers_path) for m in models]
-        for key in lists[0]:
-            entries = [
-                values[key][s.layer] if key in values and s.layer is not None else None
-                for values, s in zip(lists, sources, strict=True)
-            ]
-            if any(e != entries[-1] for e in entries):
-                self.warnings.append(f"{title} fuses layers whose {key} differ ({entries}); it takes {entries[-1]!r}")
+        facts = [self._facts(model)[s.layer or 0] for model, s in zip(models, sources, strict=True)]
+        for name in facts[-1]:
+            values = [layer.get(name) for layer in facts]
+            if any(v != values[-1] for v in values) and not any(isinstance(v, Pinned) for v in values):
+                self.warnings.append(f"{title} fuses layers whose {name} differ ({values}); it takes {values[-1]!r}")
+
+    def _facts(self, model: SourceModel) -> Sequence[LayerFacts]:
+        """What a model's config says of each of its layers, of the module at hand."""
+        key = model.ref, self.module
+        if key not in self.facts:
+            self.facts[key] = expand(model.checkpoint.config, self.view(model.ref).layers_path, model.view.model_type)
+        return self.facts[key]

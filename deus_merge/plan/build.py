@@ -17,10 +17,8 @@ from ..models.config_rules import deeper_config, typed_config, widened_config
 from ..models.modules import DEFAULT
 from ..models.side_files import output_side_files
 from ..models.source import SourceModel
-from ..models.stacks import is_vision_or_audio
 from ..models.tokenizer.blocks import plan_vocabulary
 from ..models.tokenizer.files import TOKENIZER_FILES
-from ..models.view import ModelView
 from ..recipe.parameters import filters, resolve_setting
 from ..recipe.presets import MAX_LAYERS, expand
 from ..recipe.types import OutputSlice, Recipe, SliceSource
@@ -93,7 +91,6 @@ class _Planner:
             view = builder.view(donor.ref)
             if view.layers:
                 config = deeper_config(config, view.layers_path, builder.origins, str(donor.ref))
-                self._report_feature_layer(view)
         if builder.module is not None:
             self._add_other_modules()
         blocks = join_learned(mark_repeats(builder.blocks))
@@ -262,15 +259,6 @@ class _Planner:
             sources = (SliceSource(self.donor.ref, place=slice_.place),)
             self.builder.add_other(
                 "other modules", replace(_copied(slice_), sources=sources), [rest], 0.0, defaults=True
-            )
-
-    def _report_feature_layer(self, view: ModelView) -> None:
-        """Warn of a config that names a layer of the vision tower by its number, when the tower's depth changes."""
-        feature, depth = self.donor.checkpoint.config.get("vision_feature_layer"), len(self.builder.origins)
-        if is_vision_or_audio(view.layers_path) and feature is not None and depth != view.num_layers:
-            self.builder.warnings.append(
-                f"config.json's vision_feature_layer is {feature}: it counts layers of {self.builder.module}, which has"
-                f" now {depth}"
             )
 
     def _report_idle_filters(self, blocks: Sequence[BlockPlan]) -> None:

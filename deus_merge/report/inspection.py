@@ -10,13 +10,14 @@ from pathlib import Path
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
+from ..models.layer_facts import expand, layer_kinds
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from .manifest import MANIFEST, read_manifest
 
 
 def summary(model: str, load_options: LoadOptions | None = None) -> dict:
-    """Family, depth, heads and sizes of a model, and the layers that growths added, as JSON data.
+    """Family, depth, heads and sizes of a model, the kinds of its layers, and those that growths added, as JSON data.
 
     Args:
         model: A folder or a hub id.
@@ -57,7 +58,8 @@ def summary(model: str, load_options: LoadOptions | None = None) -> dict:
                 "writes": spec.out_space if spec else None,
             }
         )
-    return {k: v for k, v in facts.items() if v is not None} | {"roles": roles}
+    kinds = layer_kinds(expand(config, view.layers_path, view.model_type))
+    return {k: v for k, v in facts.items() if v is not None} | {"roles": roles, "layer_kinds": kinds}
 
 
 def _growths(checkpoint: TensorSource, layers: int) -> str | None:

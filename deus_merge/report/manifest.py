@@ -61,6 +61,8 @@ class Manifest:
         num_layers: The number of layers.
         dtype: The dtype in config.json; null where it names none.
         layer_lists: The keys of config.json that have one entry for each layer.
+        layer_facts: What config.json says of each layer: by the name of the fact, JSON text for each layer; earlier
+            versions did not write it.
         function_preserving: Whether the output computes what the donor computes.
         new_layers: The layers to train.
         new_parameters: The exact names of the tensors to train.
@@ -88,6 +90,7 @@ class Manifest:
     num_layers: Count
     dtype: str | None = None
     layer_lists: tuple[str, ...]
+    layer_facts: Mapping[str, tuple[str, ...]] | None = None
     function_preserving: bool
     new_layers: tuple[Count, ...]
     new_parameters: tuple[str, ...]

@@ -14,7 +14,8 @@ from ..checkpoint.reader import TensorSource
 from ..core.tensors import CONSTANT, UNCHANGED, Action
 from ..core.typed_json import parse
 from ..methods.base import OutputTensor
-from ..models.config_rules import config_patch, layer_lists
+from ..models.config_rules import config_patch
+from ..models.layer_facts import expand, listed_keys, plain
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from .manifest import FORMAT, USER_FILES, Manifest
@@ -62,6 +63,7 @@ def manifest_of(
         for name, part in plan.module_maps().items()
     }
     documents = plan.describe()["documents"] if plan.documents else []
+    facts = expand(plan.config, donor.view.layers_path, donor.view.model_type)
     manifest = Manifest(
         format=FORMAT,
         deus_merge=__version__,
@@ -74,7 +76,8 @@ def manifest_of(
         sources=tuple(planned_source(s, name, depths.get(s)) for s, name in sources.items()),
         num_layers=plan.num_layers,
         dtype=plan.config.get("dtype") or plan.config.get("torch_dtype"),
-        layer_lists=tuple(sorted(layer_lists(plan.config, donor.view.layers_path))),
+        layer_lists=listed_keys(plan.config, donor.view.layers_path, facts),
+        layer_facts=plain(facts),
         function_preserving=plan.function_preserving,
         new_layers=plan.new_layers,
         new_parameters=plan.new_parameters,

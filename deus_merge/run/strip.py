@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..core.errors import DeusMergeError, PlanError, VerifyError, json_text
 from ..core.tensors import UNCHANGED, StoredTensor
 from ..core.units import dtype_name, parse_size, promoted
 from ..models.config_rules import LayerEntries, check_config, deeper_config
+from ..models.layer_facts import expand
 from ..models.side_files import copied_files
 from ..models.view import ModelView, prefix_of, view_model
 from ..report.manifest import MANIFEST, RECIPE, Manifest, check_belongs, read_manifest
@@ -268,7 +270,11 @@ def _base_config(
     patch = manifest.donor_config or {}
     origins = [LayerEntries(checkpoint.config, layer, str(checkpoint.folder), view.layers_path) for layer in layers]
     config = deeper_config(checkpoint.config, view.layers_path, origins, None)
+    kept = copy.deepcopy(config)
     _drop_added(config, patch)
+    _put_back(config, patch, checkpoint.config)
+    if expand(config, view.layers_path, view.model_type) != expand(kept, view.layers_path, view.model_type):
+        config = kept  # what the growth took the place of would now say something else
     stored = {dtype_name(info.dtype) for info in sources.values()}
     for key in ("dtype", "torch_dtype"):
         before = patch.get(key)
@@ -284,6 +290,15 @@ def _drop_added(config: dict, patch: Mapping) -> None:
             config.pop(key, None)
         elif isinstance(value, Mapping) and isinstance(config.get(key), dict):
             _drop_added(config[key], value)
+
+
+def _put_back(config: dict, patch: Mapping, grown: Mapping) -> None:
+    """Add the keys that the growth removed."""
+    for key, value in patch.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), dict) and isinstance(grown.get(key), Mapping):
+            _put_back(config[key], value, grown[key])
+        elif value is not None and key not in grown:
+            config.setdefault(key, copy.deepcopy(value))
 
 
 def _check_written(written: Checkpoint, sources: Mapping[str, StoredTensor]) -> None:

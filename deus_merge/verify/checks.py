@@ -16,6 +16,7 @@ from ..core.text import some_of
 from ..core.units import dtype_name, promoted
 from ..models.config_json import section
 from ..models.config_rules import check_config
+from ..models.layer_facts import expand, plain
 from ..models.modules import view_modules
 from ..models.view import ModelView, view_model
 from ..report.manifest import MANIFEST, USER_FILES, Manifest
@@ -149,11 +150,25 @@ class Output:
             entries = settings.get(key)
             if not isinstance(entries, list) or len(entries) != view.num_layers:
                 return False, f"config.json: {key} must be a list of {view.num_layers} entries, one for each layer"
+        if wrong := self._wrong_fact(view):
+            return False, wrong
         dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
         if manifest.format > 1 and dtype != manifest.dtype and not manifest.trained:
             return False, f"config.json: dtype {dtype}, planned {manifest.dtype}"
         lists = f", lists: {', '.join(manifest.layer_lists)}" if manifest.layer_lists else ""
         return True, f"{view.num_layers} layers, {len(manifest.new_layers)} new{lists}"
+
+    def _wrong_fact(self, view: ModelView) -> str | None:
+        """What config.json says otherwise of a layer than planned; None where it does not. A trainer may have saved the
+        config in other words: then only what it still says is compared."""
+        said = plain(expand(self.checkpoint.config, view.layers_path, view.model_type))
+        for name, planned in (self.manifest.layer_facts or {}).items():
+            if name not in said and not self.manifest.trained:
+                return f"config.json: {name} is missing"
+            for layer, (new, old) in enumerate(zip(said.get(name, planned), planned, strict=False)):
+                if new != old:
+                    return f"config.json: {name} of layer {layer} is {new}, planned {old}"
+        return None
 
     # bytes -------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from deus_merge.models.config_rules import (
     check_config,
     config_patch,
     deeper_config,
-    layer_lists,
     typed_config,
     widened_config,
 )
@@ -95,33 +94,35 @@ def entries(config: dict, layers: list[int]) -> list[LayerEntries]:
 
 def test_lists_follow_their_layers():
     config = CONFIG | {"layer_types": ["a", "b", "c"], "eos_token_id": [1, 2, 3], "architectures": ["x", "y", "z"],
-                       "other": [1, 2]}  # fmt: skip
+                       "other": [7, 8]}  # fmt: skip
     before = copy.deepcopy(config)
     deeper = deeper_config(config, PATH, entries(config, [0, 1, 1, 2]), "here")
     assert deeper == config | {"num_hidden_layers": 4, "layer_types": ["a", "b", "b", "c"]}
     assert list(deeper) == list(config) and config == before
 
 
-def test_lists_of_layer_indices_must_stay_valid():
+def test_numbers_follow_their_layers():
     config = CONFIG | {"fullatt_block_indexes": [0, 2]}
-    assert deeper_config(config, PATH, entries(config, [0, 1, 2]), "here") == config
-    for layers in ([0, 1, 1, 2], [0, 2, 1], [0, 1]):
-        with pytest.raises(PlanError, match="refers to layers by index"):
+    for layers, numbers in (([0, 1, 2], [0, 2]), ([0, 1, 1, 2], [0, 3]), ([0, 2, 1], [0, 1]), ([1], [])):
+        deeper = deeper_config(config, PATH, entries(config, layers), "here")
+        assert deeper == config | {"num_hidden_layers": len(layers), "fullatt_block_indexes": numbers}
+
+
+def test_numbers_that_belong_to_something_else_must_stay_valid():
+    config = CONFIG | {"deepstack_visual_indexes": [0, 2]}
+    moved = deeper_config(config, PATH, entries(config, [0, 1, 1, 2]), "here")
+    assert moved["deepstack_visual_indexes"] == [0, 3]
+    for layers in ([0, 1], [0, 0, 1, 2]):
+        with pytest.raises(PlanError, match="deepstack_visual_indexes refers to layers by index"):
             deeper_config(config, PATH, entries(config, layers), "here")
 
 
-def test_a_model_without_the_donors_list():
+def test_a_model_without_what_the_donor_says():
     config = CONFIG | {"layer_types": ["a", "b", "c"]}
-    with pytest.raises(PlanError, match="no per-layer list 'layer_types'"):
+    with pytest.raises(PlanError, match="no 'layer_types', which the donor has"):
         deeper_config(config, PATH, [*entries(config, [0]), *entries(CONFIG, [1])], "here")
-
-
-def test_implied_layer_types():
-    config = CONFIG | {"use_sliding_window": True, "max_window_layers": 2}
-    assert layer_lists(config, PATH) == {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}
-    assert layer_lists(config | {"use_sliding_window": False}, PATH) == {}
-    given = config | {"layer_types": ["x", "y", "z"]}
-    assert layer_lists(given, PATH) == {"layer_types": ["x", "y", "z"]}
+    with pytest.raises(PlanError, match="the donor's config.json has no 'layer_types'"):
+        deeper_config(CONFIG, PATH, [*entries(CONFIG, [0]), *entries(config, [1])], "here")
 
 
 def test_dtypes():

@@ -39,47 +39,56 @@ def edit(base, folder, **changes):
 
 
 def test_lists_of_layers_follow_their_layers(base, planned, tmp_path):
-    lists = {"windows": [1, 2, 3, 4], "nested": [[1], [2], [3], [4]]}
-    other = {"eos_token_id": [2, 3, 4, 5], "stop_tokens": [1, 2, 3, 4], "pair": [1, 2], "sizes": [9, 9, 9, 8]}
+    lists = {"attention_window": [1, 2, 3, 4], "block_configs": [[1], [2], [3], [4]]}
+    other = {"eos_token_id": [2, 3, 4, 5], "stop_tokens": [1, 2, 3, 4], "pair": [7, 8], "sizes": [9, 9, 9, 8]}
     model = edit(base, tmp_path / "model", **lists, **other)
     config = planned(SLICES % (model, model)).config
     assert config["num_hidden_layers"] == 5
-    assert config["windows"] == [1, 2, 3, 3, 4] and config["nested"] == [[1], [2], [3], [3], [4]]
+    assert config["attention_window"] == [1, 2, 3, 3, 4] and config["block_configs"] == [[1], [2], [3], [3], [4]]
     assert {key: config[key] for key in other} == other  # about something else
     grown = planned(f"base_model: {model}\nupscale: {{insert: {{after: [1]}}}}\n").config
-    assert grown["windows"] == [1, 2, 3, 3, 4]  # a new layer is of its upper neighbour's kind
+    assert grown["attention_window"] == [1, 2, 3, 3, 4]  # a new layer is of its upper neighbour's kind
     unlike = edit(base, tmp_path / "unlike")
-    with pytest.raises(PlanError, match="no per-layer list"):
+    with pytest.raises(PlanError, match="which the donor has"):
         planned(SLICES % (model, unlike))
 
 
 def test_a_merged_layer_is_of_the_base_models_kind(base, planned, tmp_path):
-    one, two = (edit(base, tmp_path / str(i), windows=[10 * i + j for j in range(4)]) for i in (1, 2))
+    one, two = (edit(base, tmp_path / str(i), attention_window=[10 * i + j for j in range(4)]) for i in (1, 2))
     text = (
         "merge_method: slerp\nbase_model: %s\nparameters: {t: 0.5}\nslices:\n- sources: "
         "[{model: %s, layer_range: [0, 3]}, {model: %s, layer_range: [1, 4]}]\n"
     )
-    assert planned(text % (one, one, two)).config["windows"] == [10, 11, 12]
-    assert planned(text % (two, one, two)).config["windows"] == [21, 22, 23]
+    assert planned(text % (one, one, two)).config["attention_window"] == [10, 11, 12]
+    assert planned(text % (two, one, two)).config["attention_window"] == [21, 22, 23]
 
 
-def test_implied_kinds_of_layers_are_spelled_out(planned, tmp_path):
-    """From layer 2 on Qwen2's attention slides."""
+def test_kinds_of_layers_that_a_number_implies(planned, tmp_path):
+    """From layer 2 on Qwen2's attention slides. The number stays where it can say the kinds of the output's layers."""
     model = make_model(tmp_path / "model", "qwen2", layers=4, use_sliding_window=True, max_window_layers=2)
     config = json.loads((model / "config.json").read_text())
     config.pop("layer_types", None)
     (model / "config.json").write_text(json.dumps(config))
     full, sliding = "full_attention", "sliding_attention"
-    assert planned(SLICES % (model, model)).config["layer_types"] == [full, full, sliding, sliding, sliding]
+    again = "merge_method: passthrough\nslices:\n- sources: [{model: %s, layer_range: [%d, %d]}]\n"
+    number = planned(SLICES % (model, model)).config
+    assert "layer_types" not in number and number["max_window_layers"] == 2
+    number = planned(again % (model, 1, 4)).config
+    assert "layer_types" not in number and number["max_window_layers"] == 1
+    listed = planned(again % (model, 0, 4) + f"- sources: [{{model: {model}, layer_range: [0, 1]}}]\n").config
+    assert listed["layer_types"] == [full, full, sliding, sliding, full] and "max_window_layers" not in listed
 
 
 def test_layers_that_are_told_by_their_numbers(base, planned, tmp_path):
-    """As long as every layer stays in its place they are right."""
+    """Their numbers follow them. Unknown keys are right as long as every layer stays in its place."""
     model = edit(base, tmp_path / "model", fullatt_block_indexes=[1, 3])
-    text = f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n"
-    assert planned(text).config["fullatt_block_indexes"] == [1, 3]
-    with pytest.raises(PlanError, match="fullatt_block_indexes"):
-        planned(SLICES % (model, model))
+    assert planned(SLICES % (model, model)).config["fullatt_block_indexes"] == [1, 4]
+    whole = "merge_method: passthrough\nmodels: [{model: %s}]\n"
+    for i, value in enumerate(([1, 3], ["a", "b", "c", "d"], {"0": "a", "3": "b"})):
+        model = edit(base, tmp_path / str(i), strange_key=value)
+        assert planned(whole % model).config["strange_key"] == value
+        with pytest.raises(PlanError, match="config.json's strange_key looks as if"):
+            planned(SLICES % (model, model))
 
 
 @pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
