@@ -252,7 +252,7 @@ RECIPES = {
         "slices[1].sources[0] (line 4): models do not match", "the layers of base", "layer 1 of qwen3 has also q_norm"),
     "undescribed family": (upscale("{}", "mystery"), "upscale (line 2), layer 2 of the output: ot_fuse does not know",
                            "a described family: ", "llama", "model_type mystery"),
-    "layers differ": (upscale("{insert: all}", "extra"), "layer 1 of extra has also mlp.strange.weight"),
+    "layers differ": (upscale("{insert: all}", "extra"), "ot_fuse does not know what 'mlp.strange.weight' does"),
     "integers": (upscale("{}", "integers"), "integers/model.safetensors", "int8, which cannot be merged", "quantised"),
 }
 

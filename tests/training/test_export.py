@@ -63,10 +63,10 @@ def test_settings_that_there_are_none_for(run, deeper, tmp_path):
     reported = run("export-training", deeper, "--for", "torchtune", expect=2).err
     assert "torchtune cannot train only" in reported and "new layers 2, 4" in reported
     assert "llama-factory" in run("export-training", deeper, "--for", "unsloth", expect=2).err
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=32))
-    gpt2.save_pretrained(tmp_path / "gpt2")
-    out = grow(tmp_path / "gpt2", tmp_path / "out", "stack", None)
+    config = transformers.OpenAIGPTConfig(n_embd=8, n_head=2, n_layer=2, vocab_size=32)
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    out = grow(tmp_path / "gpt", tmp_path / "out", "stack", None)
     reported = run("export-training", out, "--for", "axolotl", expect=2).err
-    assert "model_type 'gpt2'" in reported and "--for trainer" in reported
+    assert "model_type 'openai-gpt'" in reported and "--for trainer" in reported
     model = load(out)
     assert training.freeze_base(model, out).layers == (2, 3)

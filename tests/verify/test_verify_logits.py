@@ -47,11 +47,11 @@ def test_one_block_of_weights_is_in_memory(tmp_path):
 
 
 def test_a_family_that_nobody_described_is_loaded_whole(tmp_path):
-    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=128)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    config = transformers.OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=128)
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "model")
     ids = torch.arange(40).view(1, 40)
     found, whole_because = logits.run(tmp_path / "model", ids)
-    assert "'gpt2' is not described" in whole_because
+    assert "'openai-gpt' is not described" in whole_because
     with torch.no_grad():
         assert torch.equal(found, load(tmp_path / "model")(ids).logits[0])
 

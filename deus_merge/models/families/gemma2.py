@@ -1,4 +1,4 @@
-"""Gemma 2: norms with scales 1 + w in front of attention and MLP and behind them; sliding and full attention in turn."""
+"""Gemma 2: norms with scales 1 + w in front of attention and MLP and behind them; sliding and full attention."""
 
 from ..family import Family, Sublayer
 from ._pieces import attention, mlp, norm, norm_behind
