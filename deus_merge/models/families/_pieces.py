@@ -7,6 +7,7 @@ norm behind o, ``experts.{e}.gate`` of an expert, ``shared.gate`` of an expert t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from ..family import RESIDUAL, Sublayer, TensorSpec
 from ..layouts import Experts, Layout, Stacked, Transposed
@@ -29,7 +30,8 @@ def norm(role: str, module: str, *, bias: bool = False, offset: float = 0.0) -> 
 
 
 def norm_behind(role: str, module: str, *, offset: float = 0.0, optional: bool = False) -> Specs:
-    """A norm of what the weight ``role`` writes, before it is added to the residual stream."""
+    """A norm of what the weight ``role`` writes, or several weights together, before it is added to the residual
+    stream."""
     name = f"{module}.weight"
     return (
         TensorSpec(f"{role}_norm", name, None, RESIDUAL, follows=role, multiplies=True, offset=offset,
@@ -148,7 +150,12 @@ def transposed(role: str, module: str, *, norm: str | None = None, bias: bool = 
     return (weight, bias_of(weight, f"{module}.bias")) if bias else (weight,)
 
 
-EXPERT_MLP = {"gate": "mlp.experts.{e}.gate_proj", "up": "mlp.experts.{e}.up_proj", "down": "mlp.experts.{e}.down_proj"}
+def gated(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, str]:
+    """The modules of an MLP, or of one expert, by role."""
+    return {"gate": f"{module}.{gate}", "up": f"{module}.{up}", "down": f"{module}.{down}"}
+
+
+EXPERT_MLP = gated("mlp.experts.{e}")
 
 
 def router(name: str = "mlp.gate.weight", *, norm: str | None = "n2", bias: str | None = None) -> Specs:
@@ -193,6 +200,36 @@ def stacked_experts(
                        layout=Experts(bias))
         )  # fmt: skip
     return tuple(specs)
+
+
+def mlp_or_experts(
+    n2: Specs, *, module: str = "mlp", gate: str = "gate", bias: str | None = "gate.e_score_correction_bias",
+    shared: str = "shared_experts", biases: str = "", behind: str | None = None,
+) -> tuple[Sublayer, ...]:  # fmt: skip
+    """The kinds of a layer's second half that models with experts have: an MLP; a router, experts and perhaps one more
+    expert that every token takes. A checkpoint may have a tensor for each role of each expert, or one for all experts.
+
+    Args:
+        n2: The norm in front, with role ``n2``.
+        module: The module of all of them.
+        gate: The router's module in it.
+        bias: The name of the router's correction bias in it, where there may be one.
+        shared: The module of the expert that every token takes.
+        biases: Roles of the MLP and of that expert that may have a bias.
+        behind: The module of a norm of what is written.
+    """
+    routes = router(f"{module}.{gate}.weight", bias=f"{module}.{bias}" if bias else None)
+    every = tuple(replace(s, optional=True) for s in mlp(gated(f"{module}.{shared}"), prefix="shared.", biases=biases))
+    each = experts(gated(module + ".experts.{e}"))
+    stacked = stacked_experts(f"{module}.experts.gate_up_proj", f"{module}.experts.down_proj")
+    last, last_of_experts = (
+        ((), ()) if behind is None else (norm_behind("down", behind), norm_behind("experts", behind))
+    )
+    return (
+        Sublayer("mlp", (*n2, *mlp(gated(module), biases=biases), *last)),
+        Sublayer("experts", (*n2, *routes, *each, *every, *last_of_experts)),
+        Sublayer("experts", (*n2, *routes, *stacked, *every, *last_of_experts)),
+    )
 
 
 def mixer(*prefixes: str, writers: Iterable[str]) -> Specs:
