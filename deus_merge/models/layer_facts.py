@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from ..core.errors import PlanError
 from .config_json import Config, section, with_section
 from .facts import features, quantization
-from .facts.base import Changes, Pinned, Rule, Scope, Unsayable, changed, path
+from .facts.base import Changes, Pinned, Rule, Scope, Unsayable, Use, changed, path
 from .facts.by_key import BY_KEY, looks_like_layers
 from .facts.implied import IMPLIED
 from .facts.special import Pin, check_pinned
@@ -134,7 +135,7 @@ def _check_said(said: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None
     """Check that a new config says what it was made to say."""
     for i, (new, wanted) in enumerate(zip(said, facts, strict=True)):
         for name, value in new.items():
-            if name not in wanted or wanted[name] != value:
+            if name not in wanted or not _same(wanted[name], value):
                 raise Unsayable(name, f"would say {value!r} of layer {i}, not {wanted.get(name)!r}")
 
 
@@ -219,8 +220,17 @@ def _elsewhere(layers_path: Sequence[str]) -> list[ModuleType]:
 def _in_words(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
-    text = value[0] if isinstance(value, tuple) and value and isinstance(value[0], str) else json.dumps(value)
+    text = value.kind if isinstance(value, Use) else json.dumps(value)
     return f"{name} {text}"
+
+
+def _same(wanted: Any, said: Any) -> bool:
+    """Whether a new config says a value: rounding apart, and apart from the numbers of layers that others use."""
+    if isinstance(wanted, float) and isinstance(said, float):
+        return math.isclose(wanted, said, rel_tol=1e-12)
+    if isinstance(wanted, Use) and isinstance(said, Use):
+        return wanted.kind == said.kind
+    return wanted == said
 
 
 def _today(value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from ..config_json import Config, value_at
 
@@ -56,6 +56,13 @@ class Pinned:
 
     def __str__(self) -> str:
         return f"number {self.index}" + (f" of {self.depth}" if self.depth is not None else "")
+
+
+class Use(NamedTuple):
+    """A layer's kind, and the number of the layer whose result it uses; None where no two layers use one result."""
+
+    kind: str
+    layer: int | None
 
 
 @dataclass(frozen=True)
@@ -189,11 +196,14 @@ class Rule:
             raise Unsayable(self.fact, "is missing")
         try:
             changes = kept.write(scope, values)
-        except Unsayable:
+        except Unsayable as failure:
             kept = next((form for form in self.forms if form.explicit and not form.mirror and form is not kept), None)
             if kept is None:
                 raise
-            changes = kept.write(scope, values)
+            try:
+                changes = kept.write(scope, values)
+            except Unsayable:
+                raise failure from None
         own = self.expand(scope)
         for form in self.forms:
             if form is not kept and form.present(scope) and form.agrees(scope, own or ()):

@@ -95,7 +95,7 @@ SUSPECT = re.compile(
 HARMLESS = re.compile(
     r"architectures|mrope_section|sizes|feature_size|id2label|label2id|torch_dtype|dtype|auto_map|rope_scaling"
     r"|rope_parameters|quantization_config|vision_config|text_config|audio_config|.*_config|.*token_ids?|.*tokens|.*_token"
-    r"|.*layer_?norm.*|.*_norm|.*layerdrop|num_hidden_layers|n_layers?|num_layers|num_nextn_predict_layers|num_mtp_layers"
+    r"|.*layer_?norm.*|.*_norm|.*layerdrop|num_hidden_layers|num_blocks|n_layers?|num_layers|num_nextn_predict_layers|num_mtp_layers"
     r"|mtp_.*|num_experts_per_(?:tok|token|layer)|vision_feature_layers?|time_step_.*|rescale_every|max_window_layers"
     r"|(?:encoder|decoder)_layers|num_(?:encoder|decoder)_layers|layer_scale_.*|index_(?:topk|head_dim|n_heads|block_size"
     r"|topk_blocks|local_blocks)|block_(?:size|multiple_of|ffn_dim_multiplier|auto_adjust_ff_dim|ff_dim|dim)"

@@ -131,7 +131,7 @@ def _deepstack(scope: Scope) -> int:
     return len(marks) if isinstance(marks, list) else 0
 
 
-def _moe_numbers(scope: Scope) -> list[str] | None:
+def _moe_numbers(scope: Scope) -> list[str]:
     listed = scope.get("moe_layers_enum")
     numbers = listed.split(",") if isinstance(listed, str) else listed
     sparse = range(3, scope.depth) if numbers is None else {int(n) for n in numbers if str(n).strip()}
@@ -309,7 +309,10 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         layer_types(by_index(lambda i: SLIDING if i and (i + 1) % 6 else FULL)), mlp_types(dense_first(None, 1)),
     ),
     "minicpm3": (Rule("scale_depth", (OverRootDepth("scale_depth", 1.4),)),),
-    "minimax": (layer_types(Every(None, LINEAR, FULL, 2)),),
+    "minimax": (
+        layer_types(Every(None, LINEAR, FULL, 2)),
+        Rule("decay", (Pin("layer_types", "gives linear attention a decay by number and depth", _linear_layers),)),
+    ),
     "minimax_m3_vl_text": (
         layer_types(Listed(("sparse_attention_config", "sparse_attention_freq"), {0: FULL, 1: "minimax_m3_sparse"})),
         mlp_types(Listed("moe_layer_freq", {0: "dense", 1: "sparse"})),

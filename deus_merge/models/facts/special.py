@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .base import Changes, Form, Key, Pinned, Scope, Unsayable, dotted, path
+from .base import Changes, Form, Key, Pinned, Scope, Unsayable, Use, dotted, path
 from .forms import integers, known_word
 
 
@@ -212,8 +212,8 @@ class Groups(Form):
 class Shared(Form):
     """A list that says which layers reuse the result of the nearest "full" layer before them.
 
-    The value of a layer is its entry with the number of the layer whose result it uses; in a result, each layer must
-    still use that of the same one.
+    The value of a layer is its entry with the number of the layer whose result it uses, or None where no other layer
+    uses the same; in an output, each layer must still use that of the same one.
 
     Attributes:
         form: The form that gives the entries.
@@ -235,17 +235,18 @@ class Shared(Form):
         entries = self.form.read(scope)
         if entries is None:
             return None
-        values, used = [], None
+        used, uses = None, []
         for i, entry in enumerate(entries):
             used = i if entry == self.full else used
-            values.append((entry, used))
-        return values
+            uses.append(used)
+        return [Use(entry, of if uses.count(of) > 1 else None) for entry, of in zip(entries, uses, strict=True)]
 
     def write(self, scope: Scope, values: Sequence[Any]) -> Changes:
         used = None
         for entry, wanted in values:
-            used = wanted if entry == self.full else used
-            if wanted != used:
+            if entry == self.full:
+                used = wanted
+            elif wanted != used or used is None:
                 key = dotted(self.keys[0]) if self.keys else "the default"
                 raise Unsayable(key, "lets a layer of the output reuse the result of another layer than before")
         return self.form.write(scope, [entry for entry, _ in values])
@@ -302,7 +303,12 @@ class OverRootDepth(Form):
 def _root_times(value: float, depth: int) -> float:
     """The factor whose quotient by the root of the depth is the value, to the last bit where there is one."""
     best = value * math.sqrt(depth)
-    near = (best, math.nextafter(best, math.inf), math.nextafter(best, -math.inf))
+    near = [best]
+    for towards in (math.inf, -math.inf):
+        factor = best
+        for _ in range(4):
+            factor = math.nextafter(factor, towards)
+            near.append(factor)
     return next((factor for factor in near if factor / math.sqrt(depth) == value), best)
 
 
