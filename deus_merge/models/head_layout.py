@@ -15,6 +15,7 @@ _QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _SHARES = ("partial_rotary_factor", "rotary_pct")
+_EXPERT_GROUPS = ("n_group", "num_expert_group")
 _ROTARY_SIZES = ("rotary_dim", "rotary_ndims", "qk_rope_head_dim")
 
 
@@ -52,7 +53,7 @@ def layer_heads(
         key_value = k // size
     if not (positive(key_value) and positive(size)):
         return None
-    groups = sizes.get("n_group")
+    groups = _first(sizes, _EXPERT_GROUPS)
     return Heads(
         query,
         key_value,

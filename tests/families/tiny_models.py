@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deus_merge.models.family import families
 
@@ -136,16 +137,18 @@ SECOND: Mapping[str, Mapping] = {
     },
     "zamba2": {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "chunk_size": 8, "use_mamba_kernels": False},
 }  # fmt: skip
+#: a text part of another model only, but there is a class for it
+transformers.AutoModelForCausalLM.register(transformers.Mistral4Config, transformers.Mistral4ForCausalLM)
 MODEL_TYPES = sorted(
-    {kind for family in families().values() for kind in family.model_types} & {*transformers.CONFIG_MAPPING}
+    {kind for family in families().values() for kind in family.model_types}
+    & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "mistral4"}
 )
 
 
 def make(folder: Path, model_type: str, seed: int = 0, **more) -> Path:
     """Save a tiny model; ``more`` are values of its config."""
-    config = transformers.AutoConfig.for_model(
-        model_type, **{**_SMALL, **SETTINGS.get(model_type, {}), **SECOND.get(model_type, {}), **more}
-    )
+    settings = {**_SMALL, **{**SETTINGS, **SECOND}.get(model_type, {}), **more}
+    config = transformers.AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
@@ -169,7 +172,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTr
     )
     found = {key: names for key, names in report.items() if names}
     assert not found, found
-    return model.eval()
+    return model.to(dtype).eval()  # also what is kept in float32
 
 
 def logits(model: transformers.PreTrainedModel, tokens: int = 24) -> torch.Tensor:

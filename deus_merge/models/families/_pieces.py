@@ -222,9 +222,7 @@ def mlp_or_experts(
     every = tuple(replace(s, optional=True) for s in mlp(gated(f"{module}.{shared}"), prefix="shared.", biases=biases))
     each = experts(gated(module + ".experts.{e}"))
     stacked = stacked_experts(f"{module}.experts.gate_up_proj", f"{module}.experts.down_proj")
-    last, last_of_experts = (
-        ((), ()) if behind is None else (norm_behind("down", behind), norm_behind("experts", behind))
-    )
+    last, last_of_experts = (() if behind is None else norm_behind(role, behind) for role in ("down", "experts"))
     return (
         Sublayer("mlp", (*n2, *mlp(gated(module), biases=biases), *last)),
         Sublayer("experts", (*n2, *routes, *each, *every, *last_of_experts)),

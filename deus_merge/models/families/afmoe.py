@@ -8,8 +8,8 @@ ATTENTION = Sublayer(
     "attention",
     (
         *norm("n1", "input_layernorm"),
-        GATE,
         *attention(biases="q k v o", head_norms=HEAD_NORMS),
+        GATE,
         *norm_behind("o", "post_attention_layernorm"),
     ),
 )

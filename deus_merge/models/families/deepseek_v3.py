@@ -1,4 +1,4 @@
-"""DeepSeek 2 to 3.2 and Kimi K2: latent attention, in some layers with an indexer; experts in groups, some dense layers."""
+"""DeepSeek 2 to 3.2 and Kimi K2: latent attention, perhaps with an indexer; experts in groups, dense layers first."""
 
 from ..family import Family, Sublayer
 from ._pieces import mixer, mlp_or_experts, norm

@@ -1,6 +1,6 @@
-"""Nemotron-H: a layer is one of Mamba, attention, an MLP without gate, or experts (perhaps of a smaller latent space)."""
+"""Nemotron-H: a layer is one of Mamba, attention, an MLP without gate, or experts."""
 
-from ..family import RESIDUAL, Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
 from ._pieces import attention, experts, mixer, mlp, norm, router
 
 N1 = norm("n1", "norm")
