@@ -12,7 +12,9 @@ from tiny_models import MODEL_TYPES, load, logits, shared
 
 from deus_merge.align import align_layer
 from deus_merge.align.options import STEPS, AlignOptions
+from deus_merge.models.facts.base import Pinned
 from deus_merge.models.head_layout import layer_heads
+from deus_merge.models.layer_facts import expand
 from deus_merge.models.reference import ModelRef
 from deus_merge.models.source import SourceModel
 from deus_merge.recipe.presets import PRESETS
@@ -32,6 +34,20 @@ def opened(folder: Path) -> SourceModel:
     return SourceModel.open(ModelRef(str(folder)), {})
 
 
+def is_tied(kind: str) -> bool:
+    """Whether the config ties layers to their numbers, so that no layer can be added."""
+    source = opened(shared(kind))
+    facts = expand(source.checkpoint.config, source.view.layers_path, source.view.model_type)
+    return any(isinstance(value, Pinned) for layer in facts for value in layer.values())
+
+
+def skip_unless_it_grows(kind: str, identity: bool = False) -> None:
+    if is_tied(kind):
+        pytest.skip("the layers of this family are tied to their numbers")
+    if identity and opened(shared(kind)).view.family.no_identity:
+        pytest.skip("this family has no identity")
+
+
 @pytest.fixture(params=MODEL_TYPES)
 def kind(request):
     return request.param
@@ -47,8 +63,7 @@ def test_roles_cover_the_tensors_of_every_layer(kind):
 
 @pytest.mark.parametrize("preset", PRESERVING)
 def test_new_layers_keep_the_function(run, tmp_path, kind, preset):
-    if opened(shared(kind)).view.family.no_identity:
-        pytest.skip("this family has no identity")
+    skip_unless_it_grows(kind, identity=True)
     insert = INSERTS[(MODEL_TYPES.index(kind) + PRESERVING.index(preset)) % len(INSERTS)]
     grown = load(upscaled(run, shared(kind), tmp_path / "out", preset, insert))
     assert torch.equal(logits(grown), logits(load(shared(kind))))
@@ -56,9 +71,7 @@ def test_new_layers_keep_the_function(run, tmp_path, kind, preset):
 
 def test_every_writer_is_needed_and_learns(run, tmp_path, kind):
     """One writer that keeps its weights changes the logits; and every zeroed weight gets a gradient at once."""
-    view = opened(shared(kind)).view
-    if view.family.no_identity:
-        pytest.skip("this family has no identity")
+    skip_unless_it_grows(kind, identity=True)
     grown = load(upscaled(run, shared(kind), tmp_path / "out"))
     manifest = json.loads((tmp_path / "out/deus_merge.json").read_text())
     zeroed = {name for name, tensor in manifest["tensors"].items() if tensor["action"] == "zeros"}
@@ -77,6 +90,18 @@ def test_every_writer_is_needed_and_learns(run, tmp_path, kind):
             parameters[name].normal_()
             assert not torch.equal(logits(grown), want), name
             parameters[name].zero_()
+
+
+def test_what_cannot_be_is_refused(run, tmp_path, kind):
+    """A layer that cannot be the identity, or a place that a layer is tied to, is named before a tensor is read."""
+    family = opened(shared(kind)).view.family
+    if not is_tied(kind) and not family.no_identity:
+        pytest.skip("all layers of this family can be added to")
+    recipe = {"base_model": str(shared(kind)), "upscale": {"preset": "llama_pro", "insert": "all"}}
+    (tmp_path / "r.yml").write_text(json.dumps(recipe))
+    told = run("merge", tmp_path / "r.yml", tmp_path / "out", expect=2).err
+    assert (family.no_identity or "config.json's") in " ".join(told.split())
+    assert not (tmp_path / "out").exists()
 
 
 def stored_layers(source: SourceModel, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
@@ -128,8 +153,7 @@ def test_linear_is_the_mean(run, tmp_path, kind):
 
 
 def test_generation_with_a_cache_is_the_base_s(run, tmp_path, kind):
-    if opened(shared(kind)).view.family.no_identity:
-        pytest.skip("this family has no identity")
+    skip_unless_it_grows(kind, identity=True)
     models = [load(upscaled(run, shared(kind), tmp_path / "out", insert="top_half")), load(shared(kind))]
     ids = torch.arange(3, 9)[None]
     texts = [m.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False) for m in models]
@@ -139,6 +163,7 @@ def test_generation_with_a_cache_is_the_base_s(run, tmp_path, kind):
 @pytest.mark.parametrize("preset", ["average", "opt_deus_paper"])
 def test_flows_run_on_every_kind_of_layer(run, tmp_path, kind, preset):
     """The presets that do not zero, and the paper's alignment with outputs: finite and loaded like the base."""
+    skip_unless_it_grows(kind)
     out = upscaled(
         run, shared(kind), tmp_path / "out", preset, "all", **({"zero_init": False} if preset != "average" else {})
     )

@@ -95,7 +95,7 @@ SECOND: Mapping[str, Mapping] = {
     "hy_v3": {**_MOE, "num_shared_experts": 1},
     "hy_v4": {**_LATENT, **_ROUTED, **_INDEXER, "hc_mult": 2},
     "jamba": {
-        **_MOE, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 3, "attn_layer_offset": 2,
+        **_MOE, "expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 1, "attn_layer_offset": 0,
         "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False,
     },
     "kimi_linear": {
@@ -129,7 +129,7 @@ SECOND: Mapping[str, Mapping] = {
     "phimoe": {**_MOE, "attention_bias": True, "lm_head_bias": True},
     "qwen4_exp_text": {**_MOE, "hc_count": 2, "hc_lowrank": 8, "shared_expert_intermediate_size": 24},
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8},
-    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0},
     "solar_open": {**_ROUTED},
     "zamba": {
         "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_d_state": 4, "mamba_dt_rank": 4,
@@ -137,8 +137,8 @@ SECOND: Mapping[str, Mapping] = {
     },
     "zamba2": {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "chunk_size": 8, "use_mamba_kernels": False},
 }  # fmt: skip
-#: a text part of another model only, but there is a class for it
-transformers.AutoModelForCausalLM.register(transformers.Mistral4Config, transformers.Mistral4ForCausalLM)
+#: a text part of other models only, but there is a class for it
+transformers.AutoModelForCausalLM.register(transformers.Mistral4Config, transformers.Mistral4ForCausalLM, exist_ok=True)
 MODEL_TYPES = sorted(
     {kind for family in families().values() for kind in family.model_types}
     & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "mistral4"}
