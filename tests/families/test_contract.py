@@ -146,6 +146,9 @@ def test_linear_is_the_mean(run, tmp_path, kind):
     two = [shared(kind), shared(kind, 7)]
     recipe = {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 0.5}} for m in two]}
     (tmp_path / "r.yml").write_text(json.dumps(recipe))
+    if any(not x.is_floating_point() for x in load(two[0]).state_dict().values()):
+        assert "int64" in run("merge", tmp_path / "r.yml", tmp_path / "out", expect=2).err
+        return
     run("merge", tmp_path / "r.yml", tmp_path / "out")
     got, a, b = (dict(load(f).named_parameters()) for f in (tmp_path / "out", *two))
     for name in a:

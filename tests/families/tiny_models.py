@@ -84,7 +84,10 @@ SECOND: Mapping[str, Mapping] = {
     },
     "glm4_moe": {**_ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True},
     "glm4_moe_lite": {**_LATENT, **_ROUTED},
-    "glm_moe_dsa": {**_LATENT, **_ROUTED, **_INDEXER, "first_k_dense_replace": 2},
+    "glm_moe_dsa": {
+        **_LATENT, **_ROUTED, **_INDEXER, "first_k_dense_replace": 2,
+        "indexer_types": ["full", "full", "shared", "full", "shared", "shared"],
+    },
     "granitemoe": {**_MOE, "attention_bias": True},
     "granitemoehybrid": {
         **_MAMBA, **_MOE, "shared_intermediate_size": 40, "attention_bias": True,
@@ -119,7 +122,10 @@ SECOND: Mapping[str, Mapping] = {
     "mamba2": {"state_size": 8, "num_heads": 8, "n_groups": 2, "chunk_size": 8, "use_bias": True},
     "minimax": {**_MOE, "block_size": 8},
     "minimax_m2": {**_MOE, "head_dim": 8},
-    "mistral4": {**_LATENT, **_ROUTED, "first_k_dense_replace": 1},
+    "mistral4": {
+        **_LATENT, **_ROUTED, "first_k_dense_replace": 1,
+        "qk_nope_head_dim": 4,
+    },
     "nemotron_h": {
         **_ROUTED, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2,
         "num_hidden_layers": 8, "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2,
@@ -127,7 +133,12 @@ SECOND: Mapping[str, Mapping] = {
         "attention_bias": True,
     },
     "phimoe": {**_MOE, "attention_bias": True, "lm_head_bias": True},
-    "qwen4_exp_text": {**_MOE, "hc_count": 2, "hc_lowrank": 8, "shared_expert_intermediate_size": 24},
+    "qwen4_exp_text": {
+        **_MOE, "hc_count": 2, "hc_lowrank": 8, "shared_expert_intermediate_size": 24, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+        "layer_types": ["linear_attention", "linear_attention", "indexed_attention"] * 2,
+    },
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0},
     "solar_open": {**_ROUTED},
