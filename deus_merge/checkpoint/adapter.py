@@ -19,6 +19,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 _PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?")
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
+#: beginnings of names that depend on the class that a model was loaded with
+_PREFIX = re.compile(r"(?:(?:base_model|model|language_model|text_model|transformer|module|llm)\.)+")
 _EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings)\.weight")
 _HEAD = "lm_head.weight"
 #: the types of the options that may be there
@@ -116,6 +118,7 @@ class Adapter:
         Raises:
             CheckpointError: it changes tensors that are missing from the model, or have other shapes there.
         """
+        find = _Names(tensors).find
         modules: dict[str, Adapted] = {}
         wholes: dict[str, str] = {}  # the model's tensor -> the adapter's
         missing: list[str] = []
@@ -126,17 +129,19 @@ class Adapter:
                 modules.setdefault(part[1], Adapted(part[1])).parts[part[2]] = stored
             elif "lora_" in name or "token_adapter" in name:
                 self._refuse("a tensor of an unknown kind", expected="those of LoRA and DoRA", got=stored)
-            elif target := _find(_WRAPPER.sub("", name), tensors):
+            elif target := find(_WRAPPER.sub("", name)):
                 self._check_shape(stored, shape, _tensor(target, tensors))
                 wholes[target] = stored
             else:
                 missing.append(name)
         changes = {name: Change(_base(name, tensors), whole) for name, whole in wholes.items()}
         for module in modules.values():
-            target = _find(f"{module.name}.weight", tensors)
+            target = find(f"{module.name}.weight")
             if target is None:
                 missing.append(module.name)
                 continue
+            if target in changes and changes[target].module:
+                self._refuse("two modules of the adapter change one tensor", expected="one module", got=target)
             module.weight = target
             self._shape_of(module, _tensor(target, tensors))
             changes[target] = Change(_base(target, tensors), wholes.get(target), module)
@@ -229,20 +234,38 @@ class Adapter:
         raise CheckpointError(message, where=self.folder / WEIGHTS, expected=expected, got=got, hint=hint)
 
 
-def _find(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
-    """The model's name of a tensor that an adapter names. The adapter may have been trained with the class of the whole
-    model or of its body. A head that is tied to the embeddings has its name, too."""
-    if name == _HEAD and _HEAD not in tensors and _embeddings(tensors):
-        return _HEAD
-    inner = name.partition(".")[2]
-    return next((n for n in (name, inner, f"model.{name}", f"transformer.{name}") if n in tensors), None)
+class _Names:
+    """The names of a model's tensors, found by those that an adapter has. The adapter may have been trained with the
+    class of the whole model or of its body, and names may have other prefixes than in the model's files: they are found
+    as long as only one tensor can be meant.
+
+    Args:
+        tensors: The model's tensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]):
+        self._tensors = tensors
+        self._by_tail: dict[str, list[str]] = {}
+        for name in tensors:
+            self._by_tail.setdefault(_PREFIX.sub("", name), []).append(name)
+
+    def find(self, name: str) -> str | None:
+        """The model's name; None for a tensor that is missing. A head that is tied to the embeddings has a name."""
+        tail = _PREFIX.sub("", name)
+        found = self._by_tail.get(tail, [])
+        for whole in (name, name.partition(".")[2]):
+            if whole in self._tensors:
+                return whole
+        if tail == _HEAD and not found and _embeddings(self._tensors):
+            return _HEAD
+        return found[0] if len(found) == 1 else None
 
 
 def _base(name: str, tensors: Mapping[str, StoredTensor]) -> str:
     if name in tensors:
         return name
     embeddings = _embeddings(tensors)
-    assert embeddings is not None, "only a tied head is not among the tensors, see _find"
+    assert embeddings is not None, "only a tied head is not among the tensors, see _Names.find"
     return embeddings
 
 

@@ -26,6 +26,7 @@ MAX_JSON = 100_000_000  # bytes of config.json or an index
 MAX_NUMEL = 2**63 - 1  # elements; what a signed 64-bit size can hold
 MAX_DIMS = 64
 MAX_DEPTH = 64  # nesting levels of lists and objects
+_POINTER, _GGUF = b"version https://git-lfs", b"GGUF"  # beginnings of files
 MAX_DIGITS = 100  # of an integer: a tokenizer's "no limit" has 31
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -69,6 +70,7 @@ def read_header(path: Path) -> FileHeader:
         prefix = stream.read(8)
         if len(prefix) < 8:
             _refuse(path, "too short for a safetensors file", expected="at least 8 bytes", got=f"{size} bytes")
+        check_content(prefix, path)
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER:
             _refuse(path, "the header is too long", expected=f"at most {MAX_HEADER} bytes", got=f"{length} bytes")
@@ -78,7 +80,7 @@ def read_header(path: Path) -> FileHeader:
                 "the header is longer than the file",
                 expected=f"at most {size - 8} bytes",
                 got=f"{length} bytes",
-                hint="the download may be incomplete, or a Git LFS pointer",
+                hint="the download may be incomplete",
             )
         raw = stream.read(length)
     if not raw.startswith(b"{"):
@@ -233,7 +235,45 @@ def read_small(path: Path) -> bytes:
         raw = stream.read(MAX_JSON + 1) if size <= MAX_JSON else b""
     if max(size, len(raw)) > MAX_JSON:
         _refuse(path, "the file is too large", expected=f"at most {MAX_JSON} bytes", got=f"{size} bytes")
+    if raw.startswith(_POINTER):
+        check_content(raw, path)
     return raw
+
+
+def check_content(begin: bytes, path: Path) -> None:
+    """Refuse what people often have in place of a model's file.
+
+    Args:
+        begin: The first 8 bytes of the file, or more.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: it is a Git LFS pointer or a GGUF file.
+    """
+    if begin[:8] == _POINTER[:8]:
+        _refuse(
+            path,
+            "a Git LFS pointer, not the file itself",
+            expected="the file that it points to",
+            hint="fetch the files: git lfs install, then git lfs pull in that folder",
+        )
+    if begin[:4] == _GGUF:
+        refuse_gguf(path)
+
+
+def refuse_gguf(path: Path) -> NoReturn:
+    """Refuse a model in GGUF format.
+
+    Raises:
+        CheckpointError: always.
+    """
+    _refuse(
+        path,
+        "GGUF files cannot be merged",
+        expected="a folder with config.json and safetensors",
+        hint="use the original model, or convert this one: transformers' from_pretrained(folder, gguf_file=name), then"
+        " save_pretrained(new_folder)",
+    )
 
 
 def open_regular(path: Path) -> int:

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 from ..core.errors import CheckpointError
+from ..core.text import some_of
+from .header import refuse_gguf
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
-#: The files that a merge reads of a repository. Weights in other formats and in subfolders are not downloaded.
+#: The files that a merge reads of a repository. Weights in other formats are not downloaded.
 NEEDED = (
     "config.json",
     "adapter_config.json",
@@ -33,11 +35,24 @@ NEEDED = (
     "tekken.json",
     "chat_template.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "SYSTEM_PROMPT.txt",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "vocab.bpe",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_[A-Z]*/*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY.md",
     "*.safetensors",
     "*.safetensors.index.json",
 )
-#: The hub's ``*`` also matches ``/``. ``consolidated`` is a second copy of the weights in the format of their authors.
-UNNEEDED = ("*/*", "consolidated*")
+#: The hub's ``*`` also matches ``/``; of folders, those of `side_files.PART` are left. ``consolidated`` is a second
+#: copy of the weights in the format of their authors.
+UNNEEDED = ("[!0-9a]*/*", "a[!d]*/*", "ad[!d]*/*", "[0-9][!_]*/*", "*/*/*", "*/*.onnx", "consolidated*")
 #: Also needed of a repository without safetensors, where pickles are allowed.
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -69,6 +84,8 @@ def resolve(
     path = _local(ref)
     if path is not None:
         if not path.is_dir():
+            if path.suffix.lower() == ".gguf":
+                refuse_gguf(path)
             raise CheckpointError(
                 "not a folder",
                 where=ref,
@@ -76,7 +93,7 @@ def resolve(
                 got="a file",
                 hint=f"name its folder: {path.parent}",
             )
-        return path.absolute()
+        return _snapshot(path.absolute())
     repository, at, revision = ref.partition("@")
     if at and _local(repository) is not None:
         raise CheckpointError(
@@ -93,6 +110,31 @@ def resolve(
     if pickle and not any(folder.glob("*.safetensors")):
         folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED + PICKLED)
     return folder
+
+
+def _snapshot(folder: Path) -> Path:
+    """A folder of a model; of a repository's folder in the hub's cache, its only snapshot.
+
+    Raises:
+        CheckpointError: it has several snapshots, or none.
+    """
+    snapshots = folder / "snapshots"
+    if not (folder.name.startswith("models--") and snapshots.is_dir()) or (folder / "config.json").exists():
+        return folder
+    found = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    if len(found) == 1:
+        return found[0]
+    raise CheckpointError(
+        "a repository in the hub's cache, with several snapshots" if found else "a repository without a snapshot",
+        where=folder,
+        expected="the folder of one snapshot" if found else "snapshots/ with a folder in it",
+        got=some_of(path.name for path in found) or "none",
+        hint=f"name one of them: {found[0]}" if found else f"name it {_name_on_hub(folder)} to download it",
+    )
+
+
+def _name_on_hub(folder: Path) -> str:
+    return "/".join(folder.name.split("--")[1:])
 
 
 def split_adapter(ref: str) -> tuple[str, str | None]:

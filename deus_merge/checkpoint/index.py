@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from ..core.errors import CheckpointError
 from ..core.text import some_of
-from .header import parse_json, read_small
+from .header import parse_json, read_small, refuse_gguf
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -80,6 +80,8 @@ def single_file(folder: Path) -> str:
             hint=f"{INDEX} is missing; copy it from where the files came from",
         )
     others = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5"))]
+    if others and all(n.endswith(".gguf") for n in others):
+        refuse_gguf(folder / others[0])
     raise CheckpointError(
         "no safetensors file",
         where=folder,

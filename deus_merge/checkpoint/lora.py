@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
 from .adapter import CONFIG, Adapted, Adapter
+from .quantized import is_packed, quantization_name, quantized_tensors
 from .reader import Checkpoint
 from .tensor_source import TensorSource
 
@@ -35,6 +36,7 @@ class LoraSource:
     Args:
         base: The model.
         folder: The adapter's folder.
+        side_files: The files next to the weights, if they are not those of the model.
 
     Raises:
         CheckpointError: peft is not installed; or as `Adapter`.
@@ -42,10 +44,14 @@ class LoraSource:
     Reference: Hu et al., arXiv 2106.09685; the arithmetic is peft's.
     """
 
-    def __init__(self, base: TensorSource, folder: Path):
+    def __init__(self, base: TensorSource, folder: Path, side_files: Mapping[str, bytes | Path] | None = None):
         adapter = Adapter(folder)
         self.base, self.folder = base, folder
+        self.side_files = base.side_files if side_files is None else side_files
+        quantized = quantized_tensors(base.tensors, base.config)
+        _check_plain(base, [name for name in quantized if is_packed([name])])  # no adapter finds its tensors there
         self._changes = adapter.changes(base.tensors, base.where)
+        _check_plain(base, [change.base for change in self._changes.values() if change.base in quantized])
         if importlib.util.find_spec("peft") is None:
             hint = 'pip install "deus-merge[lora]"'
             raise CheckpointError("adapters are merged by peft, which is not installed", where=folder, hint=hint)
@@ -79,10 +85,6 @@ class LoraSource:
     @property
     def files(self) -> tuple[Path, ...]:
         return (*self.base.files, *self._adapter.files, self.folder / CONFIG)
-
-    @property
-    def side_files(self) -> Mapping[str, bytes | Path]:
-        return self.base.side_files
 
     @property
     def provenance(self) -> Mapping[str, object]:
@@ -183,6 +185,21 @@ class LoraSource:
             adapted.merge()
         merged = adapted.get_base_layer()
         return merged.weight, merged.bias if bias else None
+
+
+def _check_plain(base: TensorSource, quantized: Sequence[str]) -> None:
+    """Refuse an adapter that would change quantised tensors.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    if quantized:
+        raise CheckpointError(
+            f"an adapter cannot be added to {quantized[0]}: it is quantised ({quantization_name(base.config)})",
+            where=base.where,
+            expected="a model in floating point",
+            hint="add the adapter to the model that was quantised",
+        )
 
 
 def _layer(kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Module:

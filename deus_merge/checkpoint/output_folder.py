@@ -139,12 +139,17 @@ class OutputFolder:
             self._start_flush()
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a file next to the weights.
+        """Write a file next to the weights, or in a folder there.
+
+        Args:
+            name: Its name, like ``1_Pooling/config.json``.
+            content: Its bytes.
 
         Raises:
             MachineError: no space left, or the disk fails.
         """
         with disk_errors(self.folder / name):
+            make_folder((self.folder / name).parent)
             write_file(self.folder / name, content)
 
     def flush(self, wait: bool = True) -> None:

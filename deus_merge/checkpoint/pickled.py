@@ -19,7 +19,7 @@ from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
 from ..core.text import some_of
 from ..core.units import dtype_name, stored_dtypes
-from .header import FileHeader, check_name, file_identity, open_regular, parse_json, read_small
+from .header import FileHeader, check_content, check_name, file_identity, open_regular, parse_json, read_small
 from .index import weight_map
 from .reader import Checkpoint
 
@@ -138,6 +138,7 @@ def _examine(path: Path, tied: bool) -> tuple[FileHeader, frozenset[str]]:
     """A header with the names, dtypes and shapes of a file's tensors; and all names, those of tied tensors included."""
     fd = open_regular(path)
     try:
+        check_content(os.pread(fd, 8, 0), path)
         status = os.fstat(fd)
     finally:
         os.close(fd)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from ..core.errors import CheckpointError, nearest, printable
 from ..core.tensors import StoredTensor
 from ..core.units import ITEMSIZE, torch_dtype
-from .header import FileHeader, is_same_file, open_regular, parse_json, read_header, read_small
+from .header import FileHeader, is_same_file, open_regular, parse_json, read_header, read_small, refuse_gguf
 from .index import INDEX, SINGLE, single_file, weight_map
+from .side_files import side_files
 from .tensor_source import TensorSource
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Checkpoint:
         if os.path.lexists(folder / "adapter_config.json") and not os.path.lexists(folder / "config.json"):
             hint = f"put the name of the adapted model in front: MODEL+{folder}"
             raise CheckpointError("the folder holds an adapter, not a model", where=folder, hint=hint)
+        if not os.path.lexists(folder / "config.json") and (gguf := next(folder.glob("*.gguf"), None)):
+            refuse_gguf(gguf)
         raw_config = read_small(folder / "config.json")
         config = parse_json(raw_config, folder / "config.json", "config")
         promised = weight_map(folder, INDEX, SINGLE, (".safetensors",))
@@ -174,7 +177,7 @@ class Checkpoint:
 
     @property
     def side_files(self) -> Mapping[str, Path]:
-        return {path.name: path for path in sorted(self.folder.iterdir()) if not path.is_dir()}
+        return side_files(self.folder)
 
     @property
     def provenance(self) -> Mapping[str, object]:

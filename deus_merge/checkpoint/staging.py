@@ -23,12 +23,14 @@ from pathlib import Path
 from ..core.errors import PlanError
 from ..core.text import some_of
 from .journal import read_journal
+from .side_files import PART
 from .system import exchange, existing, is_mount, sync_path
 
 # What --overwrite may remove: a folder with anything else belongs to the user.
 _MODEL_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt", "README.md", "deus_merge.yml",
-    "report.html", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes",
+    "report.html", "license*", "licence*", "*_license*", "notice*", "copying", "use_policy*", ".gitattributes",
+    "*.tiktoken", "tokenizer.model.v*", "*.spm", "vocab.bpe", "system_prompt.txt",
 )  # fmt: skip
 # A `Path` has already joined the two slashes into one. One letter is a drive of Windows.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
@@ -204,7 +206,9 @@ class StagingArea:
                 got=some_of(sorted(names)),
                 hint="choose another folder, or empty this one",
             )
-        unknown = sorted(n for n in names if not any(fnmatch(n, pattern) for pattern in _MODEL_FILES))
+        unknown = sorted(
+            n for n in names if not (PART.fullmatch(n) or any(fnmatch(n.lower(), p.lower()) for p in _MODEL_FILES))
+        )
         if unknown:
             raise PlanError(
                 "the output folder holds more than a model: it will not be overwritten",

@@ -36,7 +36,8 @@ class TensorSource(Protocol):
 
     @property
     def side_files(self) -> Mapping[str, bytes | Path]:
-        """The files next to the weights (tokenizer, licence ...): file name -> its content, or a file to copy."""
+        """The files next to the weights (tokenizer, licence ...): name, in the form of `side_files.side_files`, -> its
+        content, or a file to copy."""
         ...
 
     @property

@@ -118,6 +118,7 @@ def _brief(value: object) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """A hint with the known spelling closest to ``word``; None when none is close."""
-    close = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.6)
+    """A hint with the known spelling closest to ``word``; None when none is close.
+    The word itself is none: whatever is wrong, it is not its spelling."""
+    close = difflib.get_close_matches(str(word), sorted(set(known) - {str(word)}), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else None

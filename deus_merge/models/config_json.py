@@ -38,3 +38,15 @@ def value_at(config: Config, path: Sequence[str]) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def patched(config: Config, patch: Config) -> dict[str, Any]:
+    """A config with a JSON merge patch (RFC 7386) applied; None removes a key."""
+    result = {key: value for key, value in config.items() if key not in patch or patch[key] is not None}
+    for key, value in patch.items():
+        if isinstance(value, Mapping):
+            inner = result.get(key)
+            result[key] = patched(inner if isinstance(inner, Mapping) else {}, value)
+        elif value is not None:
+            result[key] = value
+    return result

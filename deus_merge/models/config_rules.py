@@ -112,9 +112,16 @@ def typed_config(config: Config, dtype: str | None) -> dict[str, Any]:
     """
     result = copy.deepcopy(dict(config))
     if dtype is not None:
-        for key in [k for k in ("dtype", "torch_dtype") if k in result] or ["torch_dtype"]:
-            result[key] = dtype_name(dtype)
+        holders = [part for part in (result, *_parts(result)) if "dtype" in part or "torch_dtype" in part]
+        for part in holders or [result]:
+            for key in [k for k in ("dtype", "torch_dtype") if k in part] or ["torch_dtype"]:
+                part[key] = dtype_name(dtype)
     return result
+
+
+def _parts(config: Config) -> list[Any]:
+    """The sections of a config that describe parts of the model, such as its vision tower."""
+    return [v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict) and "quant" not in k]
 
 
 def widened_config(config: Config, written: Iterable[str]) -> Config:
@@ -125,7 +132,8 @@ def widened_config(config: Config, written: Iterable[str]) -> Config:
         config: The output's config.json.
         written: safetensors codes of the computed tensors' float dtypes.
     """
-    names = [str(config[key]) for key in ("dtype", "torch_dtype") if key in config]  # the values are unchecked
+    parts = (config, *_parts(config))
+    names = [str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if key in part]  # unchecked values
     declared = next((FLOAT_DTYPES[name] for name in names if name in FLOAT_DTYPES), None)
     if declared is None:
         return config

@@ -19,12 +19,6 @@ _EXPERT_GROUPS = ("n_group", "num_expert_group")
 _ROTARY_SIZES = ("rotary_dim", "rotary_ndims", "qk_rope_head_dim")
 
 
-def head_counts(config: Config, view: ModelView) -> dict[str, object]:
-    """The numbers of attention heads by their keys in the config, which shapes alone do not determine."""
-    sizes = section(config, view.layers_path)
-    return {"num_attention_heads": _first(sizes, _QUERY_HEADS), "num_key_value_heads": _key_value_heads(sizes)}
-
-
 def layer_heads(
     config: Config, view: ModelView, layer: int = 0, shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 ) -> Heads | None:

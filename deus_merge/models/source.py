@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 from ..checkpoint.hub import resolve, split_adapter
 from ..checkpoint.lora import LoraSource
+from ..checkpoint.quantized import is_packed, quantization_name, quantized_tensors
 from ..checkpoint.reader import TensorSource
+from ..checkpoint.side_files import side_files
 from ..checkpoint.storage import LoadOptions, open_source
-from ..core.errors import CheckpointError, DeusMergeError, nearest
+from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError, nearest
 from .config_rules import check_config
 from .modules import view_modules
 from .reference import ModelRef
+from .tokenizer.files import with_adapter
 from .view import ModelView, view_model
 
 
@@ -29,17 +32,24 @@ class SourceModel:
         checkpoint: Its tensors.
         view: Its tensors by layer and role.
         stamp: The state of its files when they were opened, from `stamp`.
+        notes: Messages for the user about what was read.
     """
 
     ref: ModelRef
     checkpoint: TensorSource
     view: ModelView
     stamp: list[FileStamp]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def modules(self) -> dict[str, ModelView]:
         """Its modules, by their names in recipes."""
         return view_modules(self.checkpoint.config, tuple(self.checkpoint.tensors), self.view)
+
+    @cached_property
+    def quantized(self) -> dict[str, str]:
+        """Its quantised weights and their companions, each with one that it is read together with."""
+        return quantized_tensors(self.checkpoint.tensors, self.checkpoint.config)
 
     @property
     def main(self) -> str:
@@ -61,22 +71,27 @@ class SourceModel:
             CheckpointError, ArchitectureError: with the place in the recipe that names the model.
         """
         load_options = load_options or LoadOptions()
+        note = None
+        name, adapter = split_adapter(ref.text)
         try:
-            name, adapter = split_adapter(ref.text)
             if name not in known:
                 known[name] = open_source(name, load_options)
             checkpoint: TensorSource = known[name]
             if adapter is not None:
-                checkpoint = LoraSource(checkpoint, resolve(adapter, cache_dir=load_options.cache_dir))
-            view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
+                folder = resolve(adapter, cache_dir=load_options.cache_dir)
+                files, note = with_adapter(checkpoint.side_files, side_files(folder))
+                checkpoint = LoraSource(checkpoint, folder, files)
+            view = _view(checkpoint)
             shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
             check_config(checkpoint.config, view, shapes, checkpoint.where)
         except DeusMergeError as error:
-            error.hint = error.hint or nearest(ref.text, known)
+            if name not in known:
+                error.hint = error.hint or nearest(name, known)
             if ref.place.path:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
-        return cls(ref, checkpoint, view, stamp(checkpoint.files))
+        notes = (f"{ref}: its tokenizer {note}",) if note else ()
+        return cls(ref, checkpoint, view, stamp(checkpoint.files), notes)
 
     def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
         """Role -> shape, for role -> tensor name."""
@@ -92,6 +107,22 @@ class SourceModel:
         if key not in self._layer_kinds:
             self._layer_kinds[key] = frozenset(frozenset(self.shapes(layer).items()) for layer in view.layers)
         return self._layer_kinds[key]
+
+
+def _view(checkpoint: TensorSource) -> ModelView:
+    """`view_model`, with a message of its own where layers lack tensors because they are stored packed."""
+    try:
+        return view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
+    except ArchitectureError as error:
+        if not is_packed(checkpoint.tensors):
+            raise
+        raise ArchitectureError(
+            f"the weights are quantised ({quantization_name(checkpoint.config)}), and packed under other names",
+            where=checkpoint.where,
+            expected="weights in floating point",
+            got=f"tensors like {next(n for n in checkpoint.tensors if is_packed([n]))}",
+            hint="use the original model, or dequantise this one with transformers and save it in floating point",
+        ) from error
 
 
 class FileStamp(NamedTuple):

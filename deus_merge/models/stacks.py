@@ -9,7 +9,8 @@ from typing import Any
 from .config_json import Config, value_at
 
 INDEX = "0|[1-9][0-9]{0,8}"  # of a layer; with leading zeros, two names could mean one layer
-_LAYER = re.compile(
+#: a tensor of a layer: ``prefix``, ``index``, ``suffix``
+LAYER = re.compile(
     rf"(?P<prefix>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>{INDEX})\.(?P<suffix>.+)", re.DOTALL
 )
 #: keys of config.json that hold a depth
@@ -28,7 +29,7 @@ def find_stacks(names: Sequence[str]) -> dict[str, dict[int, dict[str, str]]]:
     """All tensors whose names are like a layer's: prefix -> layer -> name under the prefix -> name."""
     stacks: dict[str, dict[int, dict[str, str]]] = {}
     for name in names:
-        if match := _LAYER.fullmatch(name):
+        if match := LAYER.fullmatch(name):
             layer = stacks.setdefault(match["prefix"], {}).setdefault(int(match["index"]), {})
             layer[match["suffix"]] = name
     return stacks
@@ -57,6 +58,17 @@ def module_name(prefix: str, path: Sequence[str]) -> str:
     sections = {"vision_config": "vision_tower", "audio_config": "audio_tower", "text_config": "text_decoder"}
     side = next((word for word in re.split(r"[._]", prefix) if word in _SIDES), None)
     return sections.get(path[0]) or side or "text_decoder"
+
+
+def is_layer_list(path: str) -> bool:
+    """Whether a list of modules at this path is named like a stack of layers."""
+    return path.rpartition(".")[2] in ("layers", "layer", "h", "blocks", "block")
+
+
+def is_of_vision_or_audio(prefix: str) -> bool:
+    """Whether a prefix or a module's path is one of a vision or audio tower."""
+    words = set(re.split(r"[._]", prefix))
+    return any(words & set(marks) for marks, _, _ in _SECTIONS)
 
 
 def is_vision_or_audio(path: Sequence[str]) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..align.parameters import check_alignment
+from ..checkpoint.quantized import quantization_name
 from ..core.errors import PlanError, RecipeError
 from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
@@ -13,7 +15,7 @@ from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
 from ..models.config_rules import LayerEntries
 from ..models.facts.base import Pinned
-from ..models.family import Heads, TensorSpec, families
+from ..models.family import families
 from ..models.head_layout import layer_heads
 from ..models.layer_facts import LayerFacts, expand
 from ..models.reference import ModelRef
@@ -118,8 +120,8 @@ class BlockBuilder:
                 spec = views[0].spec(role, layers[0])
                 name = prefix + (spec.name if spec else role)
                 names = [r[role] for r in roles]
-                output = self._output(slice_, role, name, names, spec, position, defaults, heads)
-                outputs.append(replace(output, slot=slot, between=between))
+                facts = {"spec": spec, "heads": heads, "slot": slot, "between": between, "base": base}
+                outputs.append(self._output(slice_, role, name, names, position, defaults, **facts))
         block_sources = [BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True)]
         block = self._add(slice_, title, range(first, first + count), block_sources, base, outputs, new)
         neighbours = block.sources_of(0)
@@ -155,7 +157,7 @@ class BlockBuilder:
         view = self.view(sources[0].model)
         depth = len(self.origins) or view.num_layers
         outputs = [
-            self._output(slice_, n, view.output_name(n, depth), [n] * len(sources), None, position, defaults)
+            self._output(slice_, n, view.output_name(n, depth), [n] * len(sources), position, defaults, base=base)
             for n in names[0]
         ]
         self._add(slice_, title, (), [BlockSource(i, None) for i in indices], base, outputs)
@@ -170,12 +172,12 @@ class BlockBuilder:
         role: str,
         name: str,
         names: Sequence[str],
-        spec: TensorSpec | None,
         position: float,
         defaults: bool,
-        heads: Heads | None = None,
+        **facts: Any,
     ) -> OutputTensor:
-        """One output tensor with its inputs and parameters, before it is decided how it comes about."""
+        """One output tensor with its inputs and parameters, before it is decided how it comes about; ``facts`` are
+        more of its attributes."""
         models = [self.model(s) for s in slice_.sources]
         inputs = tuple(model.checkpoint.tensors[n] for model, n in zip(models, names, strict=True))
         levels: list[Settings] = [slice_.parameters]
@@ -189,11 +191,11 @@ class BlockBuilder:
             for values, source, stored in zip(per_source, slice_.sources, names, strict=True):
                 values[p.name] = resolve_setting(p, [source.parameters, *levels], stored, position)
         dtype = self._dtype(inputs)
-        return OutputTensor(
-            role, name, inputs[0].shape, dtype, inputs, parameters, tuple(per_source), spec=spec, heads=heads
-        )
+        return OutputTensor(role, name, inputs[0].shape, dtype, inputs, parameters, tuple(per_source), **facts)
 
-    def _decided(self, output: OutputTensor, method: MergeMethod, align: AlignTo | None) -> OutputTensor:
+    def _decided(
+        self, output: OutputTensor, method: MergeMethod, align: AlignTo | None, sources: Sequence[BlockSource]
+    ) -> OutputTensor:
         """The output with the way it comes about: the only place where that is decided."""
         decision = method.decide(output)
         action, source = decision.action, decision.source
@@ -206,6 +208,8 @@ class BlockBuilder:
             elif taken.derived:
                 action = Action.DERIVE
         output = replace(output, action=action, source=source)
+        if action is not Action.COPY:
+            self._check_plain(output, sources)
         if action not in (Action.COPY, *CONSTANT):
             self._check_castable(output)
         return output
@@ -215,6 +219,22 @@ class BlockBuilder:
         stored = promoted([i.dtype for i in inputs])
         wanted = self.recipe.out_dtype or self.recipe.dtype
         return wanted if wanted and stored in _FLOATS else stored
+
+    def _check_plain(self, output: OutputTensor, sources: Sequence[BlockSource]) -> None:
+        """Refuse to compute with quantised weights, whose numbers are codes, and with their scales. FP8 has a zero."""
+        for info, source in zip(output.inputs, sources, strict=True):
+            model = self.models[source.model]
+            partner = model.quantized.get(info.name)
+            if partner is None or (output.action is Action.ZEROS and info.dtype.startswith("F8")):
+                continue
+            beside = "" if partner == info.name else f", together with {partner}"
+            raise PlanError(
+                f"{info.name} is part of a quantised weight ({quantization_name(model.checkpoint.config)}){beside}",
+                where=info.file,
+                expected="floating point weights, or a plain copy: passthrough without dtype, scale and align",
+                got=f"{dtype_name(info.dtype)}, for {output.action}",
+                hint="quantised checkpoints can only pass through; use the original weights",
+            )
 
     def _check_castable(self, output: OutputTensor) -> None:
         for info in output.inputs:
@@ -238,12 +258,11 @@ class BlockBuilder:
         layers: Sequence[int],
         sources: Sequence[BlockSource],
         base: int | None,
-        outputs: Iterable[OutputTensor],
+        outputs: Sequence[OutputTensor],
         new: bool = False,
     ) -> BlockPlan:
         """Add a block, if its method accepts it. That is checked before anything else about the method."""
         method = methods()[slice_.merge_method]
-        outputs = [replace(output, base=base) for output in outputs]
         align = None
         if slice_.align and layers:
             align = AlignTo(base if base is not None else len(sources) - 1, slice_.align.values)
@@ -265,7 +284,7 @@ class BlockBuilder:
         check_given(slice_, base, outputs)
         if warning := method.warning(outputs[0]):
             self._warn(warning)
-        decided = tuple(self._decided(output, method, align) for output in outputs)
+        decided = tuple(self._decided(output, method, align, sources) for output in outputs)
         index, method_name = len(self.blocks), slice_.merge_method
         block = BlockPlan(
             index, title, tuple(layers), method_name, tuple(sources), base, decided, new, align, self.module

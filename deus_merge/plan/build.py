@@ -10,22 +10,24 @@ from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import nearest
-from ..core.tensors import Action
 from ..core.units import parse_size
 from ..methods.registry import methods
-from ..models.config_rules import deeper_config, typed_config, widened_config
+from ..models.config_rules import deeper_config, typed_config
+from ..models.heads import config_of_heads, with_heads
 from ..models.modules import DEFAULT
 from ..models.side_files import output_side_files
 from ..models.source import SourceModel
 from ..models.tokenizer.blocks import plan_vocabulary
-from ..models.tokenizer.files import TOKENIZER_FILES
+from ..models.tokenizer.files import is_tokenizer_file
 from ..recipe.parameters import filters, resolve_setting
 from ..recipe.presets import MAX_LAYERS, expand
 from ..recipe.types import OutputSlice, Recipe, SliceSource
 from .block_builder import BlockBuilder
 from .blocks import BlockPlan, file_groups, join_learned, mark_repeats
-from .compatibility import check_heads
+from .compatibility import check_configs
 from .documents import PlannedResult, document_plans
+from .dtypes import dtyped_config
+from .layer_kinds import PlannedStack, check_layer_kinds
 from .parents import Parents
 from .types import Plan
 
@@ -70,9 +72,9 @@ class _Planner:
     """Plans one document."""
 
     def __init__(self, recipe: Recipe, known: dict[str, TensorSource], load_options: LoadOptions):
-        models = [SourceModel.open(ref, known, load_options) for ref in recipe.models()]
+        models = _with_heads([SourceModel.open(ref, known, load_options) for ref in recipe.models()], recipe)
         self.donor = models[0]
-        warnings = check_heads(models, self.donor)
+        warnings = [note for m in models for note in m.notes] + check_configs(models, self.donor)
         vocabulary = plan_vocabulary(
             recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], load_options.cache_dir
         )
@@ -85,27 +87,34 @@ class _Planner:
     def plan(self, max_shard_size: int, copy_tokenizer: bool = True) -> Plan:
         recipe, builder, donor, vocabulary = self.recipe, self.builder, self.donor, self.builder.vocabulary
         config = typed_config(donor.checkpoint.config, recipe.out_dtype or recipe.dtype)
+        stacks = []
         for name, slices in self._modules():
             builder.begin(name)
             self._add_module(slices)
             view = builder.view(donor.ref)
             if view.layers:
                 config = deeper_config(config, view.layers_path, builder.origins, str(donor.ref))
+                stacks.append(PlannedStack(view, tuple(builder.origins), name or ""))
         if builder.module is not None:
             self._add_other_modules()
         blocks = join_learned(mark_repeats(builder.blocks))
         self._report_idle_filters(blocks)
+        outside = [
+            (o.name, [builder.models[s.model] for s in b.sources]) for b in blocks if not b.layers for o in b.outputs
+        ]
+        config = config_of_heads(config, donor, outside)
         config = vocabulary.config(config, donor.view.layers_path)
         sources = {str(m.ref): m.checkpoint for m in builder.models}
         chat_template = recipe.source.child("chat_template") if recipe.chat_template else None
         files, file_warnings = output_side_files(sources, donor.checkpoint, vocabulary.vocabulary, chat_template)
         if not copy_tokenizer and recipe.tokenizer is None:
-            files = {name: content for name, content in files.items() if name not in TOKENIZER_FILES}
+            files = {name: content for name, content in files.items() if not is_tokenizer_file(name)}
         if not (recipe.out_dtype or recipe.dtype):
-            computed = (o for b in blocks for o in b.outputs if o.action in (Action.COMPUTE, Action.ALIGN))
-            config = widened_config(config, {o.dtype for o in computed})
+            config, dtype_warnings = dtyped_config(config, blocks, donor)
+            builder.warnings += dtype_warnings
+        unchecked = check_layer_kinds(config, stacks, donor)
         shards = plan_shards(file_groups(blocks), max_shard_size)
-        warnings = (*builder.warnings, *vocabulary.warnings, *file_warnings)
+        warnings = (*unchecked, *builder.warnings, *vocabulary.warnings, *file_warnings)
         return Plan(
             recipe,
             tuple(builder.models),
@@ -229,15 +238,14 @@ class _Planner:
         return range(start, end)
 
     def _add_outside(self, title: str, part: str, slice_: OutputSlice, position: float) -> None:
-        """Embeddings follow the first slice, final norm and head the last, if these merge several models, or are the
-        donor's layers; otherwise they are the donor's, copied."""
+        """Embeddings follow the first slice, final norm and head the last, if these merge several models, or the same
+        layers of the donor; otherwise they are the donor's, copied. A model that is named twice counts twice, as it
+        does in the layers."""
         refs = list(dict.fromkeys(s.model for s in slice_.sources))
-        own = len(slice_.sources) == 1 and refs == [self.donor.ref]
+        ranges = {s.layer_range for s in slice_.sources}
+        own = len(ranges) == 1 and refs == [self.donor.ref]
         merges = (own or len(refs) > 1) and not methods()[slice_.merge_method].inserts
-        if merges:
-            sources = tuple(next(s for s in slice_.sources if s.model == ref) for ref in refs)
-        else:
-            sources = (SliceSource(self.donor.ref, place=slice_.place),)
+        sources = slice_.sources if merges else (SliceSource(self.donor.ref, place=slice_.place),)
         names = [getattr(self.builder.view(s.model), part) for s in sources]
         if not names[0]:
             return
@@ -273,6 +281,17 @@ class _Planner:
             self.builder.warnings += [
                 f"{setting.place.where}: filter {f!r} is part of no tensor's name" for f in dict.fromkeys(idle)
             ]
+
+
+def _with_heads(models: list[SourceModel], recipe: Recipe) -> list[SourceModel]:
+    """The models, with heads of their own where tied ones are merged with untied ones."""
+    stacks = [module.slices for module in recipe.modules.values()] or [recipe.slices]
+    for slice_ in (slices[-1] for slices in stacks if slices):
+        if not methods()[slice_.merge_method].inserts:
+            merged = dict.fromkeys(s.model for s in slice_.sources)
+            found = {m.ref: m for m in with_heads([m for m in models if m.ref in merged])}
+            models = [found.get(m.ref, m) for m in models]
+    return models
 
 
 def _copied(slice_: OutputSlice) -> OutputSlice:

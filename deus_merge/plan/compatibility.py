@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from ..checkpoint.quantized import quantization
 from ..core.errors import PlanError
 from ..core.parameters import REQUIRED
+from ..core.text import some_of
 from ..methods.base import OutputTensor
 from ..methods.registry import methods
-from ..models.head_layout import head_counts
+from ..models.config_differences import config_differences
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..models.view import ModelView
 from ..recipe.types import OutputSlice, SliceSource
+
+_SHOWN = 20  # settings in a warning
+#: settings of how a model was quantised, or is run
+_NOT_FORMAT = re.compile(
+    r"_.*|.*compute_dtype|.*version.*|.*exllama.*|dataset|damp.*|tokenizer|batch_size|.*status|observer"
+)
 
 
 @dataclass(frozen=True)
@@ -36,28 +45,70 @@ class Part:
         return cls(source, f"{title} of {source.model}", model.shapes(names))
 
 
-def check_heads(models: Sequence[SourceModel], donor: SourceModel) -> list[str]:
-    """Check that all models have the donor's numbers of attention heads.
+def check_configs(models: Sequence[SourceModel], donor: SourceModel) -> list[str]:
+    """Check that the weights of all models mean the same as the donor's, whose config the output takes.
 
     Returns:
-        Warnings about models of another type.
+        Warnings about models of another type, and about settings that change what layers compute.
 
     Raises:
-        PlanError: another number of heads, which the shapes would not show.
+        PlanError: another activation or layout of heads, which the shapes would not show.
     """
-    wanted = head_counts(donor.checkpoint.config, donor.view)
-    for model in models:
-        got = head_counts(model.checkpoint.config, model.view)
-        for key in (k for k in wanted if got[k] != wanted[k]):
-            raise PlanError(
-                f"models do not match: {key}",
-                where=model.ref.place.where,
-                expected=f"{wanted[key]}, as in {donor.ref}",
-                got=f"{got[key]} in {model.ref}",
+    warnings = []
+    config, kind = donor.checkpoint.config, donor.view.model_type
+    for model in (m for m in models if m is not donor):
+        if model.view.model_type != kind:
+            warnings.append(
+                f"{model.ref} is of model_type {model.view.model_type}; the output is of {donor.ref}'s, {kind}"
             )
-    kind = donor.view.model_type
-    others = [m for m in models if m.view.model_type != kind]
-    return [f"{m.ref} is of model_type {m.view.model_type}; the output is of {donor.ref}'s, {kind}" for m in others]
+        _check_quantization(model, donor)
+        own = model.checkpoint.config
+        found = config_differences(config, donor.view.layers_path, own, model.view.layers_path)
+        for difference in found:
+            if difference.fatal:
+                raise PlanError(
+                    f"models do not match: {difference.key}",
+                    where=model.ref.place.where,
+                    expected=f"{difference.wanted}, as in {donor.ref}",
+                    got=f"{difference.got} in {model.ref}",
+                )
+        texts = [str(difference) for difference in found]
+        for name in (n for n in model.modules if n != model.main and n in donor.modules):
+            paths = [m.modules[name].layers_path for m in (donor, model)]
+            if all(paths) and paths[0] != donor.view.layers_path:
+                texts += [f"{name} {d}" for d in config_differences(config, paths[0], own, paths[1])]
+        if texts := list(dict.fromkeys(texts)):
+            warnings.append(
+                f"{model.ref} computes with other settings than {donor.ref}, whose settings the output takes:"
+                f" {some_of(texts, _SHOWN)}"
+            )
+    return warnings
+
+
+def _check_quantization(model: SourceModel, donor: SourceModel) -> None:
+    """Codes of quantised weights mean the same in two models only if their configs agree on the format."""
+    if not (model.quantized or donor.quantized):
+        return
+    wanted, got = (_format(quantization(m.checkpoint.config) or {}) for m in (donor, model))
+    if wanted != got:
+        keys = [k for k in {**wanted, **got} if wanted.get(k) != got.get(k)]
+        texts = [{k: v[k] for k in keys if k in v} or "not quantised so" for v in (wanted, got)]
+        raise PlanError(
+            "models do not match: they are quantised in other ways",
+            where=model.ref.place.where,
+            expected=f"{texts[0]}, as in {donor.ref}",
+            got=f"{texts[1]} in {model.ref}",
+        )
+
+
+def _format(settings: Mapping) -> dict:
+    """The settings of a quantisation without those that do not change what stored codes mean, and without lists of
+    modules."""
+    return {
+        key: _format(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if not isinstance(value, list) and not _NOT_FORMAT.fullmatch(key)
+    }
 
 
 def check_same(parts: Sequence[Part], hint: str | None = None) -> None:

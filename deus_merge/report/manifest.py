@@ -181,13 +181,23 @@ class Manifest:
                     expected = "model and tensor: the index of a source that has a folder, and a tensor's name there"
                     raise Misfit(expected, "the copy of no stored tensor", f"tensors{step(name)}")
         for name in self.files:
-            if Path(name).name != name:
-                raise Misfit("the name of a file in the output folder", repr(name[:200]), f"files{step(name)}")
+            if not _is_inside(name):
+                raise Misfit(
+                    "the name of a file in the output folder, or in a folder of it",
+                    repr(name[:200]),
+                    f"files{step(name)}",
+                )
 
     def _stacks(self) -> Iterable[tuple[str, tuple[ManifestLayer, ...]]]:
         yield "layers", self.layers
         for name, module in (self.modules or {}).items():
             yield f"modules{step(name)}.layers", module.layers
+
+
+def _is_inside(name: str) -> bool:
+    """Whether this is the name of a file in a folder, or in a folder of that folder."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part not in ("", ".", "..") and Path(part).name == part for part in parts)
 
 
 def _check_layer_sources(

@@ -12,7 +12,7 @@ from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.layout import index_json
 from ..checkpoint.output_folder import OutputFolder
-from ..core.errors import CheckpointError, DeusMergeError, VerifyError, json_text
+from ..core.errors import CheckpointError, DeusMergeError, SolverError, VerifyError, json_text
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
@@ -157,7 +157,10 @@ def _resume_hints(output: OutputFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if hint := output.resume_hint:
+        if output.resumable and isinstance(error, CheckpointError | SolverError):  # a resumed run would meet it again
+            start_over = "then start over with --overwrite"
+            error.hint = f"{error.hint}; {start_over}" if error.hint else start_over
+        elif hint := output.resume_hint:
             if isinstance(error, DeusMergeError) and not isinstance(error, VerifyError):
                 error.hint = f"{error.hint}; {hint}" if error.hint else hint
             else:

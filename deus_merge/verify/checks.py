@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.reader import Checkpoint, TensorSource
+from ..checkpoint.side_files import side_files
 from ..core.errors import DeusMergeError
 from ..core.tensors import Action, StoredTensor
 from ..core.text import some_of
@@ -69,7 +71,7 @@ class Output:
                 wrong.append(f"{name} is not as it was written")
         if self.manifest.format > 1:  # format 1 does not name all files
             known = {*digests, *self.manifest.weights, MANIFEST}
-            strange = sorted(path.name for path in self.folder.iterdir() if path.name not in known)
+            strange = (name for name in side_files(self.folder) if name not in known)
             wrong += [f"{n} was not written by the run" for n in strange if any(fnmatch(n, p) for p in _LOADED)]
         return (False, some_of(wrong, _SHOWN)) if wrong else (True, f"{len(digests.keys() - USER_FILES)} as written")
 
@@ -299,8 +301,16 @@ class Output:
         return model.tokenizer(self.checkpoint, self.view, self.manifest)
 
     def transformers(self) -> CheckResult:
-        """transformers builds the model with the same names and shapes."""
-        return model.transformers_model(self.checkpoint, self.view, self.computed)
+        """transformers loads the output as cleanly as its base."""
+        return self._built.loading(self.computed)
+
+    def layer_kinds(self) -> CheckResult:
+        """transformers builds every layer like the one that it comes from."""
+        return self._built.layer_kinds()
+
+    @cached_property
+    def _built(self) -> model.BuiltModel:
+        return model.BuiltModel(self.checkpoint, self.view, self.manifest, self._sources)
 
     def logits(self, text: str) -> CheckResult:
         """Base and output give finite logits over a text: equal ones where that was planned."""
@@ -341,4 +351,5 @@ CHECKS: tuple[tuple[str, Callable[[Output], CheckResult], bool], ...] = (
     ("finite values", Output.finite_values, True),
     ("tokenizer", Output.tokenizer, True),
     ("transformers", Output.transformers, True),
+    ("layer kinds", Output.layer_kinds, True),
 )

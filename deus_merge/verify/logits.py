@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.reader import Checkpoint
 from ..models.tokenizer.files import TOKENIZER_FILES
 from ..models.view import ModelView, prefix_of, view_model
-from .transformers_model import build
+from .transformers_model import build_language_model
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def run(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, str | None]:
 
     with Checkpoint.open(folder) as checkpoint, torch.no_grad():
         view = view_model(checkpoint.config, tuple(checkpoint.tensors), folder)
-        model = build(checkpoint).eval()
+        model = build_language_model(checkpoint)
         reason = _stream(model, view, checkpoint)
         if reason:
             load = transformers.AutoModelForCausalLM.from_pretrained

@@ -36,7 +36,7 @@ BAD = {
     "empty": (b"", "too short", True),
     "seven bytes": (b"\0" * 7, "too short", True),
     "length only": (raw_file(b""), "not JSON", True),
-    "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "too long", True),
+    "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer", True),
     "length 2^64-1": (raw_file(one(), b"\0" * 8, length=2**64 - 1), "too long", True),
     "length 100 MB + 1": (raw_file(one(), b"\0" * 8, length=100_000_001), "too long", True),
     "longer than the file": (raw_file(one(), b"\0" * 8, length=5000), "longer than the file", True),

@@ -29,16 +29,28 @@ FILES = {
     "pytorch_model.bin": b"pickle",
     "model.gguf": b"gguf",
     "consolidated.safetensors": b"a second copy",
+    "1_Pooling/config.json": b"{}",
+    "2_Dense/model.safetensors": b"weights of a module",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "modules.json": b"[]",
+    "LICENSE": b"free",
+    "adapters/adapter_model.safetensors": b"an adapter",
+    "2025/model.safetensors": b"an older model",
     "onnx/model.onnx": b"onnx",
     "onnx/model.safetensors": b"another model",
     "README.md": b"# readme",
     "modeling.py": b"print()",
 }
 WANTED = [
+    "1_Pooling/config.json",
+    "2_Dense/model.safetensors",
+    "LICENSE",
+    "additional_chat_templates/tool_use.jinja",
     "chat_template.jinja",
     "config.json",
     "model-00001-of-00001.safetensors",
     "model.safetensors.index.json",
+    "modules.json",
     "tokenizer.json",
 ]
 REVISIONS = {
@@ -240,3 +252,21 @@ def test_importing_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_repository_in_the_cache(tmp_path):
+    """The folder of a repository stands for its only snapshot; of several, one has to be named."""
+    repository = tmp_path / "models--org--name"
+    one, two = (repository / "snapshots" / commit for commit in (OLD, NEW))
+    (repository / "snapshots").mkdir(parents=True)
+    with pytest.raises(CheckpointError) as error:
+        resolve(str(repository))
+    assert "a repository without a snapshot" in str(error.value) and "org/name" in str(error.value)
+    one.mkdir()
+    assert resolve(str(repository)) == one and resolve(str(one)) == one
+    two.mkdir()
+    with pytest.raises(CheckpointError) as error:
+        resolve(str(repository))
+    assert "several snapshots" in str(error.value) and f"name one of them: {one}" in str(error.value)
+    (tmp_path / "snapshots").mkdir()
+    assert resolve(str(tmp_path)) == tmp_path

@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import load, logits, make_model, save_tokenizer, train_tokenizer, weights, write_recipe
+from support import load, logits, make_model, save_tokenizer, tokens, train_tokenizer, weights, write_recipe
 
 from deus_merge.checkpoint.hub import split_adapter
 from deus_merge.checkpoint.lora import LoraSource
 from deus_merge.checkpoint.reader import Checkpoint
+from deus_merge.core.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's, while it trains and merges tied models
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -231,6 +232,69 @@ def test_another_adapter_is_another_plan(run, bases, tmp_path):
     assert run("plan", recipe, "--json").json()["plan_hash"] != first
     files = LoraSource(Checkpoint.open(base), folder).files
     assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} == {f.name for f in files}
+
+
+PREFIXES = ("model.", "model.language_model.", "language_model.model.", "transformer.", "")
+
+
+def renamed(folder, new, old: str, prefix: str):
+    """A copy of a model or an adapter whose names have another prefix."""
+    shutil.copytree(folder, new)
+    (file,) = new.glob("*.safetensors")
+    names = ("layers.", "embed_tokens", "norm.")
+    head = "base_model.model." if file.name.startswith("adapter") else ""
+    tensors = {
+        head + prefix + n.removeprefix(head + old) if n.startswith(tuple(head + old + m for m in names)) else n: t
+        for n, t in load_file(file).items()
+    }
+    save_file(tensors, file)
+    return new
+
+
+@pytest.mark.parametrize("of_adapter", PREFIXES)
+def test_names_with_other_prefixes(bases, sound, tmp_path, of_adapter):
+    """An adapter was trained with one class, and the model is saved by another one: the same tensors change alike."""
+    plain = LoraSource(Checkpoint.open(bases()), sound)
+    folder = renamed(sound, tmp_path / "adapter", "model.", of_adapter)
+    for i, of_model in enumerate(PREFIXES):
+        base = Checkpoint.open(renamed(bases(), tmp_path / str(i), "model.", of_model))
+        other = LoraSource(base, folder)
+        changed = [name for name, tensor in other.tensors.items() if tensor.derived]
+        assert len(changed) == sum(tensor.derived for tensor in plain.tensors.values()) == 6
+        for name in changed[:3]:
+            assert other.read(name).equal(plain.read(f"model.{name.removeprefix(of_model)}"))
+
+
+def test_a_name_that_two_tensors_may_have(bases, sound, tmp_path):
+    """Two stacks, and an adapter that names neither: refused."""
+    base = shutil.copytree(bases(), tmp_path / "two")
+    tensors = load_file(base / "model.safetensors")
+    tensors |= {n.replace("model.", "language_model.model."): t.clone() for n, t in tensors.items() if "layers" in n}
+    save_file(tensors, base / "model.safetensors")
+    folder = renamed(sound, tmp_path / "adapter", "model.", "transformer.")
+    with pytest.raises(CheckpointError, match="changes tensors that are missing"):
+        LoraSource(Checkpoint.open(base), folder)
+    LoraSource(Checkpoint.open(base), sound)  # exact names are meant
+
+
+def test_the_tokenizer_of_an_adapter(run, bases, sound, tmp_path):
+    """That with which it was trained is the output's; a template without a vocabulary is only named."""
+    base, folder = shutil.copytree(bases(), tmp_path / "base"), shutil.copytree(sound, tmp_path / "adapter")
+    save_tokenizer(base, train_tokenizer(), eos_token="</s>")
+    model = f"{base}+{folder}"
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    out = passthrough(run, tmp_path / "one", model)
+    assert not (out / "chat_template.jinja").exists()
+    recipe = tmp_path / "one/r.yml"
+    assert "not copied from the adapter, which has no vocabulary: chat_template.jinja" in run("plan", recipe).err
+    save_tokenizer(folder, train_tokenizer(more=["<|tool|>"]), eos_token="</s>")
+    assert "that of the adapter, where the model's differs: " in run("plan", recipe).err
+    out = passthrough(run, tmp_path / "two", model)
+    assert "<|tool|>" in tokens(out) and (out / "chat_template.jinja").exists()
+    for file in folder.glob("*token*"):
+        shutil.copy(file, base)
+    shutil.copy(folder / "chat_template.jinja", base)
+    assert "tokenizer" not in run("plan", recipe).err
 
 
 def spoil(folder, what: str) -> None:

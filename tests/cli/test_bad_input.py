@@ -206,6 +206,8 @@ RECIPES = {
     "no such model": (source("model: nobody/nothing"), "nobody/nothing: no such folder, and not in the hub's cache"),
     "revision of a folder": (source("model: base@main"), "base@main: a local folder has no revisions", "remove @main"),
     "a file": (source("model: base/config.json"), "config.json: not a folder", "name its folder: base"),
+    "a GGUF file": (source("model: gguf/base.gguf"), "base.gguf: GGUF files cannot be merged", "original model"),
+    "tokenizer in LFS": (source("model: lfs_tokenizer"), "tokenizer.json: a Git LFS pointer", "git lfs pull"),
     "base_model a list": (f"{PASS}{SLICE}base_model: [a]\n", "base_model (line 5): wrong value", "got:      ['a']"),
     "no tokenizer": (f"{PASS}{SLICE}tokenizer_source: union\n", "tokenizer_source (line 5): base has no tokenizer",
                      "tokenizer.json, or another file", "none of them, and 128 rows of embeddings"),
@@ -276,6 +278,11 @@ MODELS = {
     "kv_heads": ("does not fit model.layers.0.self_attn.k_proj.weight", "expected: shape [24, 32]"),
     "hidden_size": ("config.json does not fit", "hidden_size: 64"),
     "vocab_size": ("does not fit model.embed_tokens.weight", "expected: shape [99, 32]", "got:      [128, 32]"),
+    "lfs_weights": ("model.safetensors: a Git LFS pointer, not the file itself", "git lfs pull"),
+    "lfs_config": ("config.json: a Git LFS pointer, not the file itself", "git lfs pull"),
+    "gguf": ("base.gguf: GGUF files cannot be merged", "from_pretrained(folder, gguf_file=name)"),
+    "gguf_and_config": ("base.gguf: GGUF files cannot be merged",),
+    "gguf_by_name": ("model.safetensors: GGUF files cannot be merged",),
     "odd_layer": ("does not fit model.layers.2.mlp.up_proj.weight", "expected: shape [48, 32]", "got:      [40, 32]"),
 }
 
@@ -370,6 +377,15 @@ def workshop(tmp_path_factory) -> Path:
     broken("integers", new_tensors=integers)
     broken("cut_config")
     (root / "cut_config/config.json").write_text('{"model_type": ')
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    for name, file in (("weights", "model.safetensors"), ("config", "config.json"), ("tokenizer", "tokenizer.json")):
+        broken(f"lfs_{name}")
+        (root / f"lfs_{name}" / file).write_text(pointer)
+    for name, file in (("gguf", "base.gguf"), ("gguf_and_config", "base.gguf"), ("gguf_by_name", "model.safetensors")):
+        broken(name)
+        (root / name / "model.safetensors").unlink()
+        (root / name / file).write_bytes(b"GGUF\3\0\0\0more")
+    (root / "gguf/config.json").unlink()
     broken("pickled")
     (root / "pickled/model.safetensors").rename(root / "pickled/pytorch_model.bin")
     (root / "hollow").mkdir()
@@ -395,6 +411,7 @@ def refused(run, workshop, tmp_path, monkeypatch):
         for leak in ("Traceback", "Located(", "ModelRef(", "None", "object at 0x"):
             assert leak not in done.err, done.err
         assert (census(tmp_path), census(workshop)) == before
+        return done.err
 
     return call
 
@@ -412,7 +429,8 @@ def test_wrong_recipes(refused, tmp_path, name):
 def test_wrong_models(refused, tmp_path, workshop, name):
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(upscale("{preset: average}", name))
-    refused(("merge", recipe, tmp_path / "out"), (f"base_model (line 1): {workshop / name}", *MODELS[name]))
+    told = refused(("merge", recipe, tmp_path / "out"), (f"base_model (line 1): {workshop / name}", *MODELS[name]))
+    assert f"did you mean '{name}'" not in told  # that is what was written
 
 
 @pytest.mark.parametrize("name", COMMANDS)

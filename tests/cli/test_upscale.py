@@ -146,6 +146,7 @@ def test_overflow_and_nan_are_errors_that_name_the_tensor(run, tmp_path):
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     done = run("upscale", base, tmp_path / "out", "--dtype", "float16", expect=2)
     assert "mlp.up_proj.weight becomes NaN or infinity" in done.err and "float16" in done.err
+    assert "--resume" not in done.err  # it would overflow again
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     done = run("upscale", base, tmp_path / "out2", expect=2)

@@ -155,3 +155,23 @@ def test_config_holds_the_dtype_of_what_is_written(run, tmp_path):
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert {config.get("dtype"), config.get("torch_dtype")} - {None} == {dtype}
         assert {str(t.dtype) for t in weights(tmp_path / "out").values()} == {f"torch.{dtype}"}
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "multislerp"])
+def test_a_model_named_twice_counts_twice_everywhere(run, tmp_path, family, method):
+    """As if the second mention were of an equal model with another name: in layers, embeddings, norm and head."""
+    base, first, second = family
+    twin = make_model(tmp_path / "twin", layers=2, seed=1, vocab_size=5600, hidden_size=48, tied=True)
+    results = []
+    for name, again in (("twice", first), ("apart", twin)):
+        weighted = ((first, 0.3), (again, 0.3), (second, 0.4))
+        models = "".join(f"  - {{model: {m}, parameters: {{weight: {w}}}}}\n" for m, w in weighted)
+        donor = f"base_model: {base}\n" if method != "linear" else ""
+        text = f"merge_method: {method}\n{donor}models:\n{models}"
+        run("merge", write_recipe(tmp_path / "recipe.yml", text), tmp_path / name)
+        results.append(weights(tmp_path / name))
+    assert all(results[0][name].equal(tensor) for name, tensor in results[1].items())
+    if method == "linear":
+        stored = [weights(folder) for folder in (first, second)]
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(tensor, 0.6 * stored[0][name] + 0.4 * stored[1][name])

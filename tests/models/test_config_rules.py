@@ -16,7 +16,7 @@ from deus_merge.models.config_rules import (
     typed_config,
     widened_config,
 )
-from deus_merge.models.head_layout import head_counts, layer_heads
+from deus_merge.models.head_layout import layer_heads
 from deus_merge.models.view import view_model
 
 PATH = ("num_hidden_layers",)
@@ -81,8 +81,6 @@ def test_heads():
     view = view_model(CONFIG, tuple(shapes()), "here")
     heads = layer_heads(CONFIG, view)
     assert heads is not None and (heads.query, heads.key_value, heads.size, heads.rotary) == (4, 2, 8, "phases")
-    alone = {k: v for k, v in CONFIG.items() if k != "num_key_value_heads"}  # every query head has its own
-    assert head_counts(alone, view) == {"num_attention_heads": 4, "num_key_value_heads": 4}
     assert layer_heads(CONFIG | {"num_attention_heads": 0}, view) is None
     assert layer_heads(CONFIG | {"num_attention_heads": "4"}, view) is None
     assert layer_heads(CONFIG | {"num_key_value_heads": 3}, view).mismatch is not None

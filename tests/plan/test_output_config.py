@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import make_model, write_recipe
 
 from deus_merge import api
 from deus_merge.core.errors import ArchitectureError, PlanError
-from deus_merge.models.config_rules import config_patch
+from deus_merge.models.config_rules import config_patch, typed_config
 
 SLICES = (
     "merge_method: passthrough\nslices:\n- sources: [{model: %s, layer_range: [0, 3]}]\n"
@@ -108,6 +109,33 @@ def test_a_wider_source_widens_the_config(base, planned, tmp_path):
     assert planned(text % (half, half, half)).config["dtype"] == "bfloat16"
     aligned = "align: symmetry\n" + (text % (half, half, base)).replace("{weight: 1}\n", "{weight: [{value: 1}]}\n")
     assert planned(aligned).config["dtype"] == "float32"
+
+
+def test_copies_of_two_dtypes_are_reported_and_held_by_the_config(base, planned, tmp_path):
+    """A float32 layer between bfloat16 ones. A float32 norm that the donor has itself is as usual."""
+    half = make_model(tmp_path / "half", layers=4, dtype=torch.bfloat16)
+    copied = "merge_method: passthrough\nslices:\n" + "".join(
+        f"  - sources: [{{model: {model}, layer_range: [{i}, {i + 1}]}}]\n" for i, model in enumerate((half, base))
+    )
+    mixed = planned(copied)
+    wanted = "9 copied tensors are in another dtype than those of"
+    assert any(wanted in w and "is float32, not bfloat16; config.json says float32" in w for w in mixed.warnings)
+    assert mixed.config["dtype"] == "float32"
+    assert not any(wanted in w for w in planned(copied + "dtype: bfloat16\n").warnings)
+
+    tensors = load_file(half / "model.safetensors")
+    tensors |= {name: tensor.float() for name, tensor in tensors.items() if "norm" in name}
+    save_file(tensors, half / "model.safetensors", {"format": "pt"})
+    merged = f"merge_method: karcher\nmodels: [{{model: {half}}}, {{model: {half}}}]\n"
+    for text in (copied.replace(f" {base},", f" {half},"), merged):
+        usual = planned(text)
+        assert usual.config["dtype"] == "bfloat16" and not any("dtype" in w for w in usual.warnings)
+
+
+def test_parts_of_a_config_have_its_dtype_too():
+    config = {"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16"}, "vision_config": {}}
+    typed = typed_config(config, "F16")
+    assert typed == {"dtype": "float16", "text_config": {"torch_dtype": "float16"}, "vision_config": {}}
 
 
 @pytest.mark.parametrize(

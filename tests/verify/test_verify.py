@@ -44,6 +44,7 @@ def test_a_good_output_passes(run, made):
     assert [c["name"] for c in result["checks"]] == [
         "manifest", "other files", "files and headers", "tensors against the plan", "layers and config", "checksums",
         "zeroed tensors", "copied tensors", "finite values", "tokenizer", "transformers",
+        "layer kinds",
     ]  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def test_files_that_are_gone_or_cut(run, out, damage, check, reported):
     damage(out)
     done = run("verify", out, "--json", expect=3)
     assert reported in failed(done)[check]
-    assert len(done.json()["checks"]) == 11
+    assert len(done.json()["checks"]) == 12
 
 
 @pytest.mark.parametrize("length", [3, 7])

@@ -94,17 +94,18 @@ class VocabularyPlan:
         Raises:
             PlanError: rows cannot be taken from a model.
         """
-        tables = [[n for n in self._members[i].tensors if n in names] for i in sources]
+        models = list(dict.fromkeys(sources))  # a model that is named twice has the same rows both times
+        tables = [[n for n in self._members[i].tensors if n in names] for i in models]
         if self.vocabulary is None:
             if any(tables):
-                self._compare(sources)
+                self._compare(models)
         else:
-            maps, lost = row_maps(self.vocabulary, sources, base)
+            maps, lost = row_maps(self.vocabulary, models, None if base is None else models.index(sources[base]))
             if lost and any(tables):
                 self.warnings.append(f"{title}: no source has an embedding for {quoted(lost)}: rows of zeros")
-            for i, own, rows in zip(sources, tables, maps, strict=True):
+            for i, own, rows in zip(models, tables, maps, strict=True):
                 for name in own:
-                    self._permute(name, i, sources, rows)
+                    self._permute(name, i, models, rows)
         return [
             PermutedCheckpoint(self._members[i].checkpoint, self._permuted[i])
             if self._permuted[i]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ _VOCABULARY = (_JSON, "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CHAT_FILES = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES = (*_VOCABULARY, *_SETTINGS, *CHAT_FILES)
+#: vocabularies that transformers does not load by itself, further templates, and prompts that belong to a template
+_OTHER = re.compile(
+    r"tekken\.json|.+\.tiktoken|tiktoken\.model|tokenizer\.model\.v.+|sentencepiece\.bpe\.model|spm\.model|vocab\.bpe"
+    r"|(source|target|vocab)\.spm|additional_chat_templates/.+|SYSTEM_PROMPT\.txt"
+)
 #: the files that a changed tokenizer keeps: without vocabularies, since tokenizer.json has the only one
 NON_VOCABULARY_FILES = ("tokenizer_config.json", "special_tokens_map.json", *CHAT_FILES)
 
@@ -33,25 +39,30 @@ def present(files: Files, names: Sequence[str]) -> dict[str, bytes | Path]:
         CheckpointError: a link that leads out of the model's folder.
     """
     found = {name: files[name] for name in names if name in files}
-    for path in found.values():
+    for name, path in found.items():
         if isinstance(path, Path):
-            _check_link(path)
+            _check_link(path, path.parents[name.count("/")])
     return found
 
 
-def _check_link(path: Path) -> None:
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model's folder is part of its tokenizer."""
+    return name in TOKENIZER_FILES or bool(_OTHER.fullmatch(name))
+
+
+def _check_link(path: Path, folder: Path) -> None:
     """Refuse a link that would copy private files of the user into the output.
 
     A link may lead to a place in the folder, to the blobs of its repository in the hub's cache, or to a file of the
-    same name (except for code, whose names the model chooses). Weights and config.json may be links to any place, since
-    they are parsed and not copied.
+    same name, except for code and files in folders, whose names the model chooses. Weights and config.json may be links
+    to any place, since they are parsed and not copied.
 
     Raises:
         CheckpointError: it leads to another place.
     """
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     homes = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    if not homes & set(real.parents) and (real.name != path.name or path.suffix == ".py"):
+    if not homes & set(real.parents) and (real.name != path.name or path.suffix == ".py" or path.parent != folder):
         raise CheckpointError(
             "a link leads out of the model's folder",
             where=path,
@@ -64,6 +75,26 @@ def _check_link(path: Path) -> None:
 def has_tokenizer(files: Files) -> bool:
     """Whether one of these files has a vocabulary."""
     return bool(present(files, _VOCABULARY))
+
+
+def with_adapter(model: Files, adapter: Files) -> tuple[Files, str | None]:
+    """The side files of a model with an adapter, which may have been trained with a tokenizer of its own.
+
+    Args:
+        model: The files of the model.
+        adapter: The files of the adapter.
+
+    Returns:
+        The model's files, with the adapter's tokenizer where it has one that differs; and a sentence about it.
+    """
+    own = {name: file for name, file in adapter.items() if is_tokenizer_file(name)}
+    other = [name for name, file in own.items() if name not in model or content(model[name]) != content(file)]
+    if not other:
+        return model, None
+    if not has_tokenizer(own):
+        return model, f"is not copied from the adapter, which has no vocabulary: {some_of(other)}"
+    files = {name: file for name, file in model.items() if not is_tokenizer_file(name)}
+    return files | own, f"is that of the adapter, where the model's differs: {some_of(other)}"
 
 
 def content(file: bytes | Path) -> bytes:

@@ -1,0 +1,142 @@
+"""Whether the planned config.json builds the layers that are meant, for families that nobody described.
+
+How a config says which layer is of which kind is known for described families only. For all others transformers builds
+the output and its sources without weights, before a tensor is read, and the layers are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..core.errors import PlanError
+from ..models.config_json import Config, section
+from ..models.config_rules import LayerEntries
+from ..models.layer_facts import expand, listed_keys
+from ..models.source import SourceModel
+from ..models.view import ModelView
+
+
+@dataclass(frozen=True)
+class PlannedStack:
+    """A stack of layers of the output.
+
+    Attributes:
+        view: The same stack of the donor.
+        origins: For each output layer, the layer that it is like.
+        title: The stack's name in messages; empty for the main one.
+    """
+
+    view: ModelView
+    origins: tuple[LayerEntries, ...]
+    title: str = ""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the layers are as many as the donor's, and in their order."""
+        return [origin.layer for origin in self.origins] == list(range(self.view.num_layers))
+
+
+def check_layer_kinds(config: Config, stacks: Sequence[PlannedStack], donor: SourceModel) -> list[str]:
+    """Check that each output layer will be built like the layer that it comes from. Costs nothing where layers stay in
+    their places, or the family is described.
+
+    Args:
+        config: The output's config.json.
+        stacks: Its stacks of layers.
+        donor: The model whose config it is.
+
+    Returns:
+        Warnings, where it cannot be checked.
+
+    Raises:
+        PlanError: a layer would be of another kind, or the model could not be built; or nothing is known about kinds
+            that the config tells apart.
+    """
+    unknown = [stack for stack in stacks if stack.view.family is None and not stack.in_place]
+    return [warning for stack in unknown for warning in _check(config, stack, donor)]
+
+
+def _check(config: Config, stack: PlannedStack, donor: SourceModel) -> list[str]:
+    from ..models.built import CannotBuild
+    from ..models.layer_kinds import BuiltStack, LayerOrigin, build_stack, misfits
+
+    prefix = stack.view.layer_prefix
+    known: dict[str, BuiltStack] = {}
+    try:
+        build_stack(donor.checkpoint.config, prefix)
+        for origin in stack.origins:
+            if origin.model not in known:
+                known[origin.model] = build_stack(origin.config, prefix)
+    except CannotBuild as error:
+        return _unchecked(stack, donor, str(error))
+    where = str(donor.ref)
+    try:
+        output = build_stack(config, prefix)
+    except CannotBuild as error:
+        raise PlanError(
+            "config.json cannot be made to fit the output's layers",
+            where=where,
+            got=str(error),
+            hint=_hint(likely_keys_of(config, stack)),
+        ) from None
+    planned = len(stack.origins)
+    if len(output.layers) != planned:
+        raise PlanError(
+            "config.json cannot be made to fit the output's depth",
+            where=where,
+            expected=f"a key that gives {planned} layers",
+            got=f"{len(output.layers)} layers in {output.model}",
+        )
+    origins = [[LayerOrigin(known[o.model], o.layer, o.model)] for o in stack.origins]
+    if wrong := misfits(output, origins):
+        first = wrong[0]
+        raise PlanError(
+            f"layer {first.layer} of the output would be of another kind than layer {first.origin.layer} of"
+            f" {first.origin.name}, which it comes from",
+            where=where,
+            expected=f"config.json to give it {first.differences[0].what} = {first.differences[0].theirs}",
+            got=f"{first.differences[0].ours}" + (f"; {len(wrong)} layers differ" if len(wrong) > 1 else ""),
+            hint=_hint(first.keys),
+        )
+    return []
+
+
+def _unchecked(stack: PlannedStack, donor: SourceModel, reason: str) -> list[str]:
+    """A warning where transformers cannot build the model, and all its layers seem to be of one kind.
+
+    Raises:
+        PlanError: the config, or the tensors, tell layers apart.
+    """
+    where = str(donor.ref)
+    keys = likely_keys_of(donor.checkpoint.config, stack)
+    kinds = {frozenset(donor.shapes(layer).items()) for layer in stack.view.layers}
+    if keys or len(kinds) > 1:
+        raise PlanError(
+            "it is not known which layers of this model are of which kind, so its layers cannot change places",
+            where=where,
+            expected="layers of one kind, or a family that is described or that transformers can build",
+            got=f"{reason}; " + (f"config.json has {', '.join(keys)}" if keys else f"{len(kinds)} kinds of layers"),
+            hint="merges that keep every layer in its place work",
+        )
+    return [f"{where}: {reason}, so it was not checked that the output's layers are built like those they come from"]
+
+
+def likely_keys_of(config: Config, stack: PlannedStack) -> tuple[str, ...]:
+    """Keys that tell layers apart, without lists that have an entry for each layer and move with it."""
+    from ..models.layer_kinds import likely_keys
+
+    path = stack.view.layers_path
+    try:
+        own = listed_keys(config, path, expand(config, path, stack.view.model_type))
+        part = section(config, path)
+    except KeyError:
+        own, part = (), config
+    rest = {k: v for k, v in part.items() if k not in own and not isinstance(v, Mapping) and v not in (None, False, [])}
+    return likely_keys(rest, ())
+
+
+def _hint(keys: Sequence[str]) -> str:
+    if not keys:
+        return "take layers so that each keeps its kind, or leave the depth as it is"
+    return f"config.json's {', '.join(keys)} may decide about it: take layers so that each keeps its kind"
