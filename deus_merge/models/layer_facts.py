@@ -1,8 +1,8 @@
 """What config.json says of each layer, both ways: expanded to one mapping a layer, and contracted for other layers.
 
 Whoever changes depth or order of layers takes the facts along with the layers. What a config cannot say of the layers
-of the output is an error that names its key. `facts.forms` has the forms in which configs speak, `facts.by_key` the
-rules that hold for a key, `facts.implied` those of single families.
+of the output is an error that names its key. `facts` has the forms in which configs
+speak, the rules that hold for a key (`facts.by_key`) and those of single families (`facts.implied`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .facts import features, quantization
 from .facts.base import Changes, Pinned, Rule, Scope, Unsayable, Use, changed, path
 from .facts.by_key import BY_KEY, looks_like_layers
 from .facts.implied import IMPLIED
-from .facts.special import Pin, check_pinned
 from .facts.text_types import TEXT_TYPES
+from .facts.ties import Pin, check_pinned
 from .family import families
 from .stacks import DEPTH_LISTS, depth_at, is_vision_or_audio, same_depths
 
@@ -136,6 +136,8 @@ def _check_said(said: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None
     """Check that a new config says what it was made to say."""
     for i, (new, wanted) in enumerate(zip(said, facts, strict=True)):
         for name, value in new.items():
+            if name == features.FACT:  # of several copies of a layer only the last one has its features taken
+                continue
             if name not in wanted or not _same(wanted[name], value):
                 raise Unsayable(name, f"would say {value!r} of layer {i}, not {wanted.get(name)!r}")
 

@@ -9,6 +9,8 @@ import torch
 import transformers
 from support import make_model, weights, write_recipe
 
+from deus_merge import api
+
 _TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -28,7 +30,7 @@ _SIDES = {
 def llava():
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**_TEXT), vision_config=transformers.CLIPVisionConfig(**_EYES),
-        image_token_index=5,
+        image_token_index=5, vision_feature_layer=2,
     )  # fmt: skip
     return transformers.LlavaForConditionalGeneration(config)
 
@@ -252,8 +254,8 @@ def test_wrong_modules(run, models, llama, tmp_path, case):
         assert fragment in errors, errors
 
 
-def test_layers_that_are_told_by_number_stay(run, models, tmp_path):
-    """Qwen2.5-VL names the vision layers that see all: with other layers it would name others."""
+def test_layers_that_are_told_by_number(run, models, tmp_path):
+    """Qwen2.5-VL names the vision layers that see all, llava the layer whose features it takes: the numbers follow."""
     one, _ = models("qwen2_vl")
     config = json.loads((one / "config.json").read_text())
     config["vision_config"]["fullatt_block_indexes"] = [1, 4]
@@ -261,12 +263,17 @@ def test_layers_that_are_told_by_number_stay(run, models, tmp_path):
     numbered.mkdir()
     (numbered / "model.safetensors").symlink_to(one / "model.safetensors")
     (numbered / "config.json").write_text(json.dumps(config))
-    text = f"merge_method: passthrough\nmodules:\n  vision_tower:\n    slices: [{{sources: [{{model: {numbered}"
-    recipe = write_recipe(tmp_path / "r.yml", f"{text}, layer_range: [0, 5]}}]}}]\n")
-    assert "fullatt_block_indexes refers to layers by index" in run("plan", recipe, expect=2).err
-    write_recipe(recipe, f"{text}, layer_range: [0, 6]}}]}}]\n")
-    planned = run("plan", recipe, "--json").json()
-    assert planned["modules"]["vision_tower"]["num_layers"] == 6 and planned["num_layers"] == 4
+    text = "merge_method: passthrough\nmodules:\n  vision_tower:\n    slices: [{sources: [{model: %s, layer_range: %s}]}]"
+    for layers, numbers in (([0, 6], [1, 4]), ([0, 5], [1, 4]), ([1, 6], [0, 3]), ([2, 4], [])):
+        recipe = write_recipe(tmp_path / "r.yml", text % (numbered, layers))
+        planned = run("plan", recipe, "--json").json()
+        assert planned["modules"]["vision_tower"]["num_layers"] == layers[1] - layers[0] and planned["num_layers"] == 4
+        assert api.plan(recipe).config["vision_config"]["fullatt_block_indexes"] == numbers
+    one, _ = models("llava")
+    recipe = write_recipe(tmp_path / "r.yml", text % (one, [1, 4]))
+    assert api.plan(recipe).config["vision_feature_layer"] == 1
+    write_recipe(recipe, text % (one, [2, 4]))
+    assert "vision_feature_layer names a layer of the vision tower" in run("plan", recipe, expect=2).err
 
 
 def test_new_layers_alone_are_another_function(run, llama, tmp_path):

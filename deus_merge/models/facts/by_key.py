@@ -6,8 +6,10 @@ import re
 from typing import Any
 
 from .base import Rule, Scope
-from .forms import Count, Every, Given, Listed, Marks, Numbers, Period
-from .special import ByNumber, Cycle, Groups, Letters, OverRootDepth, Pin, Shared, Sources, Span, SparseStep
+from .forms import Count, Every, Given, Listed, Period
+from .numbers import Marks, Numbers
+from .special import ByNumber, Cycle, Groups, Letters, Span, SparseStep
+from .ties import OverRootDepth, Pin, Shared, Sources
 
 FULL, SLIDING, LINEAR, INDEXED = "full_attention", "sliding_attention", "linear_attention", "indexed_attention"
 
@@ -101,7 +103,8 @@ HARMLESS = re.compile(
     r"|topk_blocks|local_blocks)|block_(?:size|multiple_of|ffn_dim_multiplier|auto_adjust_ff_dim|ff_dim|dim)"
     r"|num_random_blocks|vocab_size_per_layer_input|altup_.*|num_gpus|.*_dropout|axial_.*|.*position.*|transformers_version"
     r"|conv_.*|patch_size|image_size|window_size|summary_.*|gradient_.*|layer_types_.*|global_attn_step"
-    r"|pruned_heads|task_specific_params|suppress_.*|keys_to_ignore_at_inference|image_grid_pinpoints|tie_.*"
+    r"|(?:mask|unk|bos|eos|pad)_index|pruned_heads|task_specific_params|suppress_.*|keys_to_ignore_at_inference"
+    r"|image_grid_pinpoints|tie_.*"
 )
 
 

@@ -10,20 +10,33 @@ from typing import Any
 
 from .base import Form, Rule, Scope
 from .by_key import FULL, INDEXED, LINEAR, SLIDING, pinned
-from .forms import Count, Every, Implied, Listed, Marks, Numbers, Parts, Period
+from .defaults import (
+    beam_types,
+    cohere2_moe_types,
+    deepseek_v4_types,
+    deepstack,
+    dots3_types,
+    flint_types,
+    from_the_end,
+    linear_layers,
+    moe_numbers,
+    olmo_hybrid_types,
+    one_window,
+    qwen2_moe_types,
+    some_hybrid,
+    topk_types,
+)
+from .forms import Count, Every, Implied, Listed, Period
+from .numbers import Marks, Numbers, Parts
 from .special import (
     ByNumber,
     Cycle,
-    First,
     Groups,
     Letters,
-    OverRootDepth,
-    Pin,
-    Shared,
-    Sources,
     Span,
     SparseStep,
 )
+from .ties import First, OverRootDepth, Pin, Shared, Sources
 
 
 def layer_types(*forms: Form, last: Any = None) -> Rule:
@@ -55,59 +68,12 @@ def _windows(default: int) -> Rule:
     return layer_types(Count("max_window_layers", FULL, SLIDING, default, when=used))
 
 
-def _qwen2_moe_types(scope: Scope) -> list[str]:
-    used, first = scope.section.get("use_sliding_window"), scope.get("max_window_layers", 28)
-    return [SLIDING if used and i % 2 == 0 and i < first else FULL for i in range(scope.depth)]
-
-
-def _cohere2_moe_types(scope: Scope) -> list[str]:
-    first = scope.get("first_k_dense_replace", 0)
-    head, rest = scope.get("prefix_dense_sliding_window_pattern", 1), scope.get("sliding_window_pattern", 4)
-    places = [(i, head) if i < first else (i - first, rest) for i in range(scope.depth)]
-    return [SLIDING if (i + 1) % k else FULL for i, k in places]
-
-
-def _beam_types(scope: Scope) -> list[str]:
-    return [SLIDING if (i + 1) % 6 and i < scope.depth - 1 else FULL for i in range(scope.depth)]
-
-
-def _flint_types(scope: Scope) -> list[str]:
-    n = scope.depth
-    return [FULL if i < 2 or i % 4 == 1 or i == n - 1 else SLIDING for i in range(n)]
-
-
-def _dots3_types(scope: Scope) -> list[str]:
-    full = FULL if scope.section.get("use_dsa") is False else INDEXED
-    windows = scope.section.get("use_sliding_window", True)
-    return [full if not windows or i < 2 or i % 4 == 1 else SLIDING for i in range(scope.depth)]
-
-
-def _olmo_hybrid_types(scope: Scope) -> list[str]:
-    n = scope.depth
-    return [FULL if i % 4 == 3 or (n < 4 and i == n - 1) else LINEAR for i in range(n)]
-
-
-def _from_the_end(scope: Scope) -> list[str]:
-    return [FULL if (scope.depth - 1 - i) % 4 == 0 else SLIDING for i in range(scope.depth)]
-
-
 def _muse_theta(default: float) -> Rule:
     def values(scope: Scope) -> list[float]:
         theta = (scope.section.get("rope_parameters") or {}).get("rope_theta", scope.get("rope_theta", default))
-        return [0 if kind == FULL else theta for kind in _from_the_end(scope)]
+        return [0 if kind == FULL else theta for kind in from_the_end(scope)]
 
     return Rule("layer_rope_theta", (Listed("layer_rope_theta"), Implied(values)))
-
-
-def _zamba_types(scope: Scope) -> list[str]:
-    period, offset = scope.get("attn_layer_period", 6), scope.get("attn_layer_offset", 4)
-    rest = ["hybrid" if i % period == offset else LINEAR for i in range(scope.depth - 3)]
-    return ([LINEAR, LINEAR, "hybrid"] + rest)[: scope.depth]
-
-
-def _deepseek_v4_types(scope: Scope) -> list[str]:
-    kinds = ("heavily_compressed_attention", "compressed_sparse_attention")
-    return [kinds[0] if i < 2 else kinds[i % 2] for i in range(scope.depth)]
 
 
 def _indexers(default: Form) -> Rule:
@@ -116,39 +82,10 @@ def _indexers(default: Form) -> Rule:
     return Rule("indexer_types", (Shared(Listed("indexer_types")), Shared(letters), Shared(default)))
 
 
-def _topk_types(scope: Scope) -> list[str]:
-    every, offset = max(scope.get("index_topk_freq", 1), 1), scope.get("index_skip_topk_offset", 2)
-    return ["full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(scope.depth)]
+_TOPK = _indexers(Implied(topk_types, read_keys=("index_topk_freq", "index_skip_topk_offset")))
 
 
-_TOPK = _indexers(Implied(_topk_types, read_keys=("index_topk_freq", "index_skip_topk_offset")))
-
-
-def _deepstack(scope: Scope) -> int:
-    """How many of the first text layers receive features of the vision tower."""
-    vision = scope.root.get("vision_config")
-    marks = vision.get("deepstack_visual_indexes", [8, 16, 24]) if isinstance(vision, Mapping) else []
-    return len(marks) if isinstance(marks, list) else 0
-
-
-def _moe_numbers(scope: Scope) -> list[str]:
-    listed = scope.get("moe_layers_enum")
-    numbers = listed.split(",") if isinstance(listed, str) else listed
-    sparse = range(3, scope.depth) if numbers is None else {int(n) for n in numbers if str(n).strip()}
-    return ["sparse" if i in sparse else "dense" for i in range(scope.depth)]
-
-
-def _linear_layers(scope: Scope) -> list[bool]:
-    kinds = scope.get("layer_types") or [LINEAR if i % 2 else FULL for i in range(scope.depth)]
-    return [kind in (LINEAR, "linear_attention") for kind in kinds]
-
-
-def _some_hybrid(scope: Scope) -> list[bool]:
-    kinds = scope.get("layers_block_type") or scope.get("layer_types") or _zamba_types(scope)
-    return ["hybrid" in kinds] * scope.depth
-
-
-_SHARED_BLOCKS = Pin("layers_block_type", "puts tensors that several layers share into the first of them", _some_hybrid)
+_SHARED_BLOCKS = Pin("layers_block_type", "puts tensors that several layers share into the first of them", some_hybrid)
 _NO_ROPE = Rule("no_rope_layers", (Listed("no_rope_layers"), Every("no_rope_layer_interval", 0, 1, 4)))
 _SPARSE = Rule("mlp_only_layers", (SparseStep(),))
 _PARTS = Parts(
@@ -173,6 +110,7 @@ _EXAONE = layer_types(
 )
 _QWEN_LINEAR = layer_types(Every("full_attention_interval", FULL, LINEAR, 4))
 _FULL_FIRST_OF_4 = layer_types(Every(None, FULL, SLIDING, 4, shift=-1))
+_INDEXED = layer_types(by_index(lambda i: INDEXED))
 _MIXERS = {"M": LINEAR, "E": "moe", "*": FULL, "-": "mlp"}
 _RATIOS = {0: SLIDING, 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 
@@ -183,34 +121,34 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         Rule("num_dense_layers", (dense_first("num_dense_layers", 1),)),
     ),
     "axk1": (mlp_types(dense_first("first_k_dense_replace", 1, every="moe_layer_freq")),),
-    "axk2": (mlp_types(dense_first("first_k_dense_replace", 1, every="moe_layer_freq")),),
+    "axk2": (_INDEXED, mlp_types(dense_first("first_k_dense_replace", 1, every="moe_layer_freq")),),
     "bailing_hybrid": (
         layer_types(Every("layer_group_size", FULL, LINEAR, 6)),
         mlp_types(dense_first("first_k_dense_replace", 2)),
     ),
     "bamba": (Rule("attn_layer_indices", (Numbers("attn_layer_indices", FULL, LINEAR, default=lambda n: ()),)),),
     "beam": (
-        layer_types(Implied(_beam_types)),
+        layer_types(Implied(beam_types)),
         mlp_types(dense_first(None, 3)),
         Rule("model_type", (Pin("model_type", "joins layers by their numbers", lambda s: [True] * s.depth),)),
     ),
     "cohere2": (_WINDOW_EVERY_4,),
     "cohere2_moe": (
         layer_types(
-            Implied(_cohere2_moe_types, ("sliding_window_pattern", "prefix_dense_sliding_window_pattern"),
+            Implied(cohere2_moe_types, ("sliding_window_pattern", "prefix_dense_sliding_window_pattern"),
                     ("first_k_dense_replace",))
         ),
         mlp_types(dense_first("first_k_dense_replace", 0)),
     ),
-    "cohere_compass_text": (Rule("deepstack", (First("deepstack_visual_indexes", _deepstack),)),),
+    "cohere_compass_text": (Rule("deepstack", (First("deepstack_visual_indexes", deepstack),)),),
     "cwm": (_FULL_FIRST_OF_4,),
     "deepseek_v2": (Rule("first_k_dense_replace", (dense_first("first_k_dense_replace", 0),)),),
     "deepseek_v3": (Rule("first_k_dense_replace", (dense_first("first_k_dense_replace", 3),)),),
-    "deepseek_v32": (mlp_types(dense_first("first_k_dense_replace", 3)),),
+    "deepseek_v32": (_INDEXED, mlp_types(dense_first("first_k_dense_replace", 3)),),
     "deepseek_v4": (
         Rule("layer_types", (
             Listed("layer_types", tail=True), Listed("compress_ratios", _RATIOS, tail=True),
-            Implied(_deepseek_v4_types),
+            Implied(deepseek_v4_types),
         )),
         Rule("mlp_layer_types", (
             Listed("mlp_layer_types", tail=True), Count("num_hash_layers", "hash_moe", "moe", 3),
@@ -229,7 +167,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         Rule("first_k_dense_replace", (dense_first("first_k_dense_replace", 0),)),
     ),
     "dots3_note_text": (
-        layer_types(Implied(_dots3_types, ("use_sliding_window",), ("use_dsa",))),
+        layer_types(Implied(dots3_types, ("use_sliding_window",), ("use_dsa",))),
         mlp_types(Listed("moe_layer_freq", {0: "dense", 1: "sparse"}),
                   dense_first("first_k_dense_replace", 1, every="moe_layer_freq")),
     ),
@@ -238,7 +176,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     "evolla": (pinned("aligner_num_add_layers", "puts other blocks between the layers", default=8),),
     "exaone4": (_EXAONE,),
     "exaone_moe": (_EXAONE, mlp_types(dense_first("first_k_dense_replace", 1))),
-    "flint": (layer_types(Implied(_flint_types)), Rule("mlp_only_layers", (SparseStep(default=(0, 1)),))),
+    "flint": (layer_types(Implied(flint_types)), Rule("mlp_only_layers", (SparseStep(default=(0, 1)),))),
     "gemma2": (_WINDOW_EVERY_2,),
     "gemma3_text": (
         layer_types(Every("sliding_window_pattern", FULL, SLIDING, 6),
@@ -257,7 +195,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     "glm5_next_text": (
         layer_types(by_index(lambda i: INDEXED if i % 4 == 3 else LINEAR)), mlp_types(dense_first(None, 3)), _TOPK,
     ),
-    "glm_moe_dsa": (mlp_types(dense_first("first_k_dense_replace", 3)), _TOPK),
+    "glm_moe_dsa": (_INDEXED, mlp_types(dense_first("first_k_dense_replace", 3)), _TOPK),
     "gpt_neo": (
         Rule("attention_layers", (Groups("attention_types", [[["global", "local"], 12]]),
                                   Listed("attention_layers", mirror=True))),
@@ -272,6 +210,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     ),
     "hy_v3": (mlp_types(dense_first(None, 1)),),
     "hy_v4": (
+        _INDEXED,
         mlp_types(dense_first(None, 1)),
         _indexers(by_index(lambda i: "full" if i == 0 or (i - 1) % 4 == 0 else "shared")),
     ),
@@ -294,7 +233,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         mlp_types(dense_first("first_k_dense_replace", 1)),
     ),
     "kolibri1": (layer_types(Every(None, FULL, SLIDING, 5)),),
-    "laguna": (mlp_types(dense_first(None, 1)),),
+    "laguna": (layer_types(by_index(lambda i: FULL)), mlp_types(dense_first(None, 1)),),
     "lfm2": (layer_types(Numbers("full_attn_idxs", FULL, "conv", default=range)),),
     "lfm2_moe": (Rule("num_dense_layers", (dense_first("num_dense_layers", 2),)),),
     "lfm3": (
@@ -309,9 +248,11 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         layer_types(by_index(lambda i: SLIDING if i and (i + 1) % 6 else FULL)), mlp_types(dense_first(None, 1)),
     ),
     "minicpm3": (Rule("scale_depth", (OverRootDepth("scale_depth", 1.4),)),),
+    "mellum": (layer_types(by_index(lambda i: FULL)), mlp_types(by_index(lambda i: "sparse"))),
+    "ministral": (layer_types(Implied(one_window)),),
     "minimax": (
         layer_types(Every(None, LINEAR, FULL, 2)),
-        Rule("decay", (Pin("layer_types", "gives linear attention a decay by number and depth", _linear_layers),)),
+        Rule("decay", (Pin("layer_types", "gives linear attention a decay by number and depth", linear_layers),)),
     ),
     "minimax_m3_vl_text": (
         layer_types(Listed(("sparse_attention_config", "sparse_attention_freq"), {0: FULL, 1: "minimax_m3_sparse"})),
@@ -332,8 +273,8 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
         Rule("first layer", (First("model_type", lambda s: 1),)),
     ),
     "molmo2_text": (Rule("rope_scaling_layers", (Numbers("rope_scaling_layers", default=range),)),),
-    "muse_glimmer_text": (layer_types(Implied(_from_the_end)), _muse_theta(10_000.0)),
-    "muse_spark_text": (layer_types(Implied(_from_the_end)), _muse_theta(500_000.0)),
+    "muse_glimmer_text": (layer_types(Implied(from_the_end)), _muse_theta(10_000.0)),
+    "muse_spark_text": (layer_types(Implied(from_the_end)), _muse_theta(500_000.0)),
     "nemotron_h": (
         Rule("layers_block_type", (
             Listed("layers_block_type"), Listed("layer_types"), Letters("hybrid_override_pattern", _MIXERS),
@@ -342,19 +283,19 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     "olmo3": (
         layer_types(Every(None, FULL, SLIDING, 4), Every("sliding_window_pattern", FULL, SLIDING, mirror=True)),
     ),
-    "olmo_hybrid": (layer_types(Implied(_olmo_hybrid_types)),),
+    "olmo_hybrid": (layer_types(Implied(olmo_hybrid_types)),),
     "qwen2": (_windows(28),),
     "qwen2_vl_text": (_windows(80),),
     "qwen2_5_vl_text": (_windows(80),),
     "qwen2_5_omni_text": (_windows(28),),
     "qwen2_moe": (
-        _SPARSE, layer_types(Implied(_qwen2_moe_types, other_keys=("max_window_layers", "use_sliding_window"))),
+        _SPARSE, layer_types(Implied(qwen2_moe_types, other_keys=("max_window_layers", "use_sliding_window"))),
     ),
     "qwen3": (_windows(28),),
     "qwen3_moe": (_SPARSE,),
-    "qwen3_omni_moe_text": (_SPARSE, Rule("deepstack", (First("deepstack_visual_indexes", _deepstack),))),
-    "qwen3_vl_text": (Rule("deepstack", (First("deepstack_visual_indexes", _deepstack),)),),
-    "qwen3_vl_moe_text": (_SPARSE, Rule("deepstack", (First("deepstack_visual_indexes", _deepstack),))),
+    "qwen3_omni_moe_text": (_SPARSE, Rule("deepstack", (First("deepstack_visual_indexes", deepstack),))),
+    "qwen3_vl_text": (Rule("deepstack", (First("deepstack_visual_indexes", deepstack),)),),
+    "qwen3_vl_moe_text": (_SPARSE, Rule("deepstack", (First("deepstack_visual_indexes", deepstack),))),
     "qwen3_next": (_SPARSE, _QWEN_LINEAR),
     "qwen3_5_text": (_QWEN_LINEAR,),
     "qwen3_5_moe_text": (_QWEN_LINEAR,),
@@ -367,7 +308,7 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     "smollm3": (_NO_ROPE,),
     "step3p7_text": (
         Rule("layer_types", (Listed("layer_types", tail=True),)),
-        Rule("mlp_layer_types", (Listed("mlp_layer_types", tail=True), Implied(_moe_numbers, ("moe_layers_enum",)))),
+        Rule("mlp_layer_types", (Listed("mlp_layer_types", tail=True), Implied(moe_numbers, ("moe_layers_enum",)))),
     ),
     "t5gemma2_text": (layer_types(Every("sliding_window_pattern", FULL, SLIDING, 6)),),
     "unlimited_ocr_text": (mlp_types(dense_first("first_k_dense_replace", 1)),),
