@@ -108,6 +108,13 @@ def contract(
     return result
 
 
+def of_new_layer(facts: LayerFacts, layer: int) -> LayerFacts:
+    """The facts of a new layer that is made like the layer with this number: its own results are of no use to the
+    layers that use that one's."""
+    own = {name: value for name, value in facts.items() if isinstance(value, Use) and value.layer == layer}
+    return {**facts, **{name: Use(value.kind, None) for name, value in own.items()}}
+
+
 def _changes(
     config: Config, layers_path: Sequence[str], place: tuple[str, ...], model_type: str, facts: Sequence[LayerFacts]
 ) -> Changes:

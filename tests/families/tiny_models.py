@@ -183,7 +183,12 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTr
     )
     found = {key: names for key, names in report.items() if names}
     assert not found, found
-    return model.to(dtype).eval()  # also what is kept in float32
+    with torch.no_grad():
+        for (
+            parameter
+        ) in model.parameters():  # also what is kept in float32; where it lies in a file may change rounding
+            parameter.data = parameter.to(dtype, copy=True)
+    return model.eval()
 
 
 def logits(model: transformers.PreTrainedModel, tokens: int = 24) -> torch.Tensor:
