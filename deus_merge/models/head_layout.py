@@ -48,15 +48,20 @@ def layer_heads(
     if not (positive(key_value) and positive(size)):
         return None
     groups = _first(sizes, _EXPERT_GROUPS)
+    rotary_size, value_size = _rotary_size(sizes, size, family.rotary_share), None
+    if positive(latent := sizes.get("qk_nope_head_dim")):  # latent attention: each query head has its keys and values
+        key_value, size, value_size = query, latent, sizes.get("v_head_dim")
+        rotary_size = sizes.get("qk_rope_head_dim")
     return Heads(
         query,
         key_value,
         size,
         family.rotary,
-        _rotary_size(sizes, size, family.rotary_share),
+        rotary_size,
         family.interleaved,
         frozenset(family.without),
         groups if positive(groups) else 1,
+        value_size if positive(value_size) else None,
     )
 
 
