@@ -40,7 +40,7 @@ _ROUTED = {
 }  # fmt: skip
 _LATENT = {
     "num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 10,
 }  # fmt: skip
 _MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2,
@@ -102,8 +102,8 @@ SECOND: Mapping[str, Mapping] = {
         "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False,
     },
     "kimi_linear": {
-        **_LATENT, **_MOE, "num_experts_per_token": 2, "num_shared_experts": 1, "first_k_dense_replace": 1,
-        "num_expert_group": 2, "topk_group": 1, "linear_head_dim": 8, "linear_num_heads": 4,
+        **_LATENT, **_MOE, "q_lora_rank": None, "num_experts_per_token": 2, "num_shared_experts": 1,
+        "first_k_dense_replace": 1, "num_expert_group": 2, "topk_group": 1, "linear_head_dim": 8, "linear_num_heads": 4,
     },
     "lfm2": {"block_multiple_of": 8, "full_attn_idxs": [2, 4], "conv_bias": True},
     "lfm2_moe": {
@@ -148,16 +148,24 @@ SECOND: Mapping[str, Mapping] = {
     },
     "zamba2": {"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_headdim": 8, "chunk_size": 8, "use_mamba_kernels": False},
 }  # fmt: skip
+#: other models of a type, by ``type/name``: kinds of layers that do not occur in one model
+VARIANTS: Mapping[str, Mapping] = {
+    "granitemoehybrid/dense": {"num_local_experts": 0, "num_experts_per_tok": 0},
+    "nemotron_h/latent": {"moe_latent_size": 16},
+}
 #: a text part of other models only, but there is a class for it
 transformers.AutoModelForCausalLM.register(transformers.Mistral4Config, transformers.Mistral4ForCausalLM, exist_ok=True)
 MODEL_TYPES = sorted(
     {kind for family in families().values() for kind in family.model_types}
     & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "mistral4"}
+    | {*VARIANTS}
 )
 
 
 def make(folder: Path, model_type: str, seed: int = 0, **more) -> Path:
-    """Save a tiny model; ``more`` are values of its config."""
+    """Save a tiny model of a type, or of a variant; ``more`` are values of its config."""
+    more = {**VARIANTS.get(model_type, {}), **more}
+    model_type = model_type.partition("/")[0]
     settings = {**_SMALL, **{**SETTINGS, **SECOND}.get(model_type, {}), **more}
     config = transformers.AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
@@ -172,7 +180,7 @@ def make(folder: Path, model_type: str, seed: int = 0, **more) -> Path:
 @functools.cache
 def shared(model_type: str, seed: int = 0) -> Path:
     """A tiny model that no test changes."""
-    return make(Path(tempfile.mkdtemp(prefix=f"deus-{model_type}-")), model_type, seed)
+    return make(Path(tempfile.mkdtemp(prefix=f"deus-{model_type.replace('/', '-')}-")), model_type, seed)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
