@@ -43,7 +43,9 @@ def abilities(family: Family) -> Abilities:
     """What can be done with the layers of a family."""
     sublayers = [kind for kinds in family.sublayers for kind in kinds if kind.tensors]
     aligned = [s for s in sublayers if any(part.in_space and not part.opaque for part in parts(s))]
-    spaces = {space for s in aligned for part in parts(s) if not part.opaque for space in (part.in_space, part.out_space)}
+    spaces = {
+        space for s in aligned for part in parts(s) if not part.opaque for space in (part.in_space, part.out_space)
+    }
     has = {
         "experts": "experts" in spaces,
         "neurons": any(space and space.startswith("neurons") for space in spaces),

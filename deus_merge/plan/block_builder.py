@@ -133,7 +133,7 @@ class BlockBuilder:
         assert entries_of.layer is not None
         model = self.models[entries_of.model]
         origin = LayerEntries(
-            model.checkpoint.config, entries_of.layer, str(model.ref), self.view(model.ref).layers_path
+            model.checkpoint.config, entries_of.layer, str(model.ref), self.view(model.ref).layers_path, new
         )
         self.origins += [origin] * count
         if len(neighbours) > 1:
