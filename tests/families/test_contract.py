@@ -112,12 +112,14 @@ RANGES = (([0, 3], [1, 6]), ([0, 2], [0, 6]), ([1, 6],), ([0, 4], [2, 4], [4, 6]
 
 def test_layers_in_another_order_are_the_base_s_own(run, tmp_path, kind):
     """The output computes what the base's own layer modules compute in that order; or the config's key is named."""
-    ranges = RANGES[MODEL_TYPES.index(kind) % len(RANGES)]
+    depth = opened(shared(kind)).view.num_layers
+    ranges = [[start, min(end, depth)] for start, end in RANGES[MODEL_TYPES.index(kind) % len(RANGES)] if start < depth]
     slices = [{"sources": [{"model": str(shared(kind)), "layer_range": r}]} for r in ranges]
     (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
     done = run("merge", tmp_path / "r.yml", tmp_path / "out", expect=None)
     if done.code == 2:
-        assert "config.json's" in done.err and (is_tied(kind) or shares_results(kind)), done.err
+        facts = facts_of(kind)
+        assert "config.json's" in done.err and (is_tied(kind) or any(layer != facts[0] for layer in facts)), done.err
         return
     output, base = load(tmp_path / "out"), load(shared(kind))
     theirs, ours = stack_of(base), stack_of(output)
