@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .family import RESIDUAL, Family, Sublayer, TensorSpec
@@ -54,13 +54,17 @@ def abilities(family: Family) -> Abilities:
         "rotary": spaces >= _ATTENTION and family.rotary != "none",
     }
     return Abilities(
-        tuple(" or ".join(dict.fromkeys(kind.kind or "nothing" for kind in kinds)) for kinds in family.sublayers),
+        tuple(kinds for kinds in map(_kinds, family.sublayers) if kinds),
         family.no_identity,
         tuple(dict.fromkeys(s.kind for s in aligned)),
         tuple(dict.fromkeys(s.kind for s in sublayers if s not in aligned)),
         tuple(step for step in STEPS if has[step] and step not in family.without),
         {step: reason for step, reason in family.without.items() if has.get(step, True) or step == "rotary"},
     )
+
+
+def _kinds(alternatives: Sequence[Sublayer]) -> str:
+    return " or ".join(dict.fromkeys(kind.kind for kind in alternatives if kind.kind))
 
 
 def parts(sublayer: Sublayer) -> list[TensorSpec]:
