@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import config_of, load, logits, make, shared
+from tiny_models import COMPOSITES, config_of, load, logits, make, save, shared, values_of
 
 from deus_merge.models.reference import ModelRef
 from deus_merge.models.source import SourceModel
@@ -74,6 +75,36 @@ def test_names_without_the_usual_prefix(run, tmp_path, kind, prefix):
     run("merge", recipe(tmp_path, base, insert="all"), tmp_path / "out")
     assert renamed.keys() < load_file(tmp_path / "out/model.safetensors").keys()
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(shared(kind))))
+
+
+_TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 4, "head_dim": 16,
+}  # fmt: skip
+_QWEN = COMPOSITES["qwen3_vl_text"][1]
+_PARTS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0],
+                              "partial_rotary_factor": 0.25}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "vision", "changes", "more"),
+    [
+        ("gemma3", "gemma3_text", {**_TOWER, "model_type": "siglip_vision_model"}, {}, {"mm_tokens_per_image": 4}),
+        ("gemma4", "gemma4_text", _TOWER, {}, {"audio_config": None}),
+        ("llava", "llama", {**_TOWER, "num_hidden_layers": 3, "model_type": "clip_vision_model"}, {}, {}),
+        ("mistral3", "ministral3", {**_TOWER, "model_type": "pixtral"}, {}, {}),
+        ("qwen3_5_moe", "qwen3_5_moe_text", _QWEN, _PARTS, {}),
+    ],
+)
+def test_text_stacks_of_vision_language_models(run, tmp_path, kind, text, vision, changes, more):
+    ids = {f"{name}_token_id": 90 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))}
+    settings = {"model_type": text, **values_of(text), **changes}
+    config = transformers.AutoConfig.for_model(kind, text_config=settings, vision_config=dict(vision), **ids, **more)
+    save(tmp_path / "base", transformers.AutoModelForImageTextToText.from_config(config))
+    view = SourceModel.open(ModelRef(str(tmp_path / "base")), {}).view
+    assert view.family is not None and text in view.family.model_types and view.num_layers == 6
+    run("merge", recipe(tmp_path, tmp_path / "base"), tmp_path / "out")
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", tmp_path / "base")))
 
 
 def seen(folder: Path) -> torch.Tensor:
