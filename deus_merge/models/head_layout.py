@@ -71,7 +71,7 @@ def positive(value: object) -> TypeGuard[int]:
 
 
 def _key_value_heads(sizes: Config) -> Any:
-    """As in the config; with ``multi_query`` one for all, but for Falcon's new layers, which have as many as it says."""
+    """As in the config; with ``multi_query`` one for all. Falcon's new layers have as many as the config says."""
     old_falcon = "new_decoder_architecture" in sizes and not sizes["new_decoder_architecture"]
     if old_falcon or ("multi_query" in sizes and "new_decoder_architecture" not in sizes):
         return 1 if sizes.get("multi_query", True) else _first(sizes, _QUERY_HEADS)
