@@ -75,8 +75,6 @@ def match(
     Raises:
         SolverError: NaN or infinity among the weights.
     """
-    import torch
-
     router = next((s for s in specs if s.out_space == "experts" and s.in_space), None)
     without = options.heads.without if options.heads else frozenset()
     wanted = options.alignment == "transport_flow" or (
@@ -85,9 +83,7 @@ def match(
     if router is None or not wanted or "experts" in without:
         return None
     rows = [_unit(read(side, router.role, options)) for side in (a, b)]  # (E, d) each
-    probes = torch.randn(_PROBES, rows[0].shape[1], generator=torch.Generator().manual_seed(0))
-    probes = probes.to(rows[0])  # (k, d)
-    sketches = [_unit(_outputs(side, specs, probes, options)) for side in (a, b)]  # (E, k·d) each
+    sketches = [_unit(_outputs(side, specs, options)) for side in (a, b)]  # (E, k·d) each
     similar = sketches[0] @ sketches[1].t()  # (E, E)
     scores = (similar + rows[0] @ rows[1].t()).double().cpu()
     if not is_finite(scores):
@@ -100,17 +96,20 @@ def match(
     return MatchedExperts(order, routing, OutputChunk(router.role, None, diagnostics=found))
 
 
-def _outputs(layer: Mapping[str, Tensor], specs: Sequence[TensorSpec], probes: Tensor, options: AlignOptions) -> Tensor:
-    """What each expert gives for the probes: (E, k·d). The activation is SiLU; only similarity matters here."""
+def _outputs(layer: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions) -> Tensor:
+    """What each expert gives for random inputs: (E, k·d). The activation is SiLU; only similarity matters here."""
     import torch
 
     roles: dict[int, dict[str, str]] = {}
     for spec in specs:
         if found := _EXPERT.fullmatch(spec.role):
             roles.setdefault(int(found[1]), {})[found[2]] = spec.role
-    outputs = []
+    outputs, probes = [], None
     for _, expert in sorted(roles.items()):
-        hidden = probes @ read(layer, expert["up"], options).t()  # (k, f)
+        up = read(layer, expert["up"], options)
+        if probes is None:
+            probes = torch.randn(_PROBES, up.shape[1], generator=torch.Generator().manual_seed(0)).to(up)  # (k, d)
+        hidden = probes @ up.t()  # (k, f)
         if "gate" in expert:
             hidden = hidden * torch.nn.functional.silu(probes @ read(layer, expert["gate"], options).t())
         else:

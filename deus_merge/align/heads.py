@@ -90,8 +90,8 @@ def align_heads(
     """The transform that brings A's attention closest to B's.
 
     Args:
-        a, b: ``q`` (H·h, e), ``k`` and ``v`` (G·h, e) with the input norm's weight folded in and a bias as one more
-            column, and ``o`` (d, H·h); float32 or float64.
+        a, b: ``q`` (H·h, e), ``k`` (G·h, e) and ``v`` (G·h_v, e), each in the order of B's inputs, with the input
+            norm's weight folded in and a bias as one more column, and ``o`` (d, H·h_v); float32 or float64.
         heads: Their numbers.
         steps: The steps to take, of ``heads``, ``values``, ``rotary``.
 
@@ -170,16 +170,16 @@ def _take(heads: Tensor, order: tuple[int, ...], axis: int = 0) -> Tensor:
 
 
 def _split(side: Mapping[str, Tensor], heads: Heads) -> dict[str, Tensor]:
-    """q (H, h, e), k and v (G, h, e), o (H, d, h), as views."""
+    """q (H, h, e), k (G, h, e), v (G, h_v, e), o (H, d, h_v), as views."""
     split = {r: side[r].view(n, heads.size, -1) for r, n in (("q", heads.query), ("k", heads.key_value))}
-    split["v"] = side["v"].view(heads.key_value, heads.size, -1)
-    split["o"] = side["o"].view(-1, heads.query, heads.size).transpose(0, 1)
+    split["v"] = side["v"].view(heads.key_value, heads.values, -1)
+    split["o"] = side["o"].view(-1, heads.query, heads.values).transpose(0, 1)
     return split
 
 
 def _value_scores(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads) -> Tensor:
     """Cosine of ``o_i v_i`` of A with ``o_j v_j`` of B as linear maps, for every pair of query heads: (H, H)."""
-    per_group, h = heads.query // heads.key_value, heads.size
+    per_group, h = heads.query // heads.key_value, heads.values
 
     def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
         outputs = (x["o"].t() @ y["o"]).view(heads.query, h, heads.query, h)

@@ -31,6 +31,7 @@ from ..ot.coupling import TransportMap
 from .fusion import (
     PlanDiagnostics,
     along,
+    both,
     check_finite,
     check_fit,
     choose,
@@ -46,8 +47,7 @@ from .options import AlignOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ATTENTION = {"q": (RESIDUAL, "query_heads"), "k": (RESIDUAL, "key_heads"), "v": (RESIDUAL, "value_heads")}
-_ATTENTION["o"] = ("value_heads", RESIDUAL)
+_ATTENTION = {"q": "query_heads", "k": "key_heads", "v": "value_heads", "o": RESIDUAL}  # where they write
 _ATTENTION_STEPS = frozenset({"heads", "values", "rotary"})
 _HEAD_SPACES = {"query_heads", "key_heads", "value_heads", "gate_heads", "head_entries"}
 
@@ -135,7 +135,7 @@ class _Layer:
         role, options = spec.role, self.options
         diagnostics = None
         space = _neurons_of(spec)
-        if self.attention is None and self.attends and _spaces(spec) in _ATTENTION.values():
+        if self.attention is None and self.attends and _attention_role(spec):
             diagnostics = self._align_attention(role)
         elif space and spec.in_space and space not in self.neurons and "neurons" in self.steps:
             diagnostics = self._align_neurons(role, space)
@@ -170,15 +170,30 @@ class _Layer:
             side.unchecked.clear()
 
     def _move(self, spec: TensorSpec, weight: Tensor) -> _Moved:
-        spaces, rows = _spaces(spec), weight if weight.ndim == 2 else weight.unsqueeze(1)  # (n, d), a bias (n, 1)
+        rows = weight if weight.ndim == 2 else weight.unsqueeze(1)  # (n, d), a bias (n, 1)
         space = _neurons_of(spec)
+        if space in self.neurons and spec.out_space in _HEAD_SPACES:
+            return self._move_both(spec, weight, space)
         if space in self.neurons:
             plan = self.neurons[space]
             fused, unmatched = self.fused_neurons[space], plan.unmatched
             matched, axis = None if unmatched is None else ~unmatched, int(spec.in_space == space)
             moved = plan.to_columns(weight) if axis else plan.to_rows(rows).view_as(weight)
             return _Moved(moved, self._norms(weight, plan, axis), fused, matched, axis)
-        # The residual stream stays as it is.
+        return self._move_heads(spec, weight, rows)
+
+    def _move_both(self, spec: TensorSpec, weight: Tensor, space: str) -> _Moved:
+        """A weight that makes heads from latent components: its columns in the order of these, its rows by heads."""
+        plan = self.neurons[space]
+        columns = plan.to_columns(weight)
+        moved = self._move_heads(spec, columns, columns)
+        own = None if plan.unmatched is None else ~plan.unmatched  # (m,)
+        fused = both(along(moved.fused, weight, 0), self.fused_neurons[space])
+        return _Moved(moved.weight, None, fused, own, axis=1)
+
+    def _move_heads(self, spec: TensorSpec, weight: Tensor, rows: Tensor) -> _Moved:
+        """A tensor of the attention. Everything else stays as it is, the residual stream too."""
+        spaces = _spaces(spec)
         if self.attention is None or spec.out_space is None or not set(spaces) & _HEAD_SPACES:
             return _Moved(weight)
         heads = self.attention.heads
@@ -219,7 +234,7 @@ class _Layer:
     # attention ---------------------------------------------------------------------------------------------------
 
     def _align_attention(self, role: str) -> HeadDiagnostics:
-        roles = {name: self._role(spaces) for name, spaces in _ATTENTION.items()}
+        roles = {name: self._role(name) for name in _ATTENTION}
         sides = [
             {name: self._folded(side, r) if name != "o" else self._read(side, r) for name, r in roles.items()}
             for side in (self.a, self.b)
@@ -241,8 +256,8 @@ class _Layer:
             fused=choice.count,
         )
 
-    def _role(self, spaces: tuple[str, str]) -> str:
-        return next(s.role for s in self.specs.values() if _spaces(s) == spaces)
+    def _role(self, name: str) -> str:
+        return next(s.role for s in self.specs.values() if _attention_role(s) == name)
 
     def _folded(self, side: _Stored, role: str) -> Tensor:
         """A weight as it acts on the normed input: input norm and per-head norm folded in, bias as a last column."""
@@ -251,6 +266,8 @@ class _Layer:
         weight = self._read(side, role)  # (n, d)
         if (norm := self.specs[role].norm) in self.specs:
             weight = weight * (self.specs[norm].offset + self._read(side, norm))  # (n, d)
+        if side is self.a and (plan := self.neurons.get(self.specs[role].in_space or "")):
+            weight = plan.to_columns(weight)
         for spec in self.specs.values():
             if spec.follows == role:
                 vector = self._read(side, spec.role)
@@ -278,7 +295,7 @@ class _Layer:
         """A's and B's neurons, one a row: every weight that writes or reads them, scaled to the same mean norm."""
         import torch
 
-        parts = [s for s in self.specs.values() if s.in_space and space in _spaces(s)]
+        parts = [s for s in self.specs.values() if s.in_space and space in _spaces(s) and not _makes_heads(s, space)]
         sides: list[Tensor] = []
         at = 0
         for spec in parts:
@@ -339,6 +356,19 @@ def _neurons_of(spec: TensorSpec) -> str | None:
     return next((space for space in _spaces(spec) if space and space.startswith("neurons")), None)
 
 
+def _makes_heads(spec: TensorSpec, space: str) -> bool:
+    """Whether a weight makes heads of the neurons of a space. The order of its rows is not known before the order of
+    the neurons, which are compared without it."""
+    return spec.in_space == space and spec.out_space in _HEAD_SPACES
+
+
+def _attention_role(spec: TensorSpec) -> str | None:
+    """q, k, v or o, whatever it reads; None for all others."""
+    if spec.in_space is None or (spec.out_space == RESIDUAL) != (spec.in_space == "value_heads"):
+        return None
+    return next((name for name, space in _ATTENTION.items() if space == spec.out_space), None)
+
+
 def _has_attention(specs: Sequence[TensorSpec]) -> bool:
     """Whether q, k, v and o are there."""
-    return set(_ATTENTION.values()) <= {_spaces(spec) for spec in specs if spec.in_space}
+    return set(_ATTENTION) <= {_attention_role(spec) for spec in specs}

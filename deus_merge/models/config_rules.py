@@ -12,7 +12,7 @@ from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from .config_json import Config, section
 from .family import RESIDUAL
 from .head_layout import head_size, positive
-from .layer_facts import LayerFacts, contract, expand
+from .layer_facts import LayerFacts, contract, expand, of_new_layer
 from .view import ModelView
 
 
@@ -25,12 +25,14 @@ class LayerEntries:
         layer: The source layer's index.
         model: The model's name, for messages.
         layers_path: Keys that lead to the model's depth.
+        new: Whether the output's layer is new, and not one that the model has.
     """
 
     config: Config
     layer: int
     model: str
     layers_path: Sequence[str]
+    new: bool = False
 
 
 def check_config(config: Config, view: ModelView, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
@@ -167,7 +169,8 @@ def deeper_config(
         if key not in known:
             known[key] = expand(entry.config, entry.layers_path, str(entry.config.get("model_type")))
             _check_like_donor(own, known[key], entry.model)
-        facts.append(known[key][entry.layer])
+        found = known[key][entry.layer]
+        facts.append(of_new_layer(found, entry.layer) if entry.new else found)
     return contract(config, layers_path, model_type, facts, where)
 
 

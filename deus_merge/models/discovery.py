@@ -68,7 +68,8 @@ class Discovery:
             name: The tensor's name under the layer's prefix, stored or transformers'.
 
         Returns:
-            None where it is not known: the tensor is not one that transformers saves, or there is a reason.
+            None where it is not known: the tensor is not one that transformers saves, or there is a reason. A layer
+            with such a tensor must not be taken for one that zeros make the identity.
         """
         kind, name = self.kind_of(layer), pattern_of(name)
         if kind is None or kind.reason is not None or name not in kind.zeroed | kind.kept:

@@ -32,8 +32,10 @@ class TensorSpec:
         name: Its name under the layer's prefix: ``self_attn.q_proj.weight``. ``{e}`` stands for the number of an
             expert, a final ``*`` for any rest, which is then also the role.
         in_space: The space its columns read from; None for vectors.
-        out_space: The space its rows write to: residual, query_heads, gate_heads (gates of what the query heads give),
-            key_heads, value_heads, head_entries (one number a query head), neurons (``neurons.{e}``: of one expert),
+        out_space: The space its rows write to: residual, query_heads, gate_heads (what goes along with query heads
+            and is never turned: gates of what they give, their rotary components), key_heads, value_heads,
+            head_entries (one number a query head), rotary (components that all heads share), neurons
+            (``neurons.{e}``: of one expert; ``neurons.query``: the latent components that queries are made from),
             experts.
         norm: The role of the norm whose output it reads; None where it reads the residual stream as it is.
         follows: For biases and norms of a weight's output: the role of that weight.
@@ -156,7 +158,8 @@ class Heads:
     Attributes:
         query: Number of query heads, H.
         key_value: Number of key-value heads, G; each serves H/G consecutive query heads.
-        size: Components of a head, h.
+        size: Components of a query or key head, h; with latent attention those that are not rotary.
+        value_size: Components of a value head, where it is another number.
         rotary: The rotations of a rotary pair of components that leave attention scores unchanged: see `Family`.
         rotary_size: The first r components are rotary; None for all of them.
         interleaved: Whether components 2j and 2j + 1 are a pair, and not j and j + r/2.
@@ -172,6 +175,12 @@ class Heads:
     interleaved: bool = False
     without: frozenset[str] = frozenset()
     expert_groups: int = 1
+    value_size: int | None = None
+
+    @property
+    def values(self) -> int:
+        """Components of a value head."""
+        return self.size if self.value_size is None else self.value_size
 
     @property
     def mismatch(self) -> str | None:

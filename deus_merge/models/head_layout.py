@@ -15,6 +15,7 @@ _QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attent
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _SHARES = ("partial_rotary_factor", "rotary_pct")
+_EXPERT_GROUPS = ("n_group", "num_expert_group")
 _ROTARY_SIZES = ("rotary_dim", "rotary_ndims", "qk_rope_head_dim")
 
 
@@ -46,16 +47,21 @@ def layer_heads(
         key_value = k // size
     if not (positive(key_value) and positive(size)):
         return None
-    groups = sizes.get("n_group")
+    groups = _first(sizes, _EXPERT_GROUPS)
+    rotary_size, value_size = _rotary_size(sizes, size, family.rotary_share), None
+    if positive(latent := sizes.get("qk_nope_head_dim")):  # latent attention: each query head has its keys and values
+        key_value, size, value_size = query, latent, sizes.get("v_head_dim")
+        rotary_size = sizes.get("qk_rope_head_dim")
     return Heads(
         query,
         key_value,
         size,
         family.rotary,
-        _rotary_size(sizes, size, family.rotary_share),
+        rotary_size,
         family.interleaved,
         frozenset(family.without),
         groups if positive(groups) else 1,
+        value_size if positive(value_size) else None,
     )
 
 

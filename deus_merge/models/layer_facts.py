@@ -23,7 +23,7 @@ from .facts.implied import IMPLIED
 from .facts.text_types import TEXT_TYPES
 from .facts.ties import Pin, check_pinned
 from .family import families
-from .stacks import is_vision_or_audio, same_depths
+from .stacks import DEPTH_LISTS, depth_at, is_vision_or_audio, same_depths
 
 #: the facts of one layer: their values by their names; values are JSON values and can be compared
 LayerFacts = Mapping[str, Any]
@@ -49,7 +49,7 @@ def expand(config: Config, layers_path: Sequence[str], model_type: str) -> list[
     Returns:
         One mapping a layer, all with the same keys. A value that ties a layer to its number is `Pinned`.
     """
-    depth = section(config, layers_path)[layers_path[-1]]
+    depth = depth_at(config, layers_path)
     facts: dict[str, Sequence[Any]] = {}
     for place in _places(config, layers_path):
         scope = Scope(section(config, (*place, "")), config, depth)
@@ -108,11 +108,18 @@ def contract(
     return result
 
 
+def of_new_layer(facts: LayerFacts, layer: int) -> LayerFacts:
+    """The facts of a new layer that is made like the layer with this number: its own results are of no use to the
+    layers that use that one's."""
+    own = {name: value for name, value in facts.items() if isinstance(value, Use) and value.layer == layer}
+    return {**facts, **{name: Use(value.kind, None) for name, value in own.items()}}
+
+
 def _changes(
     config: Config, layers_path: Sequence[str], place: tuple[str, ...], model_type: str, facts: Sequence[LayerFacts]
 ) -> Changes:
     """The changes to one section that holds the depth."""
-    depth = section(config, layers_path)[layers_path[-1]]
+    depth = depth_at(config, layers_path)
     scope = Scope(section(config, (*place, "")), config, depth)
     changes: Changes = {}
     for rule in rules_of(scope, place, model_type):
@@ -120,7 +127,8 @@ def _changes(
             name = _qualified(rule.fact, place, layers_path)
             values = [layer[name] if name in layer else layer[rule.fact] for layer in facts]
             changes |= rule.contract(scope, values)
-    return changes | {(p[-1],): len(facts) for p in same_depths(config, layers_path) if p[:-1] == place}
+    depths = (p for p in same_depths(config, layers_path) if p[-1] not in DEPTH_LISTS)
+    return changes | {(p[-1],): len(facts) for p in depths if p[:-1] == place}
 
 
 def _check_given(own: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None:

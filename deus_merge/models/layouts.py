@@ -53,8 +53,8 @@ class Stacked(Layout):
     """Matrices one above the other, ``[q; k; v]`` or ``[gate; up]``: (n_1 + n_2 + .., columns).
 
     Attributes:
-        parts: What is stacked. Rows of ``query_heads``, ``key_heads`` and ``value_heads`` are counted by the heads,
-            all others have equal shares.
+        parts: What is stacked. Rows of ``query_heads``, ``key_heads``, ``value_heads`` and ``rotary`` are counted by
+            the heads, all others have equal shares of the rest.
     """
 
     parts: tuple[TensorSpec, ...]
@@ -63,7 +63,9 @@ class Stacked(Layout):
         return self.parts
 
     def split(self, stored, heads):
-        rows = [_head_rows(part, heads) or len(stored) // len(self.parts) for part in self.parts]
+        known = [_head_rows(part, heads) for part in self.parts]
+        rest = len(stored) - sum(n for n in known if n is not None)
+        rows = [rest // known.count(None) if n is None else n for n in known]
         return {part.role: view for part, view in zip(self.parts, stored.split(rows), strict=True)}
 
 
@@ -91,10 +93,10 @@ class PerGroup(Layout):
 
 @dataclass(frozen=True)
 class PerHead(Layout):
-    """For each query head equally many rows of every part, one part after the other: (H·p·h, columns).
+    """For each query head the rows of every part, one part after the other: (H·(h_1 + h_2 + ..), columns).
 
     Attributes:
-        parts: A query and its gate, for example.
+        parts: A query and its gate, for example. What goes along with query heads has the rows that the others leave.
     """
 
     parts: tuple[TensorSpec, ...]
@@ -104,8 +106,11 @@ class PerHead(Layout):
 
     def split(self, stored, heads):
         assert heads is not None, "planning refuses layers whose heads are unknown"
-        by_head = stored.unflatten(0, (heads.query, len(self.parts), -1))  # (H, p, h, ..)
-        return {part.role: by_head[:, i] for i, part in enumerate(self.parts)}
+        by_head = stored.unflatten(0, (heads.query, -1))  # (H, h_1 + h_2 + .., ..)
+        known = [{"gate_heads": None, "value_heads": heads.values}.get(p.out_space, heads.size) for p in self.parts]
+        rest = by_head.shape[1] - sum(n for n in known if n is not None)
+        rows = [rest if n is None else n for n in known]
+        return {part.role: view for part, view in zip(self.parts, by_head.split(rows, 1), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -228,8 +233,9 @@ class EitherWay(Layout):
 
 
 def _head_rows(part: TensorSpec, heads: Heads | None) -> int | None:
-    """The rows of q, k or v; None for another role."""
-    counts = {"query_heads": "query", "key_heads": "key_value", "value_heads": "key_value"}
-    if part.out_space not in counts or heads is None:
+    """The rows of q, k, v or of components that all heads share; None for another role."""
+    if heads is None:
         return None
-    return getattr(heads, counts[part.out_space]) * heads.size
+    rows = {"query_heads": heads.query * heads.size, "key_heads": heads.key_value * heads.size}
+    rows |= {"value_heads": heads.key_value * heads.values, "rotary": heads.rotary_size or 0}
+    return rows.get(part.out_space or "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from .config_json import Config, value_at
 
@@ -14,6 +15,8 @@ LAYER = re.compile(
 )
 #: keys of config.json that hold a depth
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+#: lists with one entry a layer, for configs that say a depth in no other way
+DEPTH_LISTS = ("layers_block_type",)
 #: words in a stack's prefix, section of the config, and the keys that hold a depth there
 _SECTIONS = (
     (("vision", "visual", "image"), "vision_config", (*DEPTH_KEYS, "depth")),
@@ -32,6 +35,12 @@ def find_stacks(names: Sequence[str]) -> dict[str, dict[int, dict[str, str]]]:
     return stacks
 
 
+def depth_at(config: Config, path: Sequence[str]) -> Any:
+    """The depth that these keys lead to, as the config says it: an integer, or the length of a list."""
+    value = value_at(config, path)
+    return len(value) if isinstance(value, list) and path[-1] in DEPTH_LISTS else value
+
+
 def depth_path(config: Config, prefix: str, depth: int) -> tuple[str, ...] | None:
     """The keys that lead to a stack's depth in config.json; None where no key holds it."""
     words = set(re.split(r"[._]", prefix))
@@ -39,7 +48,8 @@ def depth_path(config: Config, prefix: str, depth: int) -> tuple[str, ...] | Non
         if words & set(marks):
             return _first(config, [(section, key) for key in keys], depth)
     sided = [(key,) for side, keys in _SIDES.items() if side in words for key in keys]
-    plain = [(key,) for key in DEPTH_KEYS] + [("text_config", key) for key in DEPTH_KEYS]
+    keys = (*DEPTH_KEYS, *DEPTH_LISTS)
+    plain = [(key,) for key in keys] + [("text_config", key) for key in keys]
     return _first(config, sided + plain, depth)
 
 
@@ -82,7 +92,7 @@ def same_depths(config: Config, path: Sequence[str]) -> list[tuple[str, ...]]:
 
     The language model's may stand at the top and in ``text_config``, and under several names.
     """
-    depth, places = value_at(config, path), [tuple(path)]
+    depth, places = depth_at(config, path), [tuple(path)]
     sided = {key for keys in _SIDES.values() for key in keys}
     if path[-1] in _SIDES["decoder"] and any(key in config for key in _SIDES["encoder"]):
         return places  # the plain keys are the encoder's
@@ -95,4 +105,4 @@ def same_depths(config: Config, path: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _first(config: Config, paths: Sequence[tuple[str, ...]], depth: int) -> tuple[str, ...] | None:
-    return next((path for path in paths if value_at(config, path) == depth), None)
+    return next((path for path in paths if depth_at(config, path) == depth), None)

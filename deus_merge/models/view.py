@@ -14,7 +14,7 @@ from ..core.errors import ArchitectureError
 from ..core.text import some_of
 from .config_json import Config, section, value_at
 from .family import Family, TensorSpec, families
-from .stacks import DEPTH_KEYS, INDEX, depth_path, find_stacks, is_vision_or_audio
+from .stacks import DEPTH_KEYS, DEPTH_LISTS, INDEX, depth_at, depth_path, find_stacks, is_vision_or_audio
 
 #: the keys of config.json that count prediction layers behind the last layer
 PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
@@ -105,7 +105,8 @@ def view_model(config: Config, names: tuple[str, ...], where: object) -> ModelVi
         return _undescribed(model_type, config, names, where)
     family = family.under(config)
     prefix, layers, outside = _own_layers(family, names)
-    depth = config.get(family.layers_key)
+    key = next((k for k in (family.layers_key, *DEPTH_LISTS) if config.get(k) is not None), family.layers_key)
+    depth = depth_at(config, (key,))
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
         raise ArchitectureError(
             f"config.json: {family.layers_key} must be a positive integer",
@@ -114,8 +115,8 @@ def view_model(config: Config, names: tuple[str, ...], where: object) -> ModelVi
             got=repr(depth),
         )
     layers, predicting = _without_prediction_layers(layers, depth, config)
-    _check_depth(layers, depth, family.layers_key, where)
-    view = _view(family, model_type, prefix, layers, (family.layers_key,), where)
+    _check_depth(layers, depth, key, where)
+    view = _view(family, model_type, prefix, layers, (key,), where)
     before, after, tied = (
         tuple(_rooted(name, family.layer_prefix, prefix, outside) for name in part)
         for part in (family.before, family.after, family.tied)

@@ -28,7 +28,7 @@ from .compatibility import check_configs
 from .documents import PlannedResult, document_plans
 from .dtypes import dtyped_config
 from .layer_kinds import PlannedStack, check_layer_kinds
-from .parents import Parents
+from .parents import Parents, describe_copied
 from .types import Plan
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -180,6 +180,7 @@ class _Planner:
     def _add_new_layers(self, slice_: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
         first, base = ranges[0], slice_.sources[0]
+        describe_copied(self.builder, slice_, self._setting)
         fills_gaps, learns = len(slice_.sources) == 1, methods()[slice_.merge_method].learns
         if fills_gaps:
             if len(first) < 2:

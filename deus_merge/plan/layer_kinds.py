@@ -72,7 +72,7 @@ def _check(config: Config, stack: PlannedStack, donor: SourceModel) -> list[str]
     prefix = stack.view.layer_prefix
     known: dict[str, BuiltStack] = {}
     try:
-        build_stack(donor.checkpoint.config, prefix)
+        known[str(donor.ref)] = build_stack(donor.checkpoint.config, prefix)
         for origin in stack.origins:
             if origin.model not in known:
                 known[origin.model] = build_stack(origin.config, prefix)

@@ -16,6 +16,7 @@ from ..core.units import dtype_name, parse_size, promoted
 from ..models.config_rules import LayerEntries, check_config, deeper_config
 from ..models.layer_facts import expand
 from ..models.side_files import copied_files
+from ..models.stacks import depth_at
 from ..models.view import ModelView, prefix_of, view_model
 from ..report.manifest import MANIFEST, RECIPE, Manifest, check_belongs, read_manifest
 from ..report.manifest_parts import ManifestLayer, WeightFile
@@ -221,9 +222,7 @@ def _base_layers(manifest: Manifest, view: ModelView) -> list[int]:
     for name, module in (manifest.modules or {}).items():
         if any(layer.new or not _is_unchanged(layer) for layer in module.layers):
             raise PlanError(f"{name} is not that of {base} either", hint="only the main stack can be stripped")
-    patch: object = manifest.donor_config
-    for key in view.layers_path:
-        patch = patch.get(key) if isinstance(patch, Mapping) else None
+    patch = depth_at(manifest.donor_config or {}, view.layers_path)
     depth = patch if isinstance(patch, int) else manifest.num_layers
     old = [layer for layer in manifest.layers if not layer.new]
     origins = [(layer.sources[0].model, layer.sources[0].layer) for layer in old]

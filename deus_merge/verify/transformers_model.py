@@ -250,7 +250,7 @@ class BuiltModel:
     def _cannot_build(self, error: CannotBuild) -> Result:
         """A failure where the base can be built, else not known."""
         base = self.base_reason()
-        return (None, f"{base}; nor the base") if base else (False, str(error))
+        return (None, f"neither it nor its base: {base}") if base else (False, str(error))
 
     def _of_base(self, name: str) -> Iterable[str] | None:
         """The names in the base that excuse a name in the output, by the origins of its layer; None: excused."""
@@ -259,8 +259,7 @@ class BuiltModel:
         if match is None:
             return [name]
         head, suffix, layer = match["prefix"], match["suffix"], int(match["index"])
-        stored = (LAYER.fullmatch(n) for n in self.base.tensors)
-        numbers = {int(m["index"]) for m in stored if m and m["suffix"] == suffix}
+        numbers = self._base_layers.get(suffix, set())
         if not self._in_main_stack(head):
             return [f"{head}.{number}.{suffix}" for number in {layer, *numbers}]
         depth, donor = self.manifest.num_layers, self.manifest.sources[self.manifest.donor].model
@@ -271,6 +270,15 @@ class BuiltModel:
         own = [source.layer for source in sources if source.model == donor]
         others = [] if sources and len(own) == len(sources) else range(self._base_depth)
         return [f"{head}.{number}.{suffix}" for number in (*own, *others)]
+
+    @cached_property
+    def _base_layers(self) -> dict[str, set[int]]:
+        """The names of the base's tensors under a layer's prefix -> the numbers of the layers that have them."""
+        found: dict[str, set[int]] = {}
+        for match in map(LAYER.fullmatch, self.base.tensors if self.base else ()):
+            if match is not None:
+                found.setdefault(match["suffix"], set()).add(int(match["index"]))
+        return found
 
     @cached_property
     def _base_depth(self) -> int:

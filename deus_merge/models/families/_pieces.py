@@ -7,9 +7,10 @@ norm behind o, ``experts.{e}.gate`` of an expert, ``shared.gate`` of an expert t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from ..family import RESIDUAL, Sublayer, TensorSpec
-from ..layouts import Experts, Layout, Stacked, Transposed
+from ..layouts import Experts, Layout, PerHead, Stacked, Transposed
 
 Specs = tuple[TensorSpec, ...]
 
@@ -33,7 +34,8 @@ def norm(role: str, module: str, *, bias: bool = False, offset: float = 0.0) -> 
 
 
 def norm_behind(role: str, module: str, *, offset: float = 0.0, optional: bool = False) -> Specs:
-    """A norm of what the weight ``role`` writes, before it is added to the residual stream."""
+    """A norm of what the weight ``role`` writes, or several weights together, before it is added to the residual
+    stream."""
     name = f"{module}.weight"
     return (
         TensorSpec(f"{role}_norm", name, None, RESIDUAL, follows=role, multiplies=True, offset=offset,
@@ -109,6 +111,73 @@ def head_layer_norm(role: str, module: str) -> Specs:
     return weight, TensorSpec(f"{role}_norm.bias", f"{module}.bias", None, space, follows=role, optional=True)
 
 
+def latent_attention(module: str = "self_attn", *, norm: str = "n1") -> Specs:
+    """Attention whose heads are made from latent components of queries (q_a) and of keys and values (kv_a), each with a
+    norm. The first components of each query and key are not rotary; the rotary ones of keys are the same for all heads.
+    Some models have an indexer, which makes queries of its own from q_a's components.
+
+    Args:
+        module: The module of all its tensors.
+        norm: The norm in front.
+    """
+    queries = "neurons.query"
+    q_a = TensorSpec("q_a", f"{module}.q_a_proj.weight", RESIDUAL, queries, norm=norm)
+    q_b = f"{module}.q_b_proj.weight"
+    indexer = (
+        TensorSpec("index_q", f"{module}.indexer.wq_b.weight", queries, "index_queries", norm="q_a_norm"),
+        TensorSpec("index_k", f"{module}.indexer.wk.weight", RESIDUAL, "index_keys", norm=norm),
+        TensorSpec(
+            "index_k_norm", f"{module}.indexer.k_norm.weight", None, "index_keys", follows="index_k", multiplies=True
+        ),
+        TensorSpec("index_k_norm.bias", f"{module}.indexer.k_norm.bias", None, "index_keys", follows="index_k"),
+        TensorSpec("index_weights", f"{module}.indexer.weights_proj.weight", RESIDUAL, "index_heads", norm=norm),
+    )
+    return (
+        q_a,
+        bias_of(q_a, f"{module}.q_a_proj.bias"),
+        TensorSpec("q_a_norm", f"{module}.q_a_layernorm.weight", None, queries, follows="q_a", multiplies=True),
+        *(replace(spec, optional=True) for spec in indexer),
+        *_heads(module, TensorSpec("q_b", q_b, queries, layout=PerHead(_queries(q_b, queries, "q_a_norm"))), norm),
+    )
+
+
+def direct_latent_attention(module: str = "self_attn", *, norm: str = "n1") -> Specs:
+    """`latent_attention` whose queries are made from the residual stream, by ``q_proj``."""
+    name = f"{module}.q_proj.weight"
+    return _heads(
+        module, TensorSpec("q_b", name, RESIDUAL, norm=norm, layout=PerHead(_queries(name, RESIDUAL, norm))), norm
+    )
+
+
+def _queries(name: str, space: str, norm: str) -> Specs:
+    return (
+        TensorSpec("q", name, space, "query_heads", norm=norm),
+        TensorSpec("q_rotary", name, space, "gate_heads", norm=norm),
+    )
+
+
+def _heads(module: str, query: TensorSpec, norm: str) -> Specs:
+    """The latent components of keys and values, and then the heads: these are compared when all components are."""
+    space, weight, bias = (
+        "neurons.key_value",
+        f"{module}.kv_a_proj_with_mqa.weight",
+        f"{module}.kv_a_proj_with_mqa.bias",
+    )
+    latent = TensorSpec("kv_latent", weight, RESIDUAL, space, norm=norm)
+    rotary = TensorSpec("k_rotary", weight, RESIDUAL, "rotary", norm=norm)
+    made = f"{module}.kv_b_proj.weight"
+    pair = (("k", "key_heads"), ("v", "value_heads"))
+    heads = PerHead(tuple(TensorSpec(role, made, space, to, norm="kv_a_norm") for role, to in pair))
+    return (
+        TensorSpec("kv_a", weight, RESIDUAL, norm=norm, layout=Stacked((latent, rotary))),
+        TensorSpec("kv_a.bias", bias, optional=True, layout=Stacked((bias_of(latent, bias), bias_of(rotary, bias)))),
+        TensorSpec("kv_a_norm", f"{module}.kv_a_layernorm.weight", None, space, follows="kv_latent", multiplies=True),
+        query,
+        TensorSpec("kv_b", made, space, layout=heads),
+        *projection("o", f"{module}.o_proj", norm=None, bias=True),
+    )
+
+
 #: norms of q and k per head as most families name them
 HEAD_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 
@@ -159,7 +228,12 @@ def transposed(role: str, module: str, *, norm: str | None = None, bias: bool = 
     return (weight, bias_of(weight, f"{module}.bias")) if bias else (weight,)
 
 
-EXPERT_MLP = {"gate": "mlp.experts.{e}.gate_proj", "up": "mlp.experts.{e}.up_proj", "down": "mlp.experts.{e}.down_proj"}
+def gated(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, str]:
+    """The modules of an MLP, or of one expert, by role."""
+    return {"gate": f"{module}.{gate}", "up": f"{module}.{up}", "down": f"{module}.{down}"}
+
+
+EXPERT_MLP = gated("mlp.experts.{e}")
 
 
 def router(name: str = "mlp.gate.weight", *, norm: str | None = "n2", bias: str | None = None) -> Specs:
@@ -216,6 +290,34 @@ def stacked_experts(
                        layout=Experts(bias))
         )  # fmt: skip
     return tuple(specs)
+
+
+def mlp_or_experts(
+    n2: Specs, *, module: str = "mlp", gate: str = "gate", bias: str | None = "gate.e_score_correction_bias",
+    shared: str = "shared_experts", biases: str = "", behind: str | None = None,
+) -> tuple[Sublayer, ...]:  # fmt: skip
+    """The kinds of a layer's second half that models with experts have: an MLP; a router, experts and perhaps one more
+    expert that every token takes. A checkpoint may have a tensor for each role of each expert, or one for all experts.
+
+    Args:
+        n2: The norm in front, with role ``n2``.
+        module: The module of all of them.
+        gate: The router's module in it.
+        bias: The name of the router's correction bias in it, where there may be one.
+        shared: The module of the expert that every token takes.
+        biases: Roles of the MLP and of that expert that may have a bias.
+        behind: The module of a norm of what is written.
+    """
+    routes = router(f"{module}.{gate}.weight", bias=f"{module}.{bias}" if bias else None)
+    every = tuple(replace(s, optional=True) for s in mlp(gated(f"{module}.{shared}"), prefix="shared.", biases=biases))
+    each = experts(gated(module + ".experts.{e}"))
+    stacked = stacked_experts(f"{module}.experts.gate_up_proj", f"{module}.experts.down_proj")
+    last, last_of_experts = (() if behind is None else norm_behind(role, behind) for role in ("down", "experts"))
+    return (
+        Sublayer("mlp", (*n2, *mlp(gated(module), biases=biases), *last)),
+        Sublayer("experts", (*n2, *routes, *each, *every, *last_of_experts)),
+        Sublayer("experts", (*n2, *routes, *stacked, *every, *last_of_experts)),
+    )
 
 
 def mixer(*prefixes: str, writers: Iterable[str]) -> Specs:
