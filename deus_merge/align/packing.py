@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..core.tensors import OutputChunk
 from ..core.text import some_of
-from ..models.family import Heads, TensorSpec
+from ..models.family import RESIDUAL, Heads, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ class Packing:
 
     def __init__(self, specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]], heads: Heads | None):
         self.heads, self._shapes = heads, shapes
+        specs = fitted(specs, shapes)
         self._parts = {s.role: s.layout.specs(shapes[s.role]) if s.layout else (s,) for s in specs}
         self.stored = {s.role: s for s in specs}
         self.owner = {part.role: role for role, parts in self._parts.items() for part in parts}
@@ -72,11 +74,18 @@ class Packing:
                 yield OutputChunk(role, stored, chunk.slot)
 
 
+def fitted(specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> Sequence[TensorSpec]:
+    """The specs with the layouts that their shapes show."""
+    norms = (s.role for s in specs if s.in_space is None and s.out_space == RESIDUAL and s.layout is None)
+    width = next((shapes[role][0] for role in norms if len(shapes.get(role, ())) == 1), None)
+    return [replace(s, layout=s.layout.fitted(shapes, width)) if s.layout else s for s in specs]
+
+
 def layout_problem(
     specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]], heads: Heads | None
 ) -> str | None:
     """Why a stored tensor cannot consist of what its layout says; None if all can."""
-    for spec in (spec for spec in specs if spec.layout is not None):
+    for spec in (spec for spec in fitted(specs, shapes) if spec.layout is not None):
         import torch
 
         assert spec.layout is not None

@@ -196,9 +196,12 @@ class _Layer:
         spaces = _spaces(spec)
         if self.attention is None or spec.out_space is None or not set(spaces) & _HEAD_SPACES:
             return _Moved(weight)
-        if spec.multiplies:  # no turn that is allowed changes a norm's weight, and one that all heads share stays
-            own = len(weight) > self.attention.heads.size
-            return _Moved(self.attention.permute(rows, spec.out_space).view_as(weight) if own else weight)
+        heads = self.attention.heads
+        count = heads.query if spec.out_space in ("query_heads", "gate_heads") else heads.key_value
+        if spec.follows and count > 1 and len(weight) == heads.size:  # all heads share it
+            return _Moved(weight)
+        if spec.multiplies:  # no turn that is allowed changes a norm's weight
+            return _Moved(self.attention.permute(rows, spec.out_space).view_as(weight))
         moved = self.attention.move(rows, spec.in_space, spec.out_space).view_as(weight)
         axis = int(spec.in_space == "value_heads")
         return _Moved(moved, fused=self._fused_components(moved.shape[axis]), axis=axis)

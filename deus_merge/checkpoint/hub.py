@@ -44,6 +44,7 @@ NEEDED = (
     "config_sentence_transformers.json",
     "sentence_*_config.json",
     "[0-9]_[A-Z]*/*",
+    "*.py",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY.md",

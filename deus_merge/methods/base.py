@@ -63,8 +63,8 @@ class Refusal:
 def undescribed(method: str, role: str) -> Refusal:
     """The refusal of a method that must know what every tensor of a layer does."""
     return Refusal(
-        f"{method} does not know what {role!r} does in a layer. Describe the family in models/families/, or use"
-        " passthrough, linear or slerp"
+        f"{method} does not know what {role!r} does in a layer. Use copies as new layers (presets llama_pro and"
+        " copy_next), or passthrough, linear or slerp; or describe the family in models/families/"
     )
 
 

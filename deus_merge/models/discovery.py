@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .built import CannotBuild, reason, resolved_config
+from .built import CannotBuild, build, reason, resolved_config
 from .small_model import Misbehaviour, SmallModel, pattern_of
 from .tiny_config import narrow_configs, short_config, structures, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+_LARGEST = 60_000_000  # parameters of a small model
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Discovery:
             name: The tensor's name under the layer's prefix, stored or transformers'.
 
         Returns:
-            None where it is not known: the tensor is not one that transformers saves, or there is a reason.
+            None where it is not known: the tensor is not one that transformers saves, or there is a reason. A layer
+            with such a tensor must not be taken for one that zeros make the identity.
         """
         kind, name = self.kind_of(layer), pattern_of(name)
         if kind is None or kind.reason is not None or name not in kind.zeroed | kind.kept:
@@ -102,6 +106,9 @@ def _found(config: PreTrainedConfig) -> Discovery:
                 problem = "a small model has other kinds of layers"
                 continue
             short = short_config(narrow)
+            if (count := sum(p.numel() for p in build(short, language_model=True).parameters())) > _LARGEST:
+                problem = f"the smallest has {count} parameters"
+                continue
             model = SmallModel(short)
         except (CannotBuild, Misbehaviour) as error:
             problem = str(error)

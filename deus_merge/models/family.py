@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, cast
 
 from ..core.plugins import plugins
+from .config_json import Config, value_at
 from .facts.base import Rule
 from .layouts import Layout
 
@@ -191,6 +192,29 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Case:
+    """What differs in models whose config.json has a value.
+
+    Attributes:
+        key: The key of the config's section, with dots between the keys of nested mappings.
+        without, no_identity: As `Family`'s, for these models.
+        when: Whether this holds where the value is true, or where it is false.
+        default: Whether the value counts as true where the key is missing.
+    """
+
+    key: str
+    without: Mapping[str, str] = field(default_factory=dict)
+    no_identity: str | None = None
+    when: bool = True
+    default: bool = False
+
+    def holds(self, sizes: Config) -> bool:
+        """Whether a section of config.json has the value."""
+        value = value_at(sizes, tuple(self.key.split(".")))
+        return (self.default if value is None else bool(value)) is self.when
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -215,6 +239,7 @@ class Family:
         without: Steps of ``alignment: symmetry`` that would change the function -> the reason.
         unchecked: Spaces whose sizes the usual keys of config.json do not say.
         no_identity: The reason why no layer of this family can be the identity; None where zeros make one.
+        cases: What differs where a config has certain values.
         facts: The rules by which its configs say of what kind each layer is, where these are not known by
             ``model_type`` or by the keys: see `layer_facts`.
     """
@@ -234,7 +259,17 @@ class Family:
     without: Mapping[str, str] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
     no_identity: str | None = None
+    cases: tuple[Case, ...] = ()
     facts: tuple[Rule, ...] = ()
+
+    def under(self, sizes: Config) -> Family:
+        """The family as a model with this section of config.json has it."""
+        found = [case for case in self.cases if case.holds(sizes)]
+        if not found:
+            return self
+        without = {step: reason for case in found for step, reason in case.without.items()}
+        no_identity = next((case.no_identity for case in found if case.no_identity), self.no_identity)
+        return replace(self, without={**self.without, **without}, no_identity=no_identity, cases=())
 
     @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:

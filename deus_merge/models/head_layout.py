@@ -11,7 +11,7 @@ from .family import Heads
 from .view import ModelView
 
 #: the keys of one fact in the configs of different families
-_QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _SHARES = ("partial_rotary_factor", "rotary_pct")
@@ -77,9 +77,9 @@ def positive(value: object) -> TypeGuard[int]:
 
 
 def _key_value_heads(sizes: Config) -> Any:
-    """As in the config; Falcon's older layers have one for all, or one each."""
-    if "new_decoder_architecture" in sizes and not sizes["new_decoder_architecture"]:
-        return 1 if sizes.get("multi_query", True) else _first(sizes, _QUERY_HEADS)
+    """As in the config; with ``multi_query`` one for all. Falcon's new layers have as many as the config says."""
+    if "multi_query" in sizes and not sizes.get("new_decoder_architecture"):
+        return 1 if sizes["multi_query"] else _first(sizes, _QUERY_HEADS)
     return _first(sizes, _KEY_VALUE_HEADS) or _first(sizes, _QUERY_HEADS)
 
 

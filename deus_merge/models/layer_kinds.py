@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .built import Difference, LayerDescription, build, describe_stack, main_stack, resolved_config
+from .built import build, main_stack, resolved_config
 from .config_json import Config
+from .layer_description import Difference, LayerDescription, describe_stack
 from .stacks import DEPTH_KEYS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: keys of configs that say which layers are of which kind
 _PLACING = re.compile(
     r"layer|pattern|interval|period|offset|_step$|_freq$|first_k|dense_replace|ind(ex|ic)es$|_idxs$|block_type|interleave"
 )
-_NOT_PLACING = re.compile(r"norm|layerdrop|layer_scale|^num_layers$|vision|audio")
+_NOT_PLACING = re.compile(r"norm|layerdrop|layer_scale|^num_layers$|vision|audio|rope_interleave|^_")
 #: words in what differs between layers, and in the keys that may decide about it
 _AFFINITIES = (
     (
@@ -42,6 +47,15 @@ class BuiltStack:
     layers: tuple[LayerDescription, ...]
     config: Config
     model: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, layer_prefix: str, config: Config) -> BuiltStack:
+        """The stack of a built model whose tensors have this prefix in checkpoints.
+
+        Raises:
+            CannotBuild: it has no stack.
+        """
+        return cls(describe_stack(model, main_stack(model, layer_prefix)), config, type(model).__name__)
 
 
 @dataclass(frozen=True)
@@ -93,8 +107,7 @@ def build_stack(config: Config, layer_prefix: str) -> BuiltStack:
     Raises:
         CannotBuild: transformers cannot.
     """
-    model = build(resolved_config(config))
-    return BuiltStack(describe_stack(model, main_stack(model, layer_prefix)), config, type(model).__name__)
+    return BuiltStack.of(build(resolved_config(config)), layer_prefix, config)
 
 
 def misfits(output: BuiltStack, origins: Sequence[Sequence[LayerOrigin]]) -> list[Misfit]:
@@ -135,7 +148,9 @@ def likely_keys(config: Config, differences: Iterable[Difference]) -> tuple[str,
         for key in keys
         if wanted.search(key)
     ]
-    return tuple(dict.fromkeys([*named, *(liked or keys)]))[:_SHOWN_KEYS]
+    there = [key for key in named if any(key in part for part in sections)]
+    implied = [key for key in named if key not in there]  # worked out from others
+    return tuple(dict.fromkeys([*there, *(liked or keys), *implied]))[:_SHOWN_KEYS]
 
 
 def _mapping(origins: Sequence[Sequence[LayerOrigin]], origin: LayerOrigin) -> dict[int, int]:

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 class Layout(ABC):
     """How a stored tensor consists of matrices or vectors."""
 
+    def fitted(self, shapes: Mapping[str, Sequence[int]], width: int | None) -> Layout:
+        """The layout of a layer whose tensors have these shapes.
+
+        Args:
+            shapes: By role.
+            width: The size of the residual stream, where the layer's norms say it.
+        """
+        return self
+
     @abstractmethod
     def specs(self, shape: Sequence[int]) -> tuple[TensorSpec, ...]:
         """What it consists of, in the order of alignment.
@@ -105,6 +114,26 @@ class PerHead(Layout):
 
 
 @dataclass(frozen=True)
+class InBlocks(Layout):
+    """For each block of consecutive heads the rows of every part, one part after the other: (b·p·n, columns).
+
+    Attributes:
+        parts: q, v and k, for example.
+        blocks: b, a divisor of the number of heads.
+    """
+
+    parts: tuple[TensorSpec, ...]
+    blocks: int = 4
+
+    def specs(self, shape):
+        return self.parts
+
+    def split(self, stored, heads):
+        by_block = stored.unflatten(0, (self.blocks, len(self.parts), -1))  # (b, p, n, ..)
+        return {part.role: by_block[:, i] for i, part in enumerate(self.parts)}
+
+
+@dataclass(frozen=True)
 class Alternating(Layout):
     """Rows of the parts in turn: gate 0, up 0, gate 1, up 1 ...; (p·n, columns)."""
 
@@ -174,6 +203,33 @@ class Experts(Layout):
             inner = self.inner.split(one, heads) if isinstance(self.inner, Layout) else {self.inner.role: one}
             views |= {role.replace("{e}", str(e)): view for role, view in inner.items()}
         return views
+
+
+@dataclass(frozen=True)
+class EitherWay(Layout):
+    """Stored as (.., outputs, inputs) by some, as (.., inputs, outputs) by others; the size of the residual stream says
+    which.
+
+    Attributes:
+        inner: The layout for (.., outputs, inputs).
+        turned: That for the other.
+        axes: Roles that are stored alike, each with its axis of the residual stream for ``inner``.
+    """
+
+    inner: Layout
+    turned: Layout
+    axes: tuple[tuple[str, int], ...]
+
+    def fitted(self, shapes, width):
+        if all(shapes[role][axis] == width for role, axis in self.axes):
+            return self.inner
+        return self.turned
+
+    def specs(self, shape):
+        return self.inner.specs(shape)
+
+    def split(self, stored, heads):
+        return self.inner.split(stored, heads)
 
 
 def _head_rows(part: TensorSpec, heads: Heads | None) -> int | None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .built import CannotBuild, build, config_lists, describe_stack, main_stack
+from .built import CannotBuild, build, main_stack
+from .layer_description import config_lists, describe_stack
 from .stacks import DEPTH_KEYS
 
 if TYPE_CHECKING:

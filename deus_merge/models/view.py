@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..core.errors import ArchitectureError
 from ..core.text import some_of
-from .config_json import Config, value_at
+from .config_json import Config, section, value_at
 from .family import Family, TensorSpec, families
 from .stacks import DEPTH_KEYS, DEPTH_LISTS, INDEX, depth_at, depth_path, find_stacks, is_vision_or_audio
 
@@ -103,6 +103,7 @@ def view_model(config: Config, names: tuple[str, ...], where: object) -> ModelVi
     family = family_of(model_type)
     if family is None:
         return _undescribed(model_type, config, names, where)
+    family = family.under(config)
     prefix, layers, outside = _own_layers(family, names)
     key = next((k for k in (family.layers_key, *DEPTH_LISTS) if config.get(k) is not None), family.layers_key)
     depth = depth_at(config, (key,))
@@ -270,6 +271,7 @@ def stack_view(
     after = tuple(n for n in outside if n not in before)
     full = prefix + ".{layer}."
     if family and not any(_unlike(family, layer) for layer in layers.values()):
+        family = family.under(section(config, path))
         view = _view(replace(family, before=(), after=(), tied=()), model_type, full, layers, path, prefix)
         return replace(view, before=before, after=after)
     plain = tuple(dict(sorted(layers[i].items())) for i in range(len(layers)))

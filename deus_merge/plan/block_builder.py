@@ -15,7 +15,6 @@ from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
 from ..models.config_rules import LayerEntries
 from ..models.facts.base import Pinned
-from ..models.family import families
 from ..models.head_layout import layer_heads
 from ..models.layer_facts import LayerFacts, expand
 from ..models.reference import ModelRef
@@ -43,6 +42,7 @@ class BlockBuilder:
         module: Whose layers are being built; None: all of a model at once.
         origins: For each of the module's output layers, the layer whose config entries it takes.
         blocks: Those built so far.
+        described: Views whose layers were described for this plan, by model and module.
     """
 
     recipe: Recipe
@@ -52,6 +52,7 @@ class BlockBuilder:
     module: str | None = None
     origins: list[LayerEntries] = field(default_factory=list)
     blocks: list[BlockPlan] = field(default_factory=list)
+    described: dict[tuple[ModelRef, str | None], ModelView] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.index = {model.ref: i for i, model in enumerate(self.models)}
@@ -64,6 +65,8 @@ class BlockBuilder:
     def view(self, ref: ModelRef) -> ModelView:
         """A model's part of the module at hand; all of it when recipes do not speak of modules."""
         model = self.models[self.index[ref]]
+        if (ref, self.module) in self.described:
+            return self.described[ref, self.module]
         if self.module is None:
             return model.view
         if self.module not in model.modules:
@@ -133,8 +136,8 @@ class BlockBuilder:
             model.checkpoint.config, entries_of.layer, str(model.ref), self.view(model.ref).layers_path, new
         )
         self.origins += [origin] * count
-        if new:
-            self._report_types(title, neighbours)
+        if len(neighbours) > 1:
+            self._report_types(title, [*(s for s in neighbours if s is not entries_of), entries_of])
 
     def add_other(
         self, title: str, slice_: OutputSlice, names: Sequence[Sequence[str]], position: float, *, defaults: bool
@@ -278,7 +281,7 @@ class BlockBuilder:
             raise RecipeError(
                 f"{name}: {refusal.message}" if name else refusal.message,
                 where=f"{place.where}, {title} of the output",
-                expected=f"a described family: {', '.join(families())}" if undescribed else None,
+                expected="a described family (deus-merge methods lists them)" if undescribed else None,
                 got=f"model_type {undescribed[0]}" if undescribed else None,
             )
         check_given(slice_, base, outputs)

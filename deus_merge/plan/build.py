@@ -28,7 +28,7 @@ from .compatibility import check_configs
 from .documents import PlannedResult, document_plans
 from .dtypes import dtyped_config
 from .layer_kinds import PlannedStack, check_layer_kinds
-from .parents import Parents
+from .parents import Parents, describe_copied
 from .types import Plan
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -112,7 +112,8 @@ class _Planner:
         if not (recipe.out_dtype or recipe.dtype):
             config, dtype_warnings = dtyped_config(config, blocks, donor)
             builder.warnings += dtype_warnings
-        unchecked = check_layer_kinds(config, stacks, donor)
+        shapes = {o.name: o.shape for block in blocks for o in block.outputs}
+        unchecked = check_layer_kinds(config, stacks, donor, shapes)
         shards = plan_shards(file_groups(blocks), max_shard_size)
         warnings = (*unchecked, *builder.warnings, *vocabulary.warnings, *file_warnings)
         return Plan(
@@ -179,6 +180,7 @@ class _Planner:
     def _add_new_layers(self, slice_: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
         first, base = ranges[0], slice_.sources[0]
+        describe_copied(self.builder, slice_, self._setting)
         fills_gaps, learns = len(slice_.sources) == 1, methods()[slice_.merge_method].learns
         if fills_gaps:
             if len(first) < 2:

@@ -14,6 +14,7 @@ from ..models.config_json import Config, section
 from ..models.config_rules import LayerEntries
 from ..models.layer_facts import expand, listed_keys
 from ..models.source import SourceModel
+from ..models.stacks import LAYER
 from ..models.view import ModelView
 
 
@@ -37,34 +38,41 @@ class PlannedStack:
         return [origin.layer for origin in self.origins] == list(range(self.view.num_layers))
 
 
-def check_layer_kinds(config: Config, stacks: Sequence[PlannedStack], donor: SourceModel) -> list[str]:
-    """Check that each output layer will be built like the layer that it comes from. Costs nothing where layers stay in
-    their places, or the family is described.
+def check_layer_kinds(
+    config: Config, stacks: Sequence[PlannedStack], donor: SourceModel, shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Check that each output layer will be built like the layer that it comes from, and that all tensors will be
+    loaded. Costs nothing where layers stay in their places, or the family is described.
 
     Args:
         config: The output's config.json.
         stacks: Its stacks of layers.
         donor: The model whose config it is.
+        shapes: Of the output's tensors, by name.
 
     Returns:
         Warnings, where it cannot be checked.
 
     Raises:
-        PlanError: a layer would be of another kind, or the model could not be built; or nothing is known about kinds
-            that the config tells apart.
+        PlanError: a layer would be of another kind, a tensor would not be loaded, or the model could not be built; or
+            nothing is known about kinds that the config tells apart.
     """
     unknown = [stack for stack in stacks if stack.view.family is None and not stack.in_place]
-    return [warning for stack in unknown for warning in _check(config, stack, donor)]
+    warnings = [warning for stack in unknown for warning in _check(config, stack, donor)]
+    if unknown and not warnings:
+        warnings += _check_loading(config, donor, shapes)
+    return list(dict.fromkeys(warnings))
 
 
 def _check(config: Config, stack: PlannedStack, donor: SourceModel) -> list[str]:
     from ..models.built import CannotBuild
+    from ..models.layer_description import shown
     from ..models.layer_kinds import BuiltStack, LayerOrigin, build_stack, misfits
 
     prefix = stack.view.layer_prefix
     known: dict[str, BuiltStack] = {}
     try:
-        build_stack(donor.checkpoint.config, prefix)
+        known[str(donor.ref)] = build_stack(donor.checkpoint.config, prefix)
         for origin in stack.origins:
             if origin.model not in known:
                 known[origin.model] = build_stack(origin.config, prefix)
@@ -91,15 +99,52 @@ def _check(config: Config, stack: PlannedStack, donor: SourceModel) -> list[str]
     origins = [[LayerOrigin(known[o.model], o.layer, o.model)] for o in stack.origins]
     if wrong := misfits(output, origins):
         first = wrong[0]
+        difference = first.differences[0]
         raise PlanError(
             f"layer {first.layer} of the output would be of another kind than layer {first.origin.layer} of"
             f" {first.origin.name}, which it comes from",
             where=where,
-            expected=f"config.json to give it {first.differences[0].what} = {first.differences[0].theirs}",
-            got=f"{first.differences[0].ours}" + (f"; {len(wrong)} layers differ" if len(wrong) > 1 else ""),
+            expected=f"{difference.what}: {shown(difference.theirs)}",
+            got=shown(difference.ours) + (f" ({len(wrong)} layers differ)" if len(wrong) > 1 else ""),
             hint=_hint(first.keys),
         )
     return []
+
+
+def _check_loading(config: Config, donor: SourceModel, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A warning where it is not known what transformers would load.
+
+    Raises:
+        PlanError: it would load less than of the donor. A tensor outside of the layers may have a part for each layer.
+    """
+    from ..models.built import build, resolved_config
+    from ..models.load_report import CannotReport, load_report
+
+    where = str(donor.ref)
+    try:
+        report = load_report(build(resolved_config(config)), shapes)
+        if report.clean:
+            return []
+        own = {name: tensor.shape for name, tensor in donor.checkpoint.tensors.items()}
+        base = load_report(build(resolved_config(donor.checkpoint.config)), own)
+    except CannotReport as error:
+        return [f"{where}: {error}"]
+    if worse := report.worse_than(base, lambda name: _in_any_layer(name, donor.view.num_layers)):
+        raise PlanError(
+            "transformers would not load the output as it loads the model it is made from",
+            where=where,
+            got=worse[0] + (f" ({len(worse)} names)" if len(worse) > 1 else ""),
+            hint="this family keeps something for each layer outside of its layers: leave its depth as it is",
+        )
+    return []
+
+
+def _in_any_layer(name: str, depth: int) -> list[str]:
+    """The names that a tensor of a layer has in every layer of a model."""
+    match = LAYER.fullmatch(name)
+    if match is None:
+        return [name]
+    return [f"{match['prefix']}.{layer}.{match['suffix']}" for layer in range(depth)]
 
 
 def _unchecked(stack: PlannedStack, donor: SourceModel, reason: str) -> list[str]:

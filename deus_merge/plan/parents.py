@@ -6,11 +6,34 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+from ..models.discovered import describe
 from ..recipe.types import OutputSlice
 from .block_builder import BlockBuilder
 
 #: a layer's tensors: role and shape of each
 Shape = frozenset[tuple[str, tuple[int, ...]]]
+
+
+def describe_copied(builder: BlockBuilder, slice_: OutputSlice, setting: Callable[[OutputSlice, str], Any]) -> None:
+    """Where new layers are copies and nobody described the family: describe as much as copies need, which tensors write
+    to the residual stream. Arguments as for `Parents`.
+
+    Raises:
+        RecipeError: that was not found out.
+    """
+    copies = setting(slice_, "alignment") == "none" and setting(slice_, "t") in (0, 1)
+    for ref in dict.fromkeys(source.model for source in slice_.sources) if copies else ():
+        view = builder.view(ref)
+        if view.family is not None or view.specs:
+            continue
+        found = describe(builder.models[builder.index[ref]].checkpoint.config, view)
+        if isinstance(found, str):
+            slice_.place.fail(
+                f"new layers of a {view.model_type!r} model cannot start as the identity: {found}",
+                expected="a method or preset that makes no new layers of its own (passthrough, solar, stack)",
+                got="a family that is not described (deus-merge methods lists those that are)",
+            )
+        builder.described[ref, builder.module] = found
 
 
 class Parents:

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..core.text import some_of
-from ..models.built import CannotBuild, build, describe_stack, main_stack, reason, resolved_config, stacks
+from ..models.built import CannotBuild, build, reason, resolved_config
 from ..models.config_json import Config, patched
 from ..models.layer_kinds import BuiltStack, LayerOrigin, build_stack, misfits
+from ..models.load_report import CannotReport, LoadReport, load_report
+from ..models.modules import view_modules
 from ..models.stacks import LAYER, is_of_vision_or_audio
 from ..models.tokenizer.files import TOKENIZER_FILES
 from ..models.tokenizer.tokenizer import tokens_digest
 from ..models.view import ModelView, view_model
 from ..report.manifest import Manifest
-from .load_report import CannotReport, LoadReport, load_report
+from ..report.manifest_parts import ManifestLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Result = tuple[bool | None, str]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A stack of the output: its module's name, None for the main one; its prefix, depth, and layers as recorded."""
+
+    module: str | None
+    prefix: str
+    depth: int
+    layers: Sequence[ManifestLayer]
+
+    @property
+    def title(self) -> str:
+        return f"{self.module}: " if self.module else ""
+
+
 #: keys of config.json that no layer depends on
 _OF_NO_LAYER = re.compile(r"(torch_)?dtype|transformers_version|_name_or_path|vocab_size|.*_token_id|architectures")
 _SHOWN = 3  # names in a detail
@@ -140,66 +159,84 @@ class BuiltModel:
         return True, f"{type(model).__name__} loads as its base does: {report.counts}, as there"
 
     def layer_kinds(self) -> Result:
-        """Check that every layer is built like a layer that it comes from.
+        """Check that every layer of every stack is built like a layer that it comes from.
 
         Returns:
             Whether it is (None: not known), and a detail.
         """
         try:
             model = self.model
-            path = main_stack(model, self.view.layer_prefix)
         except CannotBuild as error:
             return self._cannot_build(error)
-        built, planned = len(stacks(model)[path]), self.manifest.num_layers
-        if built != planned:
-            return False, f"transformers builds {built} layers from config.json, planned {planned}"
-        output = BuiltStack(describe_stack(model, path), self.checkpoint.config, type(model).__name__)
-        numbers = {source.model: i for i, source in enumerate(self.manifest.sources)}
-        known = {
-            number: output
-            for number in range(len(self.sources))
-            if (config := self._config_of(number)) is not None and _same_layers(config, output.config)
-        }
-        origins, unknown = [], set()
-        for layer in self.manifest.layers:
-            found = []
-            for source in layer.sources:
-                number = numbers[source.model]
-                try:
-                    stack = self._stack(number, known)
-                except CannotBuild as error:
-                    return None, f"{source.model}: {error}"
-                if stack is None or source.layer >= len(stack.layers):
-                    unknown.add(number)
-                else:
-                    found.append(LayerOrigin(stack, source.layer, source.model))
-            origins.append(found)
-        if len(origins) != planned:  # a recipe that leaves the main stack as it is
+        kinds, unknown = 0, set()
+        for stack in self._stacks():
             try:
-                base = self._stack(self.manifest.donor, known)
+                output = BuiltStack.of(model, stack.prefix, self.checkpoint.config)
+                origins, missing = self._origins(stack, output)
             except CannotBuild as error:
-                return None, f"the base: {error}"
-            name = self.manifest.sources[self.manifest.donor].model
-            origins = [[LayerOrigin(base, i, name)] if base else [] for i in range(planned)]
-        if wrong := misfits(output, origins):
-            return False, _list(map(str, wrong))
+                return None, str(error)
+            if len(output.layers) != stack.depth:
+                built = f"transformers builds {len(output.layers)} layers from config.json"
+                return False, f"{stack.title}{built}, planned {stack.depth}"
+            if wrong := misfits(output, origins):
+                return False, stack.title + _list(map(str, wrong))
+            kinds += len({layer.same_function() for layer in output.layers})
+            unknown |= missing
         if unknown:
             return None, "; ".join(str(self.sources[number]) for number in sorted(unknown))
-        kinds = len({layer.same_function() for layer in output.layers})
-        return True, f"{planned} layers of {kinds} {'kind' if kinds == 1 else 'kinds'}, each like the one it comes from"
+        depth = sum(stack.depth for stack in self._stacks())
+        return True, f"{depth} layers of {kinds} {'kind' if kinds == 1 else 'kinds'}, each like the one it comes from"
 
-    def _stack(self, number: int, known: dict[int, BuiltStack]) -> BuiltStack | None:
+    def _stacks(self) -> list[_Stack]:
+        """The stacks of the output: the main one, and those of other modules."""
+        found = [_Stack(None, self.view.layer_prefix, self.manifest.num_layers, self.manifest.layers)]
+        modules = self.manifest.modules or {}
+        views = view_modules(self.checkpoint.config, tuple(self.checkpoint.tensors), self.view) if modules else {}
+        for name, module in modules.items():
+            found.append(_Stack(name, views[name].layer_prefix, module.num_layers, module.layers))
+        return found
+
+    def _origins(self, stack: _Stack, output: BuiltStack) -> tuple[list[list[LayerOrigin]], set[int]]:
+        """For each layer of a stack those that it comes from, as far as they are known; and the sources that are not.
+
+        Raises:
+            CannotBuild: transformers cannot build a source.
+        """
+        numbers = {source.model: i for i, source in enumerate(self.manifest.sources)}
+        built: dict[int, BuiltStack | None] = {}
+        unknown = set()
+
+        def layer_of(number: int, layer: int) -> list[LayerOrigin]:
+            if number not in built:
+                built[number] = self._source_stack(number, stack, output)
+            source = built[number]
+            if source is None or layer >= len(source.layers):
+                unknown.add(number)
+                return []
+            return [LayerOrigin(source, layer, self.manifest.sources[number].model)]
+
+        if not stack.layers:  # a recipe that leaves this stack as it is
+            return [layer_of(self.manifest.donor, i) for i in range(stack.depth)], unknown
+        origins = [[o for s in layer.sources for o in layer_of(numbers[s.model], s.layer)] for layer in stack.layers]
+        return origins, unknown
+
+    def _source_stack(self, number: int, stack: _Stack, output: BuiltStack) -> BuiltStack | None:
         """The built layers of a source; None where its config is not known."""
-        if number not in known:
-            config = self._config_of(number)
-            if config is None:
-                return None
-            source = self.sources[number]
-            prefix = self.view.layer_prefix
-            if not isinstance(source, str):
-                prefix = view_model(config, tuple(source.tensors), source.where).layer_prefix
-            known[number] = build_stack(config, prefix)
-        return known[number]
+        config, source = self._config_of(number), self.sources[number]
+        if config is None:
+            return None
+        if _same_layers(config, output.config):
+            return output
+        prefix = stack.prefix
+        if not isinstance(source, str):
+            view = view_model(config, tuple(source.tensors), source.where)
+            if stack.module is not None:
+                view = view_modules(config, tuple(source.tensors), view).get(stack.module, view)
+            prefix = view.layer_prefix
+        try:
+            return build_stack(config, prefix)
+        except CannotBuild as error:
+            raise CannotBuild(f"{self.manifest.sources[number].model}: {error}") from None
 
     def _config_of(self, number: int) -> Config | None:
         """The config.json of a source; that of the base is also in the manifest."""
@@ -213,7 +250,7 @@ class BuiltModel:
     def _cannot_build(self, error: CannotBuild) -> Result:
         """A failure where the base can be built, else not known."""
         base = self.base_reason()
-        return (None, f"{base}; nor the base") if base else (False, str(error))
+        return (None, f"neither it nor its base: {base}") if base else (False, str(error))
 
     def _of_base(self, name: str) -> Iterable[str] | None:
         """The names in the base that excuse a name in the output, by the origins of its layer; None: excused."""
@@ -222,8 +259,7 @@ class BuiltModel:
         if match is None:
             return [name]
         head, suffix, layer = match["prefix"], match["suffix"], int(match["index"])
-        stored = (LAYER.fullmatch(n) for n in self.base.tensors)
-        numbers = {int(m["index"]) for m in stored if m and m["suffix"] == suffix}
+        numbers = self._base_layers.get(suffix, set())
         if not self._in_main_stack(head):
             return [f"{head}.{number}.{suffix}" for number in {layer, *numbers}]
         depth, donor = self.manifest.num_layers, self.manifest.sources[self.manifest.donor].model
@@ -234,6 +270,15 @@ class BuiltModel:
         own = [source.layer for source in sources if source.model == donor]
         others = [] if sources and len(own) == len(sources) else range(self._base_depth)
         return [f"{head}.{number}.{suffix}" for number in (*own, *others)]
+
+    @cached_property
+    def _base_layers(self) -> dict[str, set[int]]:
+        """The names of the base's tensors under a layer's prefix -> the numbers of the layers that have them."""
+        found: dict[str, set[int]] = {}
+        for match in map(LAYER.fullmatch, self.base.tensors if self.base else ()):
+            if match is not None:
+                found.setdefault(match["suffix"], set()).add(int(match["index"]))
+        return found
 
     @cached_property
     def _base_depth(self) -> int:

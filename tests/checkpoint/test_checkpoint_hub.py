@@ -50,6 +50,7 @@ WANTED = [
     "config.json",
     "model-00001-of-00001.safetensors",
     "model.safetensors.index.json",
+    "modeling.py",
     "modules.json",
     "tokenizer.json",
 ]

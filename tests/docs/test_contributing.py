@@ -71,7 +71,7 @@ def test_a_method_is_one_file(run_with, tmp_path):
 
 @pytest.mark.slow
 def test_a_family_is_one_file(run_with, tmp_path):
-    config = transformers.ArceeConfig(
+    config = transformers.Jais2Config(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_a_family_is_one_file(run_with, tmp_path):
         for parameter in base.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     base.save_pretrained(tmp_path / "base")
-    run_with("models/families/arcee.py", "upscale", tmp_path / "base", tmp_path / "deeper", "--insert", "all")
+    run_with("models/families/jais2.py", "upscale", tmp_path / "base", tmp_path / "deeper", "--insert", "all")
     deeper, ids = load(tmp_path / "deeper"), torch.arange(20).view(1, -1)
     assert deeper.config.num_hidden_layers == 7
     with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import MODEL_TYPES, load, logits, shared
+from tiny_models import MODEL_TYPES, load, logits, shared, type_of
 
 from deus_merge.align import align_layer
 from deus_merge.align.options import STEPS, AlignOptions
@@ -47,9 +47,8 @@ def is_tied(kind: str) -> bool:
 
 def shares_results(kind: str) -> bool:
     """Whether some layers use a result of the layer below, so that no copy of that one may come between."""
-    return any(
-        isinstance(value, Use) and value.layer is not None for layer in facts_of(kind) for value in layer.values()
-    )
+    values = [value for layer in facts_of(kind) for value in layer.values()]
+    return any(isinstance(value, Use) and value.layer is not None for value in values)
 
 
 def skip_unless_it_grows(kind: str, identity: bool = False) -> None:
@@ -66,7 +65,7 @@ def kind(request):
 
 def test_roles_cover_the_tensors_of_every_layer(kind):
     view = opened(shared(kind)).view
-    assert view.family is not None and kind.partition("/")[0] in view.family.model_types
+    assert view.family is not None and type_of(kind) in view.family.model_types
     for layer, specs, name in zip(view.layers, view.specs, view.kinds, strict=True):
         assert layer.keys() == specs.keys() and name
         assert any(spec.writes_residual for spec in specs.values())

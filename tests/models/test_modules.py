@@ -263,7 +263,8 @@ def test_layers_that_are_told_by_number(run, models, tmp_path):
     numbered.mkdir()
     (numbered / "model.safetensors").symlink_to(one / "model.safetensors")
     (numbered / "config.json").write_text(json.dumps(config))
-    text = "merge_method: passthrough\nmodules:\n  vision_tower:\n    slices: [{sources: [{model: %s, layer_range: %s}]}]"
+    text = "merge_method: passthrough\nmodules:\n  vision_tower:\n"
+    text += "    slices: [{sources: [{model: %s, layer_range: %s}]}]\n"
     for layers, numbers in (([0, 6], [1, 4]), ([0, 5], [1, 4]), ([1, 6], [0, 3]), ([2, 4], [])):
         recipe = write_recipe(tmp_path / "r.yml", text % (numbered, layers))
         planned = run("plan", recipe, "--json").json()

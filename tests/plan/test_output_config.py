@@ -62,6 +62,8 @@ def test_a_merged_layer_is_of_the_base_models_kind(base, planned, tmp_path):
     )
     assert planned(text % (one, one, two)).config["attention_window"] == [10, 11, 12]
     assert planned(text % (two, one, two)).config["attention_window"] == [21, 22, 23]
+    told = [w for w in planned(text % (one, one, two)).warnings if "layer 1 fuses layers whose attention_window" in w]
+    assert len(told) == 1 and "22" in told[0] and told[0].endswith("it takes 11")
 
 
 def test_kinds_of_layers_that_a_number_implies(planned, tmp_path):

@@ -13,8 +13,9 @@ from outputs import edit_json, reseal
 from safetensors.torch import load_file, save_file
 from support import make_model, write_recipe
 
-from deus_merge.models.built import build, describe_stack, main_stack, resolved_config
-from deus_merge.verify.load_report import load_report
+from deus_merge.models.built import build, main_stack, resolved_config
+from deus_merge.models.layer_description import describe_stack
+from deus_merge.models.load_report import load_report
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -25,6 +26,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
 FAMILIES = {
     "gemma2": {"sliding_window": 8},
+    "vaultgemma": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 3},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
     "smollm3": {},
@@ -143,9 +145,9 @@ def rename(tensors: dict) -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [
-        ("gemma2", rename, ["layers.1.self_attn.q_proj.weight is missing", "self_attn.wrong.weight is unexpected"]),
-        ("gemma2", lambda t: t.pop("model.norm.weight"), ["model.norm.weight is missing"]),
-        ("gemma2", lambda t: t.update({"model.norm.weight": torch.ones(31)}), ["[31]", "[32] expected"]),
+        ("vaultgemma", rename, ["layers.1.self_attn.q_proj.weight is missing", "self_attn.wrong.weight is unexpected"]),
+        ("vaultgemma", lambda t: t.pop("model.norm.weight"), ["model.norm.weight is missing"]),
+        ("vaultgemma", lambda t: t.update({"model.norm.weight": torch.ones(31)}), ["[31]", "[32] expected"]),
         ("qwen3_moe", lambda t: t.pop("model.layers.1.mlp.experts.2.up_proj.weight"), ["layers.1.mlp.experts.gate_up"]),
         ("qwen3_moe", lambda t: t.pop("model.layers.2.mlp.experts.3.down_proj.weight"), ["layers.2.mlp.experts.down"]),
         ("mixtral", lambda t: t.pop("model.layers.0.block_sparse_moe.experts.0.w2.weight"), ["layers.0.", "down_proj"]),
@@ -159,18 +161,18 @@ def test_names_that_do_not_load(run, tmp_path, bases, kind, change, words):
 
 
 def test_a_base_that_does_not_load_cleanly_excuses_the_same_and_no_more(run, tmp_path):
-    base = make(tmp_path / "base", "gemma2")
+    base = make(tmp_path / "base", "vaultgemma")
 
     def spoil(tensors: dict) -> None:
-        tensors.pop("model.layers.1.post_attention_layernorm.weight")
+        tensors.pop("model.layers.1.pre_feedforward_layernorm.weight")
         tensors["model.layers.2.mlp.extra"] = torch.zeros(3)
 
     edit_tensors(base, spoil)
     out = merge(run, base, tmp_path / "out")
     checks = {c["name"]: c for c in run("verify", out, "--json").json()["checks"]}
     assert "loads as its base does: 1 missing, 1 unexpected" in checks["transformers"]["detail"]
-    edit_tensors(out, lambda t: t.pop("model.layers.3.post_attention_layernorm.weight"))
-    assert "layers.3.post_attention_layernorm.weight is missing" in failures(run, out)["transformers"]
+    edit_tensors(out, lambda t: t.pop("model.layers.3.pre_feedforward_layernorm.weight"))
+    assert "layers.3.pre_feedforward_layernorm.weight is missing" in failures(run, out)["transformers"]
 
 
 def test_a_tower_of_another_depth_than_the_config_builds(run, tmp_path):

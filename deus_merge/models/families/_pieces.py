@@ -21,6 +21,10 @@ _SPACES = {
 }  # fmt: skip
 ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
 MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+#: an MLP without a gate
+PLAIN_MLP = {"up": "mlp.up_proj", "down": "mlp.down_proj"}
+#: the norms in front of attention and MLP as most families name them
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def norm(role: str, module: str, *, bias: bool = False, offset: float = 0.0) -> Specs:
@@ -167,6 +171,13 @@ def _heads(module: str, query: TensorSpec, norm: str) -> Specs:
     )
 
 
+def head_layer_norm(role: str, module: str) -> Specs:
+    """A LayerNorm of what q or k gives, the same for all heads: weight (h,) and bias (h,), where a config has it."""
+    space = _SPACES[role][1]
+    weight = TensorSpec(f"{role}_norm", f"{module}.weight", None, space, follows=role, multiplies=True, optional=True)
+    return weight, TensorSpec(f"{role}_norm.bias", f"{module}.bias", None, space, follows=role, optional=True)
+
+
 #: norms of q and k per head as most families name them
 HEAD_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 
@@ -234,6 +245,18 @@ def router(name: str = "mlp.gate.weight", *, norm: str | None = "n2", bias: str 
 def experts(modules: Mapping[str, str] = EXPERT_MLP, *, norm: str | None = "n2", biases: str = "") -> Specs:
     """Experts with a tensor for each role of each; ``{e}`` in a name is the expert's number."""
     return projections(modules, norm=norm, biases=biases, prefix="experts.{e}.", space="neurons.{e}")
+
+
+def shared_expert(module: str = "mlp.shared_expert", *, norm: str | None = "n2", gate: str | None = None) -> Specs:
+    """An expert that every token takes, and the row (1, d) whose product with a token scales it, where there is one.
+
+    Args:
+        module: Its name.
+        norm: The norm in front.
+        gate: The row's name.
+    """
+    own = mlp({role: f"{module}.{role}_proj" for role in ("gate", "up", "down")}, norm=norm, prefix="shared.")
+    return own if gate is None else (*own, TensorSpec("shared.gating", gate, RESIDUAL, "shared", norm=norm))
 
 
 def stacked_experts(
@@ -310,17 +333,29 @@ def mixer(*prefixes: str, writers: Iterable[str]) -> Specs:
     )
 
 
-def llama_layer(biases: str = "", head_norms: Mapping[str, str] | None = None) -> tuple[tuple[Sublayer, ...], ...]:
-    """Attention and a gated MLP, each behind a norm: the layer of Llama.
+def llama_layer(
+    biases: str = "", head_norms: Mapping[str, str] | None = None, *, modules: Mapping[str, str] = ATTENTION,
+    mlp_modules: Mapping[str, str] = MLP, norms: tuple[str, str] = NORMS, norm_bias: bool = False,
+    offset: float = 0.0, behind: tuple[str, str] | None = None,
+) -> tuple[tuple[Sublayer, ...], ...]:  # fmt: skip
+    """Attention and an MLP, each behind a norm: the layer of Llama.
 
     Args:
         biases: Roles that may have a bias, separated by spaces.
         head_norms: As in `attention`.
+        modules, mlp_modules: The modules by role.
+        norms: The norms in front of attention and MLP.
+        norm_bias: Whether these have biases.
+        offset: Of all norms, as `TensorSpec.offset`.
+        behind: Norms of what attention and MLP write, where there are some.
     """
-    own = (*norm("n1", "input_layernorm"), *attention(biases=biases, head_norms=head_norms))
+    n1, n2 = (norm(r, name, bias=norm_bias, offset=offset) for r, name in zip(("n1", "n2"), norms, strict=True))
+    own = attention(modules, biases=biases, head_norms=head_norms, head_norm_offset=offset)
+    ends = zip(("o", "down"), behind or (), strict=False)
+    o_norm, down_norm = [norm_behind(role, name, offset=offset) for role, name in ends] or [(), ()]
     return (
-        (Sublayer("attention", own),),
-        (Sublayer("mlp", (*norm("n2", "post_attention_layernorm"), *mlp(biases=biases))),),
+        (Sublayer("attention", (*n1, *own, *o_norm)),),
+        (Sublayer("mlp", (*n2, *mlp(mlp_modules, biases=biases), *down_norm)),),
     )
 
 

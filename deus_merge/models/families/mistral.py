@@ -1,6 +1,6 @@
-"""Mistral: a Llama layer without biases. Its config.json decides on sliding attention."""
+"""Mistral and Ministral, also as the text part of Mistral 3: a Llama layer without biases."""
 
 from ..family import Family
 from ._pieces import llama_layer
 
-FAMILY = Family("mistral", ("mistral",), llama_layer(), rotary="phases")
+FAMILY = Family("mistral", ("mistral", "ministral", "ministral3"), llama_layer(), rotary="phases")

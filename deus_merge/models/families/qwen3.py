@@ -1,6 +1,6 @@
-"""Qwen3: a Llama layer with queries and keys normalised per head, and ``layer_types`` in its config."""
+"""Qwen3, also as the text part of Qwen3-VL: a Llama layer with queries and keys normalised per head."""
 
 from ..family import Family
 from ._pieces import HEAD_NORMS, llama_layer
 
-FAMILY = Family("qwen3", ("qwen3",), llama_layer(biases="q k v o", head_norms=HEAD_NORMS), rotary="signs")
+FAMILY = Family("qwen3", ("qwen3", "qwen3_vl_text"), llama_layer("q k v o", HEAD_NORMS), rotary="signs")

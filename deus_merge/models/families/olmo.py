@@ -1,0 +1,11 @@
+"""OLMo: a Llama layer whose norms have no tensors; queries, keys and values may be clipped."""
+
+from ..family import Case, Family, Sublayer
+from ._pieces import attention, mlp
+
+CLIPPED = Case("clip_qkv", dict.fromkeys(("values", "rotary"), "clip_qkv cuts each component by itself"))
+SUBLAYERS = (
+    (Sublayer("attention", attention(norm=None, biases="q k v o")),),
+    (Sublayer("mlp", mlp(norm=None)),),
+)
+FAMILY = Family("olmo", ("olmo",), SUBLAYERS, after=("lm_head.weight",), rotary="phases", cases=(CLIPPED,))
