@@ -23,6 +23,7 @@ SECOND: Mapping[str, Mapping] = {
     "afmoe": {
         **_MOE, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 8, "global_attn_every_n_layers": 3,
     },
+    "axk1": {**_LATENT, **_ROUTED, "first_k_dense_replace": 1},
     "bailing_hybrid": {
         **_LATENT, **_MOE, "num_experts_per_token": 2, "num_shared_experts": 1, "first_k_dense_replace": 1,
         "num_expert_group": 2, "topk_group": 1, "layer_group_size": 3, "linear_head_dim": 8, "linear_num_heads": 4,
@@ -95,12 +96,10 @@ SECOND: Mapping[str, Mapping] = {
     },
     "mamba": {"state_size": 4, "time_step_rank": 4, "use_bias": True},
     "mamba2": {"state_size": 8, "num_heads": 8, "n_groups": 2, "chunk_size": 8, "use_bias": True},
+    "minicpm3": {**_LATENT},
     "minimax": {**_MOE, "block_size": 8},
     "minimax_m2": {**_MOE, "head_dim": 8},
-    "mistral4": {
-        **_LATENT, **_ROUTED, "first_k_dense_replace": 1,
-        "qk_nope_head_dim": 4,
-    },
+    "mistral4": {**_LATENT, **_ROUTED, "first_k_dense_replace": 1, "qk_nope_head_dim": 4},
     "nemotron_h": {
         **_ROUTED, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"] * 2,
         "num_hidden_layers": 8, "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2,
@@ -122,4 +121,5 @@ SECOND: Mapping[str, Mapping] = {
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0},
     "solar_open": {**_ROUTED},
+    "youtu": {**_LATENT},
 }  # fmt: skip
