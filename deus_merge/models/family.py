@@ -227,6 +227,7 @@ class Family:
             its last part.
         before: Tensors before the layers.
         after: Tensors after the layers.
+        other_names: Names that tensors of ``before`` and ``after`` have in some checkpoints.
         tied: Tensors of ``before`` and ``after`` that a checkpoint may lack, unless its config says that embeddings are
             not tied.
         ignored: Layer tensors of old checkpoints that current models compute (rotary buffers): not written to outputs.
@@ -250,6 +251,7 @@ class Family:
     layer_prefix: str = "model.layers.{layer}."
     before: tuple[str, ...] = ("model.embed_tokens.weight",)
     after: tuple[str, ...] = ("model.norm.weight", "lm_head.weight")
+    other_names: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[str, ...] = ("lm_head.weight",)
     ignored: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     layers_key: str = "num_hidden_layers"

@@ -12,7 +12,9 @@ from .source import SourceModel
 from .view import view_model
 
 _HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)\.weight")
-_EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|shared)\.weight")
+_EMBEDDINGS = re.compile(
+    r"(?:.+\.)?(?:embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings|embed|shared)\.weight"
+)
 
 
 def with_heads(models: Sequence[SourceModel]) -> list[SourceModel]:

@@ -107,9 +107,8 @@ class PerHead(Layout):
     def split(self, stored, heads):
         assert heads is not None, "planning refuses layers whose heads are unknown"
         by_head = stored.unflatten(0, (heads.query, -1))  # (H, h_1 + h_2 + .., ..)
-        known = [
-            {"gate_heads": None, "value_heads": heads.values}.get(p.out_space or "", heads.size) for p in self.parts
-        ]
+        sizes = {"query_heads": heads.size, "key_heads": heads.size, "value_heads": heads.values}
+        known = [sizes.get(part.out_space or "") for part in self.parts]
         rest = by_head.shape[1] - sum(n for n in known if n is not None)
         rows = [rest if n is None else n for n in known]
         return {part.role: view for part, view in zip(self.parts, by_head.split(rows, 1), strict=True)}

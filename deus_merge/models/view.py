@@ -118,7 +118,7 @@ def view_model(config: Config, names: tuple[str, ...], where: object) -> ModelVi
     _check_depth(layers, depth, key, where)
     view = _view(family, model_type, prefix, layers, (key,), where)
     before, after, tied = (
-        tuple(_rooted(name, family.layer_prefix, prefix, outside) for name in part)
+        tuple(_rooted(_known(name, family, outside), family.layer_prefix, prefix, outside) for name in part)
         for part in (family.before, family.after, family.tied)
     )
     headless = config.get("architectures") and not any(_HAS_HEAD.search(str(a)) for a in config["architectures"])
@@ -155,6 +155,12 @@ def _own_layers(family: Family, names: Sequence[str]) -> tuple[str, dict[int, di
         prefix = max(similar, key=lambda p: (_size(stacks[p]), p))
     layers = stacks.get(prefix, {})
     return prefix, layers, set(names) - {name for layer in layers.values() for name in layer.values()}
+
+
+def _known(name: str, family: Family, names: set[str]) -> str:
+    """A family's name of a tensor outside of the layers, or the other one that a checkpoint has."""
+    other = family.other_names.get(name)
+    return other if other in names and name not in names else name
 
 
 def _rooted(name: str, own_prefix: str, prefix: str, names: set[str]) -> str:

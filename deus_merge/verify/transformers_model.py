@@ -45,7 +45,7 @@ class _Stack:
 #: keys of config.json that no layer depends on
 _OF_NO_LAYER = re.compile(r"(torch_)?dtype|transformers_version|_name_or_path|vocab_size|.*_token_id|architectures")
 _SHOWN = 3  # names in a detail
-_EMBEDDINGS = re.compile(r"embed_tokens|embed_in|tok_embeddings|word_embeddings|wte")
+_EMBEDDINGS = re.compile(r"embed_tokens|embed_in|embeddings\.weight|(?:^|\.)embed\.weight|wte")
 
 
 def tokenizer(checkpoint: Checkpoint, view: ModelView, manifest: Manifest) -> tuple[bool | None, str]:

@@ -47,9 +47,8 @@ def is_tied(kind: str) -> bool:
 
 def shares_results(kind: str) -> bool:
     """Whether some layers use a result of the layer below, so that no copy of that one may come between."""
-    return any(
-        isinstance(value, Use) and value.layer is not None for layer in facts_of(kind) for value in layer.values()
-    )
+    values = [value for layer in facts_of(kind) for value in layer.values()]
+    return any(isinstance(value, Use) and value.layer is not None for value in values)
 
 
 def skip_unless_it_grows(kind: str, identity: bool = False) -> None:

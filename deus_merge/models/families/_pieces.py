@@ -104,13 +104,6 @@ def attention(
     return tuple(specs)
 
 
-def head_layer_norm(role: str, module: str) -> Specs:
-    """A LayerNorm of what q or k gives, the same for all heads: weight (h,) and bias (h,), where a config has it."""
-    space = _SPACES[role][1]
-    weight = TensorSpec(f"{role}_norm", f"{module}.weight", None, space, follows=role, multiplies=True, optional=True)
-    return weight, TensorSpec(f"{role}_norm.bias", f"{module}.bias", None, space, follows=role, optional=True)
-
-
 def latent_attention(module: str = "self_attn", *, norm: str = "n1") -> Specs:
     """Attention whose heads are made from latent components of queries (q_a) and of keys and values (kv_a), each with a
     norm. The first components of each query and key are not rotary; the rotary ones of keys are the same for all heads.
@@ -176,6 +169,13 @@ def _heads(module: str, query: TensorSpec, norm: str) -> Specs:
         TensorSpec("kv_b", made, space, layout=heads),
         *projection("o", f"{module}.o_proj", norm=None, bias=True),
     )
+
+
+def head_layer_norm(role: str, module: str) -> Specs:
+    """A LayerNorm of what q or k gives, the same for all heads: weight (h,) and bias (h,), where a config has it."""
+    space = _SPACES[role][1]
+    weight = TensorSpec(f"{role}_norm", f"{module}.weight", None, space, follows=role, multiplies=True, optional=True)
+    return weight, TensorSpec(f"{role}_norm.bias", f"{module}.bias", None, space, follows=role, optional=True)
 
 
 #: norms of q and k per head as most families name them

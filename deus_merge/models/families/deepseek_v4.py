@@ -31,6 +31,7 @@ SUBLAYERS = (
 )
 FAMILY = Family(
     "deepseek_v4", ("deepseek_v4",), SUBLAYERS, after=("model.norm.weight", "head.weight"), tied=("head.weight",),
+    other_names={"model.embed_tokens.weight": "embed.weight"},
     without={"experts": "some layers choose experts by the number of the token"},
     no_identity="every layer mixes the residual streams with each other", unchecked=("neurons",),
 )  # fmt: skip
