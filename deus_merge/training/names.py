@@ -13,6 +13,7 @@ from ..core.errors import TrainingError
 from ..core.tensors import Action
 from ..core.units import ITEMSIZE
 from ..report.manifest import Manifest
+from .converted import made_from
 
 if TYPE_CHECKING:
     from torch.nn import Module, Parameter
@@ -44,8 +45,9 @@ class Parameters:
     """A model's parameters.
 
     Attributes:
-        base: The parameters in the manifest, by its names; a tied one under each of its names. For new layers that peft
-            saves (``modules_to_save``) they are peft's copies, which the model computes with.
+        base: The parameters in the manifest, by its names; a tied one under each of its names, one that is made from
+            several stored tensors under the first of theirs. For new layers that peft saves (``modules_to_save``) they
+            are peft's copies, which the model computes with.
         added: The parameters that peft added.
         copies: The names of peft's copies.
     """
@@ -66,12 +68,15 @@ def parameters_of(model: Module, manifest: Manifest) -> Parameters:
         TrainingError: the model is not the manifest's: it has more parameters, or fewer.
     """
     planned = manifest.tensors.keys()
+    made = made_from(model, planned)
+    known = planned | made.keys()
     grown = manifest.grown_names
     base: dict[str, Parameter] = {}
     copies: dict[str, Parameter] = {}
     others: dict[str, Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        plain, copy = plain_name(name, planned), _COPY.match(name)
+        plain, copy = plain_name(name, known), _COPY.match(name)
+        plain = made[plain][0] if plain in made else plain
         if copy is None and plain in planned:
             base[plain] = parameter
         elif copy is not None and plain in grown and copy[2] in _active(model.get_submodule(copy[1])):
@@ -85,8 +90,9 @@ def parameters_of(model: Module, manifest: Manifest) -> Parameters:
     adapted = any(mark in name for name, _ in model.named_parameters() for mark in marks)
     beyond = manifest.prefix_of(manifest.num_layers)  # the layer that would follow the last
     more = [name for name in others if not adapted or beyond in name]
-    buffers = {plain_name(name, planned) for name, _ in model.named_buffers()}
-    fewer = [name for name in planned if name not in base and name not in buffers]
+    there = base.keys() | {plain_name(name, known) for name, _ in model.named_buffers()}
+    there |= {name for whole, names in made.items() if whole in there or names[0] in there for name in names}
+    fewer = [name for name in planned if name not in there]
     if more or fewer:
         raise TrainingError(
             "the model is not the one of the manifest",

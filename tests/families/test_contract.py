@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import MODEL_TYPES, load, logits, shared, type_of
 
+from deus_merge import training
 from deus_merge.align import align_layer
 from deus_merge.align.options import STEPS, AlignOptions
 from deus_merge.models.facts.base import Pinned, Use
@@ -98,6 +99,8 @@ def test_every_writer_is_needed_and_learns(run, tmp_path, kind):
     for name in zeroed:
         gradient = parameters[name].grad
         assert gradient is not None and gradient.abs().max() > 0, name
+    assert training.freeze_base(grown, tmp_path / "out").layers == tuple(manifest["new_layers"])
+    assert all(parameters[name].requires_grad for name in zeroed)
     grown.eval()
     for name in zeroed[:: max(1, len(zeroed) // 12)]:
         with torch.no_grad():
