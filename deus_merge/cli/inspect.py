@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -191,7 +193,25 @@ def methods(name: str | None, as_json: bool):
         if parameters := entry.get("parameters"):
             columns = ["parameter", "values", "default", "description"]
             table("", columns, [[p["name"], p["values"], str(p["default"]), p["help"]] for p in parameters])
+        if kind == "families":
+            _show_abilities(entry)
         if kind == "presets":
             click.echo(f"default insert: {_flow(entry['insert'] or 'the number of layers in its paper')}")
             if entry["settings"] is not None:
                 click.echo(f"parameters of {entry['method']}: {_flow(entry['settings'] or 'its defaults')}")
+
+
+def _show_abilities(entry: Mapping[str, Any]) -> None:
+    """What can be done with the layers of a family."""
+    from ..models.abilities import STEPS
+
+    zero = ", ".join(entry["writers"])
+    rows = [
+        ["layers", "; ".join(entry["kinds"])],
+        ["identity", f"no: {entry['identity']}" if entry["identity"] else f"yes, with zeros in {zero}"],
+        ["aligned and fused", ", ".join(entry["aligned"]) or "nothing"],
+        ["taken from one parent", ", ".join(entry["copied"]) or "nothing"],
+        ["symmetry", ", ".join(f"{step} ({STEPS[step]})" for step in entry["steps"]) or "none"],
+        *([f"no {step}", reason] for step, reason in entry["without"].items()),
+    ]
+    table("", ["new layers", ""], rows)

@@ -78,8 +78,9 @@ def positive(value: object) -> TypeGuard[int]:
 
 def _key_value_heads(sizes: Config) -> Any:
     """As in the config; with ``multi_query`` one for all. Falcon's new layers have as many as the config says."""
-    if "multi_query" in sizes and not sizes.get("new_decoder_architecture"):
-        return 1 if sizes["multi_query"] else _first(sizes, _QUERY_HEADS)
+    old_falcon = "new_decoder_architecture" in sizes and not sizes["new_decoder_architecture"]
+    if old_falcon or ("multi_query" in sizes and "new_decoder_architecture" not in sizes):
+        return 1 if sizes.get("multi_query", True) else _first(sizes, _QUERY_HEADS)
     return _first(sizes, _KEY_VALUE_HEADS) or _first(sizes, _QUERY_HEADS)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from ..align.options import ALIGNMENTS
 from ..methods.base import MergeMethod
 from ..methods.registry import methods
+from ..models.abilities import abilities, writers
 from ..models.family import families
 from ..ot.registry import solvers
 from ..ot.solver import OTSolver
@@ -27,7 +29,9 @@ def catalog() -> dict[str, dict[str, dict[str, Any]]]:
         "families": {
             n: {
                 "summary": f"model_type {', '.join(f.model_types)}",
-                "reference": f"roles: {' '.join(s.role for s in f.layer)}",
+                "reference": f"roles: {' '.join(dict.fromkeys(s.group for s in f.tensors))}",
+                "writers": writers(f),
+                **asdict(abilities(f)),
             }
             for n, f in families().items()
         },

@@ -84,5 +84,6 @@ def test_page_for_mergekit_users_names_every_method_with_its_parameters():
 
 
 def test_command_line_page_is_up_to_date():
-    page = runpy.run_path(str(ROOT / "docs/make_cli.py"))
-    assert page["PAGE"].read_text(encoding="utf-8") == page["render"](), "run: python docs/make_cli.py"
+    for name in ("make_cli", "make_families"):
+        page = runpy.run_path(str(ROOT / f"docs/{name}.py"))
+        assert page["PAGE"].read_text(encoding="utf-8") == page["render"](), f"run: python docs/{name}.py"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_contract
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import config_of, load, logits, make, shared
-
-from deus_merge.models.reference import ModelRef
-from deus_merge.models.source import SourceModel
+from test_contract import align, opened, stored_layers
+from tiny_models import COMPOSITES, config_of, load, logits, make, save, shared, values_of
 
 
 def recipe(folder: Path, base: Path, preset: str = "opt_deus", insert: object = "top_half") -> Path:
@@ -55,8 +56,32 @@ def test_what_no_zeros_can_keep_is_refused_and_the_rest_merges(run, tmp_path, ki
 )
 def test_symmetries_that_a_config_takes_away(tmp_path, kind, change, now, usual):
     for folder, wanted in ((make(tmp_path / "changed", kind, **change), now), (shared(kind), usual)):
-        family = SourceModel.open(ModelRef(str(folder)), {}).view.family
+        family = opened(folder).view.family
         assert family is not None and set(family.without) == wanted and all(family.without.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("bloom", "heads"), ("cohere", "rotary"), ("falcon:sequential", "heads"), ("mpt", "values"),
+        ("mpt:plain", "heads"), ("olmo:clipped", "values"), ("olmo:clipped", "rotary"), ("olmoe", "values"),
+        ("persimmon", "rotary"), ("phi:norms", "rotary"), ("qwen3_5_text", "values"), ("stablelm:parallel", "heads"),
+        ("stablelm:parallel", "rotary"),
+    ],
+)  # fmt: skip
+def test_a_step_that_is_left_out_would_change_the_function(tmp_path, monkeypatch, kind, step):
+    source, heads_of = opened(shared(kind)), test_contract.layer_heads
+    assert step in source.view.family.without
+    monkeypatch.setattr(test_contract, "layer_heads", lambda *a: replace(heads_of(*a), without=frozenset()))
+    tensors = load_file(shared(kind) / "model.safetensors")
+    pairs = zip(*(stored_layers(opened(shared(kind, seed)), torch.float64) for seed in (0, 7)), strict=True)
+    for i, (own, stranger) in enumerate(pairs):
+        turned = align(source, i, own, stranger, [step])
+        tensors |= {source.view.layers[i][role]: x.contiguous() for role, x in turned.items()}
+    save_file({n: x.double() for n, x in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((shared(kind) / "config.json").read_bytes())
+    got, want = (logits(load(folder, torch.float64)) for folder in (tmp_path, shared(kind)))
+    assert (got - want).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -74,6 +99,36 @@ def test_names_without_the_usual_prefix(run, tmp_path, kind, prefix):
     run("merge", recipe(tmp_path, base, insert="all"), tmp_path / "out")
     assert renamed.keys() < load_file(tmp_path / "out/model.safetensors").keys()
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(shared(kind))))
+
+
+_TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 4, "head_dim": 16,
+}  # fmt: skip
+_QWEN = COMPOSITES["qwen3_vl_text"][1]
+_PARTS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0],
+                              "partial_rotary_factor": 0.25}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "vision", "changes", "more"),
+    [
+        ("gemma3", "gemma3_text", {**_TOWER, "model_type": "siglip_vision_model"}, {}, {"mm_tokens_per_image": 4}),
+        ("gemma4", "gemma4_text", _TOWER, {}, {"audio_config": None}),
+        ("llava", "llama", {**_TOWER, "num_hidden_layers": 3, "model_type": "clip_vision_model"}, {}, {}),
+        ("mistral3", "ministral3", {**_TOWER, "model_type": "pixtral"}, {}, {}),
+        ("qwen3_5_moe", "qwen3_5_moe_text", _QWEN, _PARTS, {}),
+    ],
+)
+def test_text_stacks_of_vision_language_models(run, tmp_path, kind, text, vision, changes, more):
+    ids = {f"{name}_token_id": 90 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))}
+    settings = {"model_type": text, **values_of(text), **changes}
+    config = transformers.AutoConfig.for_model(kind, text_config=settings, vision_config=dict(vision), **ids, **more)
+    save(tmp_path / "base", transformers.AutoModelForImageTextToText.from_config(config))
+    view = opened(tmp_path / "base").view
+    assert view.family is not None and text in view.family.model_types and view.num_layers == 6
+    run("merge", recipe(tmp_path, tmp_path / "base"), tmp_path / "out")
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", tmp_path / "base")))
 
 
 def seen(folder: Path) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Cohere: attention and MLP in parallel behind one norm; norms of queries and keys may be each head's own."""
 
-from ..family import Family, Sublayer, TensorSpec
+from ..family import Case, Family, Sublayer, TensorSpec
 from ..layouts import Flattened
 from ._pieces import attention, mlp, norm
 
@@ -23,6 +23,6 @@ SUBLAYERS = (
     (Sublayer("mlp", mlp(norm="n1")),),
 )
 FAMILY = Family(
-    "cohere", ("cohere", "cohere2"), SUBLAYERS, rotary="signs", interleaved=True,
-    without={"rotary": "per-head norms subtract the mean of a head's components"},
+    "cohere", ("cohere", "cohere2"), SUBLAYERS, rotary="phases", interleaved=True,
+    cases=(Case("use_qk_norm", {"rotary": "per-head norms subtract the mean of a head's components"}),),
 )  # fmt: skip

@@ -3,9 +3,11 @@
 from ..family import Case, Family, Sublayer
 from ._pieces import attention, mlp
 
-CLIPPED = Case("clip_qkv", dict.fromkeys(("values", "rotary"), "clip_qkv cuts each component by itself"))
+_CLIPPED = dict.fromkeys(("values", "rotary"), "clip_qkv cuts each component by itself")
 SUBLAYERS = (
     (Sublayer("attention", attention(norm=None, biases="q k v o")),),
     (Sublayer("mlp", mlp(norm=None)),),
 )
-FAMILY = Family("olmo", ("olmo",), SUBLAYERS, after=("lm_head.weight",), rotary="phases", cases=(CLIPPED,))
+FAMILY = Family(
+    "olmo", ("olmo",), SUBLAYERS, after=("lm_head.weight",), rotary="phases", cases=(Case("clip_qkv", _CLIPPED),)
+)
