@@ -3,7 +3,7 @@
 from ..family import Case, Family, Sublayer
 from ._pieces import attention, mlp
 
-_CLIPPED = dict.fromkeys(("values", "rotary"), "clip_qkv cuts each component by itself")
+_CLIPPED: dict[str, str] = dict.fromkeys(("values", "rotary"), "clip_qkv cuts each component by itself")
 SUBLAYERS = (
     (Sublayer("attention", attention(norm=None, biases="q k v o")),),
     (Sublayer("mlp", mlp(norm=None)),),
