@@ -56,6 +56,11 @@ SECOND: Mapping[str, Mapping] = {
     },
     "glm4_moe": {**_ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True},
     "glm4_moe_lite": {**_LATENT, **_ROUTED},
+    "glm4v_moe_text": {
+        **_ROUTED, "first_k_dense_replace": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                            "mrope_section": [1, 1, 0]},
+    },
     "glm_moe_dsa": {
         **_LATENT, **_ROUTED, **_INDEXER, "first_k_dense_replace": 2,
         "indexer_types": ["full", "full", "shared", "full", "shared", "shared"],

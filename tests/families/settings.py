@@ -100,6 +100,7 @@ SETTINGS: Mapping[str, Mapping] = {
 }  # fmt: skip
 #: text parts that transformers loads only with the vision tower, which reads images of 2 x 2 patches: the whole's type
 COMPOSITES: Mapping[str, tuple[str, Mapping]] = {
+    "glm4v_moe_text": ("glm4v_moe", {**_VISION, "out_hidden_size": 32}),
     "qwen2_5_vl_text": ("qwen2_5_vl", {**_VISION, "out_hidden_size": 32, "fullatt_block_indexes": [1]}),
     "qwen2_vl_text": ("qwen2_vl", {**_VISION, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}),
     "qwen3_vl_moe_text": ("qwen3_vl_moe", {**_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": []}),

@@ -147,3 +147,47 @@ def test_layers_that_vision_features_enter_after_keep_their_numbers(run, tmp_pat
     assert torch.equal(seen(tmp_path / "out"), seen(base))
     message = run("merge", recipe(tmp_path, base, "llama_pro", "all"), tmp_path / "no", expect=2).err
     assert "deepstack_visual_indexes" in message
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_prediction_layers_stay_behind_the_last_layer(run, tmp_path, kind):
+    """Stored as ``model.layers.6`` behind layers 0 to 5, they are no layer, and are numbered anew."""
+    base = make(tmp_path / "base", kind)
+    tensors = load_file(base / "model.safetensors")
+    behind = {n.replace(".5.", ".6.", 1): x.clone() for n, x in tensors.items() if n.startswith("model.layers.5.")}
+    behind |= {"model.layers.6.eh_proj.weight": torch.rand(32, 64), "model.layers.6.enorm.weight": torch.rand(32)}
+    save_file({**tensors, **behind}, base / "model.safetensors", {"format": "pt"})
+    assert config_of(base)["num_nextn_predict_layers"] == 1
+    run("merge", recipe(tmp_path, base, insert="all"), tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    for name, tensor in behind.items():
+        assert torch.equal(written.pop(name.replace(".6.", ".11.", 1)), tensor)
+    assert not any(name.startswith("model.layers.11.") for name in written)
+    save_file(written, tmp_path / "out/model.safetensors", {"format": "pt"})
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(shared(kind))))
+
+
+def test_deepseek_v4_as_it_is_published(run, tmp_path):
+    base = make(tmp_path / "base", "deepseek_v4")
+    renamed = {"model.embed_tokens.": "embed.", "model.hc_head.hc_": "hc_head_", "model.": ""}
+
+    def published(name: str) -> str:
+        old = next((prefix for prefix in renamed if name.startswith(prefix)), None)
+        return name if old is None else renamed[old] + name.removeprefix(old)
+
+    tensors = {published(name): x for name, x in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    run("merge", recipe(tmp_path, base, "average", "all"), tmp_path / "out")
+    run("merge", recipe(tmp_path, shared("deepseek_v4"), "average", "all"), tmp_path / "usual")
+    assert "embed.weight" in load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(tmp_path / "usual")))
+
+
+def test_a_depth_that_only_a_list_says_comes_back(run, tmp_path):
+    base = shared("nemotron_h")
+    assert "num_hidden_layers" not in config_of(base)
+    run("merge", recipe(tmp_path, base, insert="all"), tmp_path / "out")
+    assert len(config_of(tmp_path / "out")["layers_block_type"]) == 15
+    run("strip", tmp_path / "out", tmp_path / "back")
+    assert config_of(tmp_path / "back") == config_of(base)
+    assert load_file(tmp_path / "back/model.safetensors").keys() == load_file(base / "model.safetensors").keys()

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -46,7 +47,7 @@ def _turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 #: kinds as they are published, where transformers saves them in another form
 PUBLISHED = {"qwen3_5_moe_text:published": _stacked, "qwen3_vl_moe_text:published": _turned}
-#: text parts of other models only, but there is a class for them
+#: a text part of other models only, but there is a class for it
 transformers.AutoModelForCausalLM.register(transformers.Mistral4Config, transformers.Mistral4ForCausalLM, exist_ok=True)
 _LOADED = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *COMPOSITES, "mistral4"}
 _TYPES = {kind for family in families().values() for kind in family.model_types} & _LOADED
@@ -54,11 +55,16 @@ _TYPES = {kind for family in families().values() for kind in family.model_types}
 MODEL_TYPES = sorted(_TYPES | {kind for kind in SETTINGS if type_of(kind) in _TYPES})
 
 
+def values_of(kind: str) -> dict[str, Any]:
+    """The values of its config."""
+    return {k: v for k, v in {**SMALL, **SETTINGS.get(kind, {})}.items() if v is not ...}
+
+
 def make(folder: Path, kind: str, seed: int = 0, deepstack: Sequence[int] = (), **more) -> Path:
     """Save a tiny model; ``more`` are values of its config, ``deepstack`` are the layers of a vision tower whose
     features enter after the first text layers."""
     model_type = type_of(kind)
-    values = {k: v for k, v in {**SMALL, **SETTINGS.get(kind, {}), **more}.items() if v is not ...}
+    values = {**values_of(kind), **more}
     if model_type in COMPOSITES:
         model_type, vision = COMPOSITES[model_type]
         vision = {k: [*deepstack] if k == "deepstack_visual_indexes" else v for k, v in vision.items()}
@@ -66,15 +72,20 @@ def make(folder: Path, kind: str, seed: int = 0, deepstack: Sequence[int] = (), 
         values = {"text_config": values, "vision_config": vision, **ids, "tie_word_embeddings": False}
     config = transformers.AutoConfig.for_model(model_type, **values)
     torch.manual_seed(seed)
-    model = _auto(model_type).from_config(config).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    save(folder, _auto("vision_config" in values).from_config(config))
     if kind in PUBLISHED:
         tensors = PUBLISHED[kind](load_file(folder / "model.safetensors"))
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def save(folder: Path, model: transformers.PreTrainedModel) -> None:
+    """As transformers saves it, in float32, with every parameter lively."""
+    model.float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
 
 
 @functools.cache
@@ -86,19 +97,19 @@ def shared(kind: str, seed: int = 0) -> Path:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """As transformers loads it; attention as plain matrix products, which round the same way for any mask."""
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    auto = _auto(config_of(folder)["model_type"])
+    auto = _auto("vision_config" in config_of(folder))
     model, report = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **plain)
     found = {key: names for key, names in report.items() if names}
     assert not found, found
-    for parameter in model.parameters():  # matrix products round by where in memory a matrix begins
-        parameter.data = parameter.data.to(dtype, copy=True)  # also of those that are kept in float32
+    with torch.no_grad():
+        for parameter in model.parameters():  # where in memory a matrix begins may change how its products round
+            parameter.data = parameter.to(dtype, copy=True)  # also what is kept in float32
     return model.eval()
 
 
-def _auto(model_type: str) -> type:
-    """The class that loads models of a type."""
-    composite = any(model_type == whole for whole, _ in COMPOSITES.values())
-    return transformers.AutoModelForImageTextToText if composite else transformers.AutoModelForCausalLM
+def _auto(sees: bool) -> type:
+    """The class that makes and loads models, with a vision tower or without."""
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 def logits(model: transformers.PreTrainedModel, tokens: int = 24) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """DeepSeek 2 to 3.2 and Kimi K2: latent attention, perhaps with an indexer; experts in groups, dense layers first."""
 
 from ..family import Family, Sublayer
-from ._pieces import direct_latent_attention, latent_attention, mlp_or_experts, norm
+from ._latent import direct_latent_attention, latent_attention
+from ._pieces import mlp_or_experts, norm
 
 N1 = norm("n1", "input_layernorm")
 LATENT_ATTENTION = (
