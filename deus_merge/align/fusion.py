@@ -66,8 +66,13 @@ def chunks(role: str, tensors: Sequence[Tensor], diagnostics: Diagnostics | None
         yield OutputChunk(role, tensor, slot, diagnostics=diagnostics if slot == 0 else None)
 
 
+#: bytes; where torch itself puts tensors
+_ALIGNMENT = 64
+
+
 def read(layer: Mapping[str, Tensor], role: str, options: AlignOptions) -> Tensor:
-    """One role in the compute dtype.
+    """One role in the compute dtype, at an aligned address: matrix products of a tensor that begins elsewhere, as it
+    may in a mapped file, round otherwise.
 
     Raises:
         SolverError: it has more than two axes.
@@ -82,7 +87,8 @@ def read(layer: Mapping[str, Tensor], role: str, options: AlignOptions) -> Tenso
             got=f"shape {tuple(tensor.shape)}",
             hint="presets that copy a layer (copy_next, llama_pro) take such tensors",
         )
-    return tensor.to(getattr(torch, options.compute_dtype))
+    tensor = tensor.to(getattr(torch, options.compute_dtype))
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def check_finite(flags: Iterable[tuple[str, Tensor]]) -> None:

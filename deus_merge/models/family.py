@@ -304,7 +304,9 @@ class Family:
             hits = [{s: placed for s in suffixes if (placed := kind.find(s))} for kind in alternatives]
             lacks = [kind.missing(hit) for kind, hit in zip(alternatives, hits, strict=True)]
             best = max(range(len(hits)), key=lambda i: (lacks[i] is None, len(hits[i]), -i))
-            specs |= {s: placed.spec for s, placed in sorted(hits[best].items(), key=lambda item: item[1].place)}
+            specs |= {
+                s: placed.spec for s, placed in sorted(hits[best].items(), key=lambda item: (item[1].place, item[0]))
+            }
             missing = missing or lacks[best]
             kinds += [alternatives[best].kind] if alternatives[best].kind else []
         rest = sorted(suffixes - specs.keys())

@@ -46,7 +46,7 @@ def as_on_cpu(device_process, tmp_path_factory) -> Callable[..., Result]:
         key = text, *sorted(options.items())
         if key in results:
             return results[key]
-        folder = root / str(len(results))
+        folder = root / str(len([*root.iterdir()]))
         folder.mkdir()
         file = folder / "recipe.yml"
         file.write_text(text)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 
 import pytest
 import torch
 from device_recipes import INSERTS, MERGES, SOLVERS, aligned_recipe, insert_recipe, merge_recipe, settings
 from device_runs import DEVICE, IS_SIMULATED, read_ahead
-from support import FAMILIES, make_model, make_speakers
+from support import make_model, make_speakers
+from test_contract import is_tied
+from tiny_models import MODEL_TYPES, shared
 
 from deus_merge.align.options import ALIGNMENTS
 from deus_merge.core.units import FLOAT_DTYPES
 from deus_merge.methods.registry import methods
-from deus_merge.models import families
 from deus_merge.recipe.presets import PRESETS
 
 #: presets whose new layers are not copies
 COMPUTING_PRESETS = [n for n, p in PRESETS.items() if p.parameters is not None and p.parameters.get("t") not in (0, 1)]
+#: of each way in which tensors consist of several matrices
+QUICK_KINDS = ("codegen", "gpt_oss", "gpt2", "falcon:new", "qwen3_5_moe_text", "qwen3_vl_moe_text", "phi3", "llama")
 #: solvers that take many passes, which take seconds when nothing is stored
 SLOW_SOLVERS = ("progot", "unbalanced")
 
@@ -80,16 +82,15 @@ def test_presets_that_compute(as_on_cpu, models, name):
     as_on_cpu({"base_model": models["base"], "upscale": {"preset": name, "insert": {"after": [0]}}})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(as_on_cpu, tmp_path, family):
-    model = str(make_model(tmp_path / "model", family, layers=3, seed=3))
-    as_on_cpu({"base_model": model, "upscale": {"insert": {"after": [1]}, "parameters": {"zero_init": False}}})
-
-
-def test_every_family_has_a_tiny_model():
-    """A new file in models/families/ needs one in `support.FAMILIES`; then it is tested here."""
-    known = {module.name for module in pkgutil.iter_modules(families.__path__)}
-    assert {name for name in known if not name.startswith("_")} <= set(FAMILIES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in QUICK_KINDS else pytest.mark.slow) for k in MODEL_TYPES]
+)
+def test_every_family(as_on_cpu, kind):
+    """A new file in models/families/ joins with the tiny models of tests/families."""
+    if is_tied(kind):
+        pytest.skip("no layer can be added to it")
+    insert = {"insert": {"after": [1]}, "parameters": {"zero_init": False}}
+    as_on_cpu({"base_model": str(shared(kind)), "upscale": insert})
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from deus_merge.core.errors import ArchitectureError
@@ -134,3 +138,18 @@ def test_names_of_modules():
     assert module_name("audio.layers", ("audio_config", "num_layers")) == "audio_tower"
     assert module_name("model.decoder.layers", ("decoder_layers",)) == "decoder"
     assert module_name("model.layers", ("num_hidden_layers",)) == "text_decoder"
+
+
+def test_the_order_of_roles_does_not_depend_on_the_process():
+    """Names of a mixer have one description; in which order a set gives them depends on a seed of the interpreter."""
+    names = [f"linear_attn.{name}" for name in ("A_log", "conv1d.weight", "dt_bias", "in_proj_qkvz.weight")]
+    script = f"""
+from deus_merge.models.family import families
+print(list(families()["qwen3_next"].sort(frozenset({names})).names))
+"""
+    orders = {
+        subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True,
+                       text=True, check=True).stdout
+        for seed in "1234"
+    }  # fmt: skip
+    assert len(orders) == 1
