@@ -177,8 +177,9 @@ def likely_keys_of(config: Config, stack: PlannedStack) -> tuple[str, ...]:
         part = section(config, path)
     except KeyError:
         own, part = (), config
-    rest = {k: v for k, v in part.items() if k not in own and not isinstance(v, Mapping) and v not in (None, False, [])}
-    return likely_keys(rest, ())
+    unused = () if part.get("use_sliding_window") else ("max_window_layers",)
+    silent = {*own, *unused, *(k for k, v in part.items() if isinstance(v, Mapping) or v in (None, False, []))}
+    return likely_keys({key: value for key, value in part.items() if key not in silent}, ())
 
 
 def _hint(keys: Sequence[str]) -> str:

@@ -108,13 +108,14 @@ REFUSED = {
     # values of another kind
     "an adapter's alpha as text": (adapter(lora_alpha="4"), "lora_alpha has a wrong type", "got:      '4'"),
     "an adapter's endless pattern": (adapter(alpha_pattern={"(.*)*(.*)*x": 4}), "alpha_pattern is malformed", "(.*)*"),
+    "max_window_layers is text": (config(use_sliding_window=True, max_window_layers="2", layer_types=None),
+                                  "config.json's max_window_layers is ['2'], not integers"),
     "a template's config a list": ({**recipe('{base_model: base, upscale: {}, chat_template: "{{ x }}"}'),
                                     "base/tokenizer_config.json": b"[1]"}, "tokenizer_config.json is not a JSON o"),
 }  # fmt: skip
 
 # Files with which it goes on.
 TAKEN = {
-    "max_window_layers is text": config(use_sliding_window=True, max_window_layers="2", layer_types=None),
     "braces in the names": tensors({n: n.replace("model.layers", "{x}.layers") for n in shapes()})
     | config(model_type="mystery"),
     "the braces of our own": tensors({n: n.replace("model.layers", "{layer}.h") for n in shapes()})

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from fuzz.mutate import NAMES
 from fuzz.workshop import header_of, shapes, values, weights_file
+from safetensors.torch import load_file, save_file
 
 EVIL = "a\x1b]0;x\x07\x9b31m <script>alert(1) `x` [b](c) |d \u202e :skull: [red]"
 
@@ -29,8 +30,11 @@ def evil(workshop, tmp_path) -> Path:
 def test_names_reach_no_terminal(fit, evil, tmp_path):
     out = tmp_path / f"out{EVIL}"
     fit("upscale", evil, out, "--preset", "copy_next")
+    fit("verify", out)  # transformers does not know the tensor, as in the base
+    tensors = load_file(out / "model.safetensors")
+    save_file({name: x + 1 for name, x in tensors.items()}, out / "model.safetensors", {"format": "pt"})
     for command in (["inspect", evil], ["inspect", evil, "--json"], ["verify", out], ["verify", out, "--json"]):
-        done = fit(*command, expect=3 if "verify" in command else 0)  # transformers does not know the tensor
+        done = fit(*command, expect=3 if "verify" in command else 0)
         assert "[red]" in done.out + done.err  # unchanged: not markup
         assert "💀" not in done.out + done.err
     text = f"base_model: {json.dumps(str(evil))}\nupscale: {{}}\nchat_template: '\u202e {{{{ 1 }}}}'\n"
