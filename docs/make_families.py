@@ -53,6 +53,10 @@ def render() -> str:
         f"\\* {name}, {step}: {reason}." for name, family in families().items()
         for step, reason in abilities(family).without.items()
     ]  # fmt: skip
+    notes += [
+        f"{name}, with `{condition}` in its config: {what}." for name, family in families().items()
+        for condition, what in abilities(family).cases.items()
+    ]  # fmt: skip
     return _HEAD.format(steps=steps) + "\n".join(rows) + "\n\n" + "\n\n".join(notes) + "\n"
 
 

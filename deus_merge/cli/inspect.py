@@ -213,5 +213,6 @@ def _show_abilities(entry: Mapping[str, Any]) -> None:
         ["taken from one parent", ", ".join(entry["copied"]) or "nothing"],
         ["symmetry", ", ".join(f"{step} ({STEPS[step]})" for step in entry["steps"]) or "none"],
         *([f"no {step}", reason] for step, reason in entry["without"].items()),
+        *([f"with {condition}", what] for condition, what in entry["cases"].items()),
     ]
     table("", ["new layers", ""], rows)

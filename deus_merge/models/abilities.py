@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .family import RESIDUAL, Family, Sublayer, TensorSpec
+from .family import RESIDUAL, Case, Family, Sublayer, TensorSpec
 
 #: the steps of ``alignment: symmetry`` and what each moves
 STEPS: Mapping[str, str] = {
@@ -29,6 +29,7 @@ class Abilities:
         copied: The kinds of parts that a new layer takes from one parent, since nothing is known about their axes.
         steps: The steps of ``alignment: symmetry`` that its layers have.
         without: Steps that would change the function -> the reason.
+        cases: A condition on config.json -> what is not possible then, and why.
     """
 
     kinds: tuple[str, ...]
@@ -37,6 +38,7 @@ class Abilities:
     copied: tuple[str, ...]
     steps: tuple[str, ...]
     without: Mapping[str, str]
+    cases: Mapping[str, str]
 
 
 def abilities(family: Family) -> Abilities:
@@ -60,7 +62,15 @@ def abilities(family: Family) -> Abilities:
         tuple(dict.fromkeys(s.kind for s in sublayers if s not in aligned)),
         tuple(step for step in STEPS if has[step] and step not in family.without),
         {step: reason for step, reason in family.without.items() if has.get(step, True) or step == "rotary"},
+        {f"{case.key}: {str(case.when).lower()}": _told(case) for case in family.cases},
     )
+
+
+def _told(case: Case) -> str:
+    told = [f"no zeros: {case.no_identity}"] if case.no_identity else []
+    reasons = dict.fromkeys(case.without.values())
+    told += [f"no {', '.join(s for s, r in case.without.items() if r == reason)}: {reason}" for reason in reasons]
+    return "; ".join(told)
 
 
 def _kinds(alternatives: Sequence[Sublayer]) -> str:
