@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..core.tensors import OutputChunk
-from ..models.family import TensorSpec
+from ..models.spec import TensorSpec
 from .options import AlignOptions
 from .packing import Packing
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import SolverError
 from ..core.tensors import Diagnostics, OutputChunk
 from ..core.units import is_finite
-from ..models.family import TensorSpec
+from ..models.spec import TensorSpec
 from .fusion import read
 from .heads import best_order
 from .options import AlignOptions

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
 from ..core.units import is_finite
-from ..models.family import Heads
+from ..models.spec import Heads
 
 if TYPE_CHECKING:
     from torch import Tensor

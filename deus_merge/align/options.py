@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..core.errors import SolverError, nearest
-from ..models.family import Heads
+from ..models.spec import Heads
 from ..ot.problem import DEFAULT_OPTIONS, SolverOptions
 from ..ot.registry import solver
 from ..ot.solver import OTSolver

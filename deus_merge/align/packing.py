@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..core.tensors import OutputChunk
 from ..core.text import some_of
-from ..models.family import RESIDUAL, Heads, TensorSpec
+from ..models.spec import RESIDUAL, Heads, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

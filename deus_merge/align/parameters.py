@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..core.parameters import as_number, block_parameter
-from ..models.family import Heads, TensorSpec
+from ..models.spec import Heads, TensorSpec
 from ..ot.costs import COST_SCALES, COSTS
 from ..ot.problem import SolverOptions
 from ..ot.registry import solver, solver_parameters, solvers

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import SolverError
 from ..core.tensors import Diagnostics, OutputChunk
 from ..core.units import all_finite
-from ..models.family import RESIDUAL, Heads, TensorSpec
+from ..models.spec import RESIDUAL, Heads, TensorSpec
 from ..ot.coupling import TransportMap
 from .fusion import (
     PlanDiagnostics,

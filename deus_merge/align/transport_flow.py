@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import SolverError
 from ..core.tensors import OutputChunk
 from ..core.units import all_finite
-from ..models.family import RESIDUAL, TensorSpec
+from ..models.spec import RESIDUAL, TensorSpec
 from ..ot.coupling import Coupling, RowMap, ScriptedMap
 from .fusion import (
     along,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..core.parameters import Parameter
 from ..core.tensors import CONSTANT, UNCHANGED, Action, OutputChunk, StoredTensor
 from ..core.units import ITEMSIZE
-from ..models.family import Heads, TensorSpec
+from ..models.spec import Heads, TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from ..align.parameters import (
 )
 from ..core.parameters import Parameter, as_number, parse_roles
 from ..core.tensors import OutputChunk
-from ..models.family import TensorSpec, group_of
+from ..models.spec import TensorSpec, group_of
 from .base import COMPUTE, ONES, ZEROS, MergeMethod, OutputTensor, Refusal, SourceLayer, copy_of, undescribed
 
 _FUSION = ("match", "match_fraction", "match_score", "restore_norm", "output_scale")

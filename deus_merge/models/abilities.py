@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .family import RESIDUAL, Case, Family, Sublayer, TensorSpec
+from .family import Case, Family, Sublayer
+from .spec import RESIDUAL, TensorSpec
 
 #: the steps of ``alignment: symmetry`` and what each moves
 STEPS: Mapping[str, str] = {

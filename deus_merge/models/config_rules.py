@@ -10,9 +10,9 @@ from typing import Any
 from ..core.errors import ArchitectureError, PlanError
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from .config_json import Config, section
-from .family import RESIDUAL
 from .head_layout import head_size, positive
 from .layer_facts import LayerFacts, contract, expand, of_new_layer
+from .spec import RESIDUAL
 from .view import ModelView
 
 

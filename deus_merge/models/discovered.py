@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .config_json import Config
-from .family import RESIDUAL, TensorSpec
+from .spec import RESIDUAL, TensorSpec
 from .stacks import is_vision_or_audio
 from .view import ModelView
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, TypeGuard
 
 from .config_json import Config, section, value_at
-from .family import Heads
+from .spec import Heads
 from .view import ModelView
 
 #: the keys of one fact in the configs of different families

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .family import Heads, TensorSpec
+    from .spec import Heads, TensorSpec
 
 
 class Layout(ABC):

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from ..core.errors import ArchitectureError
 from ..core.text import some_of
 from .config_json import Config, section, value_at
-from .family import Family, TensorSpec, families
+from .family import Family, families
+from .spec import TensorSpec
 from .stacks import DEPTH_KEYS, DEPTH_LISTS, INDEX, depth_at, depth_path, find_stacks, is_vision_or_audio
 
 #: the keys of config.json that count prediction layers behind the last layer

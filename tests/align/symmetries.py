@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from deus_merge.align.heads import AttentionAlignment
-from deus_merge.models.family import Heads
+from deus_merge.models.spec import Heads
 
 
 def random_symmetry(heads: Heads, seed: int) -> AttentionAlignment:

@@ -17,10 +17,11 @@ from scipy.optimize import linear_sum_assignment
 from test_symmetry import FAMILIES, OPTIONS, heads, layer, specs
 
 from deus_merge.align import align_layer
-from deus_merge.models.family import Heads, families
+from deus_merge.models.family import families
 from deus_merge.models.head_layout import layer_heads
 from deus_merge.models.reference import ModelRef
 from deus_merge.models.source import SourceModel
+from deus_merge.models.spec import Heads
 
 COUNTS = (6, 3, 4)  # query heads, key-value groups, head size: few enough to try all matches
 

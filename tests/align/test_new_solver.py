@@ -14,7 +14,7 @@ from support import make_model, weights, write_recipe
 from deus_merge.align.parameters import PARAMETERS, align_options, alignment_memory
 from deus_merge.core.errors import SolverError
 from deus_merge.methods.registry import methods
-from deus_merge.models.family import RESIDUAL, TensorSpec
+from deus_merge.models.spec import RESIDUAL, TensorSpec
 from deus_merge.ot.registry import solver, solver_parameters, solvers
 
 SOLVER = '''

@@ -13,7 +13,8 @@ from symmetries import random_symmetry
 
 from deus_merge.align import align_layer
 from deus_merge.align.options import STEPS, AlignOptions
-from deus_merge.models.family import Heads, families
+from deus_merge.models.family import families
+from deus_merge.models.spec import Heads
 
 H, G, SIZE, D, F = 8, 4, 6, 24, 40  # query heads, key-value groups, head size, hidden size, neurons
 OPTIONS = AlignOptions(alignment="symmetry", compute_dtype="float64", zero=frozenset())

@@ -11,7 +11,7 @@ import torch
 from deus_merge.align import fuse_layer
 from deus_merge.align.options import AlignOptions
 from deus_merge.core.errors import SolverError
-from deus_merge.models.family import TensorSpec
+from deus_merge.models.spec import TensorSpec
 from deus_merge.ot.problem import SolverOptions
 from deus_merge.ot.registry import solver as solver_named
 from deus_merge.ot.registry import solvers

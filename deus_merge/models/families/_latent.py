@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..family import RESIDUAL, TensorSpec
 from ..layouts import PerHead, Stacked
+from ..spec import RESIDUAL, TensorSpec
 from ._pieces import Specs, bias_of, projection
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ..family import RESIDUAL, Sublayer, TensorSpec
+from ..family import Sublayer
 from ..layouts import Experts, Layout, Stacked, Transposed
+from ..spec import RESIDUAL, TensorSpec
 
 Specs = tuple[TensorSpec, ...]
 

@@ -1,6 +1,7 @@
 """AFMoE (Trinity): norms in front and behind, attention with a gate for each of its values, experts and one for all."""
 
-from ..family import RESIDUAL, Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
+from ..spec import RESIDUAL, TensorSpec
 from ._pieces import HEAD_NORMS, attention, mlp_or_experts, norm, norm_behind
 
 GATE = TensorSpec("q_gate", "self_attn.gate_proj.weight", RESIDUAL, "gate_heads", norm="n1")

@@ -1,6 +1,7 @@
 """Apertus: an MLP without a gate whose activation has parameters; queries and keys normalised per head."""
 
-from ..family import Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
+from ..spec import TensorSpec
 from ._pieces import HEAD_NORMS, PLAIN_MLP, llama_layer
 
 _ATTENTION, (_MLP,) = llama_layer(

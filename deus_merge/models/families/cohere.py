@@ -1,7 +1,8 @@
 """Cohere: attention and MLP in parallel behind one norm; norms of queries and keys may be each head's own."""
 
-from ..family import Case, Family, Sublayer, TensorSpec
+from ..family import Case, Family, Sublayer
 from ..layouts import Flattened
+from ..spec import TensorSpec
 from ._pieces import attention, mlp, norm
 
 

@@ -1,7 +1,8 @@
 """DeepSeek-V4: compressed attention, experts that some layers choose by token, several residual streams that each layer
 mixes."""
 
-from ..family import Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
+from ..spec import TensorSpec
 from ._pieces import experts, gated, mixer, mlp, norm, router
 
 EXPERTS = experts(gated("ffn.experts.{e}", "w1", "w3", "w2"))

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from ..family import Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
 from ..layouts import Flattened
+from ..spec import TensorSpec
 from ._pieces import attention, mlp_or_experts, norm
 
 

@@ -1,6 +1,7 @@
 """Gemma 4: norms behind attention and MLP; a scalar on each layer; heads of two sizes; experts beside the MLP."""
 
-from ..family import RESIDUAL, Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
+from ..spec import RESIDUAL, TensorSpec
 from ._pieces import HEAD_NORMS, attention, mlp, norm, norm_behind, router, stacked_experts
 
 

@@ -1,7 +1,8 @@
 """GPT-OSS: experts in 3-D tensors stored as (inputs, outputs), gate and up in turn; attention sinks, biases."""
 
-from ..family import Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
 from ..layouts import Alternating
+from ..spec import TensorSpec
 from ._pieces import attention, norm, router, stacked_experts
 
 SUBLAYERS = (

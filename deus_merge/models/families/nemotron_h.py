@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from ..family import RESIDUAL, Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
+from ..spec import RESIDUAL, TensorSpec
 from ._pieces import attention, bias_of, experts, mixer, mlp, norm, router
 
 N1 = norm("n1", "norm")

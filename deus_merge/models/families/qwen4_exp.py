@@ -1,6 +1,7 @@
 """Qwen 4 (experimental): linear and indexed attention, experts, several residual streams to which each half adds."""
 
-from ..family import RESIDUAL, Family, Sublayer, TensorSpec
+from ..family import Family, Sublayer
+from ..spec import RESIDUAL, TensorSpec
 from ._pieces import experts, gated, mixer, mlp, router, stacked_experts
 
 LINEAR = mixer("linear_attn.", "attn_hyper_connection.", writers=("linear_attn.out_proj.weight",))

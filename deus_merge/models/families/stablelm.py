@@ -1,6 +1,7 @@
 """StableLM: LayerNorms with biases; attention and MLP may be in parallel behind one norm; heads may have own norms."""
 
-from ..family import Case, Family, Sublayer, TensorSpec
+from ..family import Case, Family, Sublayer
+from ..spec import TensorSpec
 from ._pieces import attention, mlp, norm
 
 _OWN = "every head's queries and keys have a norm of their own"
