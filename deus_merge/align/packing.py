@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -96,6 +97,25 @@ def layout_problem(
             of = f"{heads.query} query and {heads.key_value} key-value heads of {heads.size}" if heads else "the heads"
             return f"{spec.role} of shape {list(shapes[spec.role])} does not consist of {parts} for {of} of config.json"
     return None
+
+
+def part_shapes(
+    specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]], heads: Heads | None
+) -> list[tuple[TensorSpec, tuple[int, ...]]]:
+    """The matrices and vectors that alignment will see, and their shapes; no tensor is read."""
+    found: list[tuple[TensorSpec, tuple[int, ...]]] = []
+    for spec in fitted(specs, shapes):
+        if spec.layout is None:
+            found.append((spec, shapes[spec.role]))
+            continue
+        import torch
+
+        views = spec.layout.split(torch.empty(shapes[spec.role], device="meta"), heads)
+        for part in spec.layout.specs(shapes[spec.role]):
+            shape = tuple(views[part.role].shape)
+            rows = math.prod(shape) if part.in_space is None else math.prod(shape[:-1])
+            found.append((part, (rows,) if part.in_space is None else (rows, shape[-1])))
+    return found
 
 
 class _Parts(Mapping[str, "Tensor"]):

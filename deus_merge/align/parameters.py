@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..core.parameters import as_number, block_parameter
-from ..models.spec import Heads, TensorSpec
+from ..models.spec import Heads
 from ..ot.costs import COST_SCALES, COSTS
 from ..ot.problem import SolverOptions
-from ..ot.registry import solver, solver_parameters, solvers
-from ..ot.solver import OTSolver
-from .options import ALIGNMENTS, STEPS, AlignOptions, default_solver
+from ..ot.registry import solver_parameters, solvers
+from .memory import PlannedRole, chosen_solver
+from .options import ALIGNMENTS, STEPS, AlignOptions
 from .packing import layout_problem
 from .symmetry import missing_for_symmetry
 
@@ -85,35 +84,6 @@ class AlignmentProblem:
     parameter: str
 
 
-class PlannedRole(Protocol):
-    """The properties of an output tensor that checks and estimates of memory use."""
-
-    @property
-    def role(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def spec(self) -> TensorSpec | None: ...
-
-    @property
-    def heads(self) -> Heads | None: ...
-
-
-@dataclass(frozen=True)
-class Memory:
-    """An estimate in bytes.
-
-    Attributes:
-        full: With every buffer in memory.
-        minimum: With n x n buffers computed again in row blocks.
-    """
-
-    full: int
-    minimum: int
-
-
 def align_options(values: Mapping[str, Any], heads: Heads | None, memory: int | None, **more) -> AlignOptions:
     """The values of `PARAMETERS` as `AlignOptions`.
 
@@ -126,7 +96,7 @@ def align_options(values: Mapping[str, Any], heads: Heads | None, memory: int | 
     return AlignOptions(
         symmetry=frozenset(values["symmetry"]),
         heads=heads,
-        solver=_chosen_solver(values).configured(values),
+        solver=chosen_solver(values).configured(values),
         solver_options=SolverOptions(
             reg=values["reg"],
             target_support=values["effective_support"],
@@ -160,41 +130,3 @@ def check_alignment(values: Mapping[str, Any], outputs: Sequence[PlannedRole]) -
         if missing := missing_for_symmetry(described, frozenset(values["symmetry"]), heads):
             return AlignmentProblem(missing, "alignment")
     return None
-
-
-def alignment_memory(values: Mapping[str, Any], outputs: Sequence[PlannedRole]) -> Memory:
-    """The memory in bytes that the alignment of two layers takes."""
-    width = 8 if values["compute_dtype"] == "float64" else 4
-    matrices = [o for o in outputs if len(o.shape) == 2]
-    shapes = [o.shape for o in matrices]
-    if not shapes:
-        return Memory(0, 0)
-    weights = 5 * width * max(s[0] * s[1] for s in shapes)
-    if values["alignment"] == "none":
-        return Memory(weights, weights)
-    stored = _chosen_solver(values).stored_bytes(width)
-    if values["alignment"] == "transport_flow":
-        flow = width * min(max(s) for s in shapes) ** 2  # the plan of the residual stream stays in memory
-        count = max(s[0] for s in shapes)
-        minimum = weights + flow + stored * count**2
-        return Memory(max(minimum, weights + flow + 2 * width * count**2), minimum)
-    reads = [o.shape for o in matrices if o.spec and o.spec.in_space == "neurons"]  # (d, f)
-    writes = [o.shape for o in matrices if o.spec and o.spec.out_space == "neurons"]  # (f, d)
-    features = 2 * width * sum(map(math.prod, reads + writes))
-    attention = 2 * width * sum(map(math.prod, shapes)) - features
-    heads = 4 * width * max((max(o.shape) ** 2 for o in matrices if o.role == "o"), default=0)
-    count = max([s[1] for s in reads] + [s[0] for s in writes], default=0)
-    plans = features + weights // 5
-    minimum = max(features + 2 * width * max(map(math.prod, shapes)), attention + heads, weights)
-    minimum = max(minimum, plans + stored * count**2)
-    return Memory(max(minimum, plans + 2 * width * count**2), minimum)
-
-
-def solver_memory(values: Mapping[str, Any], outputs: Sequence[PlannedRole], memory: int | None) -> int | None:
-    """The rest of a block's memory in bytes, for n x n buffers."""
-    return None if memory is None else max(0, memory - alignment_memory(values, outputs).minimum)
-
-
-def _chosen_solver(values: Mapping[str, Any]) -> OTSolver:
-    name = values["solver"]
-    return solver(default_solver(values["alignment"]) if name == "auto" else name)

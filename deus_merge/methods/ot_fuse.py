@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..align import fuse_layer
+from ..align.memory import alignment_memory, solver_memory
 from ..align.parameters import (
     PARAMETERS,
     align_options,
-    alignment_memory,
     check_alignment,
     parse_score,
     parse_share,
-    solver_memory,
 )
 from ..core.parameters import Parameter, as_number, parse_roles
 from ..core.tensors import OutputChunk

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ..align.parameters import alignment_memory
+from ..align.memory import alignment_memory
 from ..checkpoint.layout import TensorEntry
 from ..core.tensors import UNCHANGED, Action
 from ..methods.base import OutputTensor

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..align import align_layer
-from ..align.parameters import align_options, solver_memory
+from ..align.memory import solver_memory
+from ..align.parameters import align_options
 from ..core.tensors import Action, OutputChunk
 from ..methods.base import Block, MergeMethod, SourceLayer
 from ..plan.blocks import AlignTo

@@ -11,10 +11,11 @@ import pytest
 import torch
 from support import make_model, weights, write_recipe
 
-from deus_merge.align.parameters import PARAMETERS, align_options, alignment_memory
+from deus_merge.align.memory import alignment_memory
+from deus_merge.align.parameters import PARAMETERS, align_options
 from deus_merge.core.errors import SolverError
 from deus_merge.methods.registry import methods
-from deus_merge.models.spec import RESIDUAL, TensorSpec
+from deus_merge.models.spec import RESIDUAL, Heads, TensorSpec
 from deus_merge.ot.registry import solver, solver_parameters, solvers
 
 SOLVER = '''
@@ -116,6 +117,7 @@ class Role:
     role: str
     shape: tuple[int, ...]
     spec: TensorSpec
+    heads: Heads | None = None
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
