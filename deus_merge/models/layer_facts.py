@@ -20,7 +20,7 @@ from .facts import features, quantization
 from .facts.base import Changes, Pinned, Rule, Scope, Unsayable, Use, changed, path
 from .facts.by_key import BY_KEY, looks_like_layers
 from .facts.implied import IMPLIED
-from .facts.text_types import TEXT_TYPES
+from .facts.text_types import names_of_type
 from .facts.ties import Pin, check_pinned
 from .family import families
 from .stacks import DEPTH_LISTS, depth_at, is_vision_or_audio, same_depths
@@ -203,13 +203,8 @@ def rules_of(scope: Scope, place: Sequence[str], model_type: str) -> Iterator[Ru
 
 def _kind(config: Config, place: Sequence[str], model_type: str) -> str:
     """The ``model_type`` by which the rules of a section are known."""
-    kind = config.get("model_type") if place else None
-    if not isinstance(kind, str):
-        kind = "" if place and place[0] != "text_config" else TEXT_TYPES.get(model_type, model_type)
-    for candidate in (kind, f"{kind}_text", f"{kind}_text_model"):
-        if candidate in IMPLIED:
-            return candidate
-    return kind
+    names = names_of_type(config.get("model_type"), place, model_type)
+    return next((name for name in names if name in IMPLIED), names[0])
 
 
 def _places(config: Config, layers_path: Sequence[str]) -> list[tuple[str, ...]]:

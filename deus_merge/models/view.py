@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ..core.errors import ArchitectureError
 from ..core.text import some_of
 from .config_json import Config, section, value_at
+from .facts.text_types import names_of_type
 from .family import Family, TensorSpec, families
 from .stacks import DEPTH_KEYS, DEPTH_LISTS, INDEX, depth_at, depth_path, find_stacks, is_vision_or_audio
 
@@ -272,7 +273,8 @@ def stack_view(
         path: Keys that lead to the stack's depth.
         outside: The stack's tensors outside its layers.
     """
-    family = family_of(value_at(config, (*path[:-1], "model_type"))) if len(path) > 1 else None
+    stated = value_at(config, (*path[:-1], "model_type"))
+    family = next(filter(None, map(family_of, names_of_type(stated, path[:-1], model_type))), None)
     before = tuple(n for n in outside if re.search(r"embed|wte|wpe", n))
     after = tuple(n for n in outside if n not in before)
     full = prefix + ".{layer}."

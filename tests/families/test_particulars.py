@@ -131,6 +131,55 @@ def test_text_stacks_of_vision_language_models(run, tmp_path, kind, text, vision
     assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", tmp_path / "base")))
 
 
+_SIZES = {"hidden_size", "intermediate_size", "vocab_size", "attention_bias", "mlp_bias"}
+_USUAL = {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "values", "said"),
+    [
+        ("gemma3", "gemma3_text", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+         {"model_type", "num_hidden_layers", "sliding_window"}),
+        ("gemma3", "gemma3_text", {"head_dim": 256}, {"model_type", "sliding_window", *_USUAL}),
+        ("gemma3", "gemma3_text", {}, {"head_dim", "sliding_window", *_USUAL}),
+        ("llava", "llama", {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+                            "head_dim": 2,
+                            "hidden_size": 64}, {"model_type"}),
+    ],
+)  # fmt: skip
+def test_text_parts_that_leave_values_to_transformers(run, tmp_path, kind, text, values, said):
+    """Published vision-language models say only what differs from the defaults of the text part's class."""
+    settings = {"model_type": text, **values_of(text), **values}
+    tower = {**_TOWER, "model_type": "clip_vision_model" if kind == "llava" else "siglip_vision_model"}
+    config = transformers.AutoConfig.for_model(kind, text_config=settings, vision_config=tower, image_token_id=90)
+    save(tmp_path / "base", transformers.AutoModelForImageTextToText.from_config(config))
+    written = config_of(tmp_path / "base")
+    written["text_config"] = {k: v for k, v in written["text_config"].items() if k in _SIZES | said}
+    (tmp_path / "base/config.json").write_text(json.dumps(written))
+    run("merge", recipe(tmp_path, tmp_path / "base", insert={"after": [2]}), tmp_path / "out")
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", tmp_path / "base")))
+    run("verify", tmp_path / "out", "--strict")
+    run("strip", tmp_path / "out", tmp_path / "back")
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "back", tmp_path / "base")))
+
+
+def test_a_config_without_a_text_part(run, tmp_path):
+    """Qwen2.5-VL as it is published: the text part's values at the top, and old names."""
+    base = make(tmp_path / "base", "qwen2_5_vl_text")
+    config = config_of(base)
+    text = config.pop("text_config")
+    del text["layer_types"], text["rope_parameters"], text["model_type"]
+    rope = {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    (base / "config.json").write_text(json.dumps({**text, **config, **rope}))
+    tensors = load_file(base / "model.safetensors")
+    old = {
+        n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensors[n] for n in tensors
+    }
+    save_file(old, base / "model.safetensors", {"format": "pt"})
+    run("merge", recipe(tmp_path, base, insert="all"), tmp_path / "out")
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", base)))
+
+
 def seen(folder: Path) -> torch.Tensor:
     """Logits of a text with an image of 4 x 4 patches, which are 4 tokens."""
     ids = torch.tensor([[5, 92, 90, 90, 90, 90, 93, 6, 7]])
