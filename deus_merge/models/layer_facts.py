@@ -18,7 +18,7 @@ from ..core.errors import PlanError
 from .config_json import Config, section, with_section
 from .facts import features, quantization
 from .facts.base import Changes, Pinned, Rule, Scope, Unsayable, Use, changed, path
-from .facts.by_key import BY_KEY, looks_like_layers
+from .facts.by_key import BY_KEY, SLIDING, looks_like_layers
 from .facts.implied import IMPLIED
 from .facts.text_types import names_of_type
 from .facts.ties import Pin, check_pinned
@@ -90,6 +90,7 @@ def contract(
         return result
     try:
         _check_given(own, facts)
+        _check_windows(section(config, layers_path), own, facts)
         for place in _places(config, layers_path):
             changes = _changes(config, layers_path, place, model_type, facts)
             target = changed(section(result, (*place, "")), changes)
@@ -137,6 +138,15 @@ def _check_given(own: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None
         if any(name not in layer for layer in facts):
             raise Unsayable(name, "is not in the config of another model that layers come from")
         check_pinned(name, [layer[name] for layer in facts])
+
+
+def _check_windows(settings: Config, own: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None:
+    """Check that layers with a sliding window, of another model, find one where the donor's layers have none."""
+    if any(SLIDING in layer.values() for layer in own) or not any(SLIDING in layer.values() for layer in facts):
+        return
+    for key, off in (("use_sliding_window", False), ("sliding_window", None)):
+        if key in settings and settings[key] is off:
+            raise Unsayable(key, "turns off the window that layers of another model have")
 
 
 def _check_said(said: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None:

@@ -70,6 +70,29 @@ class ModelView:
         """The family's description of a layer's role; None for a tensor or a family that is not described."""
         return self.specs[layer].get(role) if self.specs else None
 
+    def names_beside(self, names: Sequence[str], other: ModelView, own: Sequence[str]) -> dict[str, str]:
+        """Which tensor outside of the layers of another model is which of this one: ``embed_tokens.weight`` is
+        ``model.embed_tokens.weight`` where the layers are ``layers.0.`` and ``model.layers.0.``.
+
+        Args:
+            names: Tensors of the other model.
+            other: Its view.
+            own: Tensors of this model.
+
+        Returns:
+            For each of ``names`` the name here, or itself where it has none -> its name.
+        """
+        here = {name.removeprefix(self._root): name for name in own}
+        found = {here.get(name.removeprefix(other._root), name): name for name in names}
+        alike = self._root == other._root or len(here) != len(own) or len(found) != len(names)
+        return {name: name for name in names} if alike else found
+
+    @property
+    def _root(self) -> str:
+        """What the names of its layers begin with: ``model.`` or nothing, for example."""
+        root = ".".join(_parts(self.layer_prefix)[:-1])
+        return f"{root}." if root else ""
+
     def output_name(self, name: str, depth: int) -> str:
         """The name of one of its tensors outside of the layers in an output of another depth: prediction layers that
         are numbered behind the last layer stay behind it."""

@@ -153,14 +153,18 @@ class BlockBuilder:
         sources, title = slice_.sources, self.title(title)
         base = base_source(slice_, slice_.base_model or self.recipe.base_model)
         indices = [self.index[s.model] for s in sources]
-        for i, checkpoint in zip(indices, self.vocabulary.reordered(indices, names[0], base, title), strict=True):
+        every = {name for own in names for name in own}
+        for i, checkpoint in zip(indices, self.vocabulary.reordered(indices, every, base, title), strict=True):
             self.models[i] = replace(self.models[i], checkpoint=checkpoint)
-        parts = [Part.of(s, self.model(s), title, {n: n for n in own}) for s, own in zip(sources, names, strict=True)]
+        views = [self.view(s.model) for s in sources]
+        by_role = [views[0].names_beside(own, v, names[0]) for own, v in zip(names, views, strict=True)]
+        parts = [Part.of(s, self.model(s), title, own) for s, own in zip(sources, by_role, strict=True)]
         check_same(parts, self.vocabulary.hint(indices))
-        view = self.view(sources[0].model)
-        depth = len(self.origins) or view.num_layers
+        depth = len(self.origins) or views[0].num_layers
         outputs = [
-            self._output(slice_, n, view.output_name(n, depth), [n] * len(sources), position, defaults, base=base)
+            self._output(
+                slice_, n, views[0].output_name(n, depth), [own[n] for own in by_role], position, defaults, base=base
+            )
             for n in names[0]
         ]
         self._add(slice_, title, (), [BlockSource(i, None) for i in indices], base, outputs)

@@ -101,6 +101,50 @@ def test_names_without_the_usual_prefix(run, tmp_path, kind, prefix):
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(shared(kind))))
 
 
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [("gemma2", "model."), ("gpt2", "transformer."), ("mamba", "backbone."), ("qwen3_moe", "model.")],
+)
+def test_a_merge_of_models_with_and_without_the_usual_prefix(run, tmp_path, kind, prefix):
+    """Each tensor with its own; the output has the donor's names."""
+    models = [tmp_path / "whole", tmp_path / "bare"]
+    for seed, folder in enumerate(models):
+        tensors = load_file(make(folder, kind, seed, tie_word_embeddings=True) / "model.safetensors")
+        renamed = {name.removeprefix(prefix) if seed else name: tensor for name, tensor in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    means = []
+    for donor, other in (models, models[::-1]):
+        both = [{"model": str(donor), "parameters": {"weight": 1}}, {"model": str(other), "parameters": {"weight": 3}}]
+        (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "linear", "models": both}))
+        out = tmp_path / f"out-{donor.name}"
+        run("merge", tmp_path / "r.yml", out)
+        got, one, two = (
+            {n.removeprefix(prefix): x for n, x in load_file(folder / "model.safetensors").items()}
+            for folder in (out, donor, other)
+        )
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, (one[name] + 3 * two[name]) / 4, rtol=1e-5, atol=1e-6)
+        names = [load_file(folder / "model.safetensors").keys() for folder in (out, donor)]
+        assert names[0] == names[1]
+        means.append(logits(load(out)))
+    assert not torch.equal(*means)
+
+
+def test_layers_with_a_window_need_one(run, tmp_path):
+    """Layers of another model that have a sliding window do not go where the donor's config turns windows off."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    models = [shared("qwen2"), make(tmp_path / "windows", "qwen2", 7, **windows)]
+    for (first, last), code in (((0, 2), 0), ((3, 5), 2)):
+        ranges = zip(models, ([0, 4], [first, last]), strict=True)
+        slices = [{"sources": [{"model": str(model), "layer_range": r}]} for model, r in ranges]
+        (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+        done = run("merge", tmp_path / "r.yml", tmp_path / f"out{first}", expect=code)
+        if code:
+            assert "config.json's use_sliding_window turns off the window" in done.err
+        else:
+            assert logits(load(tmp_path / "out0")).isfinite().all()
+
+
 _TOWER = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 4, "head_dim": 16,
