@@ -248,5 +248,10 @@ def _same(wanted: Any, said: Any) -> bool:
     return wanted == said
 
 
+def alike(values: Sequence[Any]) -> bool:
+    """Whether these values of a fact are one, perhaps in old and new words."""
+    return all(_today(value) == _today(values[0]) for value in values)
+
+
 def _today(value: Any) -> Any:
     return _OLD_WORDS.get(value, value) if isinstance(value, str) else value

@@ -16,7 +16,7 @@ from ..methods.registry import methods
 from ..models.config_rules import LayerEntries
 from ..models.facts.base import Pinned
 from ..models.head_layout import layer_heads
-from ..models.layer_facts import LayerFacts, expand
+from ..models.layer_facts import LayerFacts, alike, expand
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..models.tokenizer.blocks import VocabularyPlan
@@ -308,7 +308,7 @@ class BlockBuilder:
         facts = [self._facts(model)[s.layer or 0] for model, s in zip(models, sources, strict=True)]
         for name in facts[-1]:
             values = [layer.get(name) for layer in facts]
-            if any(v != values[-1] for v in values) and not any(isinstance(v, Pinned) for v in values):
+            if not alike(values) and not any(isinstance(v, Pinned) for v in values):
                 self.warnings.append(f"{title} fuses layers whose {name} differ ({values}); it takes {values[-1]!r}")
 
     def _facts(self, model: SourceModel) -> Sequence[LayerFacts]:

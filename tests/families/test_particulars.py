@@ -130,6 +130,21 @@ def test_a_merge_of_models_with_and_without_the_usual_prefix(run, tmp_path, kind
     assert not torch.equal(*means)
 
 
+def test_old_words_for_kinds_of_layers_are_no_difference(run, tmp_path):
+    """Granite 4 as it is published, and as transformers saves it."""
+    base, old = shared("granitemoehybrid"), tmp_path / "old"
+    old.mkdir()
+    config = config_of(base)
+    words = {"linear_attention": "mamba", "full_attention": "attention"}
+    kinds = [words[kind] for kind in config["layer_types"]]
+    (old / "config.json").write_text(json.dumps({**config, "layer_types": kinds}))
+    (old / "model.safetensors").symlink_to(base / "model.safetensors")
+    models = [{"model": str(model), "parameters": {"weight": 0.5}} for model in (base, old)]
+    (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    assert "warning" not in run("merge", tmp_path / "r.yml", tmp_path / "out").err
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", base)))
+
+
 def test_layers_with_a_window_need_one(run, tmp_path):
     """Layers of another model that have a sliding window do not go where the donor's config turns windows off."""
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
