@@ -20,7 +20,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PART = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)(?:\.weight)?")
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
 #: beginnings of names that depend on the class that a model was loaded with
-_PREFIX = re.compile(r"(?:(?:base_model|model|language_model|text_model|transformer|module|llm)\.)+")
+_PREFIX = re.compile(r"(?:(?:base_model|model|language_model|text_model|transformer|backbone|module|llm)\.)+")
 _EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings)\.weight")
 _HEAD = "lm_head.weight"
 #: the types of the options that may be there

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import printable
-from .stacks import is_layer_list, is_of_vision_or_audio
+from .stacks import DEPTH_KEYS, DEPTH_LISTS, is_layer_list, is_of_vision_or_audio
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,24 @@ def resolved_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         return CONFIG_MAPPING[model_type].from_dict(dict(config))
     except Exception as error:  # validation raises errors of many types
         raise CannotBuild(f"transformers cannot read the config.json: {reason(error)}") from None
+
+
+def state_depth(config: dict[str, Any]) -> None:
+    """Write the depth that transformers' class implies into a ``text_config`` that leaves it out, as some published
+    vision-language models do: an output of another depth has to state it.
+
+    Args:
+        config: config.json; it is changed.
+    """
+    text = config.get("text_config")
+    keys = (*DEPTH_KEYS, *DEPTH_LISTS)
+    if not isinstance(text, dict) or any(key in part for part in (config, text) for key in keys):
+        return
+    try:
+        implied = resolved_config(config).to_dict().get("text_config") or {}
+    except CannotBuild:
+        return
+    text |= {key: implied[key] for key in DEPTH_KEYS if isinstance(implied.get(key), int)}
 
 
 def build(config: PreTrainedConfig, *, language_model: bool = False) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import ArchitectureError, PlanError
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from .config_json import Config, section
-from .head_layout import head_size, positive
+from .head_layout import head_size, positive, with_implied_heads
 from .layer_facts import LayerFacts, contract, expand, of_new_layer
 from .spec import RESIDUAL
 from .view import ModelView
@@ -59,6 +59,7 @@ def check_config(config: Config, view: ModelView, shapes: Mapping[str, tuple[int
         )
     if view.family is None or "quantization_config" in config:  # packed tensors have other shapes
         return
+    sizes = with_implied_heads(config, view.layers_path)
     rows, columns = _matrix_sizes(sizes, view.family.unchecked)
     for i, role, name in ((i, r, n) for i, layer in enumerate(view.layers) for r, n in layer.items()):
         spec = view.spec(role, i)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import json
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
+from .built import CannotBuild, resolved_config
 from .config_json import Config, section, value_at
 from .spec import Heads
 from .view import ModelView
@@ -13,6 +16,7 @@ from .view import ModelView
 #: the keys of one fact in the configs of different families
 _QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_HEADS = (_QUERY_HEADS, _KEY_VALUE_HEADS, ("head_dim",))
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _SHARES = ("partial_rotary_factor", "rotary_pct")
 _EXPERT_GROUPS = ("n_group", "num_expert_group")
@@ -31,7 +35,7 @@ def layer_heads(
         shapes: Role -> shape of its tensors. Where q and k are tensors of their own, they say how large heads are:
             some models have layers with other heads than config.json's first numbers.
     """
-    family, sizes = view.family, section(config, view.layers_path)
+    family, sizes = view.family, with_implied_heads(config, view.layers_path)
     query = _first(sizes, _QUERY_HEADS)
     key_value, size = _key_value_heads(sizes), head_size(sizes)
     if family is None or not positive(query):
@@ -63,6 +67,32 @@ def layer_heads(
         groups if positive(groups) else 1,
         value_size if positive(value_size) else None,
     )
+
+
+def with_implied_heads(config: Config, layers_path: Sequence[str]) -> Config:
+    """The section of a config that describes a stack, with the numbers of heads and their size that it leaves to
+    transformers' class: the text parts of published vision-language models often do.
+
+    Args:
+        config: config.json.
+        layers_path: Keys that lead to the stack's depth.
+    """
+    sizes = section(config, layers_path)
+    if len(layers_path) < 2 or all(_first(sizes, keys) is not None for keys in _HEADS):
+        return sizes
+    return _completed(json.dumps(config), tuple(layers_path))
+
+
+@functools.lru_cache(maxsize=16)
+def _completed(config_text: str, layers_path: tuple[str, ...]) -> Config:
+    config = json.loads(config_text)
+    sizes = section(config, layers_path)
+    try:
+        full = value_at(resolved_config(config).to_dict(), layers_path[:-1]) or {}
+    except CannotBuild:
+        return sizes
+    missing = (key for keys in _HEADS if _first(sizes, keys) is None for key in keys)
+    return {**sizes, **{key: full[key] for key in missing if full.get(key) is not None}}
 
 
 def head_size(sizes: Config) -> Any:

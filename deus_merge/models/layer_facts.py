@@ -18,9 +18,9 @@ from ..core.errors import PlanError
 from .config_json import Config, section, with_section
 from .facts import features, quantization
 from .facts.base import Changes, Pinned, Rule, Scope, Unsayable, Use, changed, path
-from .facts.by_key import BY_KEY, looks_like_layers
+from .facts.by_key import BY_KEY, SLIDING, looks_like_layers
 from .facts.implied import IMPLIED
-from .facts.text_types import TEXT_TYPES
+from .facts.text_types import names_of_type
 from .facts.ties import Pin, check_pinned
 from .family import families
 from .stacks import DEPTH_LISTS, depth_at, is_vision_or_audio, same_depths
@@ -90,6 +90,7 @@ def contract(
         return result
     try:
         _check_given(own, facts)
+        _check_windows(section(config, layers_path), own, facts)
         for place in _places(config, layers_path):
             changes = _changes(config, layers_path, place, model_type, facts)
             target = changed(section(result, (*place, "")), changes)
@@ -137,6 +138,15 @@ def _check_given(own: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None
         if any(name not in layer for layer in facts):
             raise Unsayable(name, "is not in the config of another model that layers come from")
         check_pinned(name, [layer[name] for layer in facts])
+
+
+def _check_windows(settings: Config, own: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None:
+    """Check that layers with a sliding window, of another model, find one where the donor's layers have none."""
+    if any(SLIDING in layer.values() for layer in own) or not any(SLIDING in layer.values() for layer in facts):
+        return
+    for key, off in (("use_sliding_window", False), ("sliding_window", None)):
+        if key in settings and settings[key] is off:
+            raise Unsayable(key, "turns off the window that layers of another model have")
 
 
 def _check_said(said: Sequence[LayerFacts], facts: Sequence[LayerFacts]) -> None:
@@ -203,13 +213,8 @@ def rules_of(scope: Scope, place: Sequence[str], model_type: str) -> Iterator[Ru
 
 def _kind(config: Config, place: Sequence[str], model_type: str) -> str:
     """The ``model_type`` by which the rules of a section are known."""
-    kind = config.get("model_type") if place else None
-    if not isinstance(kind, str):
-        kind = "" if place and place[0] != "text_config" else TEXT_TYPES.get(model_type, model_type)
-    for candidate in (kind, f"{kind}_text", f"{kind}_text_model"):
-        if candidate in IMPLIED:
-            return candidate
-    return kind
+    names = names_of_type(config.get("model_type"), place, model_type)
+    return next((name for name in names if name in IMPLIED), names[0])
 
 
 def _places(config: Config, layers_path: Sequence[str]) -> list[tuple[str, ...]]:
@@ -241,6 +246,11 @@ def _same(wanted: Any, said: Any) -> bool:
     if isinstance(wanted, Use) and isinstance(said, Use):
         return wanted.kind == said.kind
     return wanted == said
+
+
+def alike(values: Sequence[Any]) -> bool:
+    """Whether these values of a fact are one, perhaps in old and new words."""
+    return all(_today(value) == _today(values[0]) for value in values)
 
 
 def _today(value: Any) -> Any:

@@ -16,6 +16,7 @@ from ..checkpoint.reader import TensorSource
 from ..checkpoint.side_files import side_files
 from ..checkpoint.storage import LoadOptions, open_source
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError, nearest
+from .built import state_depth
 from .config_rules import check_config
 from .modules import view_modules
 from .reference import ModelRef
@@ -76,6 +77,7 @@ class SourceModel:
         try:
             if name not in known:
                 known[name] = open_source(name, load_options)
+                state_depth(known[name].config)
             checkpoint: TensorSource = known[name]
             if adapter is not None:
                 folder = resolve(adapter, cache_dir=load_options.cache_dir)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ..core.errors import ArchitectureError
 from ..core.text import some_of
 from .config_json import Config, section, value_at
+from .facts.text_types import names_of_type
 from .family import Family, families
 from .spec import TensorSpec
 from .stacks import DEPTH_KEYS, DEPTH_LISTS, INDEX, depth_at, depth_path, find_stacks, is_vision_or_audio
@@ -69,6 +70,29 @@ class ModelView:
     def spec(self, role: str, layer: int = 0) -> TensorSpec | None:
         """The family's description of a layer's role; None for a tensor or a family that is not described."""
         return self.specs[layer].get(role) if self.specs else None
+
+    def names_beside(self, names: Sequence[str], other: ModelView, own: Sequence[str]) -> dict[str, str]:
+        """Which tensor outside of the layers of another model is which of this one: ``embed_tokens.weight`` is
+        ``model.embed_tokens.weight`` where the layers are ``layers.0.`` and ``model.layers.0.``.
+
+        Args:
+            names: Tensors of the other model.
+            other: Its view.
+            own: Tensors of this model.
+
+        Returns:
+            For each of ``names`` the name here, or itself where it has none -> its name.
+        """
+        here = {name.removeprefix(self._root): name for name in own}
+        found = {here.get(name.removeprefix(other._root), name): name for name in names}
+        alike = self._root == other._root or len(here) != len(own) or len(found) != len(names)
+        return {name: name for name in names} if alike else found
+
+    @property
+    def _root(self) -> str:
+        """What the names of its layers begin with: ``model.`` or nothing, for example."""
+        root = ".".join(_parts(self.layer_prefix)[:-1])
+        return f"{root}." if root else ""
 
     def output_name(self, name: str, depth: int) -> str:
         """The name of one of its tensors outside of the layers in an output of another depth: prediction layers that
@@ -273,7 +297,8 @@ def stack_view(
         path: Keys that lead to the stack's depth.
         outside: The stack's tensors outside its layers.
     """
-    family = family_of(value_at(config, (*path[:-1], "model_type"))) if len(path) > 1 else None
+    stated = value_at(config, (*path[:-1], "model_type"))
+    family = next(filter(None, map(family_of, names_of_type(stated, path[:-1], model_type))), None)
     before = tuple(n for n in outside if re.search(r"embed|wte|wpe", n))
     after = tuple(n for n in outside if n not in before)
     full = prefix + ".{layer}."

@@ -16,7 +16,7 @@ from ..methods.registry import methods
 from ..models.config_rules import LayerEntries
 from ..models.facts.base import Pinned
 from ..models.head_layout import layer_heads
-from ..models.layer_facts import LayerFacts, expand
+from ..models.layer_facts import LayerFacts, alike, expand
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..models.tokenizer.blocks import VocabularyPlan
@@ -153,14 +153,18 @@ class BlockBuilder:
         sources, title = slice_.sources, self.title(title)
         base = base_source(slice_, slice_.base_model or self.recipe.base_model)
         indices = [self.index[s.model] for s in sources]
-        for i, checkpoint in zip(indices, self.vocabulary.reordered(indices, names[0], base, title), strict=True):
+        every = {name for own in names for name in own}
+        for i, checkpoint in zip(indices, self.vocabulary.reordered(indices, every, base, title), strict=True):
             self.models[i] = replace(self.models[i], checkpoint=checkpoint)
-        parts = [Part.of(s, self.model(s), title, {n: n for n in own}) for s, own in zip(sources, names, strict=True)]
+        views = [self.view(s.model) for s in sources]
+        by_role = [views[0].names_beside(own, v, names[0]) for own, v in zip(names, views, strict=True)]
+        parts = [Part.of(s, self.model(s), title, own) for s, own in zip(sources, by_role, strict=True)]
         check_same(parts, self.vocabulary.hint(indices))
-        view = self.view(sources[0].model)
-        depth = len(self.origins) or view.num_layers
+        depth = len(self.origins) or views[0].num_layers
         outputs = [
-            self._output(slice_, n, view.output_name(n, depth), [n] * len(sources), position, defaults, base=base)
+            self._output(
+                slice_, n, views[0].output_name(n, depth), [own[n] for own in by_role], position, defaults, base=base
+            )
             for n in names[0]
         ]
         self._add(slice_, title, (), [BlockSource(i, None) for i in indices], base, outputs)
@@ -304,7 +308,7 @@ class BlockBuilder:
         facts = [self._facts(model)[s.layer or 0] for model, s in zip(models, sources, strict=True)]
         for name in facts[-1]:
             values = [layer.get(name) for layer in facts]
-            if any(v != values[-1] for v in values) and not any(isinstance(v, Pinned) for v in values):
+            if not alike(values) and not any(isinstance(v, Pinned) for v in values):
                 self.warnings.append(f"{title} fuses layers whose {name} differ ({values}); it takes {values[-1]!r}")
 
     def _facts(self, model: SourceModel) -> Sequence[LayerFacts]:

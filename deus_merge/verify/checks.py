@@ -16,6 +16,7 @@ from ..core.errors import DeusMergeError
 from ..core.tensors import Action, StoredTensor
 from ..core.text import some_of
 from ..core.units import dtype_name, promoted
+from ..models.built import state_depth
 from ..models.config_json import section
 from ..models.config_rules import check_config
 from ..models.layer_facts import expand, plain
@@ -332,6 +333,7 @@ def _reopened(manifest: Manifest) -> list[TensorSource | str]:
             continue
         try:
             checkpoint = Checkpoint.open(source.folder)
+            state_depth(checkpoint.config)
             changed = checkpoint.fingerprint != source.fingerprint
             found.append(f"source {source.folder} has changed since" if changed else checkpoint)
         except DeusMergeError as error:

@@ -234,7 +234,7 @@ def test_another_adapter_is_another_plan(run, bases, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} == {f.name for f in files}
 
 
-PREFIXES = ("model.", "model.language_model.", "language_model.model.", "transformer.", "")
+PREFIXES = ("model.", "model.language_model.", "language_model.model.", "transformer.", "backbone.", "")
 
 
 def renamed(folder, new, old: str, prefix: str):

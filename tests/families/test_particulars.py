@@ -101,6 +101,65 @@ def test_names_without_the_usual_prefix(run, tmp_path, kind, prefix):
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(shared(kind))))
 
 
+@pytest.mark.parametrize(
+    ("kind", "prefix"),
+    [("gemma2", "model."), ("gpt2", "transformer."), ("mamba", "backbone."), ("qwen3_moe", "model.")],
+)
+def test_a_merge_of_models_with_and_without_the_usual_prefix(run, tmp_path, kind, prefix):
+    """Each tensor with its own; the output has the donor's names."""
+    models = [tmp_path / "whole", tmp_path / "bare"]
+    for seed, folder in enumerate(models):
+        tensors = load_file(make(folder, kind, seed, tie_word_embeddings=True) / "model.safetensors")
+        renamed = {name.removeprefix(prefix) if seed else name: tensor for name, tensor in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    means = []
+    for donor, other in (models, models[::-1]):
+        both = [{"model": str(donor), "parameters": {"weight": 1}}, {"model": str(other), "parameters": {"weight": 3}}]
+        (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "linear", "models": both}))
+        out = tmp_path / f"out-{donor.name}"
+        run("merge", tmp_path / "r.yml", out)
+        got, one, two = (
+            {n.removeprefix(prefix): x for n, x in load_file(folder / "model.safetensors").items()}
+            for folder in (out, donor, other)
+        )
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, (one[name] + 3 * two[name]) / 4, rtol=1e-5, atol=1e-6)
+        names = [load_file(folder / "model.safetensors").keys() for folder in (out, donor)]
+        assert names[0] == names[1]
+        means.append(logits(load(out)))
+    assert not torch.equal(*means)
+
+
+def test_old_words_for_kinds_of_layers_are_no_difference(run, tmp_path):
+    """Granite 4 as it is published, and as transformers saves it."""
+    base, old = shared("granitemoehybrid"), tmp_path / "old"
+    old.mkdir()
+    config = config_of(base)
+    words = {"linear_attention": "mamba", "full_attention": "attention"}
+    kinds = [words[kind] for kind in config["layer_types"]]
+    (old / "config.json").write_text(json.dumps({**config, "layer_types": kinds}))
+    (old / "model.safetensors").symlink_to(base / "model.safetensors")
+    models = [{"model": str(model), "parameters": {"weight": 0.5}} for model in (base, old)]
+    (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    assert "warning" not in run("merge", tmp_path / "r.yml", tmp_path / "out").err
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", base)))
+
+
+def test_layers_with_a_window_need_one(run, tmp_path):
+    """Layers of another model that have a sliding window do not go where the donor's config turns windows off."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    models = [shared("qwen2"), make(tmp_path / "windows", "qwen2", 7, **windows)]
+    for (first, last), code in (((0, 2), 0), ((3, 5), 2)):
+        ranges = zip(models, ([0, 4], [first, last]), strict=True)
+        slices = [{"sources": [{"model": str(model), "layer_range": r}]} for model, r in ranges]
+        (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+        done = run("merge", tmp_path / "r.yml", tmp_path / f"out{first}", expect=code)
+        if code:
+            assert "config.json's use_sliding_window turns off the window" in done.err
+        else:
+            assert logits(load(tmp_path / "out0")).isfinite().all()
+
+
 _TOWER = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 4, "head_dim": 16,
@@ -129,6 +188,55 @@ def test_text_stacks_of_vision_language_models(run, tmp_path, kind, text, vision
     assert view.family is not None and text in view.family.model_types and view.num_layers == 6
     run("merge", recipe(tmp_path, tmp_path / "base"), tmp_path / "out")
     assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", tmp_path / "base")))
+
+
+_SIZES = {"hidden_size", "intermediate_size", "vocab_size", "attention_bias", "mlp_bias"}
+_USUAL = {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "values", "said"),
+    [
+        ("gemma3", "gemma3_text", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+         {"model_type", "num_hidden_layers", "sliding_window"}),
+        ("gemma3", "gemma3_text", {"head_dim": 256}, {"model_type", "sliding_window", *_USUAL}),
+        ("gemma3", "gemma3_text", {}, {"head_dim", "sliding_window", *_USUAL}),
+        ("llava", "llama", {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+                            "head_dim": 2,
+                            "hidden_size": 64}, {"model_type"}),
+    ],
+)  # fmt: skip
+def test_text_parts_that_leave_values_to_transformers(run, tmp_path, kind, text, values, said):
+    """Published vision-language models say only what differs from the defaults of the text part's class."""
+    settings = {"model_type": text, **values_of(text), **values}
+    tower = {**_TOWER, "model_type": "clip_vision_model" if kind == "llava" else "siglip_vision_model"}
+    config = transformers.AutoConfig.for_model(kind, text_config=settings, vision_config=tower, image_token_id=90)
+    save(tmp_path / "base", transformers.AutoModelForImageTextToText.from_config(config))
+    written = config_of(tmp_path / "base")
+    written["text_config"] = {k: v for k, v in written["text_config"].items() if k in _SIZES | said}
+    (tmp_path / "base/config.json").write_text(json.dumps(written))
+    run("merge", recipe(tmp_path, tmp_path / "base", insert={"after": [2]}), tmp_path / "out")
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", tmp_path / "base")))
+    run("verify", tmp_path / "out", "--strict")
+    run("strip", tmp_path / "out", tmp_path / "back")
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "back", tmp_path / "base")))
+
+
+def test_a_config_without_a_text_part(run, tmp_path):
+    """Qwen2.5-VL as it is published: the text part's values at the top, and old names."""
+    base = make(tmp_path / "base", "qwen2_5_vl_text")
+    config = config_of(base)
+    text = config.pop("text_config")
+    del text["layer_types"], text["rope_parameters"], text["model_type"]
+    rope = {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    (base / "config.json").write_text(json.dumps({**text, **config, **rope}))
+    tensors = load_file(base / "model.safetensors")
+    old = {
+        n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensors[n] for n in tensors
+    }
+    save_file(old, base / "model.safetensors", {"format": "pt"})
+    run("merge", recipe(tmp_path, base, insert="all"), tmp_path / "out")
+    assert torch.equal(*(logits(load(folder)) for folder in (tmp_path / "out", base)))
 
 
 def seen(folder: Path) -> torch.Tensor:

@@ -5,7 +5,8 @@ Reference: the configuration classes of transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 #: model_type -> the model_type of its text_config, where that says none
 TEXT_TYPES: Mapping[str, str] = {
@@ -46,3 +47,17 @@ TEXT_TYPES: Mapping[str, str] = {
     "vibevoice_asr": "qwen2",
     "video_llama_3": "qwen2",
 }
+
+
+def names_of_type(stated: Any, place: Sequence[str], model_type: str) -> tuple[str, ...]:
+    """The names under which the kind of a stack of layers may be known.
+
+    Args:
+        stated: The ``model_type`` of the section of config.json that describes the stack, if it says one.
+        place: The keys that lead to the section; none for the top.
+        model_type: The whole model's.
+    """
+    kind = stated if place and isinstance(stated, str) else None
+    if kind is None:
+        kind = "" if place and place[0] != "text_config" else TEXT_TYPES.get(model_type, model_type)
+    return kind, f"{kind}_text", f"{kind}_text_model"
