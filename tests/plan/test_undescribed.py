@@ -73,3 +73,81 @@ def test_what_transformers_cannot_build_is_refused(run, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     told = run("merge", recipe(tmp_path, base, "llama_pro"), tmp_path / "out", expect=2).err
     assert "unheard_of" in told and not (tmp_path / "out").exists()
+
+
+_SIDES = {
+    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4,
+    "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
+def two_stacks(folder: Path, model_type: str, **more) -> Path:
+    """A model with an encoder and a decoder, both of three layers."""
+    torch.manual_seed(0)
+    names = transformers.AutoConfig.for_model(model_type).to_dict()
+    sizes = {k: v for k, v in _SIDES.items() if k in names}
+    model = transformers.AutoModelForSeq2SeqLM.from_config(
+        transformers.AutoConfig.for_model(model_type, **sizes, **more)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def grown(folder: Path, base: Path, *modules: str, t: int = 1, layers: tuple[int, int] = (0, 3)) -> Path:
+    """A recipe that puts a zero-output copy into every gap of these modules."""
+    slices = [
+        {
+            "merge_method": "ot_fuse",
+            "parameters": {"alignment": "none", "t": t},
+            "sources": [{"model": str(base), "layer_range": list(layers)}],
+        }
+    ]
+    if layers[0]:
+        kept = {"merge_method": "passthrough", "sources": [{"model": str(base), "layer_range": [0, layers[0]]}]}
+        slices.insert(0, kept)
+    text = json.dumps({"base_model": str(base), "modules": {name: {"slices": slices} for name in modules}})
+    (folder / "sides.yml").write_text(text)
+    return folder / "sides.yml"
+
+
+def two_stack_logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits for two texts, and tokens that were generated with a cache."""
+    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        found = model.eval()(input_ids=ids, decoder_input_ids=ids.flip(1)[:, :20]).logits
+        return found, model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+
+
+#: model_type -> the keys of the depths of encoder and decoder
+TWO_STACKS = {
+    "t5": ("num_layers", "num_decoder_layers"), "umt5": ("num_layers", "num_decoder_layers"),
+    "mbart": ("encoder_layers", "decoder_layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("modules", [("encoder",), ("decoder",), ("encoder", "decoder")], ids="+".join)
+@pytest.mark.parametrize("model_type", TWO_STACKS)
+def test_each_stack_of_two_grows_alone(run, tmp_path, model_type, modules):
+    """Both are as deep: one must not follow the other, though a config may say one number for both."""
+    base = two_stacks(tmp_path / "base", model_type)
+    before = json.loads((base / "config.json").read_text())
+    forms = [before]
+    if model_type == "t5":
+        forms += [{k: v for k, v in before.items() if k != "num_decoder_layers"}, before | {"num_decoder_layers": None}]
+    for i, form in enumerate(forms):
+        (base / "config.json").write_text(json.dumps(form))
+        recipe, out = grown(tmp_path, base, *modules), tmp_path / f"out{i}"
+        run("merge", recipe, out)
+        assert all(torch.equal(a, b) for a, b in zip(two_stack_logits(out), two_stack_logits(base), strict=True))
+        after = json.loads((out / "config.json").read_text())
+        depths = {k: 5 if m in modules else 3 for m, k in zip(("encoder", "decoder"), TWO_STACKS[model_type], strict=True)}
+        plain = {"num_hidden_layers": depths["encoder_layers"]} if "num_hidden_layers" in before else {}
+        assert after == before | depths | plain
+        assert run("verify", out, "--json").json()["passed"]
