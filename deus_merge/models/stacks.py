@@ -106,7 +106,9 @@ def same_depths(config: Config, path: Sequence[str]) -> list[tuple[str, ...]]:
     """
     depth, places = depth_at(config, path), [tuple(path)]
     sided = {key for keys in _SIDES.values() for key in keys}
-    if path[-1] == "num_decoder_layers" or (path[-1] in _SIDES["decoder"] and any(key in config for key in _SIDES["encoder"])):
+    if path[-1] == "num_decoder_layers" or (
+        path[-1] in _SIDES["decoder"] and any(key in config for key in _SIDES["encoder"])
+    ):
         return places  # the plain keys are the encoder's
     sections: list[tuple[str, ...]] = [tuple(path[:-1])]
     if path[-1] not in sided and not is_vision_or_audio(path):

@@ -203,7 +203,9 @@ def _small_size(key: str, value: int, full: Mapping[str, Any], style: _Style) ->
         return 1
     if size == _KEY_VALUE_HEADS and "heads" in key and value == full.get("num_attention_heads"):
         return _HEADS
-    if size == _MAMBA_HEADS or re.fullmatch(r".*head.*|.*intermediate.*|.*rank|hidden_size|d_model|.*vocab_size|.*d_ssm", key):
+    if size == _MAMBA_HEADS or re.fullmatch(
+        r".*head.*|.*intermediate.*|.*rank|hidden_size|d_model|.*vocab_size|.*d_ssm", key
+    ):
         return size
     return min(value, size)
 

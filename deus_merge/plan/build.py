@@ -12,7 +12,7 @@ from ..checkpoint.storage import LoadOptions
 from ..core.errors import nearest
 from ..core.units import parse_size
 from ..methods.registry import methods
-from ..models.config_rules import deeper_config, typed_config
+from ..models.config_rules import cache_warnings, deeper_config, typed_config
 from ..models.heads import config_of_heads, with_heads
 from ..models.modules import DEFAULT
 from ..models.side_files import output_side_files
@@ -96,6 +96,7 @@ class _Planner:
             if view.layers:
                 config = deeper_config(config, view.layers_path, builder.origins, str(donor.ref))
                 stacks.append(PlannedStack(view, tuple(builder.origins), name or ""))
+        builder.warnings += cache_warnings(config, donor.checkpoint.config)
         if builder.module is not None:
             self._add_other_modules()
         blocks = join_learned(mark_repeats(builder.blocks))

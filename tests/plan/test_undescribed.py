@@ -87,7 +87,7 @@ def two_stacks(folder: Path, model_type: str, **more) -> Path:
     """A model with an encoder and a decoder, both of three layers."""
     torch.manual_seed(0)
     names = transformers.AutoConfig.for_model(model_type).to_dict()
-    sizes = {k: v for k, v in _SIDES.items() if k in names}
+    sizes = {k: v for k, v in _SIDES.items() if k in names or "token" in k}
     model = transformers.AutoModelForSeq2SeqLM.from_config(
         transformers.AutoConfig.for_model(model_type, **sizes, **more)
     )
@@ -115,14 +115,14 @@ def grown(folder: Path, base: Path, *modules: str, t: int = 1, layers: tuple[int
     return folder / "sides.yml"
 
 
-def two_stack_logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits for two texts, and tokens that were generated with a cache."""
+def two_stack_logits(folder: Path, cache: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits for two texts, and tokens that were generated."""
     model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():
         found = model.eval()(input_ids=ids, decoder_input_ids=ids.flip(1)[:, :20]).logits
-        return found, model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        return found, model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=cache)
 
 
 #: model_type -> the keys of the depths of encoder and decoder
@@ -144,10 +144,66 @@ def test_each_stack_of_two_grows_alone(run, tmp_path, model_type, modules):
     for i, form in enumerate(forms):
         (base / "config.json").write_text(json.dumps(form))
         recipe, out = grown(tmp_path, base, *modules), tmp_path / f"out{i}"
-        run("merge", recipe, out)
-        assert all(torch.equal(a, b) for a, b in zip(two_stack_logits(out), two_stack_logits(base), strict=True))
+        told = run("merge", recipe, out).err
+        cached = model_type == "mbart" or modules != ("decoder",)  # transformers' cache is as deep as T5's encoder
+        assert ("use_cache=False" in told) != cached
+        ours, theirs = two_stack_logits(out, cached), two_stack_logits(base, cached)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         after = json.loads((out / "config.json").read_text())
-        depths = {k: 5 if m in modules else 3 for m, k in zip(("encoder", "decoder"), TWO_STACKS[model_type], strict=True)}
+        depths = {
+            k: 5 if m in modules else 3 for m, k in zip(("encoder", "decoder"), TWO_STACKS[model_type], strict=True)
+        }
         plain = {"num_hidden_layers": depths["encoder_layers"]} if "num_hidden_layers" in before else {}
         assert after == before | depths | plain
-        assert run("verify", out, "--json").json()["passed"]
+    assert run("verify", out, "--json").json()["passed"]
+
+
+def test_sides_by_hand_are_refused_or_right(run, tmp_path):
+    """T5's first layer computes the positions of all: it stays the first and the only one of its kind."""
+    base = two_stacks(tmp_path / "base", "t5")
+    planned = run("plan", grown(tmp_path, base, "decoder"), "--json").json()
+    assert planned["function_preserving"] and planned["num_layers"] == 5
+    told = run("merge", grown(tmp_path, base, "decoder", t=0), tmp_path / "out", expect=2).err
+    assert "cannot start as the identity: layer 0: layer 0 reaches the rest of the model by more" in told
+    told = run("merge", grown(tmp_path, base, "encoder", t=0, layers=(1, 3)), tmp_path / "upper").err
+    assert all(
+        torch.equal(a, b) for a, b in zip(two_stack_logits(tmp_path / "upper"), two_stack_logits(base), strict=True)
+    )
+
+
+def test_a_norm_behind_the_sum_is_refused_in_each_stack(run, tmp_path):
+    base = two_stacks(tmp_path / "base", "bart")
+    for module in ("encoder", "decoder"):
+        told = run("merge", grown(tmp_path, base, module), tmp_path / "out", expect=2).err
+        assert "cannot start as the identity: layer 0" in told and "it is not x + f(x)" in told
+        assert "passthrough" in told and not (tmp_path / "out").exists()
+    text = (
+        (tmp_path / "sides.yml")
+        .read_text()
+        .replace("ot_fuse", "passthrough")
+        .replace('"t": 1', "")
+        .replace('"alignment": "none", ', "")
+    )
+    (tmp_path / "sides.yml").write_text(text)
+    run("merge", tmp_path / "sides.yml", tmp_path / "out")
+
+
+def test_a_stack_that_tokens_do_not_reach_is_refused(run, tmp_path):
+    """Whisper's encoder takes sounds: no small model is run, and a decoder without it proves nothing."""
+    sizes = {"num_mel_bins": 8, "max_source_positions": 32, "max_target_positions": 64}
+    config = transformers.WhisperConfig(**{k: v for k, v in _SIDES.items() if "num" not in k}, **sizes)
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    for module, words in (("encoder", "has no encoder"), ("decoder", "is not used where a model reads nothing but")):
+        told = run("merge", grown(tmp_path, tmp_path / "base", module), tmp_path / "out", expect=2).err
+        assert words in told and not (tmp_path / "out").exists()
+
+
+def test_a_preset_says_what_to_write_for_two_stacks(run, tmp_path):
+    """The hint is a recipe that works."""
+    base = two_stacks(tmp_path / "base", "mbart")
+    told = run("merge", recipe(tmp_path, base, "llama_pro"), tmp_path / "out", expect=2).err
+    assert "several stacks of layers" in told
+    hint = next(line for line in told.splitlines() if "hint:" in line).partition("hint:")[2].strip()
+    (tmp_path / "hint.yml").write_text(f"base_model: {base}\n{hint}\n")
+    run("merge", tmp_path / "hint.yml", tmp_path / "out")
+    assert torch.equal(two_stack_logits(tmp_path / "out")[0], two_stack_logits(base)[0])
