@@ -185,6 +185,27 @@ def _check_like_donor(own: Sequence[LayerFacts], facts: Sequence[LayerFacts], mo
             raise PlanError(f"the donor's config.json has no {name!r}, which the model has", where=model, hint=hint)
 
 
+def cache_warnings(config: Config, donor: Config) -> list[str]:
+    """What to know about the output's use, where the decoder of a T5 became deeper than its encoder.
+
+    Args:
+        config: The output's config.json.
+        donor: The donor's.
+    """
+    depths = [positive(config.get(key)) for key in ("num_decoder_layers", "num_layers")]
+    if (
+        depths[0]
+        and depths[1]
+        and depths[0] > depths[1]
+        and config.get("num_decoder_layers") != donor.get("num_decoder_layers")
+    ):
+        return [
+            f"config.json: num_decoder_layers is {depths[0]}, num_layers {depths[1]}: transformers 5 makes the cache of"
+            " generate() only num_layers deep; call it with use_cache=False, or let the encoder grow as much"
+        ]
+    return []
+
+
 def config_patch(config: Config, target: Config) -> dict[str, Any]:
     """The JSON merge patch (RFC 7386) that turns ``config`` into ``target``: None means a key to remove."""
     patch: dict[str, object] = {key: None for key in config if key not in target}

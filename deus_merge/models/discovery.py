@@ -77,11 +77,13 @@ class Discovery:
         return name in kind.zeroed
 
 
-def find_writers(config: Mapping[str, Any]) -> Discovery:
+def find_writers(config: Mapping[str, Any], layer_prefix: str = "") -> Discovery:
     """Find the tensors that write to the residual stream, in every kind of layer. Needs no weights.
 
     Args:
         config: The model's config.json.
+        layer_prefix: The prefix of a layer's tensor names with ``{layer}``, which says which stack is meant of a model
+            with an encoder and a decoder; without one, the text stack.
 
     Returns:
         The writers of each kind of layer, or the reason why they were not found.
@@ -90,30 +92,30 @@ def find_writers(config: Mapping[str, Any]) -> Discovery:
     try:
         with _offline():
             whole = text_config(resolved_config(config))
-            return _found(whole)
+            return _found(whole, layer_prefix)
     except CannotBuild as error:
         return Discovery(model_type, reason=str(error))
 
 
-def _found(config: PreTrainedConfig) -> Discovery:
+def _found(config: PreTrainedConfig, layer_prefix: str) -> Discovery:
     model_type = config.model_type
-    real = structures(config)
+    real = structures(config, layer_prefix)
     problem = "no small config could be made"
-    for narrow in narrow_configs(config):
+    for narrow in narrow_configs(config, len(real)):
         try:
-            wide = structures(narrow)
+            wide = structures(narrow, layer_prefix)
             if len(wide) != len(real) or not _refines(wide, real):
                 problem = "a small model has other kinds of layers"
                 continue
-            short = short_config(narrow)
+            short = short_config(narrow, layer_prefix)
             if (count := sum(p.numel() for p in build(short, language_model=True).parameters())) > _LARGEST:
                 problem = f"the smallest has {count} parameters"
                 continue
-            model = SmallModel(short)
+            model = SmallModel(short, layer_prefix)
         except (CannotBuild, Misbehaviour) as error:
             problem = str(error)
             continue
-        return _proved(model_type, model, wide, structures(short))
+        return _proved(model_type, model, wide, structures(short, layer_prefix))
     return Discovery(model_type, reason=f"a small model of this family could not be run: {problem}")
 
 

@@ -23,7 +23,7 @@ from .facts.implied import IMPLIED
 from .facts.text_types import names_of_type
 from .facts.ties import Pin, check_pinned
 from .family import families
-from .stacks import DEPTH_LISTS, depth_at, is_vision_or_audio, same_depths
+from .stacks import DEPTH_LISTS, depth_at, implied_depths, is_vision_or_audio, same_depths
 
 #: the facts of one layer: their values by their names; values are JSON values and can be compared
 LayerFacts = Mapping[str, Any]
@@ -88,6 +88,8 @@ def contract(
     result = copy.deepcopy(dict(config))
     if list(facts) == own:
         return result
+    if len(facts) != len(own):
+        result |= implied_depths(config)
     try:
         _check_given(own, facts)
         _check_windows(section(config, layers_path), own, facts)

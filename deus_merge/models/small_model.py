@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from .built import main_stack, model_class, reason, stacks
-from .stacks import LAYER, find_stacks
+from .stacks import LAYER, find_stacks, side_of
 from .tiny_config import HIDDEN, VOCABULARY
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _TOKENS = 24
-_EXPERT = re.compile(r"(expert\w*)\.\d+(?=\.)")
+_EXPERT = re.compile(r"(expert\w*)[._]\d+(?=\.)")
 
 
 def pattern_of(name: str) -> str:
@@ -37,12 +37,13 @@ class SmallModel:
 
     Args:
         config: Small, see `tiny_config`.
+        layer_prefix: The prefix of a layer's tensor names with ``{layer}``; without one, of the text stack.
 
     Raises:
         Misbehaviour: it cannot be built or run.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, layer_prefix: str = ""):
         import torch
 
         try:
@@ -50,7 +51,11 @@ class SmallModel:
             self.model = kind._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         except Exception as error:  # a model's constructor may raise anything
             raise Misbehaviour(reason(error)) from None
-        self.path = main_stack(self.model)
+        if self.model.main_input_name != "input_ids":
+            raise Misbehaviour(f"it takes {self.model.main_input_name}, not tokens")
+        self.path = main_stack(self.model, layer_prefix)
+        if (side := side_of(layer_prefix)) and side_of(self.path) not in (None, side):
+            raise Misbehaviour(f"{kind.__name__} has no {side}")
         self.layers = list(stacks(self.model)[self.path])
         self._generator = torch.Generator().manual_seed(1)
         self._enliven(self.model.named_parameters())
@@ -81,7 +86,7 @@ class SmallModel:
 
         Raises:
             Misbehaviour: no zeros make these layers the identity, or these zeros have no gradient, or the layer reaches
-                later ones in another way.
+                later ones in another way, or a tensor is not used.
         """
         first = layers[0]
         candidates = self._candidates(first)
@@ -96,6 +101,8 @@ class SmallModel:
                 raise Misbehaviour(f"{dead[0]} gets no gradient when the writers of a layer are zero")
         self._check_all(layers, zeroed)
         self._check_isolated(first, zeroed)
+        if unused := self._unused(first):
+            raise Misbehaviour(f"{unused[0]} of layer {first} is not used where a model reads nothing but tokens")
         return self._by_name(first, zeroed)
 
     # weights -----------------------------------------------------------------------------------------------------
@@ -184,21 +191,29 @@ class SmallModel:
 
     def _without_gradient(self, layers: Sequence[int], zeroed: Sequence[str]) -> list[str]:
         """Zeroed weights that the first step of training would not change."""
+        with self._zero(layers[0], zeroed), self._gradients():
+            groups = self._groups(layers[0])
+            moved = {n for n in zeroed if any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in groups[n])}
+        return [name for name in zeroed if name not in moved]
+
+    def _unused(self, layer: int) -> list[str]:
+        """Weights that no output depends on, of which nothing can be proved: cross-attention to what was not given."""
+        with self._gradients():
+            groups = self._groups(layer).items()
+            return [n for n, ps in groups if not any(id(p) in self._uses or p.grad is not None for p in ps)]
+
+    @contextmanager
+    def _gradients(self):
+        """With the gradients of a random function of the logits."""
         import torch
 
-        dead = []
-        with self._zero(layers[0], zeroed):
-            self.model.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                result = self._run()
-                weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
-                (result * weights).sum().backward()
-            groups = self._groups(layers[0])
-            for name in zeroed:
-                if not any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in groups[name]):
-                    dead.append(name)
-            self.model.zero_grad(set_to_none=True)
-        return dead
+        self.model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            result = self._run()
+            weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
+            (result * weights).sum().backward()
+        yield
+        self.model.zero_grad(set_to_none=True)
 
     def _check_isolated(self, layer: int, zeroed: Sequence[str]) -> None:
         """Check that the rest of the model does not depend on the other weights of a layer whose writers are zero."""
@@ -233,7 +248,7 @@ class SmallModel:
 
         inputs = {"input_ids": self.ids, "use_cache": False}
         if self.model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = self.ids
+            inputs["decoder_input_ids"] = self.ids.flip(1)
         result = self.model(**inputs)
         found = result.logits if getattr(result, "logits", None) is not None else result[0]
         if not torch.isfinite(found).all():

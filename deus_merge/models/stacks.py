@@ -23,6 +23,8 @@ _SECTIONS = (
     (("audio", "speech"), "audio_config", (*DEPTH_KEYS, "encoder_layers")),
 )
 _SIDES = {"encoder": ("encoder_layers", "num_encoder_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
+#: families whose decoder is as deep as the encoder (``num_layers``) where ``num_decoder_layers`` is missing or null
+_SYMMETRIC = {"t5", "mt5", "umt5", "longt5", "pop2piano", "udop"}
 
 
 def find_stacks(names: Sequence[str]) -> dict[str, dict[int, dict[str, str]]]:
@@ -36,9 +38,15 @@ def find_stacks(names: Sequence[str]) -> dict[str, dict[int, dict[str, str]]]:
 
 
 def depth_at(config: Config, path: Sequence[str]) -> Any:
-    """The depth that these keys lead to, as the config says it: an integer, or the length of a list."""
-    value = value_at(config, path)
+    """The depth that these keys lead to, as the config says or implies it: an integer, or the length of a list."""
+    value = value_at({**config, **implied_depths(config)}, path)
     return len(value) if isinstance(value, list) and path[-1] in DEPTH_LISTS else value
+
+
+def implied_depths(config: Config) -> dict[str, Any]:
+    """The depths that are missing in a config and are another stack's: they must be said before that one changes."""
+    follows = config.get("model_type") in _SYMMETRIC and config.get("num_decoder_layers") is None
+    return {"num_decoder_layers": config.get("num_layers")} if follows else {}
 
 
 def depth_path(config: Config, prefix: str, depth: int) -> tuple[str, ...] | None:
@@ -56,8 +64,12 @@ def depth_path(config: Config, prefix: str, depth: int) -> tuple[str, ...] | Non
 def module_name(prefix: str, path: Sequence[str]) -> str:
     """The name of one stack of several in recipes, by its prefix and the keys of its depth. Names are mergekit's."""
     sections = {"vision_config": "vision_tower", "audio_config": "audio_tower", "text_config": "text_decoder"}
-    side = next((word for word in re.split(r"[._]", prefix) if word in _SIDES), None)
-    return sections.get(path[0]) or side or "text_decoder"
+    return sections.get(path[0]) or side_of(prefix) or "text_decoder"
+
+
+def side_of(prefix: str) -> str | None:
+    """``encoder`` or ``decoder``, by the words of a stack's prefix or path; None where it has neither."""
+    return next((word for word in re.split(r"[._]", prefix) if word in _SIDES), None)
 
 
 def is_layer_list(path: str) -> bool:
@@ -94,7 +106,9 @@ def same_depths(config: Config, path: Sequence[str]) -> list[tuple[str, ...]]:
     """
     depth, places = depth_at(config, path), [tuple(path)]
     sided = {key for keys in _SIDES.values() for key in keys}
-    if path[-1] in _SIDES["decoder"] and any(key in config for key in _SIDES["encoder"]):
+    if path[-1] == "num_decoder_layers" or (
+        path[-1] in _SIDES["decoder"] and any(key in config for key in _SIDES["encoder"])
+    ):
         return places  # the plain keys are the encoder's
     sections: list[tuple[str, ...]] = [tuple(path[:-1])]
     if path[-1] not in sided and not is_vision_or_audio(path):

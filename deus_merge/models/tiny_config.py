@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .built import CannotBuild, build, main_stack
+from .built import build, main_stack
 from .layer_description import config_lists, describe_stack
 from .stacks import DEPTH_KEYS
 
@@ -90,13 +90,13 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
 
 
-def narrow_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+def narrow_configs(config: PreTrainedConfig, depth: int) -> Iterator[PreTrainedConfig]:
     """Configs of the same depth and kinds of layers, with small sizes; several, to be tried in turn.
 
     Args:
-        config: As transformers reads it, of one stack.
+        config: As transformers reads it.
+        depth: Of the stack that is looked at.
     """
-    depth = _depth(config)
     lists = config_lists(config, depth)
     for values in _values(config):
         full = {key: value for key, value in values.items() if key not in _UNUSED}
@@ -108,47 +108,46 @@ def narrow_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
                 continue
 
 
-def short_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def short_config(config: PreTrainedConfig, layer_prefix: str) -> PreTrainedConfig:
     """The config with as few layers as have every kind of its layers; the same if there is no shorter one.
 
     Args:
         config: From `narrow_configs`.
+        layer_prefix: As in `structures`.
     """
-    depth = _depth(config)
-    wanted = structures(config)
+    wanted = structures(config, layer_prefix)
+    depth = len(wanted)
     for shorter in (n for n in _DEPTHS if n < depth):
         try:
-            candidate = _cut(config, depth, shorter)
-            if set(structures(candidate)) == set(wanted):
-                return candidate
+            for candidate in _cut(config, depth, shorter):
+                found = structures(candidate, layer_prefix)
+                if len(found) == shorter and set(found) == set(wanted):
+                    return candidate
         except Exception:  # the family forbids this depth
             continue
     return config
 
 
-def structures(config: PreTrainedConfig) -> tuple[tuple, ...]:
+def structures(config: PreTrainedConfig, layer_prefix: str = "") -> tuple[tuple, ...]:
     """For each layer, a value that is equal for layers of the same structure: classes, shapes, flags; no numbers.
+
+    Args:
+        config: As transformers reads it.
+        layer_prefix: The prefix of a layer's tensor names with ``{layer}``; without one, of the text stack.
 
     Raises:
         CannotBuild: transformers cannot build it.
     """
     model = build(config, language_model=True)
-    layers = describe_stack(model, main_stack(model))
+    layers = describe_stack(model, main_stack(model, layer_prefix))
     return tuple(
         tuple(sorted((k, repr(v)) for k, v in layer.parts.items() if isinstance(v, (str, bool, tuple, type(None)))))
         for layer in layers
     )
 
 
-def _depth(config: PreTrainedConfig) -> int:
-    for key in DEPTH_KEYS:
-        if isinstance(depth := getattr(config, key, None), int):
-            return depth
-    raise CannotBuild(f"{type(config).__name__} has no depth")
-
-
-def _cut(config: PreTrainedConfig, depth: int, shorter: int) -> PreTrainedConfig:
-    """The config of the first layers."""
+def _cut(config: PreTrainedConfig, depth: int, shorter: int) -> Iterator[PreTrainedConfig]:
+    """The config of the first layers, and of as many of any other stack of this depth."""
     lists = config_lists(config, depth)
     for values in _values(config):
         for key, value in values.items():
@@ -156,10 +155,7 @@ def _cut(config: PreTrainedConfig, depth: int, shorter: int) -> PreTrainedConfig
                 values[key] = list(value)[:shorter]
             elif type(value) is int and value == depth and re.search("layer|block", key):
                 values[key] = shorter
-        short = type(config).from_dict(values)
-        if _depth(short) == shorter:
-            return short
-    raise CannotBuild("its depth cannot be set")
+        yield type(config).from_dict(values)
 
 
 def _values(config: PreTrainedConfig) -> list[dict[str, Any]]:
@@ -207,7 +203,9 @@ def _small_size(key: str, value: int, full: Mapping[str, Any], style: _Style) ->
         return 1
     if size == _KEY_VALUE_HEADS and "heads" in key and value == full.get("num_attention_heads"):
         return _HEADS
-    if size == _MAMBA_HEADS or re.fullmatch(r".*head.*|.*intermediate.*|.*rank|hidden_size|.*d_ssm", key):
+    if size == _MAMBA_HEADS or re.fullmatch(
+        r".*head.*|.*intermediate.*|.*rank|hidden_size|d_model|.*vocab_size|.*d_ssm", key
+    ):
         return size
     return min(value, size)
 

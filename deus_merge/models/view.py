@@ -16,7 +16,7 @@ from .config_json import Config, section, value_at
 from .facts.text_types import names_of_type
 from .family import Family, families
 from .spec import TensorSpec
-from .stacks import DEPTH_KEYS, DEPTH_LISTS, INDEX, depth_at, depth_path, find_stacks, is_vision_or_audio
+from .stacks import DEPTH_KEYS, DEPTH_LISTS, INDEX, depth_at, depth_path, find_stacks, is_vision_or_audio, side_of
 
 #: the keys of config.json that count prediction layers behind the last layer
 PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
@@ -265,8 +265,8 @@ def _undescribed(model_type: str, config: Config, names: tuple[str, ...], where:
     def is_language_model(path: tuple[str, ...] | None) -> bool:
         return path is not None and not is_vision_or_audio(path)
 
-    # the layers of the language model take precedence over a larger vision tower
-    prefix = max(stacks, key=lambda p: (is_language_model(paths[p]), size[p], p))
+    # the layers of the language model take precedence over a larger vision tower, its decoder over an encoder that grew
+    prefix = max(stacks, key=lambda p: (is_language_model(paths[p]), side_of(p) != "encoder", size[p], p))
     layers, path = stacks[prefix], paths[prefix]
     if path is None:
         raise ArchitectureError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
@@ -12,13 +12,14 @@ from ..checkpoint.storage import LoadOptions
 from ..core.errors import nearest
 from ..core.units import parse_size
 from ..methods.registry import methods
-from ..models.config_rules import deeper_config, typed_config
+from ..models.config_rules import cache_warnings, deeper_config, typed_config
 from ..models.heads import config_of_heads, with_heads
 from ..models.modules import DEFAULT
 from ..models.side_files import output_side_files
 from ..models.source import SourceModel
 from ..models.tokenizer.blocks import plan_vocabulary
 from ..models.tokenizer.files import is_tokenizer_file
+from ..models.view import ModelView
 from ..recipe.parameters import filters, resolve_setting
 from ..recipe.presets import MAX_LAYERS, expand
 from ..recipe.types import OutputSlice, Recipe, SliceSource
@@ -95,6 +96,7 @@ class _Planner:
             if view.layers:
                 config = deeper_config(config, view.layers_path, builder.origins, str(donor.ref))
                 stacks.append(PlannedStack(view, tuple(builder.origins), name or ""))
+        builder.warnings += cache_warnings(config, donor.checkpoint.config)
         if builder.module is not None:
             self._add_other_modules()
         blocks = join_learned(mark_repeats(builder.blocks))
@@ -148,15 +150,24 @@ class _Planner:
         if not named:
             deepens = [p for p in self.recipe.slices if any(s.layer_range for s in p.sources)]
             if deepens and {"encoder", "decoder"} <= set(known):
-                self.recipe.source.fail(
-                    "the model has several stacks of layers",
-                    expected="modules: {encoder: {slices: ...}, decoder: {slices: ...}}",
-                    got="slices of neither",
-                )
+                self._fail_for_sides(known)
             return [(None, self.recipe.slices)]
         if list(known) == [DEFAULT]:
             return [(None, named[DEFAULT].slices)]
         return [(name, named[name].slices) for name in known if name in named]
+
+    def _fail_for_sides(self, known: Mapping[str, ModelView]) -> NoReturn:
+        """Fail for slices that are neither the encoder's nor the decoder's, with an example of what to write."""
+        inserts = any(methods()[slice_.merge_method].inserts for slice_ in self.recipe.slices)
+        # copies need no description of the family
+        method = "ot_fuse, parameters: {alignment: none, t: 1}" if inserts else "passthrough"
+        sources = f"{{model: {self.donor.ref}, layer_range: [0, {known['decoder'].num_layers}]}}"
+        self.recipe.source.fail(
+            "the model has several stacks of layers",
+            expected="modules: {encoder: {slices: ...}, decoder: {slices: ...}}",
+            got="slices of neither",
+            hint=f"modules: {{decoder: {{slices: [{{merge_method: {method}, sources: [{sources}]}}]}}}}",
+        )
 
     def _add_slice(self, slice_: OutputSlice) -> None:
         method = methods()[slice_.merge_method]
@@ -180,7 +191,6 @@ class _Planner:
     def _add_new_layers(self, slice_: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
         first, base = ranges[0], slice_.sources[0]
-        describe_copied(self.builder, slice_, self._setting)
         fills_gaps, learns = len(slice_.sources) == 1, methods()[slice_.merge_method].learns
         if fills_gaps:
             if len(first) < 2:
@@ -202,7 +212,9 @@ class _Planner:
             pairs = list(zip(*ranges, strict=True))
             sources = slice_.sources
         copy, parents = _copied(slice_), Parents(self.builder, slice_, self._setting)
-        for j, pair in enumerate(pairs):
+        made_from = [parents.of(pair) for pair in pairs] if fills_gaps and not learns else pairs
+        describe_copied(self.builder, slice_, self._setting, made_from)
+        for j, (pair, made) in enumerate(zip(pairs, made_from, strict=True)):
             if fills_gaps:
                 self.builder.add_layers(copy, [pair[0]], 0.0, defaults=True)
             position = j / (len(pairs) - 1) if len(pairs) > 1 else 1.0
@@ -211,9 +223,8 @@ class _Planner:
                 every = replace(slice_, sources=slice_.sources * len(layers))
                 self.builder.add_layers(every, layers, position, new=True, between=between)
             else:
-                pair = parents.of(pair) if fills_gaps else pair
                 count = self._setting(slice_, "layers_per_gap") or 1
-                self.builder.add_layers(replace(slice_, sources=sources), pair, position, count=count, new=True)
+                self.builder.add_layers(replace(slice_, sources=sources), made, position, count=count, new=True)
         if fills_gaps:
             self.builder.add_layers(copy, [first[-1]], 0.0, defaults=True)
             parents.report()

@@ -14,19 +14,29 @@ from .block_builder import BlockBuilder
 Shape = frozenset[tuple[str, tuple[int, ...]]]
 
 
-def describe_copied(builder: BlockBuilder, slice_: OutputSlice, setting: Callable[[OutputSlice, str], Any]) -> None:
+def describe_copied(
+    builder: BlockBuilder,
+    slice_: OutputSlice,
+    setting: Callable[[OutputSlice, str], Any],
+    pairs: Sequence[tuple[int, ...]],
+) -> None:
     """Where new layers are copies and nobody described the family: describe as much as copies need, which tensors write
-    to the residual stream. Arguments as for `Parents`.
+    to the residual stream.
+
+    Args:
+        builder, slice_, setting: As for `Parents`.
+        pairs: The parents of each new layer, in the slice's sources; both in the only one.
 
     Raises:
         RecipeError: that was not found out.
     """
     copies = setting(slice_, "alignment") == "none" and setting(slice_, "t") in (0, 1)
-    for ref in dict.fromkeys(source.model for source in slice_.sources) if copies else ():
+    for i, ref in enumerate(source.model for source in slice_.sources) if copies else ():
         view = builder.view(ref)
-        if view.family is not None or view.specs:
+        parents = {layer for pair in pairs for layer in (pair if len(slice_.sources) == 1 else (pair[i],))}
+        if view.family is not None or (view.specs and all(view.specs[layer] for layer in parents)):
             continue
-        found = describe(builder.models[builder.index[ref]].checkpoint.config, view)
+        found = describe(builder.models[builder.index[ref]].checkpoint.config, view, parents)
         if isinstance(found, str):
             slice_.place.fail(
                 f"new layers of a {view.model_type!r} model cannot start as the identity: {found}",
