@@ -17,6 +17,7 @@ import io
 import platform
 import random
 import sysconfig
+import textwrap
 import time
 import tokenize
 import zlib
@@ -389,11 +390,13 @@ Made by `benchmarks/train_tiny.py`, which says how."""
         ending = """None of the text is in this folder, beyond the pieces of words in the
 tokenizer's vocabulary. The weights and the tokenizer are under the licence of deus-merge."""
     else:
-        opening = f"""# A tiny {family}
-
-For tests: {FAMILIES[family][0]}.
-It has learned some Python prose and code, nothing more, with the tokenizer of `deus_merge/models/tiny/`. Made by
-`python benchmarks/train_tiny.py --family {family} --out tests/families/trained/{family}`."""
+        about = textwrap.fill(
+            f"For tests: {FAMILIES[family][0]}. It has learned some Python prose and code, nothing more, with the "
+            "tokenizer of `deus_merge/models/tiny/`.",
+            width=120,
+        )
+        command = f"python benchmarks/train_tiny.py --family {family} --out tests/families/trained/{family}"
+        opening = f"# A tiny {family}\n\n{about} Made by:\n\n    {command}"
         ending = "None of the text is in this folder.\nThe weights are under the licence of deus-merge."
     return f"""{opening}
 
