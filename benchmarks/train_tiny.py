@@ -1,8 +1,10 @@
-"""Trains the tiny Llama that ships as ``deus_merge/models/tiny/``, on the text of Python's standard library.
+"""Trains the tiny Llama that ships as ``deus_merge/models/tiny/``, on the text of Python's standard library; and tiny
+models of other families for the tests, which read text with the shipped model's tokenizer.
 
     python benchmarks/train_tiny.py --out deus_merge/models/tiny
+    python benchmarks/train_tiny.py --family gemma2 --out tests/families/trained/gemma2
 
-Question it answers: what loss does the shipped model have, and on what text. The run depends on the seed, the Python
+Question it answers: what loss does such a model have, and on what text. The run depends on the seed, the Python
 version (its standard library is the text) and the versions of torch and tokenizers; it uses one core and no clock:
 ``--minutes`` stands for a number of steps. Needs torch, transformers and tokenizers; no download.
 """
@@ -15,16 +17,27 @@ import io
 import platform
 import random
 import sysconfig
+import textwrap
 import time
 import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from deus_merge.models.demo import tiny_model
 
 VOCABULARY = 2048
 CONTEXT = 256  # tokens in a window, and the model's longest position
@@ -34,10 +47,37 @@ STEPS_PER_MINUTE = 140  # about what one server core does; fixes what --minutes 
 BOS, EOS = "<s>", "</s>"
 #: tests, generated tables and vendored grammars: much text, little language
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "initializer_range": 0.1}
+#: the other families: what their models are for, and their configs; at most half a million parameters each
+FAMILIES: Mapping[str, tuple[str, dict[str, object]]] = {
+    "gemma2": (
+        "norms with scales 1 + w in front of attention and MLP and behind them; layers of sliding and of full "
+        "attention in turn; attention and head with softcaps",
+        {
+            **_SMALL, "intermediate_size": 192, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16,
+            "sliding_window": 32, "tie_word_embeddings": True,
+        },
+    ),
+    "gpt_neox": (
+        "attention and MLP in parallel; queries, keys and values of each head in turn in one tensor; LayerNorms, "
+        "biases, a head of its own",
+        {**_SMALL, "intermediate_size": 128, "tie_word_embeddings": False},
+    ),
+    "qwen3_moe": (
+        "experts with a router, of which a token takes two of eight; layer 3 has an MLP instead; norms of queries and "
+        "keys per head",
+        {
+            **_SMALL, "intermediate_size": 192, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [3], "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=["llama", *FAMILIES], default="llama")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--minutes", type=float, default=5.0, help="length of the training, in nominal minutes")
     parser.add_argument("--seed", type=int, default=0)
@@ -46,12 +86,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     training, held_out = documents(options.seed)
-    tokenizer = train_tokenizer(training)
+    shipped = options.family != "llama"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model()) if shipped else train_tokenizer(training)
     training_ids, held_out_ids = encode(tokenizer, training), encode(tokenizer, held_out)  # (n,), (m,)
     entropy = unigram_entropy(held_out_ids)
     print(f"text: {len(training_ids)} training tokens, {len(held_out_ids)} held out, unigram {entropy:.3f} nats")
 
-    model = LlamaForCausalLM(tiny_config(tokenizer))
+    config = family_config(options.family, tokenizer) if shipped else tiny_config(tokenizer)
+    model = AutoModelForCausalLM.from_config(config)
     started = time.process_time()
     curve = train(model, training_ids, held_out_ids, round(options.minutes * STEPS_PER_MINUTE), options.seed)
     seconds = time.process_time() - started
@@ -59,7 +101,7 @@ def main() -> None:
     model.to(torch.bfloat16).float()  # the weights as they will be saved; arithmetic that a CPU is fast in
     loss = held_out_loss(model, held_out_ids)
     print(f"held out: {loss:.3f} nats per token, {entropy - loss:.3f} under the unigram entropy")
-    save(model, tokenizer, options.out)
+    save(model, tokenizer, options.out, with_tokenizer=not shipped)
     facts = {
         "seed": options.seed,
         "steps": f"{curve[-1][0]} of {BATCH} windows of {CONTEXT} tokens",
@@ -72,7 +114,7 @@ def main() -> None:
         "made with": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
     }
-    (options.out / "TRAINING.md").write_text(training_note(facts, curve), encoding="utf-8")
+    (options.out / "TRAINING.md").write_text(training_note(options.family, facts, curve), encoding="utf-8")
 
 
 def documents(seed: int) -> tuple[list[str], list[str]]:
@@ -205,8 +247,21 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: object) -> LlamaCon
     )
 
 
+def family_config(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """The config of the tiny model of a family of `FAMILIES`."""
+    return AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **FAMILIES[family][1],
+    )
+
+
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     ids: torch.Tensor,
     held_out: torch.Tensor,
     steps: int,
@@ -231,8 +286,8 @@ def train(
         (step, mean training loss since the row before, held-out loss) ten times, in nats per token.
     """
     draw = torch.Generator().manual_seed(seed)
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    hidden = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     optimizers = [
         Orthogonal(hidden, lr),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -288,48 +343,62 @@ class Orthogonal(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 ahead = torch.stack(
                     [p.grad.lerp(self.state[p]["mean"], group["momentum"]) for p in params]
-                )  # (k, o, i)
-                size = group["lr"] * 0.2 * max(shape) ** 0.5  # an update as large as AdamW's would be
+                )  # (k, o, i), or (k, e, o, i) for experts
+                size = group["lr"] * 0.2 * max(shape[-2:]) ** 0.5  # an update as large as AdamW's would be
                 for p, update in zip(params, orthogonalised(ahead), strict=True):
                     p.mul_(1 - group["lr"] * group["decay"]).sub_(update, alpha=size)
 
 
 def orthogonalised(x: torch.Tensor) -> torch.Tensor:
-    """Each matrix of ``x`` (k, o, i) with its singular values moved near one, by five Newton-Schulz steps."""
-    if x.shape[1] > x.shape[2]:
+    """Each matrix of ``x`` (.., o, i) with its singular values moved near one, by five Newton-Schulz steps."""
+    if x.shape[-2] > x.shape[-1]:
         return orthogonalised(x.mT).mT  # the smaller Gram matrix
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # (k, o, i)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # (.., o, i)
     for _ in range(5):
-        gram = x @ x.mT  # (k, o, o)
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x  # (k, o, i)
+        gram = x @ x.mT  # (.., o, o)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x  # (.., o, i)
     return x
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+def held_out_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Mean loss over whole windows that do not overlap, in nats per token."""
     windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)  # (w, t)
     losses = [model(input_ids=chunk, labels=chunk).loss.float() * len(chunk) for chunk in windows.split(BATCH)]
     return (torch.stack(losses).sum() / len(windows)).item()
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, *, with_tokenizer: bool = True) -> None:
     """The checkpoint as transformers writes it, in bfloat16."""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if with_tokenizer:
+        tokenizer.save_pretrained(out)
 
 
-def training_note(facts: dict[str, object], curve: list[tuple[int, float, float]]) -> str:
+def training_note(family: str, facts: dict[str, object], curve: list[tuple[int, float, float]]) -> str:
     """TRAINING.md: how the model came to be, its figures, and the licence of its text."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     points = "\n".join(f"| {step} | {training:.3f} | {held_out:.3f} |" for step, training, held_out in curve)
-    return f"""# The tiny model
+    if family == "llama":
+        opening = """# The tiny model
 
 A Llama for demonstrations and tests, small enough to ship: it has learned some Python prose and code, nothing more.
-Made by `benchmarks/train_tiny.py`, which says how.
+Made by `benchmarks/train_tiny.py`, which says how."""
+        ending = """None of the text is in this folder, beyond the pieces of words in the
+tokenizer's vocabulary. The weights and the tokenizer are under the licence of deus-merge."""
+    else:
+        about = textwrap.fill(
+            f"For tests: {FAMILIES[family][0]}. It has learned some Python prose and code, nothing more, with the "
+            "tokenizer of `deus_merge/models/tiny/`.",
+            width=120,
+        )
+        command = f"python benchmarks/train_tiny.py --family {family} --out tests/families/trained/{family}"
+        opening = f"# A tiny {family}\n\n{about} Made by:\n\n    {command}"
+        ending = "None of the text is in this folder.\nThe weights are under the licence of deus-merge."
+    return f"""{opening}
 
 | | |
 | - | - |
@@ -345,8 +414,7 @@ Losses on the way, in nats per token (held out: the first 32 windows):
 {points}
 
 Licence of the text: Python and its documentation are (c) Python Software Foundation, under the PSF License Version 2
-(https://docs.python.org/3/license.html). None of the text is in this folder, beyond the pieces of words in the
-tokenizer's vocabulary. The weights and the tokenizer are under the licence of deus-merge.
+(https://docs.python.org/3/license.html). {ending}
 """
 
 

@@ -138,17 +138,19 @@ def _cosine(value: float) -> str:
 
 
 def _similarity_table(rows: list[dict]) -> None:
-    roles = list(rows[0]["roles"])
-    top = max(max(r["aligned"] for r in row["roles"].values()) for row in rows) or 1.0
+    from ..report.inspection import similarity_roles
+
+    roles = similarity_roles(rows)
+    top = max((r["aligned"] for row in rows for r in row["roles"].values()), default=1.0) or 1.0
     body = []
     for row in rows:
-        means = [r["aligned"] for r in row["roles"].values()]
-        bar = "█" * round(20 * sum(means) / len(means) / top)
+        found = row["roles"]
+        mean = sum(r["aligned"] for r in found.values()) / max(1, len(found))
         cells = [
-            f"{row['roles'][r]['cost']:.3f} {_cosine(row['roles'][r]['plain'])}→{_cosine(row['roles'][r]['aligned'])}"
+            f"{found[r]['cost']:.3f} {_cosine(found[r]['plain'])}→{_cosine(found[r]['aligned'])}" if r in found else "–"
             for r in roles
         ]
-        body.append([f"{row['layers'][0]}–{row['layers'][1]}", *cells, bar])
+        body.append([f"{row['layers'][0]}–{row['layers'][1]}", *cells, "█" * round(20 * mean / top)])
     title = "adjacent layers: transport cost, and cosine before → after alignment (rows of A against rows of B)"
     table(title, ["layers", *roles, "aligned"], body)
 

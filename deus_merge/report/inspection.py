@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..align.packing import Packing, layout_problem
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
+from ..models.head_layout import layer_heads
 from ..models.layer_facts import expand, layer_kinds
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from .manifest import MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def summary(model: str, load_options: LoadOptions | None = None) -> dict:
@@ -88,29 +94,29 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
 
     Yields:
         ``layers`` (i, i+1) and ``roles``: role -> ``cost`` (transport cost between unit rows, exact assignment),
-        ``plain`` and ``aligned``: mean cosine of rows of A and B in their own order and after the assignment.
+        ``plain`` and ``aligned``: mean cosine of rows of A and B in their own order and after the assignment. The
+        roles are those of matrices that both layers have in one shape, without experts: there may be thousands.
 
     Raises:
-        ArchitectureError: the family is not described, so there are no roles.
+        ArchitectureError: the family is not described, so there are no roles; or a tensor does not consist of the
+            matrices that it should.
     """
-    import torch
-
     from ..ot.costs import cost_matrix, unit_rows
     from ..ot.problem import OTProblem
     from ..ot.registry import solver
 
     source = SourceModel.open(ModelRef(model), {}, load_options)
-    checkpoint, view = source.checkpoint, source.view
-    if view.family is None:
+    if source.view.family is None:
         raise ArchitectureError(
-            f"similarity needs a described family, not {view.model_type!r}", hint="deus-merge methods lists them"
+            f"similarity needs a described family, not {source.view.model_type!r}",
+            hint="deus-merge methods lists them",
         )
-    roles = [s.role for s in view.family.layer if s.in_space]
-    for i in range(view.num_layers - 1):
+    upper = _matrices(source, 0)
+    for i in range(source.view.num_layers - 1):
+        lower, upper = upper, _matrices(source, i + 1)
         row: dict[str, dict] = {}
-        for role in roles:
-            a, b = (checkpoint.read(view.layers[j][role]).to(torch.float32) for j in (i, i + 1))  # (n, d)
-            a, b = unit_rows(a), unit_rows(b)
+        for role in (role for role, x in lower.items() if role in upper and upper[role].shape == x.shape):
+            a, b = unit_rows(lower[role]), unit_rows(upper[role])  # (n, d)
             solution = solver("assignment").solve(OTProblem.uniform(cost_matrix(a, b)))
             moved = solution.coupling.transport_map().to_rows(a)  # (n, d)
             row[role] = {
@@ -119,6 +125,28 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
                 "aligned": (moved * b).sum(1).mean().item(),
             }
         yield {"layers": [i, i + 1], "roles": row}
+
+
+def _matrices(source: SourceModel, layer: int) -> dict[str, Tensor]:
+    """The matrices of a layer by role, (rows, columns) each, float32. Experts and opaque tensors are left out."""
+    import torch
+
+    checkpoint, view = source.checkpoint, source.view
+    names, specs = view.layers[layer], list(view.specs[layer].values())
+    shapes = {role: tuple(checkpoint.tensors[name].shape) for role, name in names.items()}
+    heads = layer_heads(checkpoint.config, view, layer, shapes)
+    if problem := layout_problem(specs, shapes, heads):
+        raise ArchitectureError(problem, where=f"layer {layer}")
+    packing = Packing(specs, shapes, heads)
+    wanted = [p.role for p in packing.specs if p.in_space and not p.opaque and not p.role.startswith("experts.")]
+    owners = dict.fromkeys(packing.owner[role] for role in wanted)
+    parts = packing.unpack({owner: checkpoint.read(names[owner]).to(torch.float32) for owner in owners})
+    return {role: parts[role] for role in wanted if parts[role].ndim == 2}
+
+
+def similarity_roles(rows: Sequence[Mapping]) -> list[str]:
+    """The roles of all pairs of `adjacent_similarity`, of which a pair of unlike layers has some."""
+    return list(dict.fromkeys(role for row in rows for role in row["roles"]))
 
 
 def check_plotting() -> None:
@@ -146,13 +174,15 @@ def plot_similarity(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     pairs = [f"{a}–{b}" for a, b in (r["layers"] for r in rows)]
-    for index, role in enumerate(rows[0]["roles"]):
-        color = f"C{index}"
-        axes.plot(pairs, [r["roles"][role]["aligned"] for r in rows], color=color, label=role)
-        axes.plot(pairs, [r["roles"][role]["plain"] for r in rows], color=color, linestyle=":")
+    roles = similarity_roles(rows)
+    for index, role in enumerate(roles):
+        values = [r["roles"].get(role, {"aligned": math.nan, "plain": math.nan}) for r in rows]
+        axes.plot(pairs, [v["aligned"] for v in values], color=f"C{index}", marker=".", label=role)
+        axes.plot(pairs, [v["plain"] for v in values], color=f"C{index}", linestyle=":")
     axes.set(xlabel="adjacent layers", ylabel="mean cosine of rows", title="solid: aligned, dotted: not aligned")
     axes.tick_params(axis="x", rotation=90)
-    axes.legend(ncols=len(rows[0]["roles"]))
+    if roles:
+        axes.legend(ncols=len(roles))
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -217,3 +217,15 @@ def test_flows_run_on_every_kind_of_layer(run, tmp_path, kind):
     preset = "opt_deus_paper" if paper else "average"
     out = upscaled(run, shared(kind), tmp_path / "out", preset, {"count": 2, "where": "even"}, **more)
     assert logits(load(out)).isfinite().all()
+
+
+def test_neighbouring_layers_are_compared_matrix_by_matrix(run, kind):
+    """Those that both have, by the roles that alignment sees; no pair need have any."""
+    facts = run("inspect", shared(kind), "--similarity", "--json").json()
+    view = opened(shared(kind)).view
+    assert [row["layers"] for row in facts["similarity"]] == [[i, i + 1] for i in range(view.num_layers - 1)]
+    assert len(facts["layer_kinds"]) == view.num_layers
+    for row in facts["similarity"]:
+        assert not {"qkv", "gate_up"} & row["roles"].keys()
+        for found in row["roles"].values():
+            assert found["cost"] > 0 and found["aligned"] > found["plain"] - 1e-6

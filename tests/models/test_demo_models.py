@@ -113,7 +113,7 @@ def test_training_is_the_same_twice_and_lowers_the_loss(script):
         torch.manual_seed(0)
         tokenizer = script.train_tokenizer(texts)
         ids = script.encode(tokenizer, texts)  # (n,)
-        model = script.LlamaForCausalLM(script.tiny_config(tokenizer))
+        model = script.AutoModelForCausalLM.from_config(script.tiny_config(tokenizer))
         curve = script.train(model, ids, ids[: 4 * script.CONTEXT], steps=4, seed=0)
         runs.append((tokenizer.get_vocab(), model.state_dict(), curve))
     (vocabulary, weights, curve), (vocabulary2, weights2, curve2) = runs
