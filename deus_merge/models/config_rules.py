@@ -192,18 +192,14 @@ def cache_warnings(config: Config, donor: Config) -> list[str]:
         config: The output's config.json.
         donor: The donor's.
     """
-    depths = [positive(config.get(key)) for key in ("num_decoder_layers", "num_layers")]
-    if (
-        depths[0]
-        and depths[1]
-        and depths[0] > depths[1]
-        and config.get("num_decoder_layers") != donor.get("num_decoder_layers")
-    ):
-        return [
-            f"config.json: num_decoder_layers is {depths[0]}, num_layers {depths[1]}: transformers 5 makes the cache of"
-            " generate() only num_layers deep; call it with use_cache=False, or let the encoder grow as much"
-        ]
-    return []
+    decoder, encoder = config.get("num_decoder_layers"), config.get("num_layers")
+    grew = decoder != donor.get("num_decoder_layers")
+    if not grew or not positive(decoder) or not positive(encoder) or decoder <= encoder:
+        return []
+    return [
+        f"config.json: num_decoder_layers is {decoder}, num_layers {encoder}: transformers makes the cache of"
+        " generate() as deep as num_layers; call it with use_cache=False, or let the encoder grow as much"
+    ]
 
 
 def config_patch(config: Config, target: Config) -> dict[str, Any]:

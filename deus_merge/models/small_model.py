@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -247,7 +248,7 @@ class SmallModel:
         import torch
 
         inputs = {"input_ids": self.ids, "use_cache": False}
-        if self.model.config.is_encoder_decoder:
+        if "decoder_input_ids" in inspect.signature(self.model.forward).parameters:
             inputs["decoder_input_ids"] = self.ids.flip(1)
         result = self.model(**inputs)
         found = result.logits if getattr(result, "logits", None) is not None else result[0]

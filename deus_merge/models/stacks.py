@@ -45,8 +45,8 @@ def depth_at(config: Config, path: Sequence[str]) -> Any:
 
 def implied_depths(config: Config) -> dict[str, Any]:
     """The depths that are missing in a config and are another stack's: they must be said before that one changes."""
-    follows = config.get("model_type") in _SYMMETRIC and config.get("num_decoder_layers") is None
-    return {"num_decoder_layers": config.get("num_layers")} if follows else {}
+    depth, said = config.get("num_layers"), config.get("num_decoder_layers") is not None
+    return {} if said or depth is None or config.get("model_type") not in _SYMMETRIC else {"num_decoder_layers": depth}
 
 
 def depth_path(config: Config, prefix: str, depth: int) -> tuple[str, ...] | None:

@@ -119,10 +119,10 @@ def short_config(config: PreTrainedConfig, layer_prefix: str) -> PreTrainedConfi
     depth = len(wanted)
     for shorter in (n for n in _DEPTHS if n < depth):
         try:
-            for candidate in _cut(config, depth, shorter):
-                found = structures(candidate, layer_prefix)
-                if len(found) == shorter and set(found) == set(wanted):
-                    return candidate
+            cut = ((c, structures(c, layer_prefix)) for c in _cut(config, depth, shorter))
+            candidate, found = next(pair for pair in cut if len(pair[1]) == shorter)
+            if set(found) == set(wanted):
+                return candidate
         except Exception:  # the family forbids this depth
             continue
     return config

@@ -265,8 +265,10 @@ def _undescribed(model_type: str, config: Config, names: tuple[str, ...], where:
     def is_language_model(path: tuple[str, ...] | None) -> bool:
         return path is not None and not is_vision_or_audio(path)
 
-    # the layers of the language model take precedence over a larger vision tower, its decoder over an encoder that grew
-    prefix = max(stacks, key=lambda p: (is_language_model(paths[p]), side_of(p) != "encoder", size[p], p))
+    # the layers of the language model take precedence over a larger vision tower, a decoder over a larger encoder
+    decodes = "decoder" in map(side_of, stacks)
+    main = {p: is_language_model(paths[p]) and not (decodes and side_of(p) == "encoder") for p in stacks}
+    prefix = max(stacks, key=lambda p: (main[p], is_language_model(paths[p]), size[p], p))
     layers, path = stacks[prefix], paths[prefix]
     if path is None:
         raise ArchitectureError(

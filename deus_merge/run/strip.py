@@ -13,6 +13,7 @@ from ..checkpoint.index import INDEX
 from ..core.errors import DeusMergeError, PlanError, VerifyError, json_text
 from ..core.tensors import UNCHANGED, StoredTensor
 from ..core.units import dtype_name, parse_size, promoted
+from ..models.config_json import Config, patched
 from ..models.config_rules import LayerEntries, check_config, deeper_config
 from ..models.layer_facts import expand
 from ..models.side_files import copied_files
@@ -97,7 +98,7 @@ def strip(
     checkpoint = Checkpoint.open(folder)
     _check_no_ancestor(Path(out), record, place.parent if place.is_file() else place)
     view = check_belongs(record, checkpoint, hint="name the right one with --manifest")
-    layers = _base_layers(record, view)
+    layers = _base_layers(record, view, checkpoint.config)
     sources = _renamed(checkpoint, view, layers)
     config = _base_config(checkpoint, view, layers, record, sources)
     base = _original_base(record)
@@ -210,8 +211,8 @@ class _EarlierGrowth:
         return manifest.sealed()
 
 
-def _base_layers(manifest: Manifest, view: ModelView) -> list[int]:
-    """The output's layers that are the base's.
+def _base_layers(manifest: Manifest, view: ModelView, config: Config) -> list[int]:
+    """The output's layers that are the base's; ``config`` is the output's.
 
     Raises:
         PlanError: the base's layers are not all in the output, unchanged and in their order.
@@ -222,8 +223,8 @@ def _base_layers(manifest: Manifest, view: ModelView) -> list[int]:
     for name, module in (manifest.modules or {}).items():
         if any(layer.new or not _is_unchanged(layer) for layer in module.layers):
             raise PlanError(f"{name} is not that of {base} either", hint="only the main stack can be stripped")
-    patch = depth_at(manifest.donor_config or {}, view.layers_path)
-    depth = patch if isinstance(patch, int) else manifest.num_layers
+    said = depth_at(patched(config, manifest.donor_config or {}), view.layers_path)
+    depth = said if isinstance(said, int) else manifest.num_layers
     old = [layer for layer in manifest.layers if not layer.new]
     origins = [(layer.sources[0].model, layer.sources[0].layer) for layer in old]
     changed = [layer for layer in old if not _is_unchanged(layer)]

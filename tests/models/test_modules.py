@@ -219,6 +219,7 @@ def test_default_means_the_same_as_the_top_level(run, tmp_path, body):
 
 
 SLICE = "slices: [{sources: [{model: ONE, layer_range: [0, 2]}]}]"
+NEW = "slices: [{merge_method: ot_fuse, parameters: {alignment: none, t: 1}, sources: [{model: ONE}]}]"
 WRONG = {
     "unknown": ("llava", f"modules: {{vision_towr: {{{SLICE}}}}}", "modules.vision_towr (line 3): the model has",
                 "text_decoder | vision_tower | multi_modal_projector", "did you mean 'vision_tower'?"),
@@ -232,6 +233,8 @@ WRONG = {
                   "modules.text_decoder.parameters.weigth (line 3): passthrough has no parameter"),
     "range": ("llava", "modules: {vision_tower: {slices: [{sources: [{model: ONE, layer_range: [0, 9]}]}]}}",
               "modules.vision_tower.slices[0].sources[0].layer_range (line 3)", "beyond the 6 layers"),
+    "new layers that see": ("llava", f"modules: {{vision_tower: {{{NEW}}}}}", "cannot start as the identity",
+                            "the layers of a vision or audio tower are not known"),
     "no layers": ("llava", f"modules: {{multi_modal_projector: {{{SLICE}}}}}", "multi_modal_projector has no layers"),
     "another kind": ("llava", "modules: {vision_tower: {models: [{model: LLAMA}]}}", "has no module vision_tower"),
     "neither side": ("whisper", SLICE, "the model has several stacks of layers", "encoder: {slices: ...}"),

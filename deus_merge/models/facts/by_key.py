@@ -102,7 +102,7 @@ HARMLESS = re.compile(
     r"|(?:encoder|decoder)_layers|num_(?:encoder|decoder)_layers|layer_scale_.*|index_(?:topk|head_dim|n_heads|block_size"
     r"|topk_blocks|local_blocks)|block_(?:size|multiple_of|ffn_dim_multiplier|auto_adjust_ff_dim|ff_dim|dim)"
     r"|num_random_blocks|vocab_size_per_layer_input|altup_.*|num_gpus|.*_dropout|axial_.*|.*position.*|transformers_version"
-    r"|conv_.*|patch_size|image_size|window_size|summary_.*|gradient_.*|layer_types_.*|global_attn_step"
+    r"|conv_.*|patch_size|image_size|window_size|global_block_size|summary_.*|gradient_.*|layer_types_.*|global_attn_step"
     r"|(?:mask|unk|bos|eos|pad)_index|pruned_heads|task_specific_params|suppress_.*|keys_to_ignore_at_inference"
     r"|image_grid_pinpoints|tie_.*"
 )
