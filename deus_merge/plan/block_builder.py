@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -153,11 +153,12 @@ class BlockBuilder:
         sources, title = slice_.sources, self.title(title)
         base = base_source(slice_, slice_.base_model or self.recipe.base_model)
         indices = [self.index[s.model] for s in sources]
+        views = [self.view(s.model) for s in sources]
+        by_role = [views[0].names_beside(own, v, names[0]) for own, v in zip(names, views, strict=True)]
+        self._check_rows(sources, by_role)
         every = {name for own in names for name in own}
         for i, checkpoint in zip(indices, self.vocabulary.reordered(indices, every, base, title), strict=True):
             self.models[i] = replace(self.models[i], checkpoint=checkpoint)
-        views = [self.view(s.model) for s in sources]
-        by_role = [views[0].names_beside(own, v, names[0]) for own, v in zip(names, views, strict=True)]
         parts = [Part.of(s, self.model(s), title, own) for s, own in zip(sources, by_role, strict=True)]
         check_same(parts, self.vocabulary.hint(indices))
         depth = len(self.origins) or views[0].num_layers
@@ -168,6 +169,18 @@ class BlockBuilder:
             for n in names[0]
         ]
         self._add(slice_, title, (), [BlockSource(i, None) for i in indices], base, outputs)
+
+    def _check_rows(self, sources: Sequence[SliceSource], by_role: Sequence[Mapping[str, str]]) -> None:
+        """Refuse to reorder the rows of tensors that have other names in each model."""
+        for source, own in zip(sources, by_role, strict=True):
+            other = next((pair for pair in own.items() if pair[0] != pair[1]), None)
+            if self.vocabulary.vocabulary is not None and other is not None:
+                source.place.fail(
+                    "rows of tokens are only merged between tensors of one name",
+                    expected=other[0],
+                    got=f"{other[1]} in {source.model}",
+                    hint="save one of the models with the class of the other; or merge them without tokenizer settings",
+                )
 
     def title(self, title: str) -> str:
         """A block's title with its module."""

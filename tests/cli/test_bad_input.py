@@ -253,7 +253,7 @@ RECIPES = {
         f"{PASS}slices:\n  - sources: [{{model: base}}]\n  - sources: [{{model: qwen3, layer_range: [1, 2]}}]\n",
         "slices[1].sources[0] (line 4): models do not match", "the layers of base", "layer 1 of qwen3 has also q_norm"),
     "undescribed family": (upscale("{}", "mystery"), "upscale (line 2), layer 2 of the output: ot_fuse does not know",
-                           "a described family", "model_type mystery"),
+                           "a described family (deus-merge methods lists them)", "model_type mystery"),
     "layers differ": (upscale("{insert: all}", "extra"), "ot_fuse does not know what 'mlp.strange.weight' does"),
     "integers": (upscale("{}", "integers"), "integers/model.safetensors", "int8, which cannot be merged", "quantised"),
 }

@@ -128,6 +128,9 @@ def test_a_merge_of_models_with_and_without_the_usual_prefix(run, tmp_path, kind
         assert names[0] == names[1]
         means.append(logits(load(out)))
     assert not torch.equal(*means)
+    slices = {"merge_method": "linear", "models": both, "tokenizer_source": "base"}
+    (tmp_path / "r.yml").write_text(json.dumps(slices))
+    assert "tokenizer" in run("merge", tmp_path / "r.yml", tmp_path / "no", expect=2).err
 
 
 def test_old_words_for_kinds_of_layers_are_no_difference(run, tmp_path):

@@ -303,6 +303,15 @@ def test_layer_numbers_in_quantization_config():
             moved(config, [0, 2, 1, 3])
 
 
+@pytest.mark.parametrize("change", [{"use_cla": True, "cla_share_factor": 2}, {"num_kv_shared_layers": 2}])
+def test_layers_that_use_keys_of_others_stay_where_they_are(change):
+    """Also in models whose code comes with them, of which nothing but the config is known."""
+    config = PLAIN | {"model_type": "hunyuan"} | change
+    assert moved(config, [0, 1, 2, 3]) == config
+    with pytest.raises(PlanError, match=next(iter(change))):
+        moved(config, [0, 1, 1, 2, 3])
+
+
 def test_features_of_a_vision_tower():
     path = ("vision_config", "num_hidden_layers")
     for value, order, wanted in (

@@ -86,6 +86,7 @@ BY_KEY: tuple[Rule, ...] = (
     pinned("n_layers_per_attn_res_block", "joins neighbouring layers to blocks"),
     pinned("cross_layer_interval", "puts layers of another stack between the layers"),
     pinned("num_mem_blocks", "shares tensors between layers"),
+    pinned("use_cla", "lets layers use keys and values of layers before them"),
 )  # fmt: skip
 
 #: words in the names of keys that may speak about layers
