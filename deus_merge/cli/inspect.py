@@ -181,12 +181,13 @@ def _flow(value: Plain) -> str:
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
 def methods(name: str | None, as_json: bool):
-    """List merge methods, solvers, families and presets; with NAME, one with its parameters and defaults.
+    """List merge methods, solvers, families and presets; with NAME, which may be a model_type, one in detail.
 
     \b
     Example:
       deus-merge methods ot_fuse
     """
+    from ..models.view import family_of
     from ..recipe.catalog import catalog
 
     everything = catalog()
@@ -198,12 +199,18 @@ def methods(name: str | None, as_json: bool):
             table(kind, ["name", "description"], [[n, e["summary"]] for n, e in entries.items()])
             click.echo()
         return
+    if family := family_of(name):  # a model type of a family of another name
+        name = name if name in everything["families"] else family.name
     found = {kind: entries[name] for kind, entries in everything.items() if name in entries}
     if not found:
         from ..core.errors import DeusMergeError, nearest
 
         known = [n for entries in everything.values() for n in entries]
-        raise DeusMergeError(f"unknown name {name!r}", expected=", ".join(known), hint=nearest(name, known))
+        raise DeusMergeError(
+            f"unknown name {name!r}",
+            expected="a name that deus-merge methods lists, or a model_type of a described family",
+            hint=nearest(name, known),
+        )
     if as_json:
         emit_json(found)
         return

@@ -41,7 +41,9 @@ def resolved_config(config: Mapping[str, Any]) -> PreTrainedConfig:
 def _decoded(value: Any) -> Any:
     """A part of a config.json with its infinities, which transformers writes as ``{"__float__": "Infinity"}``."""
     if isinstance(value, dict):
-        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+        return (
+            float(value["__float__"]) if value.keys() == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+        )
     return [_decoded(v) for v in value] if isinstance(value, list) else value
 
 
