@@ -13,7 +13,7 @@ from ..core.tensors import StoredTensor
 from ..core.units import ITEMSIZE
 
 #: names that only quantised weights have
-_PACKED = re.compile(r"(.+)\.(?:qweight|W_q|weight_packed)")
+_PACKED = re.compile(r"(.+)\.(?:qweight|W_q|weight_packed|\w+_proj_blocks)")
 _OWN = re.compile(
     r"(?P<module>.+)\.(?:qweight|qzeros|W_q|SCB|weight_packed|codebooks|weight\.(?:quant_state\..+|(?:nested_)?absmax"
     r"|(?:nested_)?quant_map|_data|_scale|_shift))"

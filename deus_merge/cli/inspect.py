@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..core.units import format_size
 from .failures import report_bus_errors
 from .output import echo, emit_json, note, quiet_transformers, show_verification, table
 
+_SAID = {"True": "yes", "False": "no"}
+_EXPERT = re.compile(r"experts\.(\d+)\.")
 #: kinds of entries of `recipe.catalog` -> one of them
 _SINGULAR = {
     "methods": "method", "alignments": "alignment", "solvers": "solver", "families": "family", "presets": "preset",
@@ -106,21 +109,37 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
     if as_json:
         emit_json(facts)
         return
-    shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles", "layer_kinds")}
+    shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles", "layouts", "layer_kinds")}
     shown["bytes"] = format_size(shown["bytes"])
-    table("", ["", ""], [[k.replace("_", " "), str(v)] for k, v in shown.items()])
-    click.echo()
-    table(
-        "one layer",
-        ["role", "tensor", "shape", "reads", "writes"],
-        [list(map(str, r.values())) for r in facts["roles"]],
-    )
+    table("", ["", ""], [[k.replace("_", " "), _SAID.get(str(v), str(v))] for k, v in shown.items()])
+    for layout in facts["layouts"]:
+        click.echo()
+        _layout_table(layout)
     if any(facts["layer_kinds"]):
         click.echo()
         table("layers", ["layers", "kind"], _runs(facts["layer_kinds"]))
     if "similarity" in facts:
         click.echo()
         _similarity_table(facts["similarity"])
+
+
+def _layout_table(layout: Mapping[str, Any]) -> None:
+    """The tensors of a layer; those that only the number of an expert tells apart in one row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for role in layout["roles"]:
+        number = _EXPERT.search(role["role"])
+        cells = [role["role"], role["tensor"], str(role["shape"]), role["reads"] or "-", role["writes"] or "-"]
+        if number:
+            cells = [re.sub(rf"\b(experts|neurons)\.{number[1]}\b", r"\1.*", text) for text in cells]
+        rows.setdefault(tuple(cells), []).append(number[1] if number else "")
+    body = [[*cells, f"{len(numbers)} experts" if numbers[1:] else ""] for cells, numbers in rows.items()]
+    count = len(layout["layers"])
+    kind = f", {layout['kind']}" if layout["kind"] else ""
+    same = f" ({count} such layers)" if count > 1 else ""
+    columns = ["role", "tensor", "shape", "reads", "writes"]
+    if any(row[-1] for row in body):
+        columns.append("")
+    table(f"layer {layout['layers'][0]}{kind}{same}", columns, [row[: len(columns)] for row in body])
 
 
 def _runs(kinds: list[str]) -> list[list[str]]:
@@ -164,12 +183,13 @@ def _flow(value: Plain) -> str:
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
 def methods(name: str | None, as_json: bool):
-    """List merge methods, solvers, families and presets; with NAME, one with its parameters and defaults.
+    """List merge methods, solvers, families and presets; with NAME, which may be a model_type, one in detail.
 
     \b
     Example:
       deus-merge methods ot_fuse
     """
+    from ..models.view import family_of
     from ..recipe.catalog import catalog
 
     everything = catalog()
@@ -181,12 +201,18 @@ def methods(name: str | None, as_json: bool):
             table(kind, ["name", "description"], [[n, e["summary"]] for n, e in entries.items()])
             click.echo()
         return
+    if family := family_of(name):  # a model type of a family of another name
+        name = name if name in everything["families"] else family.name
     found = {kind: entries[name] for kind, entries in everything.items() if name in entries}
     if not found:
         from ..core.errors import DeusMergeError, nearest
 
         known = [n for entries in everything.values() for n in entries]
-        raise DeusMergeError(f"unknown name {name!r}", expected=", ".join(known), hint=nearest(name, known))
+        raise DeusMergeError(
+            f"unknown name {name!r}",
+            expected="a name that deus-merge methods lists, or a model_type of a described family",
+            hint=nearest(name, known),
+        )
     if as_json:
         emit_json(found)
         return

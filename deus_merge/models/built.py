@@ -33,9 +33,18 @@ def resolved_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         remote = " (its code comes with the model, and is not run)" if "auto_map" in config else ""
         raise CannotBuild(f"transformers does not know model_type {model_type!r}{remote}")
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+        return CONFIG_MAPPING[model_type].from_dict(_decoded(dict(config)))
     except Exception as error:  # validation raises errors of many types
         raise CannotBuild(f"transformers cannot read the config.json: {reason(error)}") from None
+
+
+def _decoded(value: Any) -> Any:
+    """A part of a config.json with its infinities, which transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        return (
+            float(value["__float__"]) if value.keys() == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+        )
+    return [_decoded(v) for v in value] if isinstance(value, list) else value
 
 
 def state_depth(config: dict[str, Any]) -> None:

@@ -6,13 +6,13 @@ value that only one config has is compared with the default of transformers' cla
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .built import resolved_config
 from .config_json import Config, section
 from .stacks import DEPTH_KEYS
 
@@ -197,12 +197,11 @@ def _completed(config: Config, path: Sequence[str], above: bool) -> dict[str, An
         return {}
     try:
         from transformers import logging
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            full = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config))).to_dict()
+            full = resolved_config(config).to_dict()
         finally:
             logging.set_verbosity(verbosity)
         if path[0] not in full and "text_config" in full:  # an old form, which transformers divides into parts

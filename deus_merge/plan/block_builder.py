@@ -10,6 +10,7 @@ from ..align.parameters import check_alignment
 from ..checkpoint.quantized import quantization_name
 from ..core.errors import PlanError, RecipeError
 from ..core.tensors import CONSTANT, Action, StoredTensor
+from ..core.text import some_of
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
@@ -57,6 +58,7 @@ class BlockBuilder:
     def __post_init__(self) -> None:
         self.index = {model.ref: i for i, model in enumerate(self.models)}
         self.facts: dict[tuple[ModelRef, str | None], Sequence[LayerFacts]] = {}
+        self._unlike: dict[tuple[str, str], tuple[int, list[str]]] = {}
 
     def begin(self, module: str | None) -> None:
         """Continue with the layers of a module."""
@@ -322,7 +324,24 @@ class BlockBuilder:
         for name in facts[-1]:
             values = [layer.get(name) for layer in facts]
             if not alike(values) and not any(isinstance(v, Pinned) for v in values):
-                self.warnings.append(f"{title} fuses layers whose {name} differ ({values}); it takes {values[-1]!r}")
+                self._warn_of_types(title, f"layers whose {name} differ ({values})", repr(values[-1]))
+
+    def _warn_of_types(self, title: str, differing: str, taken: str) -> None:
+        """One warning for all layers of which the same is to be said."""
+        place, titles = self._unlike.setdefault((differing, taken), (len(self.warnings), []))
+        titles.append(title.removeprefix("layer "))
+        text = f"{title} fuses {differing}; it takes {taken}"
+        if titles[1:]:
+            text = f"layers {some_of(titles)} fuse {differing}; they take {taken}"
+        self.warnings[place : place + 1] = [text]
+
+    def fixed_depth(self, ref: ModelRef) -> str | None:
+        """Why the depth of a model cannot change at all, in words; None where it can."""
+        facts = [fact for layer in self._facts(self.models[self.index[ref]]) for fact in layer.items()]
+        for key, value in facts:
+            if isinstance(value, Pinned) and value.depth is not None:
+                return f"nor can its depth change in another way: config.json's {key} {value.reason}"
+        return None
 
     def _facts(self, model: SourceModel) -> Sequence[LayerFacts]:
         """What a model's config says of each of its layers, of the module at hand."""

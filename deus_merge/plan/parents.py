@@ -119,7 +119,10 @@ class Parents:
     def _check_identity(self) -> None:
         family = self._builder.view(self._slice.sources[0].model).family
         if family and family.no_identity and self._values["zero_init"]:
+            others = "zero_init: false, or a preset that does not zero outputs (average, solar, stack)"
+            fixed = self._builder.fixed_depth(self._slice.sources[0].model)
             self._slice.place.fail(
                 f"a new layer of {family.name} cannot start as the identity: {family.no_identity}",
-                expected="zero_init: false, or a preset that does not zero outputs (average, solar, stack)",
+                expected=None if fixed else others,
+                hint=fixed,
             )

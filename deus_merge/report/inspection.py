@@ -12,6 +12,7 @@ from ..align.packing import Packing, layout_problem
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
+from ..models.config_json import section
 from ..models.head_layout import layer_heads
 from ..models.layer_facts import expand, layer_kinds
 from ..models.reference import ModelRef
@@ -20,6 +21,15 @@ from .manifest import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: sizes of a model -> the keys of config.json, or of its text part, that say them, the usual one first
+_SIZES = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "intermediate_size": ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "vocabulary": ("vocab_size",),
+}
 
 
 def summary(model: str, load_options: LoadOptions | None = None) -> dict:
@@ -35,16 +45,13 @@ def summary(model: str, load_options: LoadOptions | None = None) -> dict:
     source = SourceModel.open(ModelRef(model), {}, load_options)
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
+    text = section(config, view.layers_path)
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     facts = {
         "model": model,
         "family": view.family.name if view.family else f"{view.model_type} (by tensor names)",
         "layers": view.num_layers,
-        "hidden_size": config.get("hidden_size"),
-        "intermediate_size": config.get("intermediate_size"),
-        "heads": config.get("num_attention_heads"),
-        "key_value_heads": config.get("num_key_value_heads"),
-        "vocabulary": config.get("vocab_size"),
+        **{name: next((text[key] for key in keys if text.get(key) is not None), None) for name, keys in _SIZES.items()},
         "tied_embeddings": config.get("tie_word_embeddings"),
         "dtypes": ", ".join(sorted({t.dtype for t in checkpoint.tensors.values()})),
         "parameters": parameters,
@@ -52,20 +59,30 @@ def summary(model: str, load_options: LoadOptions | None = None) -> dict:
         "files": len(checkpoint.files),
         "grown": _growths(checkpoint, view.num_layers),
     }
-    roles = []
-    for role, name in view.layers[0].items():
-        spec = view.spec(role)
-        roles.append(
-            {
-                "role": role,
-                "tensor": name,
-                "shape": list(checkpoint.tensors[name].shape),
-                "reads": spec.in_space if spec else None,
-                "writes": spec.out_space if spec else None,
-            }
-        )
     kinds = layer_kinds(expand(config, view.layers_path, view.model_type))
-    return {k: v for k, v in facts.items() if v is not None} | {"roles": roles, "layer_kinds": kinds}
+    layers = {"roles": _roles(source, 0), "layouts": _layouts(source), "layer_kinds": kinds}
+    return {k: v for k, v in facts.items() if v is not None} | layers
+
+
+def _roles(source: SourceModel, layer: int) -> list[dict]:
+    """The tensors of a layer, as JSON data."""
+    tensors, rows = source.checkpoint.tensors, []
+    for role, name in source.view.layers[layer].items():
+        spec = source.view.spec(role, layer)
+        row = {"role": role, "tensor": name, "shape": list(tensors[name].shape)}
+        rows.append(row | {"reads": spec.in_space if spec else None, "writes": spec.out_space if spec else None})
+    return rows
+
+
+def _layouts(source: SourceModel) -> list[dict]:
+    """The different sets of tensors that layers have: the layers, their kind in words, and the first one's tensors."""
+    layouts: dict[frozenset, list[int]] = {}
+    for layer in range(source.view.num_layers):
+        layouts.setdefault(frozenset(source.shapes(source.view.layers[layer]).items()), []).append(layer)
+    kinds = source.view.kinds or ("",) * source.view.num_layers
+    return [
+        {"layers": layers, "kind": kinds[layers[0]], "roles": _roles(source, layers[0])} for layers in layouts.values()
+    ]
 
 
 def _growths(checkpoint: TensorSource, layers: int) -> str | None:

@@ -158,7 +158,7 @@ def _check_described(out: Path) -> None:
         raise TrainingError(
             "the parameter names of this family, once it is loaded, are not known",
             where=place,
-            expected=f"a described family: {', '.join(families())}",
+            expected="a model_type that deus-merge methods lists; not a whole model with vision or audio",
             got=f"model_type {model_type!r}",
             hint="--for trainer compares the names when it runs",
         )
