@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
 from ..core.tensors import Action
+from ..models.family import RESIDUAL, families
 from ..report.manifest import MANIFEST, Manifest, read_manifest
 from ..report.manifest_parts import ManifestTensor
 from .names import Parameters, check_zeroed, parameters_of
@@ -31,6 +32,7 @@ class Trainable:
         added_tensors: The number of tensors that peft added; they were left as they are.
         dtype: The least precise dtype of the weights that train.
         unsaved: New modules that peft's ``save_pretrained`` would leave out; `UNSAVED` says what to do.
+        normed: Whether a norm stands behind tensors that began as zeros: it makes the smallest step of theirs large.
     """
 
     layers: tuple[int, ...]
@@ -41,6 +43,7 @@ class Trainable:
     added_tensors: int = 0
     dtype: str = "float32"
     unsaved: tuple[str, ...] = ()
+    normed: bool = False
 
     def __str__(self) -> str:
         share = self.trained_parameters / max(1, self.trained_parameters + self.frozen_parameters)
@@ -57,6 +60,11 @@ class Trainable:
             advice += f"; in {self.dtype} small steps are lost: load the model with dtype=torch.float32"
         if self.unsaved:
             advice += f"; {UNSAVED.format(list(self.unsaved))}"
+        if self.normed:
+            advice += (
+                "; norms behind the zeroed tensors make their first step large whatever its size: begin with a learning"
+                " rate of 1e-6 to 1e-5 for them (optimizer_groups: zeroed_lr)"
+            )
         return advice
 
 
@@ -183,7 +191,25 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
         added_tensors=len(parameters.added),
         dtype=next((d for d in _COARSE if d in dtypes), ", ".join(sorted(dtypes))),
         unsaved=unsaved(parameters, new),
+        normed=_normed(model, manifest, new),
     )
+
+
+def _normed(model: Module, manifest: Manifest, new: Iterable[str]) -> bool:
+    """Whether new tensors began as zeros and have norms behind them."""
+    new = set(new)
+    if not any(planned.action is Action.ZEROS for name, planned in manifest.tensors.items() if name in new):
+        return False
+    configs = (getattr(module, "config", None) for module in model.modules())
+    types = {getattr(config, "model_type", None) for config in configs}
+    norms = tuple(
+        f".{spec.name}"
+        for family in families().values()
+        if types & set(family.model_types)
+        for spec in family.tensors
+        if spec.multiplies and spec.out_space == RESIDUAL
+    )
+    return bool(norms) and any(name.endswith(norms) for name in new)
 
 
 def unsaved(parameters: Parameters, new: Iterable[str]) -> tuple[str, ...]:
@@ -205,7 +231,8 @@ def optimizer_groups(
         path: The output folder, or its manifest.
         lr: The learning rate.
         zeroed_lr: The learning rate of tensors that began as zeros: until they have grown, the rest of a layer does not
-            learn. None for ``lr``.
+            learn. None for ``lr``. With norms behind them (Gemma 2 and 3, OLMo 2, GLM-4) their first step is made as
+            large as any: 1e-6 to 1e-5 is enough, and more can raise the loss before it falls.
         weight_decay: The weight decay of matrices; norms and biases have none.
 
     Returns:
