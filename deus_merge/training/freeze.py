@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
 from ..core.tensors import Action
-from ..models.family import RESIDUAL, families
+from ..models.family import families
+from ..models.spec import RESIDUAL
 from ..report.manifest import MANIFEST, Manifest, read_manifest
 from ..report.manifest_parts import ManifestTensor
 from .names import Parameters, check_zeroed, parameters_of
