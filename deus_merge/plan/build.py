@@ -152,7 +152,7 @@ class _Planner:
                     "the model has several stacks of layers",
                     expected="modules: {encoder: {slices: ...}, decoder: {slices: ...}}",
                     got="slices of neither",
-                    hint="upscale makes decoders deeper; slices can repeat, leave out or merge the layers of each stack",
+                    hint="upscale makes decoders deeper; slices repeat, leave out or merge layers of each stack",
                 )
             return [(None, self.recipe.slices)]
         if list(known) == [DEFAULT]:
