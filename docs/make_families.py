@@ -49,10 +49,11 @@ def render() -> str:
             ", ".join([*found.steps, *left_out]) or "-",
         ]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    notes = [
-        f"\\* {name}, {step}: {reason}." for name, family in families().items()
-        for step, reason in abilities(family).without.items()
-    ]  # fmt: skip
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, family in families().items():
+        for without in abilities(family).without.items():
+            reasons.setdefault(without, []).append(name)
+    notes = [f"\\* no {step} in {', '.join(names)}: {reason}." for (step, reason), names in reasons.items()]
     notes += [
         f"{name}, with `{condition}` in its config: {what}." for name, family in families().items()
         for condition, what in abilities(family).cases.items()

@@ -146,7 +146,8 @@ def view_model(config: Config, names: tuple[str, ...], where: object) -> ModelVi
         tuple(_rooted(_known(name, family, outside), family.layer_prefix, prefix, outside) for name in part)
         for part in (family.before, family.after, family.tied)
     )
-    headless = config.get("architectures") and not any(_HAS_HEAD.search(str(a)) for a in config["architectures"])
+    classes = config.get("architectures")
+    headless = isinstance(classes, list) and classes and not any(_HAS_HEAD.search(str(name)) for name in classes)
     untied = config.get("tie_word_embeddings") is False and not headless
     for name in (*before, *after):
         if name not in outside and (untied or name not in tied):

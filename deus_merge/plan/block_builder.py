@@ -113,7 +113,10 @@ class BlockBuilder:
             Part.of(s, self.model(s), f"layer {layer}", names)
             for s, layer, names in zip(sources, layers, roles, strict=True)
         ]
-        check_same(parts)
+        of = zip(sources, views, strict=True)
+        kinds = dict.fromkeys(f"{s.model} is of model_type {v.model_type}" for s, v in of)
+        mixed = len({view.model_type for view in views}) > 1
+        check_same(parts, f"models of one architecture can be merged; {some_of(kinds)}" if mixed else None)
         donor = self.view(self.recipe.donor)
         check_like_donor(parts[0], self.models[0], donor)
         base = base_source(slice_, slice_.base_model or self.recipe.base_model)

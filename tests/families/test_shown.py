@@ -67,3 +67,10 @@ def test_a_family_without_identity_is_told_what_else_there_is(run, tmp_path, kin
     assert "cannot start as the identity" in err and ("average" in err) == other
     done = run("upscale", shared(kind), tmp_path / "out", "--preset", "solar", "--dry-run", expect=None)
     assert (done.code == 0) == other and ("its depth" in err) != other
+
+
+def test_models_of_two_families_are_named_with_their_types(run, tmp_path):
+    models = [{"model": str(shared(kind)), "parameters": {"weight": 1}} for kind in ("llama", "olmo2")]
+    (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    err = run("merge", tmp_path / "r.yml", tmp_path / "out", expect=2).err
+    assert "models do not match" in err and "is of model_type llama" in err and "is of model_type olmo2" in err
