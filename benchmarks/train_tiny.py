@@ -392,11 +392,11 @@ tokenizer's vocabulary. The weights and the tokenizer are under the licence of d
     else:
         about = textwrap.fill(
             f"For tests: {FAMILIES[family][0]}. It has learned some Python prose and code, nothing more, with the "
-            "tokenizer of `deus_merge/models/tiny/`.",
+            "tokenizer of `deus_merge/models/tiny/`. Made by:",
             width=120,
         )
         command = f"python benchmarks/train_tiny.py --family {family} --out tests/families/trained/{family}"
-        opening = f"# A tiny {family}\n\n{about} Made by:\n\n    {command}"
+        opening = f"# A tiny {family}\n\n{about}\n\n    {command}"
         ending = "None of the text is in this folder.\nThe weights are under the licence of deus-merge."
     return f"""{opening}
 

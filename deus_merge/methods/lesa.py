@@ -67,8 +67,8 @@ class Lesa(MergeMethod):
             return undescribed(self.name, unknown[0])
         if sources < _MINIMUM_LAYERS:
             return Refusal(
-                f"lesa learns from layers between two others: it needs {_MINIMUM_LAYERS} layers of a kind, the"
-                f" model has {sources}"
+                f"lesa learns from layers between two others: it needs {_MINIMUM_LAYERS} layers with the"
+                f" same tensors, the model has {sources}"
             )
         return check_zero_init(outputs)
 

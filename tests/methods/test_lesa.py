@@ -212,7 +212,7 @@ def recipe_of(*slices: str, top: str = "") -> str:
 @pytest.mark.parametrize(
     ("layers", "text", "told"),
     [
-        (2, recipe_of("{{sources: [{{model: {base}}}]}}"), ["needs 3 layers", "the model has 2"]),
+        (2, recipe_of("{{sources: [{{model: {base}}}]}}"), ["needs 3 layers with the same tensors, the model has 2"]),
         (4, recipe_of("{{sources: [{{model: {base}}}, {{model: {base}}}]}}"), ["one source", "2 sources"]),
         (4, recipe_of("{{sources: [{{model: {base}, layer_range: [1, 2]}}]}}"), ["no gap for lesa"]),
         (4, recipe_of("{{sources: [{{model: {base}}}], parameters: {{zero_init: [q]}}}}"), ["'q' does not write"]),

@@ -252,7 +252,8 @@ IMPLIED: Mapping[str, tuple[Rule, ...]] = {
     "ministral": (layer_types(Implied(one_window)),),
     "minimax": (
         layer_types(Every(None, LINEAR, FULL, 2)),
-        Rule("layer_types (decay)", (Pin("layer_types", "gives linear attention a decay by number and depth", linear_layers),)),
+        Rule("layer_types (decay)", (
+            Pin("layer_types", "gives linear attention a decay by number and depth", linear_layers),)),
     ),
     "minimax_m3_vl_text": (
         layer_types(Listed(("sparse_attention_config", "sparse_attention_freq"), {0: FULL, 1: "minimax_m3_sparse"})),
