@@ -32,8 +32,8 @@ def layer_heads(
         config: config.json.
         view: The stack that the layer is in.
         layer: Its index.
-        shapes: Role -> shape of its tensors. Where q and k are tensors of their own, they say how large heads are:
-            some models have layers with other heads than config.json's first numbers.
+        shapes: Role -> shape of its tensors. Where q, k or o are tensors of their own, they say how large heads are:
+            some models have layers with other heads than config.json's first numbers, or leave these to transformers.
     """
     family, sizes = view.family, with_implied_heads(config, view.layers_path)
     query = _first(sizes, _QUERY_HEADS)
@@ -41,12 +41,14 @@ def layer_heads(
     if family is None or not positive(query):
         return None
 
-    def rows(role: str) -> int | None:
+    def rows(role: str, axis: int = 0) -> int | None:
         spec = view.spec(role, layer)
-        return shapes[role][0] if spec and spec.layout is None and len(shapes.get(role, ())) == 2 else None
+        return shapes[role][axis] if spec and spec.layout is None and len(shapes.get(role, ())) == 2 else None
 
     if (q := rows("q")) and q % query == 0:
         size = q // query
+    elif (o := rows("o", axis=1)) and o % query == 0:
+        size = o // query
     if (k := rows("k")) and positive(size) and k % size == 0:
         key_value = k // size
     if not (positive(key_value) and positive(size)):

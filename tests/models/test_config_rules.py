@@ -82,6 +82,8 @@ def test_heads():
     heads = layer_heads(CONFIG, view)
     assert heads is not None and (heads.query, heads.key_value, heads.size, heads.rotary) == (4, 2, 8, "phases")
     assert layer_heads(CONFIG | {"num_attention_heads": 0}, view) is None
+    for shape in ({"q": (64, 32)}, {"o": (32, 64)}):  # what the config leaves out is in the shapes
+        assert layer_heads(CONFIG, view, 0, shape).size == 16
     assert layer_heads(CONFIG | {"num_attention_heads": "4"}, view) is None
     assert layer_heads(CONFIG | {"num_key_value_heads": 3}, view).mismatch is not None
 
