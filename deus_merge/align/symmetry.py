@@ -42,6 +42,7 @@ from .fusion import (
     read,
 )
 from .heads import AttentionAlignment, align_heads
+from .held import HeldLayer
 from .options import AlignOptions
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class _Layer:
     def __init__(
         self, a: Mapping[str, Tensor], b: Mapping[str, Tensor], specs: Sequence[TensorSpec], options: AlignOptions
     ):
-        self.a, self.b = _Stored(a), _Stored(b)
+        self.a, self.b = HeldLayer(a), HeldLayer(b)
         self.specs, self.options = {s.role: s for s in specs}, options
         self.steps = options.symmetry - (options.heads.without if options.heads else frozenset())
         self.attends = bool(self.steps & _ATTENTION_STEPS) and _has_attention(specs)
@@ -153,7 +154,7 @@ class _Layer:
         mixed = mix(moved.weight, wb, options, norm_a=moved.norm_a, fused=fused, matched=matched, scale=scale)
         return chunks(role, mixed, diagnostics)
 
-    def _read(self, side: _Stored, role: str) -> Tensor:
+    def _read(self, side: HeldLayer, role: str) -> Tensor:
         """One role in the compute dtype; its values are checked by the next `_check_finite`."""
         tensor = read(side, role, self.options)
         if role not in side.checked:
@@ -259,7 +260,7 @@ class _Layer:
     def _role(self, name: str) -> str:
         return next(s.role for s in self.specs.values() if _attention_role(s) == name)
 
-    def _folded(self, side: _Stored, role: str) -> Tensor:
+    def _folded(self, side: HeldLayer, role: str) -> Tensor:
         """A weight as it acts on the normed input: input norm and per-head norm folded in, bias as a last column."""
         import torch
 
@@ -317,34 +318,6 @@ class _Layer:
                 norm = whole.norm(dim=1, keepdim=True)  # (f, 1)
                 whole.div_(norm.where(norm > 0, 1))
         return sides[0], sides[1]
-
-
-class _Stored(Mapping[str, "Tensor"]):
-    """A layer whose tensors are looked up once and held, in their stored dtype, until they are not needed any more.
-
-    Attributes:
-        layer: The layer.
-        held: Tensors by role.
-        checked: Roles whose values are known to be finite.
-        unchecked: Of roles that were read but not checked yet: whether their values are finite, () on the device.
-    """
-
-    def __init__(self, layer: Mapping[str, Tensor]):
-        self.layer = layer
-        self.held: dict[str, Tensor] = {}
-        self.checked: set[str] = set()
-        self.unchecked: dict[str, Tensor] = {}
-
-    def __getitem__(self, role: str) -> Tensor:
-        if role not in self.held:
-            self.held[role] = self.layer[role]
-        return self.held[role]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layer)
-
-    def __len__(self) -> int:
-        return len(self.layer)
 
 
 def _spaces(spec: TensorSpec) -> tuple[str | None, str | None]:

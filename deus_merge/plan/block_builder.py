@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..align.parameters import check_alignment
-from ..checkpoint.quantized import quantization_name
 from ..core.errors import PlanError, RecipeError
 from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.text import some_of
-from ..core.units import FLOAT_DTYPES, dtype_name, promoted
+from ..core.units import promoted
 from ..methods.base import MergeMethod, OutputTensor
 from ..methods.registry import methods
 from ..models.config_rules import LayerEntries
@@ -27,8 +26,7 @@ from ..recipe.presets import MAX_LAYERS
 from ..recipe.types import OutputSlice, Recipe, SliceSource
 from .blocks import AlignTo, BlockPlan, BlockSource
 from .compatibility import Part, base_source, check_given, check_like_donor, check_same
-
-_FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
+from .dtypes import FLOATS, check_castable, check_plain
 
 
 @dataclass
@@ -234,47 +232,16 @@ class BlockBuilder:
                 action = Action.DERIVE
         output = replace(output, action=action, source=source)
         if action is not Action.COPY:
-            self._check_plain(output, sources)
-        if action not in (Action.COPY, *CONSTANT):
-            self._check_castable(output)
+            check_plain(output, [self.models[s.model] for s in sources])
+        if action not in (Action.COPY, *CONSTANT) and (lost := check_castable(output)):
+            self._warn(lost)
         return output
 
     def _dtype(self, inputs: Sequence[StoredTensor]) -> str:
         """As the recipe says; else the dtype that holds those of all sources."""
         stored = promoted([i.dtype for i in inputs])
         wanted = self.recipe.out_dtype or self.recipe.dtype
-        return wanted if wanted and stored in _FLOATS else stored
-
-    def _check_plain(self, output: OutputTensor, sources: Sequence[BlockSource]) -> None:
-        """Refuse to compute with quantised weights, whose numbers are codes, and with their scales. FP8 has a zero."""
-        for info, source in zip(output.inputs, sources, strict=True):
-            model = self.models[source.model]
-            partner = model.quantized.get(info.name)
-            if partner is None or (output.action is Action.ZEROS and info.dtype.startswith("F8")):
-                continue
-            beside = "" if partner == info.name else f", together with {partner}"
-            raise PlanError(
-                f"{info.name} is part of a quantised weight ({quantization_name(model.checkpoint.config)}){beside}",
-                where=info.file,
-                expected="floating point weights, or a plain copy: passthrough without dtype, scale and align",
-                got=f"{dtype_name(info.dtype)}, for {output.action}",
-                hint="quantised checkpoints can only pass through; use the original weights",
-            )
-
-    def _check_castable(self, output: OutputTensor) -> None:
-        for info in output.inputs:
-            if info.dtype not in _FLOATS and not (output.action is Action.DERIVE and info.dtype == output.dtype):
-                raise PlanError(
-                    f"{output.name} holds {dtype_name(info.dtype)}, which cannot be merged",
-                    where=info.file,
-                    expected="floating point weights",
-                    hint="quantised checkpoints can only pass through; use the original weights",
-                )
-            if promoted([info.dtype, output.dtype]) == output.dtype:
-                continue
-            kinds = f"{dtype_name(info.dtype)} weights are written as {dtype_name(output.dtype)}"
-            lost = f"{kinds}: this loses precision{' and range' if output.dtype == 'F16' else ''}"
-            self._warn(lost)
+        return wanted if wanted and stored in FLOATS else stored
 
     def _add(
         self,

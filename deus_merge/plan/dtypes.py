@@ -1,4 +1,4 @@
-"""The dtype that config.json names, for a recipe that sets none."""
+"""Dtypes of an output: what may be cast, and the dtype that config.json names."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..checkpoint.quantized import quantization_name
+from ..core.errors import PlanError
 from ..core.tensors import Action, StoredTensor
-from ..core.units import FLOAT_DTYPES, dtype_name
+from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from ..methods.base import OutputTensor
 from ..models.config_json import Config
 from ..models.config_rules import widened_config
 from ..models.source import SourceModel
 from .blocks import BlockPlan
 
+#: safetensors codes of floating point weights
+FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
 _COMPUTED = (Action.COMPUTE, Action.ALIGN)
 
 
@@ -69,3 +73,48 @@ def _donor_dtypes(donor: SourceModel, modules: set[str | None]) -> dict[tuple[st
             for role, name in layer.items():
                 found.setdefault((module, role), set()).add(tensors[name].dtype)
     return found
+
+
+def check_plain(output: OutputTensor, models: Sequence[SourceModel]) -> None:
+    """Refuse to compute with quantised weights, whose numbers are codes, and with their scales. FP8 has a zero.
+
+    Args:
+        output: The output, its action decided.
+        models: The model of each of its inputs.
+
+    Raises:
+        PlanError: an input is part of a quantised weight.
+    """
+    for info, model in zip(output.inputs, models, strict=True):
+        partner = model.quantized.get(info.name)
+        if partner is None or (output.action is Action.ZEROS and info.dtype.startswith("F8")):
+            continue
+        beside = "" if partner == info.name else f", together with {partner}"
+        raise PlanError(
+            f"{info.name} is part of a quantised weight ({quantization_name(model.checkpoint.config)}){beside}",
+            where=info.file,
+            expected="floating point weights, or a plain copy: passthrough without dtype, scale and align",
+            got=f"{dtype_name(info.dtype)}, for {output.action}",
+            hint="quantised checkpoints can only pass through; use the original weights",
+        )
+
+
+def check_castable(output: OutputTensor) -> str | None:
+    """A warning where a cast loses precision.
+
+    Raises:
+        PlanError: an input does not hold floating point weights.
+    """
+    for info in output.inputs:
+        if info.dtype not in FLOATS and not (output.action is Action.DERIVE and info.dtype == output.dtype):
+            raise PlanError(
+                f"{output.name} holds {dtype_name(info.dtype)}, which cannot be merged",
+                where=info.file,
+                expected="floating point weights",
+                hint="quantised checkpoints can only pass through; use the original weights",
+            )
+    for info in output.inputs:
+        if promoted([info.dtype, output.dtype]) != output.dtype:
+            kinds = f"{dtype_name(info.dtype)} weights are written as {dtype_name(output.dtype)}"
+            return f"{kinds}: this loses precision{' and range' if output.dtype == 'F16' else ''}"
+    return None
