@@ -222,7 +222,7 @@ class EitherWay(Layout):
     axes: tuple[tuple[str, int], ...]
 
     def fitted(self, shapes, width):
-        if all(shapes[role][axis] == width for role, axis in self.axes):
+        if all(shapes[role][axis] == width for role, axis in self.axes if role in shapes):
             return self.inner
         return self.turned
 
