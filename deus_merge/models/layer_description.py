@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .built import stacks
@@ -151,9 +152,8 @@ def _counts(values: Sequence[tuple[int, object]]) -> bool:
 
 def _are_numbers(entries: Sequence[object]) -> bool:
     """Whether a list seems to hold numbers of layers: it rises, and is longer than flags can make it."""
-    if len(entries) < 3 or any(type(e) is not int for e in entries):
-        return False
-    return all(a < b for a, b in zip(entries, entries[1:], strict=False))  # type: ignore[operator]
+    numbers = [entry for entry in entries if type(entry) is int]
+    return len(numbers) == len(entries) >= 3 and all(a < b for a, b in pairwise(numbers))
 
 
 def _stack_config(model: PreTrainedModel, path: str) -> PreTrainedConfig:

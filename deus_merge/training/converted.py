@@ -28,7 +28,8 @@ def made_from(model: Module, stored: Iterable[str]) -> Mapping[str, list[str]]:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         return {}
-    mapping: Any = get_model_conversion_mapping(inner, None, None)  # type: ignore[arg-type]
+    model_of: Any = inner  # a PreTrainedModel
+    mapping = get_model_conversion_mapping(model_of, None, None)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     own = dict(inner.named_parameters(remove_duplicate=False)) | dict(inner.named_buffers())
@@ -36,7 +37,7 @@ def made_from(model: Module, stored: Iterable[str]) -> Mapping[str, list[str]]:
     for name in stored:
         if name in own:
             continue
-        first, pattern = rename_source_key(name, renamings, converters, inner.base_model_prefix, own)  # type: ignore
+        first, pattern = rename_source_key(name, renamings, converters, model_of.base_model_prefix, own)
         converter = next((c for c in converters if pattern in c.source_patterns), None)
         targets = converter.target_patterns if converter is not None else [""]
         for target in targets:

@@ -12,7 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_contract import align, opened, stored_layers
-from tiny_models import COMPOSITES, config_of, load, logits, make, save, shared, values_of
+from tiny_models import COMPOSITES, MODEL_TYPES, config_of, load, logits, make, save, shared, type_of, values_of
+
+from deus_merge.models.family import families
+from deus_merge.models.head_layout import layer_heads
+from deus_merge.models.view import ModelView
 
 
 def recipe(folder: Path, base: Path, preset: str = "opt_deus", insert: object = "top_half") -> Path:
@@ -302,3 +306,22 @@ def test_a_depth_that_only_a_list_says_comes_back(run, tmp_path):
     run("strip", tmp_path / "out", tmp_path / "back")
     assert config_of(tmp_path / "back") == config_of(base)
     assert load_file(tmp_path / "back/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+#: keys that decide about symmetries, and that a config may leave to transformers' class
+LEFT_OUT = ("n_group", "num_expert_group", "partial_rotary_factor", "rotary_pct", "rotary_dim", "rope_parameters")
+
+
+@pytest.mark.parametrize("kind", sorted({type_of(k) for k in MODEL_TYPES} - {*COMPOSITES}))
+def test_what_a_config_leaves_to_its_class_is_known_or_left_out(kind):
+    """Groups of experts and rotary components as the class has them, or the step that needs them is not taken."""
+    family = next(f for f in families().values() if kind in f.model_types)
+    whole = transformers.AutoConfig.for_model(kind).to_dict()
+    bare = {key: value for key, value in whole.items() if key not in LEFT_OUT}
+    view = ModelView(family, kind, (), "", (), (), ("num_hidden_layers",), specs=({},))
+    said, implied = (layer_heads(config, replace(view, family=family.under(config))) for config in (whole, bare))
+    if said is None or implied is None:
+        return
+    assert "experts" in implied.without or implied.expert_groups == said.expert_groups
+    unturned = family.rotary == "none" or "rotary" in implied.without
+    assert unturned or implied.rotary_size == said.rotary_size

@@ -6,14 +6,17 @@ norm behind o, ``experts.{e}.gate`` of an expert, ``shared.gate`` of an expert t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..family import Sublayer
 from ..layouts import Experts, Layout, Stacked, Transposed
 from ..spec import RESIDUAL, TensorSpec
 
 Specs = tuple[TensorSpec, ...]
+#: makes a layout of the parts that lie in one tensor: `Stacked` or another class of `layouts`
+Arrangement = Callable[[Any], Layout]
 
 _SPACES = {
     "q": (RESIDUAL, "query_heads"), "k": (RESIDUAL, "key_heads"), "v": (RESIDUAL, "value_heads"),
@@ -26,6 +29,12 @@ MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 PLAIN_MLP = {"up": "mlp.up_proj", "down": "mlp.down_proj"}
 #: the norms in front of attention and MLP as most families name them
 NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+#: where config.json leaves out in which groups a router chooses experts, which transformers' class then decides
+UNKNOWN_GROUPS = {"experts": "config.json does not say in which groups experts are chosen"}
+#: the same of which components of a head are rotary
+UNKNOWN_ROTARY = {"rotary": "config.json does not say which components are rotary"}
 
 
 def norm(role: str, module: str, *, bias: bool = False, offset: float = 0.0) -> Specs:
@@ -130,7 +139,7 @@ def mlp(modules: Mapping[str, str] = MLP, *, norm: str | None = "n2", biases: st
 
 
 def fused(
-    role: str, name: str, layout: type[Layout], parts: Sequence[str], *, norm: str | None, prefix: str = "",
+    role: str, name: str, layout: Arrangement, parts: Sequence[str], *, norm: str | None, prefix: str = "",
     transposed: bool = False, bias: str | None = None, space: str = "",
 ) -> Specs:  # fmt: skip
     """Several matrices in one tensor, and their biases in another.
@@ -147,12 +156,12 @@ def fused(
         space: The neurons' space, where it is not ``neurons``.
     """
     matrices = tuple(matrix(prefix + part, name, norm=norm, space=space) for part in parts)
-    arranged = layout(matrices)  # type: ignore[call-arg]
+    arranged = layout(matrices)
     weight = TensorSpec(role, name, RESIDUAL, None, norm=norm, layout=Transposed(arranged) if transposed else arranged)
     if bias is None:
         return (weight,)
     biases = tuple(bias_of(part, bias) for part in matrices)
-    return weight, TensorSpec(f"{role}.bias", bias, optional=True, layout=layout(biases))  # type: ignore[call-arg]
+    return weight, TensorSpec(f"{role}.bias", bias, optional=True, layout=layout(biases))
 
 
 def transposed(role: str, module: str, *, norm: str | None = None, bias: bool = True) -> Specs:
@@ -194,7 +203,7 @@ def shared_expert(module: str = "mlp.shared_expert", *, norm: str | None = "n2",
 
 
 def stacked_experts(
-    gate_up: str, down: str, *, norm: str | None = "n2", transposed: bool = False, layout: type[Layout] = Stacked,
+    gate_up: str, down: str, *, norm: str | None = "n2", transposed: bool = False, layout: Arrangement = Stacked,
     biases: bool = False,
 ) -> Specs:  # fmt: skip
     """All experts in one tensor a role: gate and up (E, 2f, d), down (E, d, f).

@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6, dots.llm1: attention with norms of queries and keys or without; experts with correction biases, and
+"""GLM-4.5 and 4.6: attention with norms of queries and keys or without; experts with correction biases, and
 one that every token takes; dense layers first."""
 
 from ..family import Family, Sublayer
@@ -10,6 +10,6 @@ ATTENTION_KINDS = (
     Sublayer("attention", (*N1, *attention(biases="q k v o"))),
 )
 FAMILY = Family(
-    "glm4_moe", ("glm4_moe", "glm4v_moe_text", "dots1"), (ATTENTION_KINDS, mlp_or_experts(N2)),
-    rotary="signs",
+    "glm4_moe", ("glm4_moe", "glm4v_moe_text"), (ATTENTION_KINDS, mlp_or_experts(N2)), rotary="signs",
+    rotary_share=0.5,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """GPT-J: attention and MLP in parallel behind one LayerNorm, no gate; rotary pairs are neighbouring components."""
 
-from ..family import Family, Sublayer
-from ._pieces import attention, mlp, norm
+from ..family import Case, Family, Sublayer
+from ._pieces import UNKNOWN_ROTARY, attention, mlp, norm
 
 _ATTENTION = {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj", "o": "attn.out_proj"}
 MLP = mlp({"up": "mlp.fc_in", "down": "mlp.fc_out"}, norm="n1", biases="up down")
@@ -20,4 +20,5 @@ FAMILY = Family(
     layers_key="n_layer",
     rotary="phases",
     interleaved=True,
+    cases=(Case("rotary_dim", UNKNOWN_ROTARY, when=False),),
 )
