@@ -74,7 +74,9 @@ class OutputFolder:
         self._flushing: Future[None] | None = None
         self._flushed_bytes = 0
         self._flushed_at = time.monotonic()
+        self._opened = False  # whether this run has made the staging folder anew
         self._committed = False
+        self._stack = ExitStack()
 
     @property
     def finished(self) -> Mapping[str, dict]:
@@ -98,16 +100,20 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         self.area.check(self._overwrite)
-        with ExitStack() as stack, disk_errors(self.out):
-            make_folder(self.out.parent)
-            if not stack.enter_context(locked(self.area.lock, self.out)):
-                self.notes.append(
-                    "this file system does not support locks: make sure that no other run writes to this folder"
-                )
-            self.area.recover()
-            self._open(self._check_resume())  # checked again: a run may have finished before we got the lock
-            self._pool = stack.enter_context(ThreadPoolExecutor(1, "flush"))
-            self._stack = stack.pop_all()
+        try:
+            with disk_errors(self.out):
+                make_folder(self.out.parent)
+                if not self._stack.enter_context(locked(self.area.lock, self.out)):
+                    self.notes.append(
+                        "this file system does not support locks: make sure that no other run writes to this folder"
+                    )
+                self.area.recover()
+                self._pool = self._stack.enter_context(ThreadPoolExecutor(1, "flush"))
+                self._open(self._check_resume())  # checked again: a run may have finished before we got the lock
+        except BaseException:  # an interrupt can come between any two of these lines
+            with self._stack:
+                self._discard_unused()
+            raise
         return self
 
     def shards(self, layouts: Sequence[ShardLayout]) -> ShardWriter:
@@ -209,7 +215,14 @@ class OutputFolder:
         with suppress(OSError):  # what cannot be completed now is completed by the next run
             self._committed = self._committed or self.area.committed
             self.area.recover()
-            if not self._committed and not self.finished:
+        self._discard_unused()
+
+    def _discard_unused(self) -> None:
+        """Remove a staging folder of this run's own in which no block is finished."""
+        if self._opened and not self._committed and not self.finished:
+            if self._open_journal:
+                self._open_journal.close()
+            with suppress(OSError):
                 self.area.discard()
 
     def check(self) -> None:
@@ -263,21 +276,15 @@ class OutputFolder:
         if resume:
             self._open_journal = Journal.reopen(self.area.staging)
             return
+        self._opened = True
         self.area.discard()
         if self._resume:
             self.notes.append("there was nothing to resume: this is a fresh run")
-        try:
-            self.area.staging.mkdir()
-            self.folder.mkdir()
-            self._open_journal = Journal.create(self.area.staging, self._plan_hash, self._identity)
-            sync_path(self.area.staging)
-            sync_path(self.out.parent)
-        except BaseException:
-            if self._open_journal:
-                self._open_journal.close()
-            with suppress(OSError):
-                self.area.discard()
-            raise
+        self.area.staging.mkdir()
+        self.folder.mkdir()
+        self._open_journal = Journal.create(self.area.staging, self._plan_hash, self._identity)
+        sync_path(self.area.staging)
+        sync_path(self.out.parent)
 
     def _start_flush(self) -> None:
         self._await_flush()

@@ -432,3 +432,18 @@ def test_kill_and_resume_give_the_same_bytes(block, model, tmp_path):
     assert resumed == [str(i) for i in range(block // 3 * 3)]  # it flushes every third block
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
     assert sorted(os.listdir(tmp_path)) == ["out", "source", "undisturbed"]
+
+
+def test_an_interrupt_right_after_the_folder_was_made_leaves_nothing(tmp_path, monkeypatch):
+    opened = OutputFolder._open
+
+    def interrupted(self, resume):
+        opened(self, resume)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OutputFolder, "_open", interrupted)
+    output = OutputFolder(tmp_path / "out", plan_hash="0" * 64)
+    with pytest.raises(KeyboardInterrupt), output:
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert output.resume_hint is None
