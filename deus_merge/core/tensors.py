@@ -6,10 +6,12 @@ A `StoredTensor` lies in a source's file; a plan says with `methods.base.OutputT
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +63,8 @@ class StoredTensor:
         nbytes: Its size in bytes.
         derived: Whether its bytes are in no file but are computed when it is read; ``file`` is then what it is computed
             from, and ``offset`` means nothing.
+        quantization: How a quantised weight is stored. Such a weight is derived (its values are dequantised when it is
+            read), ``nbytes`` is the size of all its parts, and ``dtype`` that of the model it stands for.
     """
 
     name: str
@@ -70,6 +74,39 @@ class StoredTensor:
     offset: int
     nbytes: int
     derived: bool = False
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a quantised weight is stored: codes, and what gives the codes their meaning. They travel together.
+
+    Attributes:
+        format: The format: the name of a file of `checkpoint.formats`.
+        parts: Stored tensors by their part in the format (``codes``, ``scales``); the codes first.
+        settings: All else that the values depend on, as JSON data.
+    """
+
+    format: str
+    parts: Mapping[str, StoredTensor]
+    settings: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all parts in bytes."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def part_name(part: str, weight: str, renamed: str) -> str:
+    """The name of a part of a quantised weight, once the weight has another name.
+
+    Args:
+        part: The part's name: ``model.layers.3.mlp.up_proj.qweight``.
+        weight: The weight's name: ``model.layers.3.mlp.up_proj.weight``.
+        renamed: The weight's new name, which ends as the old one does.
+    """
+    begin = len(os.path.commonprefix((part, weight)))
+    return renamed[: len(renamed) - (len(weight) - begin)] + part[begin:]
 
 
 @dataclass(frozen=True, kw_only=True)

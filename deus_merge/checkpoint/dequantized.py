@@ -1,0 +1,160 @@
+"""A checkpoint of quantised weights, read as the model it stands for: a weight with its scales is one float tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..core.errors import CheckpointError, DeusMergeError
+from ..core.tensors import StoredTensor
+from ..core.units import dtype_code
+from .formats.base import Format, refuse
+from .formats.registry import formats
+from .quantized import quantization, quantized_tensors
+from .tensor_source import TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+_BLOCK_BYTES = 32 << 20  # of float32 values that are dequantised at once
+
+
+def dequantized(stored: TensorSource) -> TensorSource:
+    """A source with its quantised weights as float tensors; itself if it has none, or nobody described their format.
+
+    Raises:
+        CheckpointError: a part of a quantised weight is missing or does not fit.
+    """
+    section = quantization(stored.config)
+    if section is None:
+        return stored
+    format_ = next((f for f in formats().values() if f.matches(section)), None)
+    return stored if format_ is None else DequantizedSource(stored, format_)
+
+
+class DequantizedSource:
+    """A checkpoint (`TensorSource`) whose quantised weights are read in float32. Pickles.
+
+    `StoredTensor.quantization` of such a weight has its parts: a copy takes these from file to file.
+
+    Args:
+        stored: The checkpoint.
+        format_: The format of its weights.
+
+    Attributes:
+        stored: The checkpoint, with every stored tensor under its own name.
+        format: The format of its weights.
+
+    Raises:
+        CheckpointError: a part of a weight is missing or does not fit, or a tensor is of no weight.
+    """
+
+    def __init__(self, stored: TensorSource, format_: Format):
+        self.stored, self.format = stored, format_
+        self.where, self.folders, self.files = stored.where, stored.folders, stored.files
+        self.side_files, self.provenance, self.config = stored.side_files, stored.provenance, stored.config
+        self.fingerprint = stored.fingerprint
+        section = quantization(stored.config)
+        assert section is not None
+        weights: dict[str, StoredTensor] = {}  # by the name of the stored tensor whose place they take
+        parts: set[str] = set()
+        for weight in format_.weights(stored.tensors, section, stored.read):
+            codes = next(iter(weight.quantization.parts.values()))
+            dtype = _float_dtype(stored.config, weight.quantization.parts.values())
+            weights[codes.name] = StoredTensor(
+                weight.name,
+                dtype,
+                weight.shape,
+                codes.file,
+                0,
+                weight.quantization.nbytes,
+                derived=True,
+                quantization=weight.quantization,
+            )
+            parts.update(part.name for part in weight.quantization.parts.values())
+        found: dict[str, StoredTensor] = {}
+        for name, tensor in stored.tensors.items():
+            if name in weights or name not in parts:
+                seen = weights.get(name, tensor)
+                if seen.name in found:
+                    refuse(tensor, f"{seen.name} is stored both quantised and as it is")
+                found[seen.name] = seen
+        plain = {name: tensor for name, tensor in found.items() if tensor.quantization is None}
+        for name, partner in quantized_tensors(plain, stored.config).items():
+            beside = "" if partner == name else f", together with {partner}"
+            refuse(plain[name], f"{name}{beside}, is part of no {format_.name} weight that is known")
+        self.tensors: Mapping[str, StoredTensor] = MappingProxyType(found)
+
+    def __getstate__(self) -> dict:  # read-only views of mappings do not pickle
+        return self.__dict__ | {"tensors": dict(self.tensors)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, tensors=MappingProxyType(state["tensors"]))
+
+    def read(self, name: str) -> torch.Tensor:
+        weight = self.tensors.get(name)
+        if weight is None or weight.quantization is None:
+            return self.stored.read(name)
+        return self.slice(name, 0, weight.shape[0])
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of `read`: in float32, dequantised a block at a time."""
+        import torch
+
+        weight = self.tensors.get(name)
+        if weight is None or weight.quantization is None:
+            return self.stored.slice(name, start, stop)
+        if not 0 <= start <= stop <= weight.shape[0]:
+            got, expected = (start, stop), f"within {weight.shape}"
+            refuse(weight, f"tensor {name!r} does not have these rows", expected=expected, got=got)
+        parts = {label: self.stored.read(part.name) for label, part in weight.quantization.parts.items()}
+        problem = self.format.check(weight, parts)
+        if problem and problem[1] != "holds zeros":
+            raise CheckpointError(
+                f"{problem[0]} {problem[1]}: {name} cannot be dequantised",
+                where=weight.file,
+                expected="finite scales",
+                hint="download the file again, or use the original model",
+            )
+        row = 4 * math.prod(weight.shape[1:])
+        rows = max(1, _BLOCK_BYTES // max(1, row))
+        if stop - start <= rows:
+            return self.format.dequantize(weight, parts, start, stop)
+        values = torch.empty((stop - start, *weight.shape[1:]), dtype=torch.float32)
+        for at in range(start, stop, rows):
+            end = min(at + rows, stop)
+            values[at - start : end - start] = self.format.dequantize(weight, parts, at, end)
+        return values
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        stored = []
+        for name in names:
+            weight = self.tensors.get(name)
+            quantized = weight.quantization if weight else None
+            stored += [part.name for part in quantized.parts.values()] if quantized else [name]
+        self.stored.prefetch(stored)
+
+    def root(self, name: str) -> tuple[TensorSource, str]:
+        return self.stored.root(name)
+
+    def bound(self, results: Mapping[str, TensorSource]) -> DequantizedSource:
+        return self
+
+    def workspace(self, name: str, minimum: bool = False) -> int:
+        weight = self.tensors[name]
+        if weight.quantization is None:
+            return self.stored.workspace(name, minimum)
+        return 4 * math.prod(weight.shape) + 4 * _BLOCK_BYTES
+
+
+def _float_dtype(config: Mapping, parts: Iterable[StoredTensor]) -> str:
+    """The dtype of the model that quantised weights stand for: as its config says, else that of a part in floating
+    point, else bfloat16."""
+    sections = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    said = next((s[key] for s in sections for key in ("dtype", "torch_dtype") if isinstance(s.get(key), str)), None)
+    try:
+        return dtype_code(said or "")
+    except DeusMergeError:
+        return next((part.dtype for part in parts if part.dtype in ("F16", "BF16")), "BF16")
