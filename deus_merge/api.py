@@ -163,6 +163,7 @@ def upscale_recipe(
     insert: Plain = None,
     dtype: str | None = None,
     parameters: Mapping[str, Plain] | None = None,
+    quantize_new: bool = False,
 ) -> Recipe:
     """The recipe that `deus-merge upscale` runs.
 
@@ -172,6 +173,7 @@ def upscale_recipe(
         insert: The places of new layers, as in a recipe: ``"top_half"``, ``{"every": 4}`` ...; None for the preset's.
         dtype: The output's dtype; None for the model's.
         parameters: Parameters of the preset's method, which take precedence over the preset's own.
+        quantize_new: Write new layers in the format of a quantised base, not in floating point.
 
     Raises:
         RecipeError: a value that a recipe file could not have either.
@@ -184,6 +186,8 @@ def upscale_recipe(
     data: dict[str, Plain] = {"base_model": str(model), "upscale": section}
     if dtype:
         data["dtype"] = dtype
+    if quantize_new:
+        data["quantize_new"] = True
     return recipe_from(locate(data))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ class DequantizedSource:
                 0,
                 weight.quantization.nbytes,
                 derived=True,
-                quantization=weight.quantization,
+                quantization=replace(weight.quantization, weight=weight.name),
             )
             parts.update(part.name for part in weight.quantization.parts.values())
         found: dict[str, StoredTensor] = {}

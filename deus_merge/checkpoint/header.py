@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
-from ..core.units import ITEMSIZE
+from ..core.units import BITS, tensor_bytes
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 MAX_JSON = 100_000_000  # bytes of config.json or an index
@@ -121,17 +121,19 @@ def _tensor(name: str, entry: object, path: Path, data_start: int) -> StoredTens
             got=sorted(entry) if isinstance(entry, dict) else type(entry).__name__,
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        _refuse(path, f"tensor {name!r}: unknown dtype", expected=" | ".join(ITEMSIZE), got=repr(dtype)[:100])
+    if not isinstance(dtype, str) or dtype not in BITS:
+        _refuse(path, f"tensor {name!r}: unknown dtype", expected=" | ".join(BITS), got=repr(dtype)[:100])
     if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
         _refuse(path, f"tensor {name!r}: malformed shape", expected="sizes of at least 0", got=repr(shape)[:100])
     # The product without the zeros: a reader that multiplies the sizes must not overflow before it meets a zero.
-    if math.prod(d for d in shape if d) * ITEMSIZE[dtype] > MAX_NUMEL:
+    if tensor_bytes(dtype, [d for d in shape if d]) > MAX_NUMEL:
         _refuse(path, f"tensor {name!r}: the shape overflows", expected="less than 2^63 bytes", got=repr(shape)[:100])
     if not _whole_numbers(offsets) or len(offsets) != 2:
         _refuse(path, f"tensor {name!r}: malformed data_offsets", expected="[begin, end]", got=repr(offsets)[:100])
     begin, end = offsets
-    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    if math.prod(shape) * BITS[dtype] % 8:
+        _refuse(path, f"tensor {name!r}: its {dtype} elements do not fill whole bytes", got=repr(shape)[:100])
+    nbytes = tensor_bytes(dtype, shape)
     if end - begin != nbytes:
         _refuse(
             path,

@@ -6,13 +6,12 @@ The offset of every output byte is known before any tensor is read, so any proce
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..core.errors import PlanError
-from ..core.units import ITEMSIZE
+from ..core.units import BITS, ITEMSIZE, tensor_bytes
 from .index import SINGLE
 
 HEADER_ALIGNMENT = 8  # bytes; the header's end is a multiple, so that the tensors of every dtype are aligned
@@ -28,7 +27,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+        return tensor_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ def _check_entry(entry: TensorEntry, seen: set[str]) -> None:
     seen.add(entry.name)
     if not entry.name or entry.name == "__metadata__" or not _encodes(entry.name):
         raise PlanError("not a valid tensor name", got=repr(entry.name))
-    if entry.dtype not in ITEMSIZE:
-        raise PlanError("unknown dtype", where=entry.name, expected=" | ".join(ITEMSIZE), got=repr(entry.dtype))
+    if entry.dtype not in BITS:
+        raise PlanError("unknown dtype", where=entry.name, expected=" | ".join(BITS), got=repr(entry.dtype))
     if any(size < 0 for size in entry.shape):
         raise PlanError("a size is negative", where=entry.name, got=entry.shape)
 

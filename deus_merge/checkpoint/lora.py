@@ -61,7 +61,8 @@ class LoraSource:
         self.fingerprint = digest.hexdigest()
         self._adapter = Checkpoint(folder, adapter.options, [adapter.header], self.fingerprint)
         derived = {
-            name: replace(base.tensors[change.base], name=name, derived=True) for name, change in self._changes.items()
+            name: replace(base.tensors[change.base], name=name, derived=True, quantization=None)
+            for name, change in self._changes.items()
         }
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType({**base.tensors, **derived})
         unties = len(self.tensors) > len(base.tensors)

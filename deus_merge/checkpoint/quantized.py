@@ -33,6 +33,12 @@ _BESIDE = tuple(
 )  # fmt: skip
 #: a part of every name above
 _SIGN = re.compile(r"scale|zero_point|_shape|g_idx|_blocks|_packed|qweight|qzeros|W_q|SCB|format|codebooks|weight\.")
+#: keys of a config.json
+_SECTIONS = {"quantization_config", "compression_config"}
+#: settings of how a model was quantised, or is run
+_NOT_FORMAT = re.compile(
+    r"_.*|.*compute_dtype|.*version.*|.*exllama.*|dataset|damp.*|tokenizer|batch_size|.*status|observer|dynamic"
+)
 _SCALE = re.compile(r"(.+)\.(?:scale|scale_inv|scales|k_scale|v_scale|q_scale)")
 
 
@@ -42,8 +48,33 @@ def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         config,
         *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)),
     ]
-    found = (part.get(key) for part in parts for key in ("quantization_config", "compression_config"))
+    found = (part.get(key) for part in parts for key in sorted(_SECTIONS, reverse=True))
     return next((value for value in found if isinstance(value, Mapping) and value), None)
+
+
+def format_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a section that say what stored codes mean: without those of how a model was quantised or is run,
+    and without lists of modules."""
+    return {
+        key: format_settings(value) if isinstance(value, Mapping) else value
+        for key, value in section.items()
+        if not isinstance(value, list) and not _NOT_FORMAT.fullmatch(key)
+    }
+
+
+def with_quantization(config: Mapping[str, Any], section: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A config with another section about quantisation in the place of the one that `quantization` finds; or, for
+    None, without any."""
+    result = {}
+    for key, value in config.items():
+        if key in _SECTIONS:
+            if section is not None:
+                result[key] = section
+        elif key.endswith("_config") and isinstance(value, Mapping) and _SECTIONS & value.keys():
+            result[key] = with_quantization(value, section)
+        else:
+            result[key] = value
+    return result
 
 
 def quantized_tensors(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, str]:
@@ -60,7 +91,7 @@ def quantized_tensors(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
     described = quantization(config) is not None
     found: dict[str, str] = {}
     for name, tensor in tensors.items():
-        small = ITEMSIZE[tensor.dtype] == 1
+        small = ITEMSIZE[tensor.dtype] == 1 and tensor.dtype != "BOOL"
         if described and small:
             found.setdefault(name, name)
         if _SIGN.search(name) and (partner := _partner(name, tensors, described)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import os
 import threading
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError, nearest, printable
 from ..core.tensors import StoredTensor
-from ..core.units import ITEMSIZE, torch_dtype
+from ..core.units import BITS, ITEMSIZE, torch_dtype
 from .header import FileHeader, is_same_file, open_regular, parse_json, read_header, read_small, refuse_gguf
 from .index import INDEX, SINGLE, single_file, weight_map
 from .side_files import side_files
@@ -211,6 +212,8 @@ class Checkpoint:
         import torch
 
         dtype = torch_dtype(info.dtype)
+        if BITS[info.dtype] < 8:  # torch has no such elements: their bytes
+            shape = (*shape[:-1], nbytes // max(1, math.prod(shape[:-1])))
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype)
         # One mapping a read, not one a file: a method that works in place must not change what a later read sees.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .dequantized import dequantized
 from .hub import resolve
 from .pickled import PickledCheckpoint, has_safetensors
 from .reader import Checkpoint
@@ -25,7 +26,8 @@ class LoadOptions:
 
 
 def open_source(ref: str, options: LoadOptions) -> TensorSource:
-    """Find a model's folder (on the hub if need be) and read its config and headers.
+    """Find a model's folder (on the hub if need be) and read its config and headers. Quantised weights are float
+    tensors, see `dequantized.DequantizedSource`.
 
     Args:
         ref: A folder, or ``org/name[@revision]`` on the hub.
@@ -36,4 +38,4 @@ def open_source(ref: str, options: LoadOptions) -> TensorSource:
     """
     folder = resolve(ref, cache_dir=options.cache_dir, pickle=options.allow_pickle)
     pickled = options.allow_pickle and not has_safetensors(folder)
-    return (PickledCheckpoint if pickled else Checkpoint).open(folder)
+    return dequantized((PickledCheckpoint if pickled else Checkpoint).open(folder))

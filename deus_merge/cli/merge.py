@@ -98,9 +98,17 @@ def merge(recipe: Path, out: Path, **options):
 @click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...")
 @click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
 @click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.")
+@click.option("--quantize-new", is_flag=True, help="Write new layers in the format of a quantised MODEL.")
 @run_options
 def upscale(
-    model: str, out: Path, preset: str, insert: str | None, params: tuple[str, ...], dtype: str | None, **options
+    model: str,
+    out: Path,
+    preset: str,
+    insert: str | None,
+    params: tuple[str, ...],
+    dtype: str | None,
+    quantize_new: bool,
+    **options,
 ):
     """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT.
 
@@ -117,7 +125,9 @@ def upscale(
             raise click.BadParameter(f"{name!r} is given twice", param_hint="--param")
         parameters[name] = parse(value, f"--param {name}").plain()
     where = parse(insert, "--insert").plain() if insert is not None else None
-    recipe = api.upscale_recipe(model, preset=preset, insert=where, dtype=dtype, parameters=parameters)
+    recipe = api.upscale_recipe(
+        model, preset=preset, insert=where, dtype=dtype, parameters=parameters, quantize_new=quantize_new
+    )
     _run(recipe, out, **options)
 
 

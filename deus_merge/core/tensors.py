@@ -85,28 +85,53 @@ class Quantization:
         format: The format: the name of a file of `checkpoint.formats`.
         parts: Stored tensors by their part in the format (``codes``, ``scales``); the codes first.
         settings: All else that the values depend on, as JSON data.
+        weight: The name of the weight in its checkpoint, which the names of the parts are made from.
     """
 
     format: str
     parts: Mapping[str, StoredTensor]
     settings: Mapping[str, Any]
+    weight: str = ""
 
     @property
     def nbytes(self) -> int:
         """The size of all parts in bytes."""
         return sum(part.nbytes for part in self.parts.values())
 
+    def named(self, weight: str) -> dict[str, str]:
+        """The names of the parts, once the weight has another name.
 
-def part_name(part: str, weight: str, renamed: str) -> str:
-    """The name of a part of a quantised weight, once the weight has another name.
+        Args:
+            weight: The new name, which ends as the old one does.
 
-    Args:
-        part: The part's name: ``model.layers.3.mlp.up_proj.qweight``.
-        weight: The weight's name: ``model.layers.3.mlp.up_proj.weight``.
-        renamed: The weight's new name, which ends as the old one does.
+        Returns:
+            Part -> name: ``model.layers.2.up_proj.qweight`` becomes ``model.layers.3.up_proj.qweight`` for the weight
+            ``model.layers.3.up_proj.weight``.
+        """
+        names = {}
+        for label, part in self.parts.items():
+            begin = len(os.path.commonprefix((part.name, self.weight)))
+            names[label] = weight[: len(weight) - (len(self.weight) - begin)] + part.name[begin:]
+        return names
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor of an output's files: an output tensor, or a part of one that is written quantised.
+
+    Attributes:
+        name: Its name.
+        dtype: safetensors dtype code.
+        shape: Its sizes.
+        part: Which part of a quantised weight it is; None for a tensor as it is.
+        stored: The stored tensor whose bytes it gets, where the output is a copy.
     """
-    begin = len(os.path.commonprefix((part, weight)))
-    return renamed[: len(renamed) - (len(weight) - begin)] + part[begin:]
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    part: str | None = None
+    stored: StoredTensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -15,18 +16,22 @@ if TYPE_CHECKING:
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
-#: safetensors dtype code -> bytes of one element
-ITEMSIZE = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+#: safetensors dtype code -> bits of one element
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
+#: safetensors dtype code -> bytes of one element; 1 for those of less than a byte
+ITEMSIZE = {code: max(1, bits // 8) for code, bits in BITS.items()}
 
 #: dtype as a recipe or config.json spells it -> safetensors dtype code; the dtypes a merge may write
 FLOAT_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 _TORCH = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
@@ -73,14 +78,19 @@ def dtype_code(name: str) -> str:
 
 def dtype_name(code: str) -> str:
     """The inverse of `dtype_code`, for any safetensors dtype: ``"BF16"`` -> ``"bfloat16"``."""
-    return _TORCH[code]
+    return _TORCH.get(code) or {"F4": "float4_e2m1", "F6_E2M3": "float6_e2m3", "F6_E3M2": "float6_e3m2"}[code]
+
+
+def tensor_bytes(code: str, shape: Sequence[int]) -> int:
+    """The size of a tensor in bytes. Elements of less than a byte lie next to each other."""
+    return math.prod(shape) * BITS[code] // 8
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype code."""
+    """The torch dtype of a safetensors dtype code: uint8, the bytes as they are, for elements of less than a byte."""
     import torch
 
-    return getattr(torch, _TORCH[code])
+    return getattr(torch, _TORCH.get(code, "uint8"))
 
 
 def stored_dtypes() -> dict[torch.dtype, str]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.parameters import Parameter
-from ..core.tensors import CONSTANT, UNCHANGED, Action, OutputChunk, StoredTensor
-from ..core.units import ITEMSIZE
+from ..core.tensors import CONSTANT, UNCHANGED, Action, OutputChunk, Quantization, StoredTensor, WrittenTensor
+from ..core.units import tensor_bytes
 from ..models.spec import Heads, TensorSpec
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class OutputTensor:
         between: For a method that learns: the two sources that its layer is put between.
         action: How it comes about.
         source: For actions on one source: which.
+        quantization: How it is written, where that is quantised: the format, settings, dtypes and shapes of these
+            parts, and for a copy their bytes.
     """
 
     role: str
@@ -103,6 +105,7 @@ class OutputTensor:
     between: tuple[int, int] | None = None
     action: Action = Action.COMPUTE
     source: int | None = None
+    quantization: Quantization | None = None
 
     @property
     def computed(self) -> bool:
@@ -112,7 +115,16 @@ class OutputTensor:
     @property
     def nbytes(self) -> int:
         """Its size in the output in bytes."""
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+        return self.quantization.nbytes if self.quantization else tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def written(self) -> tuple[WrittenTensor, ...]:
+        """What it is in the output's files: itself, or its parts."""
+        copied = self.action is Action.COPY
+        if self.quantization is None:
+            return (WrittenTensor(self.name, self.dtype, self.shape, None, self.stored if copied else None),)
+        names, parts = self.quantization.named(self.name), self.quantization.parts
+        return tuple(WrittenTensor(names[k], p.dtype, p.shape, k, p if copied else None) for k, p in parts.items())
 
     @property
     def stored(self) -> StoredTensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoint.quantized import is_packed
 from ..core.errors import ArchitectureError, PlanError
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from .config_json import Config, section
@@ -57,7 +58,7 @@ def check_config(config: Config, view: ModelView, shapes: Mapping[str, tuple[int
             expected=f"{view.num_layers} entries, one per layer",
             got=f"{len(kinds)} entries",
         )
-    if view.family is None or "quantization_config" in config:  # packed tensors have other shapes
+    if view.family is None or is_packed(shapes):  # packed tensors have other shapes
         return
     sizes = with_implied_heads(config, view.layers_path)
     rows, columns = _matrix_sizes(sizes, view.family.unchecked)

@@ -27,6 +27,7 @@ from ..recipe.types import OutputSlice, Recipe, SliceSource
 from .blocks import AlignTo, BlockPlan, BlockSource
 from .compatibility import Part, base_source, check_given, check_like_donor, check_same
 from .dtypes import FLOATS, check_castable, check_plain
+from .quantization import QuantizedOutputs
 
 
 @dataclass
@@ -57,6 +58,7 @@ class BlockBuilder:
         self.index = {model.ref: i for i, model in enumerate(self.models)}
         self.facts: dict[tuple[ModelRef, str | None], Sequence[LayerFacts]] = {}
         self._unlike: dict[tuple[str, str], tuple[int, list[str]]] = {}
+        self.quantized = QuantizedOutputs(self.recipe, self.models)
 
     def begin(self, module: str | None) -> None:
         """Continue with the layers of a module."""
@@ -134,6 +136,8 @@ class BlockBuilder:
         copied = {o.source for o in block.outputs if o.action not in CONSTANT}
         entries_of = neighbours[0 if copied == {0} else -1] if new else neighbours[block.base or 0]
         assert entries_of.layer is not None
+        if new:
+            self.blocks[-1] = self.quantized.with_new(block, block.sources.index(entries_of))
         model = self.models[entries_of.model]
         origin = LayerEntries(
             model.checkpoint.config, entries_of.layer, str(model.ref), self.view(model.ref).layers_path, new
@@ -217,7 +221,12 @@ class BlockBuilder:
         return OutputTensor(role, name, inputs[0].shape, dtype, inputs, parameters, tuple(per_source), **facts)
 
     def _decided(
-        self, output: OutputTensor, method: MergeMethod, align: AlignTo | None, sources: Sequence[BlockSource]
+        self,
+        output: OutputTensor,
+        method: MergeMethod,
+        align: AlignTo | None,
+        sources: Sequence[BlockSource],
+        new: bool,
     ) -> OutputTensor:
         """The output with the way it comes about: the only place where that is decided."""
         decision = method.decide(output)
@@ -226,6 +235,8 @@ class BlockBuilder:
             taken = output.inputs[source]
             if align and align.moves(source) and not (output.spec and output.spec.opaque):
                 action = Action.ALIGN
+            elif self.quantized.kept(taken, sources[source].model, output.role, self.module, new):
+                output = replace(output, quantization=taken.quantization)
             elif taken.dtype != output.dtype:
                 action = Action.CAST
             elif taken.derived:
@@ -276,7 +287,7 @@ class BlockBuilder:
         check_given(slice_, base, outputs)
         if warning := method.warning(outputs[0]):
             self._warn(warning)
-        decided = tuple(self._decided(output, method, align, sources) for output in outputs)
+        decided = tuple(self._decided(output, method, align, sources, new) for output in outputs)
         index, method_name = len(self.blocks), slice_.merge_method
         block = BlockPlan(
             index, title, tuple(layers), method_name, tuple(sources), base, decided, new, align, self.module

@@ -116,7 +116,8 @@ class BlockPlan:
     @property
     def computes(self) -> bool:
         """Whether it needs more than copies from file to file and zeros."""
-        return not set(self.actions) <= {Action.COPY, Action.ZEROS}
+        quantizes = any(o.quantization and o.action is not Action.COPY for o in self.outputs)
+        return quantizes or not set(self.actions) <= {Action.COPY, Action.ZEROS}
 
     @property
     def nbytes(self) -> int:
@@ -159,6 +160,7 @@ class BlockPlan:
                     dict(o.parameters),
                     [dict(p) for p in o.source_parameters],
                     *([o.between] if o.between else []),
+                    *([[o.quantization.format, dict(o.quantization.settings)]] if o.quantization else []),
                 ]
                 for o in self.outputs
             ],
@@ -188,7 +190,8 @@ def file_groups(blocks: Sequence[BlockPlan]) -> list[list[TensorEntry]]:
     """
     groups: dict[int, list[TensorEntry]] = {}
     for block, output in in_output_order(blocks):
-        groups.setdefault(block.index, []).append(TensorEntry(output.name, output.dtype, output.shape))
+        entries = (TensorEntry(tensor.name, tensor.dtype, tensor.shape) for tensor in output.written)
+        groups.setdefault(block.index, []).extend(entries)
     return list(groups.values())
 
 

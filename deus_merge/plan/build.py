@@ -57,6 +57,9 @@ def build_plan(
     known: dict[str, TensorSource] = {}
     results: list[PlannedResult] = []
     for document in recipe.documents:
+        if document.quantize_new:
+            place = document.source.child("quantize_new")
+            place.fail("only the last document is written", expected="quantize_new in the last document", got="true")
         results.append(PlannedResult(_Planner(document, known, load_options).plan(size)))
         known[results[-1].name] = results[-1]
     plan = _Planner(recipe, known, load_options).plan(size, copy_tokenizer)
@@ -106,6 +109,8 @@ class _Planner:
         ]
         config = config_of_heads(config, donor, outside)
         config = vocabulary.config(config, donor.view.layers_path)
+        config = builder.quantized.config(config, blocks)
+        builder.warnings += builder.quantized.warnings(blocks)
         sources = {str(m.ref): m.checkpoint for m in builder.models}
         chat_template = recipe.source.child("chat_template") if recipe.chat_template else None
         files, file_warnings = output_side_files(sources, donor.checkpoint, vocabulary.vocabulary, chat_template)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ..checkpoint.quantized import quantization
+from ..checkpoint.quantized import format_settings, quantization
 from ..core.errors import PlanError
 from ..core.parameters import REQUIRED
 from ..core.text import some_of
@@ -20,10 +19,6 @@ from ..models.view import ModelView
 from ..recipe.types import OutputSlice, SliceSource
 
 _SHOWN = 20  # settings in a warning
-#: settings of how a model was quantised, or is run
-_NOT_FORMAT = re.compile(
-    r"_.*|.*compute_dtype|.*version.*|.*exllama.*|dataset|damp.*|tokenizer|batch_size|.*status|observer"
-)
 
 
 @dataclass(frozen=True)
@@ -86,10 +81,10 @@ def check_configs(models: Sequence[SourceModel], donor: SourceModel) -> list[str
 
 
 def _check_quantization(model: SourceModel, donor: SourceModel) -> None:
-    """Codes of quantised weights mean the same in two models only if their configs agree on the format."""
+    """Codes that nobody can read here mean the same in two models only if their configs agree on the format."""
     if not (model.quantized or donor.quantized):
         return
-    wanted, got = (_format(quantization(m.checkpoint.config) or {}) for m in (donor, model))
+    wanted, got = (format_settings(quantization(m.checkpoint.config) or {}) for m in (donor, model))
     if wanted != got:
         keys = [k for k in {**wanted, **got} if wanted.get(k) != got.get(k)]
         texts = [{k: v[k] for k in keys if k in v} or "not quantised so" for v in (wanted, got)]
@@ -99,16 +94,6 @@ def _check_quantization(model: SourceModel, donor: SourceModel) -> None:
             expected=f"{texts[0]}, as in {donor.ref}",
             got=f"{texts[1]} in {model.ref}",
         )
-
-
-def _format(settings: Mapping) -> dict:
-    """The settings of a quantisation without those that do not change what stored codes mean, and without lists of
-    modules."""
-    return {
-        key: _format(value) if isinstance(value, Mapping) else value
-        for key, value in settings.items()
-        if not isinstance(value, list) and not _NOT_FORMAT.fullmatch(key)
-    }
 
 
 def check_same(parts: Sequence[Part], hint: str | None = None) -> None:

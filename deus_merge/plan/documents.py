@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from ..checkpoint.reader import TensorSource
 from ..core.tensors import CONSTANT, Action, StoredTensor
+from ..core.units import tensor_bytes
 from ..methods.base import OutputTensor
 from ..models.tokenizer.permuted import roots
 from .blocks import BlockPlan
@@ -33,8 +34,9 @@ class PlannedResult:
         self.config, self.side_files, self.fingerprint = dict(plan.config), plan.files, plan.hash
         self._planned = {o.name: (block, o) for block in plan.blocks for o in block.outputs}
         # In the order in which files would hold them: tensors that no family describes are planned as they are found.
-        entries = [entry for shard in plan.shards for entry in shard.entries.values()]
-        self.tensors: Mapping[str, StoredTensor] = {e.name: self._info(e.name, e.dtype, e.nbytes) for e in entries}
+        written = {t.name: o for block in plan.blocks for o in block.outputs for t in o.written}
+        outputs = dict.fromkeys(written[name].name for shard in plan.shards for name in shard.entries)
+        self.tensors: Mapping[str, StoredTensor] = {name: self._info(name) for name in outputs}
 
     @property
     def where(self) -> str:
@@ -80,11 +82,12 @@ class PlannedResult:
             return 0
         return block.workspace(minimum) + self.plan.reading_memory(block, minimum)
 
-    def _info(self, name: str, dtype: str, nbytes: int) -> StoredTensor:
+    def _info(self, name: str) -> StoredTensor:
         _, output = self._planned[name]
         if output.action is Action.COPY:
             return replace(output.stored, name=name)
-        return StoredTensor(name, dtype, output.shape, output.inputs[0].file, 0, nbytes, derived=True)
+        nbytes = tensor_bytes(output.dtype, output.shape)
+        return StoredTensor(name, output.dtype, output.shape, output.inputs[0].file, 0, nbytes, derived=True)
 
 
 def document_plans(plan: Plan, results: Sequence[PlannedResult]) -> tuple[DocumentPlan, ...]:

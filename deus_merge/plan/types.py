@@ -308,7 +308,8 @@ def _is_identity(block: BlockPlan) -> bool:
 
 def _is_of_base(block: BlockPlan, output: OutputTensor) -> bool:
     """Whether an output is the base model's tensor with all its digits."""
-    return output.action in (Action.COPY, Action.DERIVE) and block.source_of(output).model == 0
+    rounded = output.action is Action.DERIVE and output.stored.quantization is not None
+    return output.action in (Action.COPY, Action.DERIVE) and not rounded and block.source_of(output).model == 0
 
 
 def _digest(content: bytes | Path) -> str:

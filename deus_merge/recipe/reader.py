@@ -21,7 +21,7 @@ from .types import Align, Module, OutputSlice, Recipe, SliceSource, Upscale
 
 _TOP = (
     "name", "slices", "models", "modules", "upscale", "merge_method", "base_model", "align", "parameters", "dtype",
-    "out_dtype", "tokenizer_source", "tokenizer", "chat_template",
+    "out_dtype", "quantize_new", "tokenizer_source", "tokenizer", "chat_template",
 )  # fmt: skip
 _SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
@@ -76,6 +76,7 @@ def recipe_from(root: Located) -> Recipe:
         "parameters": parameters,
         "dtype": _dtype(top.get("dtype")),
         "out_dtype": _dtype(top.get("out_dtype")),
+        "quantize_new": _boolean(top["quantize_new"]) if "quantize_new" in top else False,
         "tokenizer": read_tokenizer(top, _model),
         "chat_template": _chat_template(top.get("chat_template")),
         "name": _name(top["name"]) if "name" in top else None,
@@ -255,6 +256,12 @@ def _dtype(node: Located | None) -> str | None:
         return dtype_code(node.string("a dtype"))
     except DeusMergeError as error:
         node.fail(error.message, expected=error.expected, hint=error.hint)
+
+
+def _boolean(node: Located) -> bool:
+    if not isinstance(node.value, bool):
+        node.fail("not a yes or no", expected="true or false")
+    return node.value
 
 
 def _upscale(node: Located) -> Upscale:

@@ -120,6 +120,7 @@ class Recipe:
         parameters: Settings of the recipe.
         dtype: safetensors code of the dtype of arithmetic and output.
         out_dtype: safetensors code of the output's dtype, where it differs from ``dtype``.
+        quantize_new: Whether new layers are written in the format of a quantised base, not in floating point.
         tokenizer: Settings of the output's tokenizer; None to copy the donor's.
         chat_template: ``auto``, the name of a template, or a template.
         name: The name of a document whose result other documents use as a model.
@@ -134,6 +135,7 @@ class Recipe:
     parameters: Settings = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
+    quantize_new: bool = False
     tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
     name: str | None = None

@@ -42,6 +42,8 @@ def _document(recipe: Recipe, names: _Names) -> dict:
     for key in ("dtype", "out_dtype"):
         if code := getattr(recipe, key):
             data[key] = dtype_name(code)
+    if recipe.quantize_new:
+        data["quantize_new"] = True
     if recipe.tokenizer:
         data |= recipe.tokenizer.plain(lambda ref: _model(ref, names))
     if recipe.chat_template:

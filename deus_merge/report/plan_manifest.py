@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .. import __version__
+from ..checkpoint.dequantized import DequantizedSource
+from ..checkpoint.formats.registry import is_zeros
 from ..checkpoint.reader import TensorSource
-from ..core.tensors import CONSTANT, UNCHANGED, Action
+from ..core.tensors import CONSTANT, UNCHANGED, Action, WrittenTensor
 from ..core.typed_json import parse
 from ..methods.base import OutputTensor
 from ..models.config_rules import config_patch
@@ -54,7 +56,7 @@ def manifest_of(
     """
     donor = plan.donor
     sources = plan_sources(plan)
-    depths = {m.checkpoint: m.view.num_layers for m in plan.models}
+    depths = {_stored(m.checkpoint): m.view.num_layers for m in plan.models}
     order = list(sources)
     modules = {
         name: ManifestModule(
@@ -84,7 +86,11 @@ def manifest_of(
         layers=_layers(plan.layer_map(), plan.main_blocks, diagnostics),
         modules=modules or None,
         documents=tuple(parse(DocumentRecord, document) for document in documents),
-        tensors={output.name: _tensor(plan, block, output, order) for block, output in plan.outputs},
+        tensors={
+            written.name: _tensor(plan, block, output, written, order)
+            for block, output in plan.outputs
+            for written in output.written
+        },
         files={name: sha256(content) for name, content in sorted(files.items()) if name not in USER_FILES},
         weights={s.filename: WeightFile(bytes=s.size, header_sha256=sha256(s.header)) for s in plan.shards},
         warnings=plan.warnings,
@@ -94,13 +100,18 @@ def manifest_of(
 
 
 def plan_sources(plan: Plan) -> dict[TensorSource, str]:
-    """The plan's models, in their order, and the checkpoints behind them that copies come from: source -> name."""
-    sources = {m.checkpoint: str(m.ref) for m in plan.models}
+    """The plan's models, in their order, and the checkpoints behind them that copies come from: source -> name.
+    Quantised models as they are stored."""
+    sources = {_stored(m.checkpoint): str(m.ref) for m in plan.models}
     for block, output in plan.outputs:
         if output.action is Action.COPY:
             checkpoint, _ = _root(plan, block, output)
             sources.setdefault(checkpoint, str(checkpoint.where))
     return sources
+
+
+def _stored(source: TensorSource) -> TensorSource:
+    return source.stored if isinstance(source, DequantizedSource) else source
 
 
 def planned_source(source: TensorSource, name: str, layers: int | None = None) -> ManifestSource:
@@ -131,18 +142,23 @@ def _layers(
     )
 
 
-def _tensor(plan: Plan, block: BlockPlan, output: OutputTensor, sources: Sequence[TensorSource]) -> ManifestTensor:
-    """How an output tensor came about."""
-    facts = {"action": output.action, "dtype": output.dtype, "shape": output.shape}
-    if output.action is Action.COPY:
+def _tensor(
+    plan: Plan, block: BlockPlan, output: OutputTensor, written: WrittenTensor, sources: Sequence[TensorSource]
+) -> ManifestTensor:
+    """How a tensor of the output's files came about."""
+    facts = {"dtype": written.dtype, "shape": written.shape}
+    if written.stored is not None:
         checkpoint, name = _root(plan, block, output)
-        return ManifestTensor(**facts, model=sources.index(checkpoint), tensor=name)
+        part = written.stored.name if written.part else name
+        return ManifestTensor(action=output.action, **facts, model=sources.index(checkpoint), tensor=part)
+    if output.quantization and output.action is Action.ZEROS and not is_zeros(output.quantization, written.part):
+        return ManifestTensor(action=Action.COMPUTE, **facts)
     if output.action in CONSTANT:
-        return ManifestTensor(**facts)
+        return ManifestTensor(action=output.action, **facts)
     only = output.source if output.action in UNCHANGED else None
     pairs = zip(output.inputs, block.sources, strict=True)
     derived = (s.model for i, (stored, s) in enumerate(pairs) if stored.derived and only in (None, i))
-    return ManifestTensor(**facts, derived=tuple(derived))
+    return ManifestTensor(action=output.action, **facts, derived=tuple(derived))
 
 
 def _root(plan: Plan, block: BlockPlan, output: OutputTensor) -> tuple[TensorSource, str]:

@@ -18,6 +18,7 @@ from ..plan.types import Plan
 from .compute import BlockComputer, Computed, Loaded
 from .device import choose_device
 from .document_results import document_results
+from .quantize import QuantizedWriter
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,8 @@ def _checked_blocks(plan: Plan, indices: Iterable[int], writer: ShardWriter) -> 
             expected = f"0 to {len(plan.blocks) - 1}"
             raise PlanError("the plan has no such block", where="indices", expected=expected, got=index)
         blocks.append(plan.blocks[index])
-        if missing := next((o.name for o in blocks[-1].outputs if o.name not in writer), None):
+        written = (tensor.name for output in blocks[-1].outputs for tensor in output.written)
+        if missing := next((name for name in written if name not in writer), None):
             raise PlanError(
                 "the writer has no file for a tensor of this block",
                 where=blocks[-1].title,
@@ -97,7 +99,7 @@ class _BlockRunner:
         max_memory: int | None,
         stack: ExitStack,
     ):
-        self._writer = writer
+        self._writer, self._quantized = writer, QuantizedWriter(writer)
         self._results = document_results(plan, device, seed, limited=max_memory is not None)
         self._computer = BlockComputer(plan, device, seed, plan.block_memory(max_memory), self._results)
         self._ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
@@ -113,11 +115,13 @@ class _BlockRunner:
         Returns:
             The diagnostics of its method, and of documents' blocks that were computed for it.
         """
-        copies = [(o.name, o.stored) for o in block.outputs if o.action is Action.COPY]
+        copies = [(t.name, t.stored) for o in block.outputs for t in o.written if t.stored is not None]
         if copies:
             self._writer.copy_many(copies)
         for output in block.outputs:
-            if output.action is Action.ZEROS:
+            if output.action is Action.ZEROS and output.quantization:
+                self._quantized.zeros(output)
+            elif output.action is Action.ZEROS:
                 self._writer.zeros(output.name)
         diagnostics: list[dict] = []
         if block.computes:
@@ -160,6 +164,9 @@ class _BlockRunner:
 
         output, chunk = computed
         assert chunk.values is not None
+        if output.quantization:
+            self._quantized.add(output, chunk)
+            return
         at = None if chunk.start is None else chunk.start * ITEMSIZE[output.dtype]
         flat = chunk.values.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
         self._writer.write(output.name, flat.numpy().data, at=at)

@@ -12,7 +12,7 @@ from ..checkpoint.flat import FlatRows
 from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError, DeusMergeError
 from ..core.tensors import Action, OutputChunk
-from ..core.units import dtype_name, is_finite, torch_dtype
+from ..core.units import dtype_name, is_finite, tensor_bytes, torch_dtype
 from ..methods.base import FlatTensor, OutputTensor
 from ..methods.registry import methods
 from ..models.tokenizer.permuted import PermutedCheckpoint
@@ -96,7 +96,8 @@ class BlockComputer:
             if not stored.shape:
                 yield output, _finish(output, OutputChunk(output.role, source.read(stored.name)))
                 continue
-            rows = max(1, CAST_BYTES // max(1, stored.nbytes // max(1, stored.shape[0])))
+            row_bytes = max(stored.nbytes // max(1, stored.shape[0]), tensor_bytes("F32", stored.shape[1:]))
+            rows = max(1, CAST_BYTES // max(1, row_bytes))
             for start in range(0, stored.shape[0], rows):
                 values = source.slice(stored.name, start, min(start + rows, stored.shape[0]))
                 chunk = OutputChunk(output.role, values, start=start * math.prod(stored.shape[1:]))
@@ -125,7 +126,7 @@ class BlockComputer:
         another. None where they are computed together, or read from a source that caches something between reads."""
         if block.align or not methods()[block.method].tensorwise:
             return []
-        if any(stored.derived for output in block.outputs for stored in output.inputs):
+        if any(i.derived and not i.quantization for output in block.outputs for i in output.inputs):
             return []
         return sorted((o for o in block.outputs if o.computed), key=lambda output: -math.prod(output.shape))
 
@@ -148,7 +149,7 @@ def _finish(output: OutputTensor, chunk: OutputChunk) -> OutputChunk:
         CheckpointError: they are there.
     """
     assert chunk.values is not None
-    values = chunk.values.to(torch_dtype(output.dtype))
+    values = chunk.values.to(torch_dtype("F32" if output.quantization else output.dtype))
     if not is_finite(values):
         raise CheckpointError(
             f"{output.name} becomes NaN or infinity",

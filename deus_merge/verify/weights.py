@@ -32,8 +32,10 @@ _CHUNK = 1 << 18  # bytes
 #: float dtype -> unsigned integers of its width, and the smallest magnitude (all bits but the sign) that is not finite
 _NOT_FINITE = {
     "F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F80 << 16), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80),
-    "F8_E5M2": ("u1", 0x7C), "F8_E4M3": ("u1", 0x7F),
+    "F8_E5M2": ("u1", 0x7C), "F8_E4M3": ("u1", 0x7F), "C64": ("<u4", 0x7F80 << 16),
 }  # fmt: skip
+#: dtype -> the only byte that is not finite
+_NAN = {"F8_E8M0": 0xFF, "F8_E4M3FNUZ": 0x80, "F8_E5M2FNUZ": 0x80}
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _examine(check: TensorCheck, finite: bool) -> TensorResult:
 
 def _compare_bytes(tensor: StoredTensor, expected: Expected, finite: bool) -> TensorResult:
     digest = xxhash.xxh3_128()
-    equal, is_finite = True, True if finite and tensor.dtype in _NOT_FINITE else None
+    equal, is_finite = True, True if finite and tensor.dtype in {*_NOT_FINITE, *_NAN} else None
     ours, theirs = bytearray(_CHUNK), bytearray(_CHUNK)
     fds = [open_regular(tensor.file)]
     try:
@@ -157,6 +159,8 @@ def _fill(fd: int, buffer: memoryview, tensor: StoredTensor, at: int) -> None:
 def _is_finite(data: memoryview, dtype: str) -> bool:
     import numpy
 
+    if dtype in _NAN:
+        return not bool((numpy.frombuffer(data, "u1") == _NAN[dtype]).any())
     kind, smallest = _NOT_FINITE[dtype]
     bits = numpy.frombuffer(data, kind)
     magnitude = bits & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)

@@ -45,6 +45,7 @@ class Format(ABC):
         reference: Where the format is defined.
         exceptions: The key of the config's section that lists the modules which are not quantised.
         quantizes: Whether `quantize` is defined.
+        zero_codes: Whether it writes zeros as codes whose bytes are zero.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Format(ABC):
     reference: str
     exceptions: str
     quantizes = False
+    zero_codes = True
 
     @abstractmethod
     def matches(self, section: Mapping[str, Any]) -> bool:

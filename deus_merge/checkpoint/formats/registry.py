@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import cast
 
 from ...core.plugins import plugins
+from ...core.tensors import Quantization
 from .base import Format
+
+
+def is_zeros(quantization: Quantization, part: str | None) -> bool:
+    """Whether a part of a weight that is zero has only zero bytes."""
+    return part == next(iter(quantization.parts)) and formats()[quantization.format].zero_codes
 
 
 def formats() -> Mapping[str, Format]:

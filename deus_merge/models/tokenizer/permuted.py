@@ -67,7 +67,8 @@ def permute(
     if rows.is_identity(member, own.shape[0]) and dtype == own.dtype:
         return None
     shape = (rows.rows, *own.shape[1:])
-    info = replace(own, dtype=dtype, shape=shape, nbytes=math.prod(shape) * ITEMSIZE[dtype], derived=True)
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    info = replace(own, dtype=dtype, shape=shape, nbytes=nbytes, derived=True, quantization=None)
     return Permuted(info, rows, {i: checkpoints[i] for i in givers})
 
 

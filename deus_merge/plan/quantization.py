@@ -1,0 +1,150 @@
+"""Which outputs stay quantised, and the section of config.json that says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..checkpoint.formats.registry import formats
+from ..checkpoint.quantized import format_settings, quantization, with_quantization
+from ..core.tensors import Action, StoredTensor
+from ..core.text import some_of
+from ..models.source import SourceModel
+from ..recipe.types import Recipe
+from .blocks import BlockPlan
+
+
+class QuantizedOutputs:
+    """Decides which outputs are written as codes.
+
+    A copy keeps its codes where the output's config, which is the donor's, describes them. All else is written in
+    floating point, and config.json then says that these modules are not quantised.
+
+    Args:
+        recipe: ``dtype`` and ``quantize_new``.
+        models: The models, the donor first.
+    """
+
+    def __init__(self, recipe: Recipe, models: Sequence[SourceModel]):
+        self._recipe, self._donor = recipe, models[0]
+        own = quantization(self._donor.checkpoint.config)
+        settings = [format_settings(quantization(m.checkpoint.config) or {}) for m in models]
+        self._readable = [own is not None and other == settings[0] for other in settings]
+        self._models = models
+        self._roles: dict[str | None, frozenset[str]] = {}
+        tensors = self._donor.checkpoint.tensors
+        self.format = next((t.quantization.format for t in tensors.values() if t.quantization), None)
+        if recipe.quantize_new:
+            self._check_quantizes()
+
+    def kept(self, taken: StoredTensor, model: int, role: str, module: str | None, new: bool) -> bool:
+        """Whether a copy of a stored weight keeps its codes.
+
+        Args:
+            taken: The weight.
+            model: The index of its model.
+            role: Its role in its layer, or its name outside of layers.
+            module: The module that the layers belong to; None as in `BlockPlan.module`.
+            new: Whether it is part of a new layer.
+        """
+        if taken.quantization is None or self._recipe.out_dtype or self._recipe.dtype:
+            return False
+        if new and not self._recipe.quantize_new:
+            return False
+        stored = not any(part.derived for part in taken.quantization.parts.values())
+        return stored and self._readable[model] and self._quantized_in_donor(role, module)
+
+    def with_new(self, block: BlockPlan, source: int) -> BlockPlan:
+        """A block of new layers with the outputs that are to be quantised, where the recipe asks for that.
+
+        Args:
+            block: The block.
+            source: The source whose layer's config entries the new layers take.
+        """
+        if not self._recipe.quantize_new or self._recipe.out_dtype or self._recipe.dtype:
+            return block
+        outputs = []
+        for output in block.outputs:
+            like = output.inputs[source].quantization
+            if output.action is not Action.ONES and self._readable[block.sources[source].model]:
+                output = replace(output, quantization=output.quantization or like)
+            outputs.append(output)
+        return replace(block, outputs=tuple(outputs))
+
+    def config(self, config: Mapping[str, Any], blocks: Sequence[BlockPlan]) -> dict[str, Any]:
+        """The output's config.json: without a section about quantisation where nothing is quantised; else its section
+        names the modules that are written in floating point, but are quantised in the donor.
+
+        Args:
+            config: The config so far.
+            blocks: The plan's blocks.
+        """
+        section = quantization(config)
+        if section is None or self.format is None:
+            return dict(config)
+        outputs = [(b, o) for b in blocks for o in b.outputs]
+        if not any(o.quantization for _, o in outputs):
+            return with_quantization(config, None)
+        plain = [
+            module_of(o.name)
+            for b, o in outputs
+            if o.quantization is None and self._quantized_in_donor(o.role if b.layers else o.name, b.module)
+        ]
+        if not plain:
+            return dict(config)
+        head = [n for n in self._donor.view.after if len(self._donor.checkpoint.tensors[n].shape) > 1] or ["lm_head"]
+        left_out = [module_of(n) for n in head if not self._quantized_in_donor(n, None)]
+        names = list(dict.fromkeys(plain))
+        return with_quantization(config, formats()[self.format].except_modules(section, names, left_out))
+
+    def warnings(self, blocks: Sequence[BlockPlan]) -> list[str]:
+        """Messages about quantised weights that are not written as they are."""
+        if any(t.quantization for m in self._models for t in m.checkpoint.tensors.values()) is False:
+            return []
+        found: Counter[tuple[str, str, str]] = Counter()
+        wanted = self._recipe.out_dtype or self._recipe.dtype
+        for block in blocks:
+            for output in block.outputs:
+                if output.action in (Action.CAST, Action.DERIVE) and output.stored.quantization and not block.new:
+                    model = self._models[block.source_of(output).model]
+                    reason = f"{output.stored.quantization.format} weights of {model.ref} are"
+                    found[reason, output.dtype, str(model.ref)] += 1
+        advice = "leave dtype out to keep their codes" if wanted else "the output's config describes no such codes"
+        return [f"{count} {reason} written as {dtype}: {advice}" for (reason, dtype, _), count in found.items()]
+
+    def _quantized_in_donor(self, role: str, module: str | None) -> bool:
+        """Whether any layer of the donor has a tensor of this role quantised; outside of layers: a tensor's name."""
+        if module not in self._roles:
+            donor = self._donor
+            view = donor.modules[module] if module and module in donor.modules else donor.view
+            tensors = donor.checkpoint.tensors
+            layers = {r for layer in view.layers for r, name in layer.items() if tensors[name].quantization}
+            others = {name for name, tensor in tensors.items() if tensor.quantization}
+            self._roles[module] = frozenset(layers | others)
+        return role in self._roles[module]
+
+    def _check_quantizes(self) -> None:
+        place = self._recipe.source.child("quantize_new")
+        if self._recipe.out_dtype or self._recipe.dtype:
+            place.fail("quantize_new needs an output whose copies stay quantised", expected="no dtype", got="a dtype")
+        if self.format is None:
+            place.fail(
+                "quantize_new writes new layers in the format of the base",
+                expected="a quantised base",
+                got=f"{self._donor.ref}, which is not quantised",
+            )
+        if not formats()[self.format].quantizes:
+            able = [name for name, format_ in formats().items() if format_.quantizes]
+            place.fail(
+                f"new layers cannot be quantised to {self.format}",
+                expected=some_of(able, len(able)),
+                got=self.format,
+                hint="leave quantize_new out: the new layers are then in floating point, and can be trained",
+            )
+
+
+def module_of(name: str) -> str:
+    """The module that a weight is a parameter of."""
+    return name.rpartition(".")[0] or name
