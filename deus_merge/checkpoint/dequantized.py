@@ -14,6 +14,7 @@ from ..core.units import dtype_code
 from .formats.base import Format, refuse
 from .formats.registry import formats
 from .quantized import quantization, quantized_tensors
+from .reader import Checkpoint
 from .tensor_source import TensorSource
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def dequantized(stored: TensorSource) -> TensorSource:
         CheckpointError: a part of a quantised weight is missing or does not fit.
     """
     section = quantization(stored.config)
-    if section is None:
+    if section is None or not isinstance(stored, Checkpoint):
         return stored
     format_ = next((f for f in formats().values() if f.matches(section)), None)
     return stored if format_ is None else DequantizedSource(stored, format_)
@@ -148,6 +149,12 @@ class DequantizedSource:
         if weight.quantization is None:
             return self.stored.workspace(name, minimum)
         return 4 * math.prod(weight.shape) + 4 * _BLOCK_BYTES
+
+
+def float_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors but those that are quantised in a way that nobody described."""
+    unknown = quantized_tensors(source.tensors, source.config)
+    return {name: tensor.shape for name, tensor in source.tensors.items() if name not in unknown}
 
 
 def _float_dtype(config: Mapping, parts: Iterable[StoredTensor]) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.quantized import is_packed
 from ..core.errors import ArchitectureError, PlanError
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from .config_json import Config, section
@@ -58,13 +57,15 @@ def check_config(config: Config, view: ModelView, shapes: Mapping[str, tuple[int
             expected=f"{view.num_layers} entries, one per layer",
             got=f"{len(kinds)} entries",
         )
-    if view.family is None or is_packed(shapes):  # packed tensors have other shapes
+    if view.family is None:
         return
     sizes = with_implied_heads(config, view.layers_path)
     rows, columns = _matrix_sizes(sizes, view.family.unchecked)
     for i, role, name in ((i, r, n) for i, layer in enumerate(view.layers) for r, n in layer.items()):
         spec = view.spec(role, i)
-        if spec is not None and spec.layout is None and None not in (spec.in_space, spec.out_space):
+        if spec is None or spec.layout is not None or name not in shapes:
+            continue
+        if None not in (spec.in_space, spec.out_space):
             _check_shape(
                 name, shapes[name], (rows.get(spec.out_space or ""), columns.get(spec.in_space or "")), sizes, where
             )

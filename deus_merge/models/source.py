@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checkpoint.dequantized import float_shapes
 from ..checkpoint.hub import resolve, split_adapter
 from ..checkpoint.lora import LoraSource
 from ..checkpoint.quantized import is_packed, quantization_name, quantized_tensors
@@ -84,8 +85,7 @@ class SourceModel:
                 files, note = with_adapter(checkpoint.side_files, side_files(folder))
                 checkpoint = LoraSource(checkpoint, folder, files)
             view = _view(checkpoint)
-            shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-            check_config(checkpoint.config, view, shapes, checkpoint.where)
+            check_config(checkpoint.config, view, float_shapes(checkpoint), checkpoint.where)
         except DeusMergeError as error:
             if name not in known:
                 error.hint = error.hint or nearest(name, known)

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..checkpoint.dequantized import dequantized
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError, VerifyError, json_text
@@ -146,10 +147,20 @@ class Manifest:
         return (*self.lineage[:-1], self.growth)
 
     @cached_property
+    def model_tensors(self) -> Mapping[str, ManifestTensor]:
+        """The tensors by their names in a model: a quantised weight by its name in floating point, with the record of
+        its codes."""
+        found: dict[str, ManifestTensor] = {}
+        for name, tensor in self.tensors.items():
+            found.setdefault(tensor.weight or name, tensor)
+        return found
+
+    @cached_property
     def grown_names(self) -> frozenset[str]:
         """Names of the tensors that any growth added."""
         prefixes = tuple(self.prefix_of(layer) for growth in self.growths[:-1] for layer in growth.new_layers)
-        return frozenset(self.new_parameters) | {name for name in self.tensors if name.startswith(prefixes)}
+        names = {*self.tensors, *self.model_tensors}
+        return frozenset(self.new_parameters) | {name for name in names if name.startswith(prefixes)}
 
     def prefix_of(self, layer: int) -> str:
         """How the names of a layer's tensors begin.
@@ -293,12 +304,13 @@ def check_belongs(manifest: Manifest, checkpoint: TensorSource, hint: str) -> Mo
     Raises:
         CheckpointError: it does not, or it lacks ``layer_prefix``.
     """
+    checkpoint = dequantized(checkpoint)
     view = view_model(checkpoint.config, tuple(checkpoint.tensors), checkpoint.where)
     if manifest.layer_prefix is None:
         raise _lacks("layer_prefix", MANIFEST)
     head = manifest.layer_prefix.rpartition("{layer}")[0]
     found = {name for layer in view.layers for name in layer.values()}
-    planned = {name for name in manifest.tensors if name.startswith(head)}
+    planned = {name for name in manifest.model_tensors if name.startswith(head)}
     if view.num_layers != manifest.num_layers or found != planned:
         odd = sorted(found ^ planned)
         raise CheckpointError(

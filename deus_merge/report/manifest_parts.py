@@ -116,6 +116,7 @@ class ManifestTensor:
         shape: Its sizes; missing in format 1 only.
         model: The index of the source that it was copied from.
         tensor: The name of the tensor that it was copied from.
+        weight: The name of the quantised weight that it is part of, as a model in floating point calls it.
         derived: The indices of the sources whose stored tensor is changed before the method sees it.
         xxh3_128: Checksum of its bytes; missing where the run was not verified.
     """
@@ -125,6 +126,7 @@ class ManifestTensor:
     shape: tuple[Size, ...] | None = None
     model: Count | None = None
     tensor: str | None = None
+    weight: str | None = None
     derived: tuple[Count, ...] = ()
     xxh3_128: str | None = None
 

@@ -146,7 +146,7 @@ def _tensor(
     plan: Plan, block: BlockPlan, output: OutputTensor, written: WrittenTensor, sources: Sequence[TensorSource]
 ) -> ManifestTensor:
     """How a tensor of the output's files came about."""
-    facts = {"dtype": written.dtype, "shape": written.shape}
+    facts = {"dtype": written.dtype, "shape": written.shape, "weight": output.name if written.part else None}
     if written.stored is not None:
         checkpoint, name = _root(plan, block, output)
         part = written.stored.name if written.part else name

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, OutputFolder, ShardLayout, TensorEntry, index_json, plan_shards
+from ..checkpoint.dequantized import dequantized, float_shapes
 from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
 from ..core.errors import DeusMergeError, PlanError, VerifyError, json_text
@@ -15,6 +16,7 @@ from ..core.tensors import UNCHANGED, StoredTensor
 from ..core.units import dtype_name, parse_size, promoted
 from ..models.config_json import Config, patched
 from ..models.config_rules import LayerEntries, check_config, deeper_config
+from ..models.facts.quantization import SECTIONS
 from ..models.layer_facts import expand
 from ..models.side_files import copied_files
 from ..models.stacks import depth_at
@@ -252,10 +254,17 @@ def _is_unchanged(layer: ManifestLayer) -> bool:
 
 def _renamed(checkpoint: Checkpoint, view: ModelView, layers: Sequence[int]) -> dict[str, StoredTensor]:
     """The output's stored tensors by their names in the base, whose layers are these ones of the output."""
-    sources = {name: checkpoint.tensors[name] for name in (*view.before, *view.after)}
+    tensors = dequantized(checkpoint).tensors
+    names = {name: name for name in (*view.before, *view.after)}  # in the base -> in the output
     for layer, old in enumerate(layers):
         before, after = (prefix_of(i, view.layer_prefix) for i in (old, layer))
-        sources |= {after + name.removeprefix(before): checkpoint.tensors[name] for name in view.layers[old].values()}
+        names |= {after + name.removeprefix(before): name for name in view.layers[old].values()}
+    sources: dict[str, StoredTensor] = {}
+    for new, name in names.items():
+        if quantization := tensors[name].quantization:
+            sources |= {part: quantization.parts[label] for label, part in quantization.named(new).items()}
+        else:
+            sources[new] = tensors[name]
     return sources
 
 
@@ -275,6 +284,9 @@ def _base_config(
     _put_back(config, patch, checkpoint.config)
     if expand(config, view.layers_path, view.model_type) != expand(kept, view.layers_path, view.model_type):
         config = kept  # what the growth took the place of would now say something else
+    for key in SECTIONS:  # the same layers under the same numbers
+        if key in config and isinstance(patch.get(key), Mapping):
+            config[key] = patched(checkpoint.config[key], patch[key])
     stored = {dtype_name(info.dtype) for info in sources.values()}
     for key in ("dtype", "torch_dtype"):
         before = patch.get(key)
@@ -302,9 +314,9 @@ def _put_back(config: dict, patch: Mapping, grown: Mapping) -> None:
 
 
 def _check_written(written: Checkpoint, sources: Mapping[str, StoredTensor]) -> None:
-    view = view_model(written.config, tuple(written.tensors), written.folder)
-    shapes = {name: tensor.shape for name, tensor in written.tensors.items()}
-    check_config(written.config, view, shapes, written.folder)
+    model = dequantized(written)
+    view = view_model(model.config, tuple(model.tensors), written.folder)
+    check_config(model.config, view, float_shapes(model), written.folder)
     results = examine((TensorCheck(written.tensors[name], info) for name, info in sources.items()), finite=False)
     if wrong := [name for name, result in results.items() if not result.equal]:
         raise VerifyError(f"{wrong[0]} differs from the tensor that was read", where=sources[wrong[0]].file)

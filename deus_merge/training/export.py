@@ -176,7 +176,7 @@ def _check_choice(trainer: str, manifest: Manifest, trains: Callable[[str], bool
         TrainingError: it would not.
     """
     new = set(new_names(manifest))
-    wrong = [name for name in manifest.tensors if trains(name) != (name in new)]
+    wrong = [name for name in manifest.model_tensors if trains(name) != (name in new)]
     if wrong:
         how = "leave out" if wrong[0] in new else "also train"
         raise TrainingError(f"{trainer} would {how} {wrong[0]}", where=wrong[0], hint="--for trainer")

@@ -132,7 +132,7 @@ def new_names(manifest: Manifest, generation: int = -1) -> tuple[str, ...]:
     if generation in (-1, len(manifest.growths) - 1):
         return manifest.new_parameters
     prefixes = tuple(map(manifest.prefix_of, layers))
-    return tuple(name for name in manifest.tensors if name.startswith(prefixes))
+    return tuple(name for name in manifest.model_tensors if name.startswith(prefixes))
 
 
 def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Trainable:
@@ -199,7 +199,7 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
 def _normed(model: Module, manifest: Manifest, new: Iterable[str]) -> bool:
     """Whether new tensors began as zeros and have norms behind them."""
     new = set(new)
-    if not any(planned.action is Action.ZEROS for name, planned in manifest.tensors.items() if name in new):
+    if not any(planned.action is Action.ZEROS for name, planned in manifest.model_tensors.items() if name in new):
         return False
     configs = (getattr(module, "config", None) for module in model.modules())
     types = {getattr(config, "model_type", None) for config in configs}
@@ -255,7 +255,7 @@ def optimizer_groups(
     for name, parameter in [*parameters.base.items(), *parameters.added.items()]:
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            groups[_group(manifest.tensors.get(name), parameter.ndim)]["params"].append(parameter)
+            groups[_group(manifest.model_tensors.get(name), parameter.ndim)]["params"].append(parameter)
     if not seen:
         raise TrainingError("no parameter of this model trains", hint="call freeze_base first")
     return [{"name": name, **group} for name, group in groups.items() if group["params"]]

@@ -67,7 +67,7 @@ def parameters_of(model: Module, manifest: Manifest) -> Parameters:
     Raises:
         TrainingError: the model is not the manifest's: it has more parameters, or fewer.
     """
-    planned = manifest.tensors.keys()
+    planned = manifest.model_tensors.keys()
     made = made_from(model, planned)
     known = planned | made.keys()
     grown = manifest.grown_names
@@ -133,12 +133,12 @@ def check_zeroed(parameters: Parameters, manifest: Manifest, path: Path | str) -
         parameter = parameters.base[name]
         return bool(parameter.numel()) and not parameter.is_meta and bool(torch.any(parameter))
 
-    zeroed = [name for name in parameters.base if manifest.tensors[name].action is Action.ZEROS]
+    zeroed = [name for name in parameters.base if manifest.model_tensors[name].action is Action.ZEROS]
     if not any(map(has_values, zeroed)):  # untrained, or without weights as yet
         return
     ends = tuple({re.sub(r".*\.\d+\.", ".", name) for name in zeroed})
     for name, parameter in parameters.base.items():
-        planned = manifest.tensors[name]
+        planned = manifest.model_tensors[name]
         if planned.action is Action.ZEROS or not name.endswith(ends):
             continue
         if planned.xxh3_128 is None or planned.shape is None or planned.dtype is None:

@@ -66,7 +66,7 @@ class Watch:
         for layer in new_layers(manifest, generation):
             prefix = manifest.prefix_of(layer)
             self._layers[layer] = {name: p for name, p in base.items() if name.startswith(prefix)}
-        self._zeroed = [name for name in new if manifest.tensors[name].action is Action.ZEROS]
+        self._zeroed = [name for name in new if manifest.model_tensors[name].action is Action.ZEROS]
 
     def check(self) -> int:
         """Compare every frozen weight with its value at the start.

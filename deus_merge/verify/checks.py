@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
+from ..checkpoint.dequantized import dequantized, float_shapes
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.reader import Checkpoint, TensorSource
@@ -54,6 +55,7 @@ class Output:
         self._sources: Sequence[TensorSource | str] = _reopened(manifest) if sources is None else list(sources)
         self._checkpoint: Checkpoint | None = None
         self._view: ModelView | None = None
+        self._model: TensorSource | None = None  # its weights as a model in floating point has them
         self._results: Mapping[str, TensorResult] | None = None
 
     # files -------------------------------------------------------------------------------------------------------
@@ -111,6 +113,12 @@ class Output:
             raise Skipped("config and tensors do not make a model")
         return self._view
 
+    @property
+    def model(self) -> TensorSource:
+        if self._model is None:
+            raise Skipped("config and tensors do not make a model")
+        return self._model
+
     # names and config --------------------------------------------------------------------------------------------
 
     def tensors(self) -> CheckResult:
@@ -118,8 +126,11 @@ class Output:
         planned, found, trained = self.manifest.tensors, self.checkpoint.tensors, self.manifest.trained
         tied = trained and self.checkpoint.config.get("tie_word_embeddings") is True
         dropped = {"lm_head.weight"} if tied else set()  # transformers saves a tied head once, as the embeddings
+        plain = {t.weight for n, t in planned.items() if trained and t.weight in found and n not in found}
+        dropped |= {n for n, t in planned.items() if t.weight in plain}  # saved in floating point
         wrong = [f"{name} is missing" for name in planned if name not in found and name not in dropped]
-        wrong += [f"{name} in {found[name].file.name} was not planned" for name in found if name not in planned]
+        known = planned.keys() | plain
+        wrong += [f"{name} in {found[name].file.name} was not planned" for name in found if name not in known]
         other_dtypes = set()
         for name in (name for name in found if name in planned):
             stored, plan = found[name], planned[name]
@@ -137,10 +148,10 @@ class Output:
 
     def config(self) -> CheckResult:
         """config.json, the tensors and the plan agree on family, depth, sizes and every list with an entry a layer."""
-        checkpoint, manifest = self.checkpoint, self.manifest
+        checkpoint, manifest = dequantized(self.checkpoint), self.manifest
         view = view_model(checkpoint.config, tuple(checkpoint.tensors), self.folder)
-        check_config(checkpoint.config, view, {n: t.shape for n, t in checkpoint.tensors.items()}, self.folder)
-        self._view = view
+        check_config(checkpoint.config, view, float_shapes(checkpoint), self.folder)
+        self._view, self._model = view, checkpoint
         if view.num_layers != manifest.num_layers:
             return False, f"config.json: {view.num_layers} layers, planned {manifest.num_layers}"
         modules = view_modules(checkpoint.config, tuple(checkpoint.tensors), view)
@@ -218,6 +229,9 @@ class Output:
     def copied(self) -> CheckResult:
         """Copied tensors are equal to their sources. Where one cannot be compared, the check is skipped."""
         names, derived = self._names(Action.COPY), self._names(Action.DERIVE)
+        stored = self.manifest.tensors
+        plain = [n for n in names if stored[n].weight and self._dtype_of(n) != stored[n].dtype]  # trained since
+        names = [name for name in names if name not in plain]
         derived += [name for name in self._names(Action.CAST) if self.manifest.tensors[name].derived]
         compared = [name for name in names if self._source_of(name) is not None]
         wrong = [name for name in compared if not self.results[name].equal]
@@ -227,12 +241,15 @@ class Output:
         reasons = [str(self._sources[index]) for index in missing]
         if derived:
             reasons.append(
-                f"{len(derived)} tensors were derived (adapter, tokenizer, document), so no source has their bytes"
+                f"{len(derived)} tensors were derived (dequantised, adapter, tokenizer, document), so no source has"
+                " their bytes"
             )
-        if not names and not derived:
+        if plain:
+            reasons.append(f"{len(plain)} quantised weights were saved in floating point")
+        if not names and not derived and not plain:
             return True, "no tensor was copied"
-        stored = {name: self._stored_source(self.checkpoint.tensors[name]) for name in compared}
-        widened = sum(source is not None and source.dtype != self._dtype_of(name) for name, source in stored.items())
+        sources = {name: self._stored_source(self.checkpoint.tensors[name]) for name in compared}
+        widened = sum(source is not None and source.dtype != self._dtype_of(name) for name, source in sources.items())
         wider = f"{widened} of them in a wider dtype" if widened else "byte for byte"
         equal = f"{len(compared)} equal to their sources, {wider}" if compared else "none compared"
         return (None, f"{equal}; {some_of(reasons, _SHOWN)}") if reasons else (True, equal)
@@ -299,7 +316,7 @@ class Output:
 
     def tokenizer(self) -> CheckResult:
         """Every token has a row in the embeddings, and the id that was planned."""
-        return model.tokenizer(self.checkpoint, self.view, self.manifest)
+        return model.tokenizer(self.model, self.view, self.manifest)
 
     def transformers(self) -> CheckResult:
         """transformers loads the output as cleanly as its base."""
@@ -311,7 +328,8 @@ class Output:
 
     @cached_property
     def _built(self) -> model.BuiltModel:
-        return model.BuiltModel(self.checkpoint, self.view, self.manifest, self._sources)
+        sources = [source if isinstance(source, str) else dequantized(source) for source in self._sources]
+        return model.BuiltModel(self.model, self.view, self.manifest, sources)
 
     def logits(self, text: str) -> CheckResult:
         """Base and output give finite logits over a text: equal ones where that was planned."""

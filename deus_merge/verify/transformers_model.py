@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..checkpoint.reader import Checkpoint, TensorSource
+from ..checkpoint.reader import TensorSource
 from ..core.text import some_of
 from ..models.built import CannotBuild, build, reason, resolved_config
 from ..models.config_json import Config, patched
@@ -48,7 +48,7 @@ _SHOWN = 3  # names in a detail
 _EMBEDDINGS = re.compile(r"embed_tokens|embed_in|embeddings\.weight|(?:^|\.)embed\.weight|wte")
 
 
-def tokenizer(checkpoint: Checkpoint, view: ModelView, manifest: Manifest) -> tuple[bool | None, str]:
+def tokenizer(checkpoint: TensorSource, view: ModelView, manifest: Manifest) -> tuple[bool | None, str]:
     """Check that every token has a row in the embeddings, and the id that was planned.
 
     Returns:
@@ -56,12 +56,14 @@ def tokenizer(checkpoint: Checkpoint, view: ModelView, manifest: Manifest) -> tu
     """
     if not any(name in manifest.files for name in TOKENIZER_FILES):
         return True, "the output has no tokenizer"
-    if not any((checkpoint.folder / name).exists() for name in TOKENIZER_FILES):
+    if not any((checkpoint.folders[0] / name).exists() for name in TOKENIZER_FILES):
         return None, "the folder has no tokenizer: tokenizer.save_pretrained(folder) puts it there"
     import transformers
 
     try:
-        vocabulary = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False).get_vocab()
+        vocabulary = transformers.AutoTokenizer.from_pretrained(
+            checkpoint.folders[0], trust_remote_code=False
+        ).get_vocab()
     except (ImportError, ValueError) as error:  # it may need a package that is not installed
         return None, f"transformers cannot load it here: {' '.join(str(error).split())}"
     planned = manifest.vocabulary
@@ -87,7 +89,7 @@ class BuiltModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, view: ModelView, manifest: Manifest, sources: Sequence[TensorSource | str]
+        self, checkpoint: TensorSource, view: ModelView, manifest: Manifest, sources: Sequence[TensorSource | str]
     ):
         self.checkpoint, self.view, self.manifest, self.sources = checkpoint, view, manifest, sources
 
@@ -103,7 +105,7 @@ class BuiltModel:
         if self.checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
             resolved_config(self.checkpoint.config)  # says why
         try:
-            config = transformers.AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(self.checkpoint.folders[0], trust_remote_code=False)
         except Exception as error:
             raise CannotBuild(f"transformers cannot read the config.json: {reason(error)}") from None
         return build(config)
@@ -293,7 +295,7 @@ class BuiltModel:
         return same_end and same_side and is_of_vision_or_audio(prefix) == is_of_vision_or_audio(main)
 
 
-def build_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
+def build_language_model(checkpoint: TensorSource) -> PreTrainedModel:
     """The model on the meta device, with a language model's head where it has one.
 
     Raises:
@@ -302,7 +304,7 @@ def build_language_model(checkpoint: Checkpoint) -> PreTrainedModel:
     return build(resolved_config(checkpoint.config), language_model=True)
 
 
-def _untied(model: PreTrainedModel, checkpoint: Checkpoint, checksums: Mapping[str, str]) -> str | None:
+def _untied(model: PreTrainedModel, checkpoint: TensorSource, checksums: Mapping[str, str]) -> str | None:
     """What is wrong with tied tensors: both are stored, and differ."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return None
