@@ -111,13 +111,16 @@ class Format(ABC):
         """
         raise NotImplementedError
 
-    def except_modules(self, section: Mapping[str, Any], modules: Sequence[str], default: Sequence[str]) -> dict:
+    def except_modules(
+        self, section: Mapping[str, Any], modules: Sequence[str], default: Sequence[str], quantized: Sequence[str] = ()
+    ) -> dict:
         """A config's section that also says that these modules are not quantised.
 
         Args:
             section: The section.
             modules: The names of the modules.
             default: Modules that loaders leave out by themselves as long as the section lists no module.
+            quantized: The names of all modules that are quantised, for loaders that read this list instead.
         """
         listed = section.get(self.exceptions)
         names = dict.fromkeys([*(default if listed is None else listed), *modules])
