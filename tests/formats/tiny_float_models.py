@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-SIZES = dict(num_hidden_layers=3, vocab_size=96, max_position_embeddings=64)
+SIZES = {"num_hidden_layers": 3, "vocab_size": 96, "max_position_embeddings": 64}
 
 
 def _llama() -> transformers.PretrainedConfig:
