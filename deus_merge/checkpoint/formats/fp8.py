@@ -22,7 +22,7 @@ _CODES = ("F8_E4M3", "F8_E5M2")
 _FLOATS = ("F32", "BF16", "F16")
 _EXPERT = re.compile(r"\.experts\.\d+(?:\..+)?$")
 _BAND = 1 << 22  # elements that are quantised at once, at least one row of blocks
-#: what the keys of the section may say, by ``quant_method``; other keys do not change the values
+#: what these keys of the section may say; other keys do not change values
 _KNOWN: dict[str, tuple[object, ...]] = {
     "fmt": (None, "e4m3", "e5m2", "float8_e4m3fn", "float8_e5m2"), "activation_scheme": (None, "dynamic", "static"),
     "scale_fmt": (None, "float", "ue8m0"), "expert_dtype": (None, "fp8"),
@@ -94,16 +94,13 @@ class Fp8(Format):
         scales = torch.empty((values.numel() // (rows * columns), -(-rows // height), -(-columns // width)))
         power = quantization.settings["power"]
         band = max(1, _BAND // (height * columns))  # rows of blocks
-        for matrix, into, grid in zip(
-            values.reshape(-1, rows, columns), codes.view(-1, rows, columns), scales, strict=True
-        ):
+        matrices = values.reshape(-1, rows, columns), codes.view(-1, rows, columns)
+        for matrix, into, grid in zip(*matrices, scales, strict=True):
             for at in range(0, len(grid), band):
                 block = matrix[at * height : (at + band) * height].float()  # (r, c)
                 size = len(block)
                 block = torch.nn.functional.pad(block, (0, -columns % width, 0, -size % height))
-                block = block.unflatten(1, (-1, width)).unflatten(
-                    0, (-1, height)
-                )  # (r / height, height, c / width, width)
+                block = block.view(-1, height, grid.shape[1], width)  # (r / height, height, c / width, width)
                 scale, factor = _scale(block.abs().amax((1, 3)), torch.finfo(dtype).max, stored.dtype, power)
                 block = (block * factor[:, None, :, None]).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
                 into[at * height : at * height + size] = block.flatten(2).flatten(0, 1)[:size, :columns].to(dtype)

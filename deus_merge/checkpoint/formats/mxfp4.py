@@ -80,7 +80,7 @@ class Mxfp4(Format):
         exponents = torch.empty((experts, outputs, inputs // 32), dtype=torch.uint8)
         for expert in range(experts):
             for at in range(0, outputs, _ROWS):
-                rows = values[expert, :, at : at + _ROWS].T.reshape(-1, inputs // 32, 32).float()  # (o, in / 32, 32)
+                rows = values[expert, :, at : at + _ROWS].T.contiguous().view(-1, inputs // 32, 32)  # (o, in / 32, 32)
                 mantissa, exponent = torch.frexp(rows.abs().amax(-1) / _VALUES[-1])  # mantissa in [0.5, 1), or 0
                 exponent = exponent - (mantissa == 0.5).int() + _BIAS
                 exponent = torch.where(mantissa == 0, 0, exponent.clamp(1, _NAN - 1)).to(torch.uint8)

@@ -44,7 +44,7 @@ def blocks(values: torch.Tensor, key: str, size: list[int] | None, dtype: torch.
     fmt = "ue8m0" if dtype == torch.float8_e8m0fnu else "float"
     config = FineGrainedFP8Config(weight_block_size=size, scale_fmt=fmt)  # pyright: ignore[reportArgumentType]
     library = Fp8Quantize(SimpleNamespace(quantization_config=config))
-    found = library.convert({key: values})
+    found = library._quantize_one(key, values)
     scale = next(name for name in found if name.endswith("_scale_inv"))
     return found | {scale: found[scale].to(dtype)}
 
