@@ -22,7 +22,7 @@ def unpack_columns(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor
     """
     import torch
 
-    octets = words.contiguous().view(torch.uint8)  # (rows, bytes)
+    octets = words.reshape(-1).view(torch.uint8).view(words.shape[0], 4 * words.shape[1])  # (rows, bytes)
     if bits < 8:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8)  # (codes of a byte,)
         octets = ((octets[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)  # (rows, codes)

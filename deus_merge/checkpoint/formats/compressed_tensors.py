@@ -38,7 +38,8 @@ class CompressedTensors(Format):
     def matches(self, section: Mapping[str, Any]) -> bool:
         found = inner(section)
         methods = (section.get("quant_method"), found.get("quant_method"))
-        return "compressed-tensors" in methods or "config_groups" in found and methods in ((None, None),)
+        known = any(method in ("compressed-tensors", "sparseml") for method in methods)  # the second at first
+        return known or "config_groups" in found and methods == (None, None)
 
     def weights(self, tensors: Mapping[str, StoredTensor], section: Mapping[str, Any], peek: Peek) -> Iterator[Weight]:
         first = next(iter(tensors.values()), None)

@@ -69,6 +69,11 @@ GROUPS: dict[str, tuple[str, list[dict]]] = {
             group(NVFP4, None, (r"re:.*mlp\..*_proj$",), "nvfp4-pack-quantized"),
         ],
     ),
+    "ct_fp8_kv": (
+        "float-quantized",
+        [group(FP8 | {"strategy": "tensor"}, {"num_bits": 8, "type": "float", "strategy": "tensor"})],
+    ),
+    "ct_fp8_experts": ("float-quantized", [group(FP8 | {"strategy": "channel"}, TOKENS | {"type": "float"})]),
     "ct_int4_experts": ("pack-quantized", [group(INT4)]),
 }  # fmt: skip
 
@@ -87,10 +92,14 @@ def make(name: str, source: Path, target: Path) -> None:
         else:
             ordered = "ordered" in name
             written |= {f"{module}.{part}": found for part, found in compress(tensor, scheme, ordered=ordered).items()}
-    section = QuantizationConfig(
-        config_groups={f"group_{index}": scheme for index, scheme in enumerate(schemes)},
-        format=format_, quantization_status="compressed", ignore=ignore, global_compression_ratio=None,
-    ).model_dump(mode="json")  # fmt: skip
+        if name == "ct_fp8_kv" and module.endswith(("k_proj", "v_proj")):
+            written[f"{module[:-5]}_scale"] = torch.tensor([6.0 / 448], dtype=torch.bfloat16)
+    kv_cache = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    section = QuantizationConfig.model_validate({
+        "config_groups": {f"group_{index}": scheme for index, scheme in enumerate(schemes)},
+        "format": format_, "quantization_status": "compressed", "ignore": ignore, "global_compression_ratio": None,
+        "kv_cache_scheme": kv_cache if name == "ct_fp8_kv" else None,
+    }).model_dump(mode="json")  # fmt: skip
     for index, entry in enumerate(entries):
         if order := entry["weights"].get("actorder"):
             section["config_groups"][f"group_{index}"]["weights"]["actorder"] = order
@@ -117,13 +126,14 @@ def compress(weight: torch.Tensor, scheme: QuantizationScheme, ordered: bool = F
     order = None
     if ordered:  # columns that matter alike share a group; the library no longer writes this, but people have it
         shuffled = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]))
-        order = shuffled % (weight.shape[1] // args.group_size)  # (in,)
+        order = shuffled % (weight.shape[1] // (args.group_size or 1))  # (in,)
         weight = weight[:, torch.argsort(order, stable=True)]
     whole = {"weight_global_scale": generate_gparam(*torch.aminmax(weight))} if args.strategy == "tensor_group" else {}
     low, high = _extremes(weight, args)
     scales, zeros = calculate_qparams(low, high, args, global_scale=whole.get("weight_global_scale"))
     state = {"weight": weight, "weight_scale": scales, "weight_zero_point": zeros, **whole}
-    state = dict(BaseCompressor.get_value_from_registry(str(scheme.format)).compress(state, scheme))
+    compressor: Any = BaseCompressor.get_value_from_registry(scheme.format)
+    state = dict(compressor.compress(state, scheme))
     if order is not None:
         codes = state["weight_packed"].view(torch.uint8)
         codes = torch.stack((codes & 15, codes >> 4), 2).flatten(1)[:, torch.argsort(torch.argsort(order, stable=True))]
@@ -169,9 +179,9 @@ def decompress(parts: Mapping[str, torch.Tensor], scheme: QuantizationScheme) ->
         packed = state["weight_packed"]
         codes = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1], torch.float32)
         return dequantize(codes, scales, args=args, dtype=torch.float32, global_scale=state["weight_global_scale"])
-    compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
+    compressor: Any = BaseCompressor.get_value_from_registry(scheme.format)
     weight = compressor.decompress(state | {"weight_scale": scales}, scheme)["weight"]
-    return weight if order is None else weight[:, torch.argsort(forth)]
+    return weight if order is None else weight[:, torch.argsort(torch.argsort(order, stable=True))]
 
 
 def _extremes(weight: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +211,7 @@ VARIANTS = {
         model="qwen3_moe" if "experts" in name else "llama",
         make=partial(make, name),
         values=values,
-        loads=name not in ("ct_int4_asymmetric", "ct_int4_ordered"),  # the loader expects zero points unpacked,
+        loads=name not in ("ct_int4_asymmetric", "ct_int4_ordered"),  # transformers 5.23 expects unpacked zero points
     )
     for name in GROUPS
 }
