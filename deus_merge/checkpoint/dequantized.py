@@ -13,7 +13,7 @@ from ..core.tensors import StoredTensor
 from ..core.units import dtype_code
 from .formats.base import Format, refuse
 from .formats.registry import formats
-from .quantized import quantization, quantized_tensors
+from .quantized import is_cache_scale, quantization, quantized_tensors
 from .reader import Checkpoint
 from .tensor_source import TensorSource
 
@@ -83,7 +83,7 @@ class DequantizedSource:
                 if seen.name in found:
                     refuse(tensor, f"{seen.name} is stored both quantised and as it is")
                 found[seen.name] = seen
-        plain = {name: tensor for name, tensor in found.items() if tensor.quantization is None}
+        plain = {n: tensor for n, tensor in found.items() if tensor.quantization is None and not is_cache_scale(n)}
         for name, partner in quantized_tensors(plain, stored.config).items():
             beside = "" if partner == name else f", together with {partner}"
             refuse(plain[name], f"{name}{beside}, is part of no {format_.name} weight that is known")

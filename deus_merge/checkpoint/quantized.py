@@ -39,6 +39,7 @@ _SECTIONS = {"quantization_config", "compression_config"}
 _NOT_FORMAT = re.compile(
     r"_.*|.*compute_dtype|.*version.*|.*exllama.*|dataset|damp.*|tokenizer|batch_size|.*status|observer|dynamic"
 )
+_CACHE_SCALE = re.compile(r"(?:.+\.)?[qkv]_(?:scale|zero_point|global_scale)")
 _SCALE = re.compile(r"(.+)\.(?:scale|scale_inv|scales|k_scale|v_scale|q_scale)")
 
 
@@ -98,6 +99,11 @@ def quantized_tensors(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
             found[name] = partner
             found[partner] = name
     return found
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor scales an attention's cache of keys and values: it is no part of a weight."""
+    return _CACHE_SCALE.fullmatch(name) is not None
 
 
 def is_packed(names: Iterable[str]) -> bool:

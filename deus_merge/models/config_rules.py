@@ -10,6 +10,7 @@ from typing import Any
 from ..core.errors import ArchitectureError, PlanError
 from ..core.units import FLOAT_DTYPES, dtype_name, promoted
 from .config_json import Config, section
+from .facts import quantization
 from .head_layout import head_size, positive, with_implied_heads
 from .layer_facts import LayerFacts, contract, expand, of_new_layer
 from .spec import RESIDUAL
@@ -171,10 +172,17 @@ def deeper_config(
         key = id(entry.config), tuple(entry.layers_path)
         if key not in known:
             known[key] = expand(entry.config, entry.layers_path, str(entry.config.get("model_type")))
+            known[key] = [_as_quantized(own[0] if own else {}, layer) for layer in known[key]]
             _check_like_donor(own, known[key], entry.model)
         found = known[key][entry.layer]
         facts.append(of_new_layer(found, entry.layer) if entry.new else found)
     return contract(config, layers_path, model_type, facts, where)
+
+
+def _as_quantized(donor: LayerFacts, layer: LayerFacts) -> LayerFacts:
+    """The facts of a layer where one of both models is not quantised, or excepts no layer by its number."""
+    kept = {name: value for name, value in layer.items() if name != quantization.FACT or name in donor}
+    return {quantization.FACT: (), **kept} if quantization.FACT in donor else kept
 
 
 def _check_like_donor(own: Sequence[LayerFacts], facts: Sequence[LayerFacts], model: str) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..checkpoint.quantized import is_cache_scale
 from ..core.errors import ArchitectureError
 from ..core.text import some_of
 from .config_json import Config, section, value_at
@@ -69,7 +70,10 @@ class ModelView:
 
     def spec(self, role: str, layer: int = 0) -> TensorSpec | None:
         """The family's description of a layer's role; None for a tensor or a family that is not described."""
-        return self.specs[layer].get(role) if self.specs else None
+        if not self.specs:
+            return None
+        described = self.specs[layer].get(role)
+        return described or (TensorSpec(role, role, opaque=True) if is_cache_scale(role) else None)
 
     def names_beside(self, names: Sequence[str], other: ModelView, own: Sequence[str]) -> dict[str, str]:
         """Which tensor outside of the layers of another model is which of this one: ``embed_tokens.weight`` is

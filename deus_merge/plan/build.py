@@ -102,7 +102,7 @@ class _Planner:
         builder.warnings += cache_warnings(config, donor.checkpoint.config)
         if builder.module is not None:
             self._add_other_modules()
-        blocks = join_learned(mark_repeats(builder.blocks))
+        blocks = builder.quantized.without_cache_scales(join_learned(mark_repeats(builder.blocks)))
         self._report_idle_filters(blocks)
         outside = [
             (o.name, [builder.models[s.model] for s in b.sources]) for b in blocks if not b.layers for o in b.outputs

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..checkpoint.formats.registry import formats
-from ..checkpoint.quantized import format_settings, quantization, with_quantization
+from ..checkpoint.quantized import format_settings, is_cache_scale, quantization, with_quantization
 from ..core.tensors import Action, StoredTensor
 from ..core.text import some_of
+from ..methods.base import OutputTensor
 from ..models.source import SourceModel
 from ..recipe.types import Recipe
 from .blocks import BlockPlan
@@ -34,8 +35,8 @@ class QuantizedOutputs:
         self._readable = [own is not None and other == settings[0] for other in settings]
         self._models = models
         self._roles: dict[str | None, frozenset[str]] = {}
-        tensors = self._donor.checkpoint.tensors
-        self.format = next((t.quantization.format for t in tensors.values() if t.quantization), None)
+        self._formats = [_format_of(model) for model in models]
+        self.format = self._formats[0]
         if recipe.quantize_new:
             self._check_quantizes()
 
@@ -73,6 +74,17 @@ class QuantizedOutputs:
             outputs.append(output)
         return replace(block, outputs=tuple(outputs))
 
+    def without_cache_scales(self, blocks: Sequence[BlockPlan]) -> list[BlockPlan]:
+        """The blocks without the scales of caches of keys and values, where config.json will not speak of them."""
+        quantized = any(o.quantization for b in blocks for o in b.outputs)
+
+        def belongs(block: BlockPlan, output: OutputTensor) -> bool:
+            known = quantized and all(self._readable[source.model] for source in block.sources)
+            return known or not is_cache_scale(output.name) or not self._formats[block.sources[0].model]
+
+        kept = ((block, tuple(o for o in block.outputs if belongs(block, o))) for block in blocks)
+        return [replace(block, outputs=outputs) for block, outputs in kept]
+
     def config(self, config: Mapping[str, Any], blocks: Sequence[BlockPlan]) -> dict[str, Any]:
         """The output's config.json: without a section about quantisation where nothing is quantised; else its section
         names the modules that are written in floating point, but are quantised in the donor.
@@ -87,11 +99,7 @@ class QuantizedOutputs:
         outputs = [(b, o) for b in blocks for o in b.outputs]
         if not any(o.quantization for _, o in outputs):
             return with_quantization(config, None)
-        plain = [
-            module_of(o.name)
-            for b, o in outputs
-            if o.quantization is None and self._quantized_in_donor(o.role if b.layers else o.name, b.module)
-        ]
+        plain = [module_of(o.name) for b, o in outputs if o.quantization is None and self._is_expected_quantized(b, o)]
         if not plain:
             return dict(config)
         head = [n for n in self._donor.view.after if len(self._donor.checkpoint.tensors[n].shape) > 1] or ["lm_head"]
@@ -101,8 +109,6 @@ class QuantizedOutputs:
 
     def warnings(self, blocks: Sequence[BlockPlan]) -> list[str]:
         """Messages about quantised weights that are not written as they are."""
-        if any(t.quantization for m in self._models for t in m.checkpoint.tensors.values()) is False:
-            return []
         found: Counter[tuple[str, str, str]] = Counter()
         wanted = self._recipe.out_dtype or self._recipe.dtype
         for block in blocks:
@@ -113,6 +119,13 @@ class QuantizedOutputs:
                     found[reason, output.dtype, str(model.ref)] += 1
         advice = "leave dtype out to keep their codes" if wanted else "the output's config describes no such codes"
         return [f"{count} {reason} written as {dtype}: {advice}" for (reason, dtype, _), count in found.items()]
+
+    def _is_expected_quantized(self, block: BlockPlan, output: OutputTensor) -> bool:
+        """Whether a loader could take an output for quantised."""
+        if self._quantized_in_donor(output.role if block.layers else output.name, block.module):
+            return True
+        foreign = not all(self._readable[source.model] for source in block.sources)
+        return foreign and bool(block.layers) and len(output.shape) > 1
 
     def _quantized_in_donor(self, role: str, module: str | None) -> bool:
         """Whether any layer of the donor has a tensor of this role quantised; outside of layers: a tensor's name."""
@@ -143,6 +156,11 @@ class QuantizedOutputs:
                 got=self.format,
                 hint="leave quantize_new out: the new layers are then in floating point, and can be trained",
             )
+
+
+def _format_of(model: SourceModel) -> str | None:
+    """The format of a model's quantised weights; None where it has none that can be read."""
+    return next((t.quantization.format for t in model.checkpoint.tensors.values() if t.quantization), None)
 
 
 def module_of(name: str) -> str:

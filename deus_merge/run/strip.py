@@ -102,8 +102,10 @@ def strip(
     view = check_belongs(record, checkpoint, hint="name the right one with --manifest")
     layers = _base_layers(record, view, checkpoint.config)
     sources = _renamed(checkpoint, view, layers)
-    config = _base_config(checkpoint, view, layers, record, sources)
     base = _original_base(record)
+    config = _base_config(checkpoint, view, layers, record, sources)
+    if base:
+        config = _with_nulls(config, base.config)
     # in the base's order; else sorted by name, as safetensors and transformers write a file
     order = base.tensors if base and base.tensors.keys() == sources.keys() else sorted(sources)
     entries = [TensorEntry(name, sources[name].dtype, sources[name].shape) for name in order]
@@ -293,6 +295,19 @@ def _base_config(
         if key in config and before is not None and {before} == stored:  # not when the tensors were cast
             config[key] = before
     return config
+
+
+def _with_nulls(config: Mapping, base: Mapping) -> dict:
+    """A config with the nulls of another one, which a merge patch cannot express, where the rest is equal."""
+    nulls = {key for key, value in base.items() if value is None and key not in config}
+    inner = {
+        key: _with_nulls(value, base[key])
+        for key, value in config.items()
+        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+    }
+    keys = [key for key in base if key in config or key in nulls]
+    keys += [key for key in config if key not in base]
+    return {key: None if key in nulls else inner.get(key, config.get(key)) for key in keys}
 
 
 def _drop_added(config: dict, patch: Mapping) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from deus_merge.checkpoint import LoadOptions, open_source
 from deus_merge.checkpoint.formats.registry import formats
 from deus_merge.checkpoint.quantized import quantization
+from deus_merge.core.units import torch_dtype
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
 TOKENS = torch.arange(1, 25).view(1, -1)
@@ -68,7 +69,7 @@ def test_values(name, quantized, float_model):
     folder, variant = quantized(name), VARIANTS[name]
     read, expected = source(folder), variant.values(folder)
     found = {n for n, t in read.tensors.items() if t.quantization}
-    assert found == set(expected) and found
+    assert found and found <= set(expected) <= set(read.tensors)
     original = load_file(float_model(variant.model) / "model.safetensors")
     for weight in found:
         assert read.tensors[weight].shape == tuple(expected[weight].shape)
@@ -126,7 +127,8 @@ def test_new_layers_in_floating_point(name, preset, quantized, run, tmp_path):
         for key, tensor in new.items():
             values, origin = grown.read(key).float(), key.replace(".layers.2.", ".layers.1.")
             if origin in expected and values.any():
-                assert tensor.dtype == "BF16" and torch.equal(values, expected[origin].bfloat16().float())
+                dtype = torch_dtype(tensor.dtype)
+                assert dtype.itemsize == 2 and torch.equal(values, expected[origin].to(dtype).float())
     stripped = tmp_path / "stripped"
     run("strip", out, stripped)
     assert stored(stripped) == before and quantization(config_of(stripped)) == quantization(config_of(base))

@@ -45,7 +45,6 @@ class Format(ABC):
         reference: Where the format is defined.
         exceptions: The key of the config's section that lists the modules which are not quantised.
         quantizes: Whether `quantize` is defined.
-        zero_codes: Whether it writes zeros as codes whose bytes are zero.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Format(ABC):
     reference: str
     exceptions: str
     quantizes = False
-    zero_codes = True
 
     @abstractmethod
     def matches(self, section: Mapping[str, Any]) -> bool:
@@ -98,6 +96,10 @@ class Format(ABC):
     def scales(self, quantization: Quantization) -> Sequence[str]:
         """The parts that values are multiplied with or divided by."""
         return [label for label in quantization.parts if label.startswith("scale")]
+
+    def zero_codes(self, quantization: Quantization) -> bool:
+        """Whether the codes of zeros are bytes of zero, in a format that quantises."""
+        return True
 
     def quantize(self, values: torch.Tensor, like: StoredTensor) -> dict[str, torch.Tensor]:
         """The parts of a new weight.

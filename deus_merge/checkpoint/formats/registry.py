@@ -12,7 +12,7 @@ from .base import Format
 
 def is_zeros(quantization: Quantization, part: str | None) -> bool:
     """Whether a part of a weight that is zero has only zero bytes."""
-    return part == next(iter(quantization.parts)) and formats()[quantization.format].zero_codes
+    return part == next(iter(quantization.parts)) and formats()[quantization.format].zero_codes(quantization)
 
 
 def formats() -> Mapping[str, Format]:
