@@ -188,6 +188,13 @@ def test_blocks_too_small_for_their_scale_count_as_zeros(value: float, dtype: to
     assert torch.equal(new["codes"].float(), torch.zeros(2, 2))
 
 
+def test_values_past_the_largest_code_become_it() -> None:
+    """A scale that its dtype rounds down."""
+    tensors = {NAME: torch.zeros(1, 1, dtype=E4M3), f"{NAME}_scale_inv": torch.ones(1, 1, dtype=torch.float16)}
+    (weight,) = weights(tensors, BLOCKS).values()
+    assert FORMAT.quantize(torch.full((1, 1), 3.2e-5), logical(weight))["codes"].float().item() == 448
+
+
 def test_reads_no_more_than_the_rows() -> None:
     rows, columns = 1 << 24, 1 << 14  # a terabyte in float32
     codes, scales = torch.ones(1).to(E4M3).expand(rows, columns), torch.ones(1).expand(rows // 32, columns // 64)
