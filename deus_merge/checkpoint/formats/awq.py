@@ -64,7 +64,7 @@ class Awq(Format):
         codes = unpack(parts["codes"][:, first:last], 4, _PLACES)  # (in, c)
         zeros = unpack(parts["zeros"][:, first:last], 4, _PLACES)  # (groups, c)
         scales = parts["scales"][:, 8 * first : 8 * last].to(torch.float32)  # (groups, c)
-        grouped = codes.view(len(scales), -1, codes.shape[1])  # (groups, group_size, c)
+        grouped = codes.view(len(scales), len(codes) // len(scales), codes.shape[1])  # (groups, group_size, c)
         grouped.sub_(zeros[:, None]).mul_(scales[:, None])
         return codes[:, start - 8 * first : stop - 8 * first].T.contiguous()  # (out, in)
 

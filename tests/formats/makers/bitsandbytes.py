@@ -28,7 +28,8 @@ def values_4bit(folder: Path) -> Mapping[str, torch.Tensor]:
         stats = {n: t for n, t in tensors.items() if n.startswith(f"{name}.")}
         state = functional.QuantState.from_dict(stats, torch.device("cpu"))
         state.dtype = torch.float32  # the dtype of the result: the arithmetic is float32 for every dtype
-        found[name] = functional.dequantize_4bit(tensors[name], state)
+        with torch.compiler.set_stance("force_eager"):  # rows of odd length would be compiled first
+            found[name] = functional.dequantize_4bit(tensors[name], state)
     return found
 
 
