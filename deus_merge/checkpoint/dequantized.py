@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..core.errors import CheckpointError, DeusMergeError
-from ..core.tensors import StoredTensor
+from ..core.tensors import Quantization, StoredTensor
 from ..core.units import dtype_code
 from .formats.base import Format, refuse
 from .formats.registry import formats
@@ -149,6 +150,24 @@ class DequantizedSource:
         if weight.quantization is None:
             return self.stored.workspace(name, minimum)
         return 4 * math.prod(weight.shape) + 4 * _BLOCK_BYTES
+
+
+def quantized_share(weights: Iterable[tuple[Quantization | None, Sequence[int]]]) -> dict[str, dict[str, float]]:
+    """How much of some weights is quantised.
+
+    Args:
+        weights: How each is stored, and its shape.
+
+    Returns:
+        Format -> ``weights`` (how many) and ``bits`` (of one element, all parts included).
+    """
+    count, elements, size = Counter[str](), Counter[str](), Counter[str]()
+    for quantized, shape in weights:
+        if quantized is not None:
+            count[quantized.format] += 1
+            elements[quantized.format] += math.prod(shape)
+            size[quantized.format] += quantized.nbytes
+    return {name: {"weights": n, "bits": round(8 * size[name] / elements[name], 2)} for name, n in count.items()}
 
 
 def float_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from .. import api
 from ..core.located import Plain
 from ..core.units import format_size
 from .failures import report_bus_errors
-from .output import echo, emit_json, note, quiet_transformers, show_verification, table
+from .output import echo, emit_json, note, quantized_text, quiet_transformers, show_verification, table
 
 _SAID = {"True": "yes", "False": "no"}
 _EXPERT = re.compile(r"experts\.(\d+)\.")
@@ -111,6 +111,8 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
         return
     shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles", "layouts", "layer_kinds")}
     shown["bytes"] = format_size(shown["bytes"])
+    if "quantized" in shown:
+        shown["quantized"] = quantized_text(shown["quantized"])
     table("", ["", ""], [[k.replace("_", " "), _SAID.get(str(v), str(v))] for k, v in shown.items()])
     for layout in facts["layouts"]:
         click.echo()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import click
 
 from ..core.errors import json_text, printable
-from ..core.units import format_size
+from ..core.units import dtype_name, format_size
 from ..methods.registry import methods
 from ..plan.blocks import BlockPlan
-from ..plan.types import Plan
+from ..plan.types import Plan, quantized_of
 from ..verify import Verification
 
 
@@ -103,12 +103,21 @@ def show_plan(plan: Plan) -> None:
     layers = f"{plan.donor.view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
     same = "; computes the same function as the base" if plan.function_preserving else ""
     click.echo(f"{layers}{same}")
+    if any(map(quantized_of, plan.models)):
+        dtypes = sorted({dtype_name(o.dtype) for _, o in plan.outputs if not o.quantization})
+        written = f"{quantized_text(plan.quantized)}, byte for byte" if plan.quantized else "nothing quantised"
+        echo(f"writes {written}; all else in {' and '.join(dtypes)}")
     files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     click.echo(
         f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {files}; "
         f"about {format_size(plan.peak_memory)} of memory, {plan.seconds:.0f} s"
     )
     click.echo(f"plan {plan.hash}")
+
+
+def quantized_text(share: Mapping[str, Mapping[str, float]]) -> str:
+    """`quantized_share` in words."""
+    return ", ".join(f"{name}: {of['weights']} weights at {of['bits']} bits" for name, of in share.items())
 
 
 def _layer_table(plan: Plan) -> None:
@@ -119,7 +128,8 @@ def _layer_table(plan: Plan) -> None:
         view = plan.models[i].view
         family = view.family.name if view.family else f"{view.model_type} (by tensor names)"
         role = ", base" if plan.models[i] is plan.donor else ""
-        echo(f"{short[i]} = {name}  [{family}, {view.num_layers} layers{role}]")
+        codes = f", {quantized_text(share)}" if (share := quantized_of(plan.models[i])) else ""
+        echo(f"{short[i]} = {name}  [{family}, {view.num_layers} layers{codes}{role}]")
     click.echo()
     rows = []
     for block in plan.blocks:

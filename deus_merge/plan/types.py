@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoint.dequantized import quantized_share
 from ..checkpoint.header import read_small
 from ..checkpoint.layout import ShardLayout
 from ..core.errors import CheckpointError
@@ -116,6 +117,11 @@ class Plan:
     def new_layers(self) -> tuple[int, ...]:
         """Of the main stack."""
         return tuple(sorted(layer for b in self.main_blocks if b.new for layer in b.layers))
+
+    @property
+    def quantized(self) -> dict[str, dict[str, float]]:
+        """What is written as codes, as `quantized_share`."""
+        return quantized_share((o.quantization, o.shape) for _, o in self.outputs)
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
@@ -250,6 +256,7 @@ class Plan:
                     "model_type": m.view.model_type,
                     "layers": m.view.num_layers,
                     "fingerprint": m.checkpoint.fingerprint,
+                    **({"quantized": share} if (share := quantized_of(m)) else {}),
                 }
                 for m in self.models
             ],
@@ -257,6 +264,7 @@ class Plan:
             "num_layers": self.num_layers,
             "new_layers": list(self.new_layers),
             "function_preserving": self.function_preserving,
+            **({"quantized": self.quantized} if self.quantized else {}),
             "layers": self.layer_map(),
             **({"modules": maps} if (maps := self.module_maps()) else {}),
             **({"documents": [_describe_document(d) for d in self.documents]} if self.documents else {}),
@@ -283,6 +291,11 @@ class Plan:
             "files": files,
             **({"vocabulary": {**self.vocabulary, "tokenizer": None}} if self.vocabulary else {}),
         }
+
+
+def quantized_of(model: SourceModel) -> dict[str, dict[str, float]]:
+    """How much of a model is quantised, as `quantized_share`."""
+    return quantized_share((t.quantization, t.shape) for t in model.checkpoint.tensors.values())
 
 
 def _describe_document(document: DocumentPlan) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..align.packing import Packing, layout_problem
+from ..checkpoint.dequantized import quantized_share
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
@@ -54,6 +55,7 @@ def summary(model: str, load_options: LoadOptions | None = None) -> dict:
         **{name: next((text[key] for key in keys if text.get(key) is not None), None) for name, keys in _SIZES.items()},
         "tied_embeddings": config.get("tie_word_embeddings"),
         "dtypes": ", ".join(sorted({t.dtype for t in checkpoint.tensors.values()})),
+        "quantized": quantized_share((t.quantization, t.shape) for t in checkpoint.tensors.values()) or None,
         "parameters": parameters,
         "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
         "files": len(checkpoint.files),
