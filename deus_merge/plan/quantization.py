@@ -69,8 +69,9 @@ class QuantizedOutputs:
         outputs = []
         for output in block.outputs:
             like = output.inputs[source].quantization
-            if output.action is not Action.ONES and self._readable[block.sources[source].model]:
-                output = replace(output, quantization=output.quantization or like)
+            if like is not None and not output.quantization and self._readable[block.sources[source].model]:
+                self._check_refusal(output.inputs[source])
+                output = replace(output, quantization=like)
             outputs.append(output)
         return replace(block, outputs=tuple(outputs))
 
@@ -99,7 +100,7 @@ class QuantizedOutputs:
         outputs = [(b, o) for b in blocks for o in b.outputs]
         if not any(o.quantization for _, o in outputs):
             return with_quantization(config, None)
-        plain = [module_of(o.name) for b, o in outputs if o.quantization is None and self._is_expected_quantized(b, o)]
+        plain = [module_of(o.name) for b, o in outputs if self._is_excepted(b, o)]
         if not plain:
             return dict(config)
         head = [n for n in self._donor.view.after if len(self._donor.checkpoint.tensors[n].shape) > 1] or ["lm_head"]
@@ -118,10 +119,16 @@ class QuantizedOutputs:
                     reason = f"{output.stored.quantization.format} weights of {model.ref} are"
                     found[reason, output.dtype, str(model.ref)] += 1
         advice = "leave dtype out to keep their codes" if wanted else "the output's config describes no such codes"
-        return [f"{count} {reason} written as {dtype}: {advice}" for (reason, dtype, _), count in found.items()]
+        notes = [f"{count} {reason} written as {dtype}: {advice}" for (reason, dtype, _), count in found.items()]
+        if self.format and any(o.quantization for b in blocks for o in b.outputs):
+            plain = [module_of(o.name) for b in blocks for o in b.outputs if self._is_excepted(b, o)]
+            notes += [note] if (note := formats()[self.format].note(plain)) else []
+        return notes
 
-    def _is_expected_quantized(self, block: BlockPlan, output: OutputTensor) -> bool:
-        """Whether a loader could take an output for quantised."""
+    def _is_excepted(self, block: BlockPlan, output: OutputTensor) -> bool:
+        """Whether an output is in floating point, and a loader must be told so."""
+        if output.quantization is not None:
+            return False
         if self._quantized_in_donor(output.role if block.layers else output.name, block.module):
             return True
         foreign = not all(self._readable[source.model] for source in block.sources)
@@ -148,12 +155,15 @@ class QuantizedOutputs:
                 expected="a quantised base",
                 got=f"{self._donor.ref}, which is not quantised",
             )
-        if not formats()[self.format].quantizes:
+
+    def _check_refusal(self, like: StoredTensor) -> None:
+        assert like.quantization is not None
+        if reason := formats()[like.quantization.format].refusal(like):
             able = [name for name, format_ in formats().items() if format_.quantizes]
-            place.fail(
-                f"new layers cannot be quantised to {self.format}",
+            self._recipe.source.child("quantize_new").fail(
+                f"new layers cannot be quantised like those of {self._donor.ref}: {reason}",
                 expected=some_of(able, len(able)),
-                got=self.format,
+                got=like.quantization.format,
                 hint="leave quantize_new out: the new layers are then in floating point, and can be trained",
             )
 

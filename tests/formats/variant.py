@@ -20,6 +20,7 @@ class Variant:
             library (or, without one here, the format's definition in code of its own) dequantises them.
         exact: Whether ours must equal these bit for bit; else to one rounding of the model's dtype.
         loads: Whether transformers loads such a folder on a CPU.
+        mixes: Whether it also does where some layers are in floating point.
     """
 
     model: str
@@ -27,3 +28,4 @@ class Variant:
     values: Callable[[Path], Mapping[str, torch.Tensor]]
     exact: bool = True
     loads: bool = True
+    mixes: bool = True

@@ -45,6 +45,7 @@ class Format(ABC):
         reference: Where the format is defined.
         exceptions: The key of the config's section that lists the modules which are not quantised.
         quantizes: Whether `quantize` is defined.
+        computed: For such a format: the parts that it computes from values. Others are measured on activations.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Format(ABC):
     reference: str
     exceptions: str
     quantizes = False
+    computed: tuple[str, ...] = ()
 
     @abstractmethod
     def matches(self, section: Mapping[str, Any]) -> bool:
@@ -96,6 +98,22 @@ class Format(ABC):
     def scales(self, quantization: Quantization) -> Sequence[str]:
         """The parts that values are multiplied with or divided by."""
         return [label for label in quantization.parts if label.startswith("scale")]
+
+    def refusal(self, like: StoredTensor) -> str | None:
+        """Why a new weight cannot get the format of a weight of the base; None where it can.
+
+        Args:
+            like: The weight of the base.
+        """
+        assert like.quantization is not None
+        if not self.quantizes:
+            return f"new weights cannot be quantised to {self.name}"
+        other = [part.name for label, part in like.quantization.parts.items() if label not in self.computed]
+        return f"{other[0]} is not computed from weights" if other else None
+
+    def note(self, modules: Sequence[str]) -> str | None:
+        """What is known of loaders that cannot load these modules in floating point beside quantised ones."""
+        return None
 
     def zero_codes(self, quantization: Quantization) -> bool:
         """Whether the codes of zeros are bytes of zero, in a format that quantises."""

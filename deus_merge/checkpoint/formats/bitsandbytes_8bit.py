@@ -28,6 +28,7 @@ class BitsAndBytes8Bit(Format):
     reference = "https://arxiv.org/abs/2208.07339, section 3"
     exceptions = "llm_int8_skip_modules"
     quantizes = True
+    computed = ("codes", "scales", "layout")
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         # configs from before the key quant_method only say load_in_8bit

@@ -24,8 +24,6 @@ _LABELS = {
 _ACTIVATIONS = tuple(
     f"{which}_{what}" for which in ("input", "output") for what in ("scale", "zero_point", "global_scale")
 )
-#: scales of queries, keys and values, which belong to the attention: they travel with the projection that makes these
-_ATTENTION = re.compile(r"(.+)\.([qkv])_(?:scale|zero_point|global_scale)")
 
 
 class CompressedTensors(Format):
@@ -34,6 +32,7 @@ class CompressedTensors(Format):
     reference = "https://github.com/vllm-project/compressed-tensors"
     exceptions = "ignore"
     quantizes = True
+    computed = ("codes", "scales", "shape")
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         found = inner(section)
@@ -44,12 +43,11 @@ class CompressedTensors(Format):
     def weights(self, tensors: Mapping[str, StoredTensor], section: Mapping[str, Any], peek: Peek) -> Iterator[Weight]:
         first = next(iter(tensors.values()), None)
         among = groups(section, first and first.file.parent / "config.json")
-        attention = _attention_scales(tensors)
         taken: set[str] = set()
         for name, codes in tensors.items():
             module, _, last = name.rpartition(".")
             if last == "weight_packed" or last == "weight" and codes.dtype in ("I8", "F8_E4M3"):
-                weight = _weight(module, codes, tensors, among, attention.get(module, ()), peek)
+                weight = _weight(module, codes, tensors, among, peek)
                 taken.update(part.name for part in weight.quantization.parts.values())
                 yield weight
         for name, tensor in tensors.items():
@@ -97,10 +95,6 @@ class CompressedTensors(Format):
         quantization = like.quantization
         assert quantization is not None
         parts, settings = quantization.parts, quantization.settings
-        other = [part.name for label, part in parts.items() if label not in ("codes", "scales", "shape")]
-        if settings["stored"] == "fp4" or other:
-            why = f"{other[0]} is not computed from weights" if other else "rounding to NVFP4 is not defined here"
-            refuse(like, f"{like.name}: no new weight can be quantised like it: {why}", hint="leave it in bfloat16")
         (out, into), (height, width), float_ = like.shape, settings["block"], parts["codes"].dtype == "F8_E4M3"
         top = 448.0 if float_ else 2.0 ** (settings["bits"] - 1) - 1
         bottom, half_range = (-448.0, 448.0) if float_ else (-top - 1, top + 0.5)
@@ -120,6 +114,22 @@ class CompressedTensors(Format):
             made["shape"] = torch.tensor(like.shape, dtype=torch_dtype(parts["shape"].dtype))
         return made
 
+    def refusal(self, like: StoredTensor) -> str | None:
+        assert like.quantization is not None
+        fp4 = like.quantization.settings["stored"] == "fp4"
+        return "rounding to NVFP4 is not defined here" if fp4 else super().refusal(like)
+
+    def note(self, modules: Sequence[str]) -> str | None:
+        if any(".experts" in module for module in modules):
+            return (
+                "transformers cannot load experts in floating point beside packed ones; quantize_new: true packs those"
+                " of new layers"
+            )
+        return None
+
+    def zero_codes(self, quantization: Quantization) -> bool:
+        return quantization.settings["stored"] != "int32"  # packed codes have an offset
+
     def except_modules(self, section: Mapping[str, Any], modules: Sequence[str], default: Sequence[str]) -> dict:
         """As `Format.except_modules`. The modules of ``default`` are not added: loaders of this format leave out only
         what the section lists. Experts that a loader has as one module are listed with all that is below them."""
@@ -135,7 +145,6 @@ def _weight(
     codes: StoredTensor,
     tensors: Mapping[str, StoredTensor],
     among: Sequence[Group],
-    attention: Sequence[str],
     peek: Peek,
 ) -> Weight:
     """The weight of a module.
@@ -145,7 +154,6 @@ def _weight(
         codes: Its codes.
         tensors: All stored tensors.
         among: The groups of the config.
-        attention: Stored tensors of the attention that belong to it.
         peek: Reads ``weight_shape``, where scales do not give the number of columns: in every other case a checkpoint
             with thousands of experts would be opened one small read at a time.
     """
@@ -191,22 +199,8 @@ def _weight(
     if fp4:
         parts["scale_of_scales"] = own("weight_global_scale", ("F32",), (1,), ())
     parts |= {name: found for name in _ACTIVATIONS if (found := tensors.get(f"{module}.{name}"))}
-    parts |= {name.rpartition(".")[2]: tensors[name] for name in attention}
     settings = {"stored": group.stored, "bits": group.bits, "block": [height, width], "packed_zeros": packed_zeros}
     return Weight(f"{module}.weight", (out, into), Quantization("compressed_tensors", parts, settings))
-
-
-def _attention_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
-    """The stored scales of attentions by the module that they travel with."""
-    found: dict[str, list[str]] = {}
-    for name in tensors:
-        if match := _ATTENTION.fullmatch(name):
-            for projection in (f"{match[2]}_proj", "qkv_proj", "kv_b_proj"):
-                module = f"{match[1]}.{projection}"
-                if f"{module}.weight" in tensors or f"{module}.weight_packed" in tensors:
-                    found.setdefault(module, []).append(name)
-                    break
-    return found
 
 
 def _describe(group: Group) -> str:

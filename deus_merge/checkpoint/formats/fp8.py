@@ -35,6 +35,7 @@ class Fp8(Format):
     reference = "DeepSeek-AI 2024, DeepSeek-V3 Technical Report (arXiv:2412.19437), section 3.3"
     exceptions = "modules_to_not_convert"
     quantizes = True
+    computed = ("codes", "scale")
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         method = section.get("quant_method")
@@ -74,18 +75,11 @@ class Fp8(Format):
         return (weight.quantization.parts["scale"].name, problem) if problem else None
 
     def quantize(self, values: torch.Tensor, like: StoredTensor) -> dict[str, torch.Tensor]:
-        """Round to nearest even, with each block's largest value at the largest code.
-
-        Raises:
-            CheckpointError: the base's weight has static scales of activations, which no weight determines.
-        """
+        """Round to nearest even, with each block's largest value at the largest code."""
         import torch
 
         quantization = like.quantization
         assert quantization is not None
-        for label, tensor in quantization.parts.items():
-            if label not in ("codes", "scale"):
-                refuse(tensor, f"{tensor.name} is measured on activations: new weights cannot be quantised", hint=_HINT)
         *_, rows, columns = like.shape
         height, width = _block(like)
         stored = quantization.parts["scale"]
@@ -123,9 +117,6 @@ class Fp8(Format):
         return {**section, **{key: list(dict.fromkeys(names)) for key, names in lists.items()}}
 
 
-_HINT = "leave the new weights in floating point"
-
-
 def _weight(tensors: Mapping[str, StoredTensor], codes: StoredTensor, section: Mapping[str, Any]) -> Weight:
     for key, known in _KNOWN.items():
         if section.get(key) not in known:
@@ -146,10 +137,6 @@ def _weight(tensors: Mapping[str, StoredTensor], codes: StoredTensor, section: M
             parts[label] = part(tensors, f"{stem}{label}_scale", name, dtypes=_FLOATS, shapes=shapes)
     if section.get("activation_scheme") == "static" and not parts.keys() & {"activation", "input"}:
         part(tensors, f"{stem}{'activation' if inverse else 'input'}_scale", name)
-    if match := re.fullmatch(r"(.+\.)([qkv])_proj\.weight", name):  # scales of the cache of keys and values
-        for place in (match[1], stem):
-            if f"{place}{match[2]}_scale" in tensors:
-                parts[match[2]] = part(tensors, f"{place}{match[2]}_scale", name, dtypes=_FLOATS, shapes=shapes)
     settings = {"block": list(grids[scale.shape]), "power": _powers(section) or scale.dtype not in _FLOATS}
     return Weight(name, codes.shape, Quantization("fp8", parts, settings))
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...core.tensors import Quantization, StoredTensor
@@ -26,6 +26,7 @@ class Mxfp4(Format):
     reference = "Open Compute Project 2023, Microscaling Formats (MX) Specification 1.0"
     exceptions = "modules_to_not_convert"
     quantizes = True
+    computed = ("codes", "scales")
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         return section.get("quant_method") == "mxfp4"
@@ -65,6 +66,14 @@ class Mxfp4(Format):
         assert weight.quantization is not None
         if bool((parts["scale"] == _NAN).any()):
             return weight.quantization.parts["scale"].name, "holds NaN"
+        return None
+
+    def note(self, modules: Sequence[str]) -> str | None:
+        if any(module.endswith(".experts") for module in modules):
+            return (
+                "vLLM loads no experts in floating point beside MXFP4 ones (transformers does); quantize_new: true"
+                " writes new ones as MXFP4"
+            )
         return None
 
     def quantize(self, values: torch.Tensor, like: StoredTensor) -> dict[str, torch.Tensor]:

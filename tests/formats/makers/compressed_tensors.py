@@ -212,6 +212,7 @@ VARIANTS = {
         make=partial(make, name),
         values=values,
         loads=name not in ("ct_int4_asymmetric", "ct_int4_ordered"),  # transformers 5.23 expects unpacked zero points
+        mixes=name != "ct_int4_experts",
     )
     for name in GROUPS
 }
