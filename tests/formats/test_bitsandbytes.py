@@ -215,11 +215,12 @@ def test_rows_of_zeros_stay_zeros(tmp_path):
     source = opened(tmp_path, eight(), 8)
     like = source.tensors[NAME]
     values = torch.randn(37, 50)
-    values[4], values[5] = 0, 1e-40
+    values[4], values[5] = 0, 1e-37  # 127 / 1e-37 is infinite in float32
     made = EIGHT.quantize(values, like)
     assert bool(torch.isfinite(made["scales"]).all()) and bool((made["scales"] > 0).all())
     back = EIGHT.dequantize(like, made, 0, 37)
-    assert not back[4].any() and bool(((back - values).abs() <= values.abs().amax(1, True) / 254 + 1e-38).all())
+    most = values.abs().amax(1, True).clamp_min(1e-36)
+    assert not back[4].any() and bool(((back - values).abs() <= 1.001 * most / 254).all())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

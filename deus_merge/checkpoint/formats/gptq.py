@@ -130,9 +130,10 @@ def _minus(section: Mapping[str, Any], tensor: StoredTensor) -> bool:
 
 
 def _rule(section: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """What the first rule of ``dynamic`` that matches a module says of it."""
+    """What the first rule of ``dynamic`` that matches a quantised module says of it (a rule that begins with ``-:``
+    does not: such modules are not quantised)."""
     for pattern, rule in (section.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+        if re.match(pattern.removeprefix("+:"), module):
             return rule
     return {}
 
