@@ -92,6 +92,8 @@ def quantized_tensors(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
     described = quantization(config) is not None
     found: dict[str, str] = {}
     for name, tensor in tensors.items():
+        if is_cache_scale(name):
+            continue
         small = ITEMSIZE[tensor.dtype] == 1 and tensor.dtype != "BOOL"
         if described and small:
             found.setdefault(name, name)

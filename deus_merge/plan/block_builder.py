@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..align.parameters import check_alignment
+from ..checkpoint.quantized import is_cache_scale
 from ..core.errors import PlanError, RecipeError
 from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.text import some_of
 from ..core.units import promoted
-from ..methods.base import MergeMethod, OutputTensor
+from ..methods.base import MergeMethod, OutputTensor, copy_of
 from ..methods.registry import methods
 from ..models.config_rules import LayerEntries
 from ..models.facts.base import Pinned
@@ -230,6 +231,8 @@ class BlockBuilder:
     ) -> OutputTensor:
         """The output with the way it comes about: the only place where that is decided."""
         decision = method.decide(output)
+        if is_cache_scale(output.name) and decision.action is Action.COMPUTE:  # of the run, not of the weights
+            decision = copy_of(output.base or 0)
         action, source = decision.action, decision.source
         if action is Action.COPY and source is not None:
             taken = output.inputs[source]

@@ -105,8 +105,13 @@ class QuantizedOutputs:
             return dict(config)
         head = [n for n in self._donor.view.after if len(self._donor.checkpoint.tensors[n].shape) > 1] or ["lm_head"]
         left_out = [module_of(n) for n in head if not self._quantized_in_donor(n, None)]
-        names = list(dict.fromkeys(plain))
-        return with_quantization(config, formats()[self.format].except_modules(section, names, left_out))
+        changed = formats()[self.format].except_modules(
+            section,
+            list(dict.fromkeys(plain)),
+            left_out,
+            quantized=[module_of(o.name) for _, o in outputs if o.quantization],
+        )
+        return with_quantization(config, changed)
 
     def warnings(self, blocks: Sequence[BlockPlan]) -> list[str]:
         """Messages about quantised weights that are not written as they are."""

@@ -130,7 +130,9 @@ class CompressedTensors(Format):
     def zero_codes(self, quantization: Quantization) -> bool:
         return quantization.settings["stored"] != "int32"  # packed codes have an offset
 
-    def except_modules(self, section: Mapping[str, Any], modules: Sequence[str], default: Sequence[str]) -> dict:
+    def except_modules(
+        self, section: Mapping[str, Any], modules: Sequence[str], default: Sequence[str], quantized: Sequence[str] = ()
+    ) -> dict:
         """As `Format.except_modules`. The modules of ``default`` are not added: loaders of this format leave out only
         what the section lists. Experts that a loader has as one module are listed with all that is below them."""
         found = inner(section)

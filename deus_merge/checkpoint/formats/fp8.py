@@ -104,7 +104,9 @@ class Fp8(Format):
             return {"codes": codes, "scale": exponents.view(torch.uint8) if stored.dtype == "U8" else exponents}
         return {"codes": codes, "scale": scales.to(torch_dtype(stored.dtype)).reshape(stored.shape)}
 
-    def except_modules(self, section: Mapping[str, Any], modules: Sequence[str], default: Sequence[str]) -> dict:
+    def except_modules(
+        self, section: Mapping[str, Any], modules: Sequence[str], default: Sequence[str], quantized: Sequence[str] = ()
+    ) -> dict:
         """Loaders read ``modules_to_not_convert`` or ``ignored_layers``, of ModelOpt's sections ``ignore`` or
         ``exclude_modules``: all that are there are extended. They know a layer's experts as one module, ``..experts``.
         """
