@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 LIMIT, MEMORY = 1.5, 450  # ratios; MB, where the bfloat16 model is copied without torch
-NEW = 4  # layers
+NEW = 3  # layers
 BLOCK, GROUP, RUN = 128, 128, 64  # side of an FP8 block; INT4 and NF4 codes that share a scale
 NF4 = (
     -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
@@ -102,7 +102,9 @@ CASES = {
         "linear of two models",
         recipe="merge_method: linear\nparameters: {{weight: 0.5}}\nmodels: [{{model: {first}}}, {{model: {second}}}]\n",
     ),
-    "cast": Case("cast to another dtype", recipe="merge_method: passthrough\ndtype: {dtype}\nmodels: [{first}]\n"),
+    "cast": Case(
+        "cast to another dtype", recipe="merge_method: passthrough\ndtype: {dtype}\nmodels: [{{model: {first}}}]\n"
+    ),
 }
 
 

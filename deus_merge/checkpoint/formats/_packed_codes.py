@@ -23,10 +23,9 @@ def unpack_columns(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor
     import torch
 
     octets = words.reshape(-1).view(torch.uint8).view(words.shape[0], 4 * words.shape[1])  # (rows, bytes)
-    if bits < 8:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)  # (codes of a byte,)
-        octets = ((octets[..., None] >> shifts) & ((1 << bits) - 1)).flatten(1)  # (rows, codes)
-    return octets[:, :columns].to(torch.float32).sub_(1 << (bits - 1))  # (rows, columns)
+    shifts = torch.arange(0, 8, bits)  # (codes of a byte,)
+    codes = (torch.arange(256)[:, None] >> shifts) & ((1 << bits) - 1)  # (256, codes of a byte)
+    return looked_up(octets, (codes - (1 << (bits - 1))).float())[:, :columns].contiguous()  # (rows, columns)
 
 
 def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -79,5 +78,37 @@ def unpack_e2m1(pairs: torch.Tensor) -> torch.Tensor:
 
     positive = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     table = torch.tensor([*positive, *(-value for value in positive)])  # (16,)
-    codes = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(1)  # (rows, columns)
-    return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)  # (rows, columns)
+    return looked_up(pairs, pairs_of(table))  # (rows, columns)
+
+
+def pairs_of(table: torch.Tensor) -> torch.Tensor:
+    """The values of the two codes of a byte, the first in its low half.
+
+    Args:
+        table: float32, (16,): the value of each code.
+
+    Returns:
+        float32, (256, 2).
+    """
+    import torch
+
+    return torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=1)
+
+
+def looked_up(octets: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The values that bytes stand for.
+
+    Args:
+        octets: uint8, (.., n).
+        table: float32, (256,) or (256, k): the values of each byte.
+
+    Returns:
+        float32, (.., k * n), in new memory.
+    """
+    import torch
+
+    # Several values of a byte are moved as one number of their size: torch takes rows of a table far more slowly.
+    wide = {4: torch.float32, 8: torch.float64, 16: torch.complex128}.get(4 * table[0].numel())
+    entries = table.contiguous().view(wide).flatten() if wide else table  # (256,) or (256, k)
+    values = entries.index_select(0, octets.reshape(-1).to(torch.int32))
+    return values.view(torch.float32).view(*octets.shape[:-1], -1)

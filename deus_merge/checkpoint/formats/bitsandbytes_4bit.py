@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.tensors import Quantization, StoredTensor
 from ._fused import with_fused
+from ._packed_codes import looked_up
 from .base import Format, Peek, Weight, part, refuse, scale_problem
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class BitsAndBytes4Bit(Format):
         codes = parts["codes"].flatten().view(torch.uint8)[first * block // 2 : last * block // 2]
         table = parts["quant_map"]
         pairs = torch.cartesian_prod(table, table)  # (256, 2): the two values of a byte
-        values = pairs.index_select(0, codes.to(torch.int32)).flatten()
+        values = looked_up(codes, pairs)
         short = (last - first) * block - len(values)
         if short:  # the weight's last block is not full
             values = torch.nn.functional.pad(values, (0, short))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.tensors import Quantization, StoredTensor
 from ...core.units import torch_dtype
+from ._blocks import in_blocks
 from ._compressed_tensors_groups import Group, group_of, groups, inner
-from ._packed_codes import pack_columns, unpack_columns, unpack_e2m1, unpack_rows
+from ._packed_codes import looked_up, pack_columns, unpack_columns, unpack_e2m1, unpack_rows
 from .base import Format, Peek, Weight, part, refuse
 
 if TYPE_CHECKING:
@@ -66,27 +67,38 @@ class CompressedTensors(Format):
         codes = parts["codes"][start:stop]  # (r, in) or packed
         if settings["stored"] == "int32":
             values = unpack_columns(codes, settings["bits"], into)  # (r, in)
+        elif settings["stored"] == "fp4":
+            values = unpack_e2m1(codes)  # (r, in)
+        elif codes.dtype == torch.int8:
+            values = codes.to(torch.float32)  # (r, in)
         else:
-            values = unpack_e2m1(codes) if settings["stored"] == "fp4" else codes.to(torch.float32)  # (r, in)
+            every = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()  # (256,): the value of each code
+            values = looked_up(codes.view(torch.uint8), every)  # (r, in)
         rows = torch.arange(start, stop) // height  # (r,): of the grid of scales
-        columns = torch.arange(into) // width  # (in,)
         grid = (-(-out // height), -(-into // width))
         if (order := parts.get("order")) is not None and not bool((order == -1).any()):
             if bool(((order < 0) | (order >= grid[1])).any()):
                 refuse(
                     quantization.parts["order"], f"{quantization.parts['order'].name} names groups that do not exist"
                 )
-            columns = order.to(torch.int64)
+            order, width = order.to(torch.int64), 1  # (in,): columns have no blocks
+        else:
+            order = None
+
+        def of_columns(shared: torch.Tensor) -> torch.Tensor:
+            return shared if order is None else shared[:, order]  # (r, groups) or (r, in)
+
         if (zeros := parts.get("zeros")) is not None:
             if settings["packed_zeros"]:
                 zeros = unpack_rows(zeros, settings["bits"], start, stop)  # (r, groups)
             else:
                 zeros = zeros.view(grid)[rows].to(torch.float32)  # (r, groups)
-            values -= zeros[:, columns] if grid[1] > 1 else zeros
+            in_blocks(torch.Tensor.sub_, values, of_columns(zeros), width)
         scales = parts["scales"].view(grid)[rows].to(torch.float32)  # (r, groups)
         if (overall := parts.get("scale_of_scales")) is not None:
             scales = scales / overall.to(torch.float32)  # stored as a divisor, (1,)
-        return values.mul_(scales[:, columns] if grid[1] > 1 else scales)  # (r, in)
+        in_blocks(torch.Tensor.mul_, values, of_columns(scales), width)
+        return values
 
     def quantize(self, values: torch.Tensor, like: StoredTensor) -> dict[str, torch.Tensor]:
         import torch

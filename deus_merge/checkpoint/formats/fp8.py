@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.tensors import Quantization, StoredTensor
 from ...core.units import torch_dtype
+from ._blocks import in_blocks
+from ._packed_codes import looked_up
 from .base import Format, Peek, Weight, part, refuse, scale_problem
 
 if TYPE_CHECKING:
@@ -52,21 +54,16 @@ class Fp8(Format):
     def dequantize(
         self, weight: StoredTensor, parts: Mapping[str, torch.Tensor], start: int, stop: int
     ) -> torch.Tensor:
+        import torch
+
         *stack, rows, columns = weight.shape
         height, width = _block(weight)
-        grid = (*stack, -(-rows // height), -(-columns // width))
-        scales = parts["scale"].reshape(grid)  # (E, r / height, c / width), or without E
-        values = parts["codes"][start:stop].float()  # (e, r, c) or (r, c)
-        if stack:
-            first, scales = 0, scales[start:stop]
-        else:
-            first = start - start // height * height  # rows of the first block that are not asked for
-            scales = scales[start // height : -(-stop // height)]
-        last = first + values.shape[-2]
-        scales = _decoded(scales).repeat_interleave(height, -2)[..., first:last, :]  # (.., r, c / width)
-        whole = columns // width * width
-        values[..., :whole].unflatten(-1, (columns // width, width)).mul_(scales[..., : columns // width, None])
-        values[..., whole:].mul_(scales[..., columns // width :])  # (.., r, c mod width)
+        scales = parts["scale"].reshape(*stack, -(-rows // height), -(-columns // width))  # (E, r / height, c / width)
+        every = torch.arange(256, dtype=torch.uint8).view(parts["codes"].dtype).float()  # (256,): the value of each code
+        values = looked_up(parts["codes"][start:stop].view(torch.uint8), every)  # (e, r, c) or (r, c)
+        scales, first, last = (scales[start:stop], 0, rows) if stack else (scales, start, stop)
+        of_rows = torch.arange(first, last) // height  # (r,): rows of the grid
+        in_blocks(torch.Tensor.mul_, values, _decoded(scales.index_select(-2, of_rows)), width)
         return values
 
     def check(self, weight: StoredTensor, parts: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...core.tensors import Quantization, StoredTensor
+from ._packed_codes import looked_up, pairs_of
 from .base import Format, Peek, Weight, part, refuse
 
 if TYPE_CHECKING:
@@ -51,15 +52,13 @@ class Mxfp4(Format):
         import torch
 
         _, inputs, outputs = weight.shape
-        one = torch.tensor([*_VALUES, *(-value for value in _VALUES)])  # (16,)
-        pairs = torch.stack([one.repeat(16), one.repeat_interleave(16)], 1)  # (256, 2): of every byte, lower half first
+        pairs = pairs_of(torch.tensor([*_VALUES, *(-value for value in _VALUES)]))  # (256, 2)
         values = torch.empty((stop - start, inputs, outputs), dtype=torch.float32)
         for expert in range(start, stop):
             for at in range(0, outputs, _ROWS):
-                codes = parts["codes"][expert, at : at + _ROWS].int()  # (o, in / 32, 16)
-                scales = _powers(parts["scale"][expert, at : at + _ROWS])  # (o, in / 32)
-                rows = pairs[codes].mul_(scales[..., None, None]).reshape(-1, inputs)  # (o, in)
-                values[expert - start, :, at : at + _ROWS] = rows.T
+                rows = looked_up(parts["codes"][expert, at : at + _ROWS], pairs)  # (o, in / 32, 32)
+                rows.mul_(_powers(parts["scale"][expert, at : at + _ROWS])[..., None])
+                values[expert - start, :, at : at + _ROWS] = rows.view(-1, inputs).T
         return values
 
     def check(self, weight: StoredTensor, parts: Mapping[str, torch.Tensor]) -> tuple[str, str] | None:
