@@ -7,12 +7,15 @@ import shutil
 
 import pytest
 import torch
+from conftest import VARIANTS
 from safetensors.torch import load_file, save_file
 from support import make_speakers
 from test_contract import config_of, format_of, passthrough, recipe, source, stored
 
 from deus_merge.checkpoint.quantized import quantization
 
+HALF = "parameters: {weight: 0.5}\n"
+BOTH = "models: [{model: 'A'}, {model: 'B'}]\n"
 COMMON = ("fp8_block", "bnb_nf4", "gptq", "ct_int4_group")
 
 
@@ -47,12 +50,13 @@ def test_alignment_documents_and_learned_layers(name, quantized, run, tmp_path):
             plain[i],
         )
     texts = {
-        "align": "merge_method: linear\nparameters: {weight: 0.5}\nalign: symmetry\nmodels: [{model: 'A'}, {model: 'B'}]\n",
-        "slerp": "merge_method: slerp\nbase_model: 'A'\nparameters: {t: 0.3}\nmodels: [{model: 'A'}, {model: 'B'}]\n",
-        "documents": "dtype: float32\nname: half\nmerge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: 'A'}, {model: 'B'}]\n"
-        "---\ndtype: float32\nmerge_method: task_arithmetic\nbase_model: 'A'\nparameters: {weight: 0.4}\nmodels: [{model: half}]\n",
+        "align": f"merge_method: linear\n{HALF}align: symmetry\n{BOTH}",
+        "slerp": f"merge_method: slerp\nbase_model: 'A'\nparameters: {{t: 0.3}}\n{BOTH}",
+        "documents": f"dtype: float32\nname: half\nmerge_method: linear\n{HALF}{BOTH}---\ndtype: float32\n"
+        f"merge_method: task_arithmetic\nbase_model: 'A'\n{HALF}models: [{{model: half}}]\n",
         "lesa": "base_model: 'A'\nupscale: {preset: lesa, insert: {after: [1]}}\n",
-        "two": "merge_method: ot_fuse\nslices:\n  - sources: [{model: 'A', layer_range: [0, 2]}, {model: 'B', layer_range: [1, 3]}]\n",
+        "two": "merge_method: ot_fuse\nslices:\n  - sources:\n"
+        "    - {model: 'A', layer_range: [0, 2]}\n    - {model: 'B', layer_range: [1, 3]}\n",
     }
     for title, text in texts.items():
         results = []
@@ -78,14 +82,8 @@ def test_alignment_documents_and_learned_layers(name, quantized, run, tmp_path):
 def test_formats_mix(quantized, run, tmp_path):
     """Two models of other formats: merges compute with values; copies of the other one's layers are dequantised."""
     first, second = quantized("fp8_tensor"), quantized("bnb_nf4", 1)
-    run(
-        "merge",
-        recipe(
-            tmp_path / "r.yml",
-            f"merge_method: linear\nparameters: {{weight: 0.5}}\nmodels: [{{model: '{first}'}}, {{model: '{second}'}}]\n",
-        ),
-        tmp_path / "mean",
-    )
+    text = f"merge_method: linear\n{HALF}{BOTH}".replace("'A'", f"'{first}'").replace("'B'", f"'{second}'")
+    run("merge", recipe(tmp_path / "r.yml", text), tmp_path / "mean")
     a, b, mean = source(first), source(second), source(tmp_path / "mean")
     weight = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(mean.read(weight).float(), ((a.read(weight) + b.read(weight)) / 2).bfloat16().float())
@@ -98,6 +96,29 @@ def test_formats_mix(quantized, run, tmp_path):
     assert torch.equal(copied.float(), b.read("model.layers.2.mlp.up_proj.weight").bfloat16().float())
     excepted = config_of(tmp_path / "stack")["quantization_config"]["modules_to_not_convert"]
     assert "model.layers.3.mlp.up_proj" in excepted and "model.layers.1.mlp.up_proj" not in excepted
+
+
+def test_tokens_are_united(run, tmp_path):
+    """Rows of tokens are taken and averaged in a merge of quantised models as in one of their values."""
+    texts = {}
+    for kind in ("codes", "plain"):
+        names = []
+        for name, folder in make_speakers(tmp_path / kind).items():
+            codes = tmp_path / kind / f"{name}-fp8"
+            VARIANTS["fp8_tensor"].make(folder, codes)
+            for file in folder.glob("token*"):
+                shutil.copy(file, codes)
+            names.append(codes)
+            if kind == "plain":
+                text = f"merge_method: passthrough\ndtype: float32\nmodels: [{{model: '{codes}'}}]\n"
+                names[-1] = tmp_path / kind / f"{name}-plain"
+                run("merge", recipe(tmp_path / "p.yml", text), names[-1])
+        models = ", ".join(f"{{model: '{name}'}}" for name in names)
+        texts[kind] = f"dtype: float32\nmerge_method: linear\n{HALF}tokenizer_source: union\nmodels: [{models}]\n"
+        run("merge", recipe(tmp_path / "r.yml", texts[kind]), tmp_path / f"out-{kind}")
+    codes, plain = (load_file(tmp_path / f"out-{kind}" / "model.safetensors") for kind in ("codes", "plain"))
+    assert codes.keys() == plain.keys()
+    assert all(torch.equal(codes[key], plain[key]) for key in codes)
 
 
 @pytest.mark.parametrize("name", COMMON)
