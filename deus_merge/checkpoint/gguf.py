@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from ..core.errors import CheckpointError, nearest
 from ..core.tensors import StoredTensor
 from ..core.text import some_of
 from .gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from .gguf_model import GgufModel, as_checkpoint_error, described, reader_options
+from .gguf_model import GgufModel, described, other_files
 from .header import FileHeader
 from .pickled import has_safetensors
 from .reader import Checkpoint
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 _BLOCK_BYTES = 32 << 20  # of float32 values that are dequantised at once
-_TOKENIZER = "tokenizer.ggml.model"
 
 
 class GgufSource:
@@ -43,7 +41,7 @@ class GgufSource:
     """
 
     def __init__(self, path: Path, header: GgufHeader, model: GgufModel):
-        self.where, self.files, self.folders = path, (path,), (path.parent,)
+        self.where, self.files, self.folders = path, (path,), (path,)  # other files of its folder are not read
         self.provenance: Mapping[str, object] = {"folder": str(path)}
         self.config = model.config
         raw = [
@@ -53,8 +51,8 @@ class GgufSource:
         file = FileHeader(path, header.size, header.identity, tuple(raw), {}, header.digest)
         self._raw = Checkpoint(path.parent, {}, (file,), "")  # under the names in the file
         self._model = model
-        self._has_tokenizer = _TOKENIZER in header.metadata
-        self._side_files: dict[str, bytes | Path] | None = None
+        self._header = header
+        self._side_files: dict[str, bytes | Path] | None = None  # not before they are asked for: it takes seconds
         digest = hashlib.sha256(b"deus-merge gguf 1\n" + header.size.to_bytes(8, "little") + header.digest)
         digest.update(json.dumps({**model.config, "transformers_version": None}, sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
@@ -85,8 +83,11 @@ class GgufSource:
             CheckpointError: transformers cannot convert the tokenizer.
         """
         if self._side_files is None:
-            self._side_files = _side_files(self.where, self.config, self._has_tokenizer)
+            self._side_files = dict(other_files(self.where, self._header, self.config))
         return self._side_files
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_side_files": None}
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in float32, in memory of its own."""
@@ -215,15 +216,3 @@ def _raw_shape(tensor: GgufTensor) -> tuple[int, int]:
     """The bytes of a tensor's rows; a vector is one row."""
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
     return rows, tensor.nbytes // rows
-
-
-def _side_files(path: Path, config: dict, tokenizer: bool) -> dict[str, bytes | Path]:
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    with tempfile.TemporaryDirectory() as folder, as_checkpoint_error(path, "the tokenizer"):
-        GenerationConfig.from_model_config(AutoConfig.for_model(**config)).save_pretrained(folder)
-        if tokenizer:
-            converted = AutoTokenizer.from_pretrained(str(path.parent), **reader_options(path))
-            converted.init_kwargs.pop("local_files_only", None)  # an argument of this call only
-            converted.save_pretrained(folder)
-        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}

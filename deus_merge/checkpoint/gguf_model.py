@@ -1,4 +1,4 @@
-"""What transformers makes of a GGUF file: its config, and which tensor of the model each tensor of the file is."""
+"""What transformers makes of a GGUF file: config, tokenizer, and which tensor of the model each of the file's is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,10 @@ def described(path: Path, header: GgufHeader) -> GgufModel:
     with as_checkpoint_error(path, f"the architecture {architecture!r}"):
         from transformers import modeling_gguf_pytorch_utils as reader
 
-        config = AutoConfig.from_pretrained(str(path.parent), **reader_options(path))
-        if not {architecture, config.model_type} & {*reader.GGUF_SUPPORTED_ARCHITECTURES}:
-            raise NotImplementedError("it is read in another way than the others")
+        config = AutoConfig.from_pretrained(str(path.parent), **_reader_options(path))
+        known = {architecture, config.model_type} & {*reader.GGUF_SUPPORTED_ARCHITECTURES}
+        if not known or (architecture in _newly_read() and architecture not in reader.TENSOR_PROCESSORS):
+            raise NotImplementedError("transformers reads it by a newer way, which is not followed here")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config=config.to_dict())
@@ -87,7 +89,40 @@ def described(path: Path, header: GgufHeader) -> GgufModel:
     return GgufModel(as_json, dtype, tensors, shapes, processor)
 
 
-def reader_options(path: Path) -> dict[str, object]:
+def other_files(path: Path, header: GgufHeader, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files next to the weights: the tokenizer, if the file has one, and the generation config.
+
+    Args:
+        path: The file.
+        header: Its header.
+        config: The model's config.json.
+
+    Raises:
+        CheckpointError: transformers cannot convert the tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    with tempfile.TemporaryDirectory() as name, as_checkpoint_error(path, "the tokenizer"):
+        folder = Path(name)
+        GenerationConfig.from_model_config(AutoConfig.for_model(**config)).save_pretrained(folder)
+        if "tokenizer.ggml.model" in header.metadata:
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **_reader_options(path))
+            tokenizer.init_kwargs.pop("local_files_only", None)  # an argument of this call only
+            tokenizer.save_pretrained(folder)
+            _drop_new_tokens(folder / "tokenizer.json", header.metadata["tokenizer.ggml.tokens"])
+        return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def _drop_new_tokens(file: Path, count: Any) -> None:
+    """Drop tokens that transformers adds to those of the GGUF file (``<|endoftext|>``): they have no embeddings."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    added = [token for token in content["added_tokens"] if token["id"] < count]
+    if len(added) < len(content["added_tokens"]):
+        content["added_tokens"] = added
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _reader_options(path: Path) -> dict[str, Any]:
     """Arguments of transformers' ``from_pretrained`` next to the file's folder."""
     return {"gguf_file": path.name, "local_files_only": True}
 
@@ -104,6 +139,15 @@ def as_checkpoint_error(path: Path, what: str) -> Iterator[None]:
         raise CheckpointError(
             f"transformers cannot map {what} of this GGUF file", where=path, got=got, hint=CONVERT
         ) from error
+
+
+def _newly_read() -> Mapping[str, object]:
+    """The architectures whose values transformers changes elsewhere, if its version does."""
+    try:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:
+        return {}
+    return GGUF_ARCHS
 
 
 class _Names(NamedTuple):
