@@ -119,6 +119,10 @@ def test_only_the_rows_at_hand_are_dequantised(written, monkeypatch):
     for name in ("model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight"):
         source.slice(name, 3, 5)
     assert asked == [2, 2]
+    whole = source.read(name)
+    monkeypatch.setattr("deus_merge.checkpoint.gguf._BLOCK_BYTES", 10 * 4 * whole.shape[1])
+    asked.clear()
+    assert torch.equal(source.read(name), whole) and set(asked) == {10, len(whole) % 10}
 
 
 @torch.no_grad()
