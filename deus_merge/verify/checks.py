@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.dequantized import dequantized, float_shapes
+from ..checkpoint.gguf import GgufSource, is_gguf
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.reader import Checkpoint, TensorSource
@@ -350,7 +351,8 @@ def _reopened(manifest: Manifest) -> list[TensorSource | str]:
             found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
             continue
         try:
-            checkpoint = Checkpoint.open(source.folder)
+            gguf = is_gguf(source.folder)
+            checkpoint = GgufSource.open(source.folder) if gguf else Checkpoint.open(source.folder)
             state_depth(checkpoint.config)
             changed = checkpoint.fingerprint != source.fingerprint
             found.append(f"source {source.folder} has changed since" if changed else checkpoint)
