@@ -74,7 +74,7 @@ class Shape:
         yield "lm_head.weight", (self.vocabulary, d)
 
 
-SMALL = Shape(layers=4, hidden=256, intermediate=704, heads=8, kv_heads=2, vocabulary=2000)
+SMALL = Shape(layers=4, hidden=256, intermediate=768, heads=8, kv_heads=2, vocabulary=2000)
 
 
 def parser(description: str | None, runs: int) -> argparse.ArgumentParser:

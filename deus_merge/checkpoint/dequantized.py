@@ -61,14 +61,15 @@ class DequantizedSource:
         self.fingerprint = stored.fingerprint
         section = quantization(stored.config)
         assert section is not None
+        said = _said_dtype(stored.config)
         weights: dict[str, StoredTensor] = {}  # by the name of the stored tensor whose place they take
         parts: set[str] = set()
         for weight in format_.weights(stored.tensors, section, stored.read):
-            codes = next(iter(weight.quantization.parts.values()))
-            dtype = _float_dtype(stored.config, weight.quantization.parts.values())
+            found_parts = weight.quantization.parts.values()
+            codes = next(iter(found_parts))
             weights[codes.name] = StoredTensor(
                 weight.name,
-                dtype,
+                said or next((part.dtype for part in found_parts if part.dtype in ("F16", "BF16")), "BF16"),
                 weight.shape,
                 codes.file,
                 0,
@@ -76,7 +77,7 @@ class DequantizedSource:
                 derived=True,
                 quantization=replace(weight.quantization, weight=weight.name),
             )
-            parts.update(part.name for part in weight.quantization.parts.values())
+            parts.update(part.name for part in found_parts)
         found: dict[str, StoredTensor] = {}
         for name, tensor in stored.tensors.items():
             if name in weights or name not in parts:
@@ -185,12 +186,12 @@ def float_shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in source.tensors.items() if name not in unknown}
 
 
-def _float_dtype(config: Mapping, parts: Iterable[StoredTensor]) -> str:
-    """The dtype of the model that quantised weights stand for: as its config says, else that of a part in floating
-    point, else bfloat16."""
+def _said_dtype(config: Mapping) -> str | None:
+    """The dtype of the model that quantised weights stand for, as its config says; None where it says none. Then it is
+    that of a part in floating point, or bfloat16."""
     sections = [config, *(value for value in config.values() if isinstance(value, Mapping))]
     said = next((s[key] for s in sections for key in ("dtype", "torch_dtype") if isinstance(s.get(key), str)), None)
     try:
         return dtype_code(said or "")
     except DeusMergeError:
-        return next((part.dtype for part in parts if part.dtype in ("F16", "BF16")), "BF16")
+        return None

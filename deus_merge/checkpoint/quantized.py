@@ -105,7 +105,7 @@ def quantized_tensors(tensors: Mapping[str, StoredTensor], config: Mapping[str, 
 
 def is_cache_scale(name: str) -> bool:
     """Whether a tensor scales an attention's cache of keys and values: it is no part of a weight."""
-    return _CACHE_SCALE.fullmatch(name) is not None
+    return name.endswith(("_scale", "_zero_point")) and _CACHE_SCALE.fullmatch(name) is not None
 
 
 def is_packed(names: Iterable[str]) -> bool:

@@ -89,9 +89,10 @@ class Checkpoint:
         names = sorted(set(promised.values())) if promised is not None else [single_file(folder)]
         headers = [read_header(folder / name) for name in names]
         checkpoint = cls(folder, config, headers, _fingerprint(raw_config, names, headers))
+        paths = {file: folder / file for file in names}
         for name, file in (promised or {}).items():
             tensor = checkpoint.tensors.get(name)
-            if tensor is None or tensor.file != folder / file:
+            if tensor is None or tensor.file != paths[file]:
                 raise CheckpointError(
                     f"the index promises tensor {name!r} in {file}",
                     where=folder / INDEX,

@@ -13,6 +13,7 @@ import yaml
 from .. import api
 from ..checkpoint.system import keep_freed_memory
 from ..core.errors import DeusMergeError
+from ..core.garbage import collector_paused
 from ..core.located import parse
 from ..core.units import parse_size
 from ..plan.types import Plan
@@ -136,6 +137,7 @@ def upscale(
 @plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
+@collector_paused()
 def plan(recipe: Path, expand: bool, as_json: bool, **options):
     """Show the plan of RECIPE: layer map, bytes, memory, time, warnings. Reads no tensor.
 

@@ -110,7 +110,8 @@ class Quantization:
         """
         names = {}
         for label, part in self.parts.items():
-            begin = len(os.path.commonprefix((part.name, self.weight)))
+            whole = part.name.startswith(self.weight)
+            begin = len(self.weight if whole else os.path.commonprefix((part.name, self.weight)))
             names[label] = weight[: len(weight) - (len(self.weight) - begin)] + part.name[begin:]
         return names
 

@@ -122,7 +122,8 @@ class BlockBuilder:
         check_like_donor(parts[0], self.models[0], donor)
         base = base_source(slice_, slice_.base_model or self.recipe.base_model)
         heads = layer_heads(self.model(sources[0]).checkpoint.config, views[0], layers[0], parts[0].shapes)
-        outputs = []
+        outputs, levels = [], self._levels(slice_, defaults)
+        shared = _block_parameters(slice_, levels, position)
         for slot in range(count):
             prefix = prefix_of(first + slot, donor.layer_prefix)
             for role in roles[0]:
@@ -130,7 +131,7 @@ class BlockBuilder:
                 name = prefix + (spec.name if spec else role)
                 names = [r[role] for r in roles]
                 facts = {"spec": spec, "heads": heads, "slot": slot, "between": between, "base": base}
-                outputs.append(self._output(slice_, role, name, names, position, defaults, **facts))
+                outputs.append(self._output(slice_, role, name, names, position, levels, shared, **facts))
         block_sources = [BlockSource(self.index[s.model], layer) for s, layer in zip(sources, layers, strict=True)]
         block = self._add(slice_, title, range(first, first + count), block_sources, base, outputs, new)
         neighbours = block.sources_of(0)
@@ -169,13 +170,12 @@ class BlockBuilder:
             self.models[i] = replace(self.models[i], checkpoint=checkpoint)
         parts = [Part.of(s, self.model(s), title, own) for s, own in zip(sources, by_role, strict=True)]
         check_same(parts, self.vocabulary.hint(indices))
-        depth = len(self.origins) or views[0].num_layers
-        outputs = [
-            self._output(
-                slice_, n, views[0].output_name(n, depth), [own[n] for own in by_role], position, defaults, base=base
-            )
-            for n in names[0]
-        ]
+        depth, levels = len(self.origins) or views[0].num_layers, self._levels(slice_, defaults)
+        shared = _block_parameters(slice_, levels, position)
+        outputs = []
+        for n in names[0]:
+            name, stored = views[0].output_name(n, depth), [own[n] for own in by_role]
+            outputs.append(self._output(slice_, n, name, stored, position, levels, shared, base=base))
         self._add(slice_, title, (), [BlockSource(i, None) for i in indices], base, outputs)
 
     def _check_rows(self, sources: Sequence[SliceSource], by_role: Sequence[Mapping[str, str]]) -> None:
@@ -201,25 +201,38 @@ class BlockBuilder:
         name: str,
         names: Sequence[str],
         position: float,
-        defaults: bool,
+        levels: Sequence[Settings],
+        shared: Mapping[str, Any],
         **facts: Any,
     ) -> OutputTensor:
-        """One output tensor with its inputs and parameters, before it is decided how it comes about; ``facts`` are
-        more of its attributes."""
+        """One output tensor with its inputs and parameters, before it is decided how it comes about.
+
+        Args:
+            slice_, position: As in `add_layers`.
+            role: Its role in its layer, or its name outside of layers.
+            name: Its name in the output.
+            names: The names of its inputs.
+            levels: Settings in order of precedence.
+            shared: The parameters of the whole block.
+            facts: More of its attributes.
+        """
         models = [self.model(s) for s in slice_.sources]
         inputs = tuple(model.checkpoint.tensors[n] for model, n in zip(models, names, strict=True))
-        levels: list[Settings] = [slice_.parameters]
-        if not defaults:
-            levels += [slice_.shared, self.recipe.parameters]
         parameters, per_source = {}, [{} for _ in models]
         for p in methods()[slice_.merge_method].parameters:
             if p.scope != "source":
-                parameters[p.name] = resolve_setting(p, levels, None if p.scope == "block" else name, position)
+                block = p.scope == "block"
+                parameters[p.name] = shared[p.name] if block else resolve_setting(p, levels, name, position)
                 continue
             for values, source, stored in zip(per_source, slice_.sources, names, strict=True):
                 values[p.name] = resolve_setting(p, [source.parameters, *levels], stored, position)
         dtype = self._dtype(inputs)
         return OutputTensor(role, name, inputs[0].shape, dtype, inputs, parameters, tuple(per_source), **facts)
+
+    def _levels(self, slice_: OutputSlice, defaults: bool) -> list[Settings]:
+        """Settings for a slice in order of precedence, without those that set nothing."""
+        levels = [slice_.parameters, *(() if defaults else (slice_.shared, self.recipe.parameters))]
+        return [settings for settings in levels if settings]
 
     def _decided(
         self,
@@ -233,18 +246,18 @@ class BlockBuilder:
         decision = method.decide(output)
         if is_cache_scale(output.name) and decision.action is Action.COMPUTE:  # of the run, not of the weights
             decision = copy_of(output.base or 0)
-        action, source = decision.action, decision.source
+        action, source, quantization = decision.action, decision.source, output.quantization
         if action is Action.COPY and source is not None:
             taken = output.inputs[source]
             if align and align.moves(source) and not (output.spec and output.spec.opaque):
                 action = Action.ALIGN
             elif self.quantized.kept(taken, sources[source].model, output.role, self.module, new):
-                output = replace(output, quantization=taken.quantization)
+                quantization = taken.quantization
             elif taken.dtype != output.dtype:
                 action = Action.CAST
             elif taken.derived:
                 action = Action.DERIVE
-        output = replace(output, action=action, source=source)
+        output = replace(output, action=action, source=source, quantization=quantization)
         if action is not Action.COPY:
             check_plain(output, [self.models[s.model] for s in sources])
         if action not in (Action.COPY, *CONSTANT) and (lost := check_castable(output)):
@@ -335,3 +348,9 @@ class BlockBuilder:
         if key not in self.facts:
             self.facts[key] = expand(model.checkpoint.config, self.view(model.ref).layers_path, model.view.model_type)
         return self.facts[key]
+
+
+def _block_parameters(slice_: OutputSlice, levels: Sequence[Settings], position: float) -> dict[str, Any]:
+    """The parameters of a slice's method that have one value for a whole block."""
+    parameters = (p for p in methods()[slice_.merge_method].parameters if p.scope == "block")
+    return {p.name: resolve_setting(p, levels, None, position) for p in parameters}

@@ -10,6 +10,7 @@ from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import nearest
+from ..core.garbage import collector_paused
 from ..core.units import parse_size
 from ..methods.registry import methods
 from ..models.config_rules import cache_warnings, deeper_config, typed_config
@@ -54,6 +55,11 @@ def build_plan(
         RecipeError, ArchitectureError, CheckpointError, PlanError: whatever is wrong, before a tensor is read.
     """
     size, load_options = parse_size(max_shard_size), load_options or LoadOptions()
+    with collector_paused():
+        return _planned(recipe, size, load_options, copy_tokenizer)
+
+
+def _planned(recipe: Recipe, size: int, load_options: LoadOptions, copy_tokenizer: bool) -> Plan:
     known: dict[str, TensorSource] = {}
     results: list[PlannedResult] = []
     for document in recipe.documents:

@@ -19,6 +19,7 @@ from ..checkpoint.dequantized import quantized_share
 from ..checkpoint.header import read_small
 from ..checkpoint.layout import ShardLayout
 from ..core.errors import CheckpointError
+from ..core.garbage import collector_paused
 from ..core.tensors import Action
 from ..methods.base import OutputTensor
 from ..methods.registry import methods
@@ -219,7 +220,8 @@ class Plan:
     @cached_property
     def hash(self) -> str:
         """sha256 over all that decides the output's bytes, of the sources' weights only the headers."""
-        text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        with collector_paused():
+            text = json.dumps(self._identity(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def layer_map(self, blocks: Sequence[BlockPlan] | None = None) -> list[dict]:
