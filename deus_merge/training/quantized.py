@@ -93,7 +93,8 @@ def prepare(model: Module) -> None:
     On CPUs with AVX512-BF16, bitsandbytes would put codes into another order at the first evaluation, and round their
     scales to bfloat16 (0.50).
     """
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     for inner in _pretrained(model):
