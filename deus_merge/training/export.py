@@ -52,18 +52,19 @@ def export(out: Path | str, trainer: str) -> str:
     return TRAINERS[trainer](out, manifest, new_layers(manifest))
 
 
+_STEPS = "  # bfloat16 loses small steps"
+
+
 def _trainer(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     given = load = ""
     if any(name in TOKENIZER_FILES for name in manifest.files):
         load = "tokenizer = transformers.AutoTokenizer.from_pretrained(path)\n"
         given = ", processing_class=tokenizer"
-    options, cast, why = "path, dtype=torch.float32", "path", "  # bfloat16 loses small steps"
+    options, cast, wide, wider = "path, dtype=torch.float32", "path", _STEPS, ""
     if (section := _quantization(out)) is not None:
-        dequantizing = DEQUANTIZING.get(str(section.get("quant_method")))
-        options = "path"
-        if dequantizing:
+        options, cast, wide, wider = "path", "path, dtype=torch.float32", "", _STEPS
+        if dequantizing := DEQUANTIZING.get(str(section.get("quant_method"))):
             options += f", quantization_config=transformers.{dequantizing}(dequantize=True)"
-        cast, why = "path, dtype=torch.float32", "\n# bfloat16 loses small steps: what is not quantised becomes float32"
     return f"""\
 # transformers' Trainer and its subclasses in trl: {_new_layers(new)}
 import torch
@@ -71,8 +72,8 @@ import transformers
 from deus_merge import training
 
 path = {_absolute(out)!r}
-model = transformers.AutoModelForCausalLM.from_pretrained({options}){why}
-{load}print(training.freeze_base(model, {cast}))
+model = transformers.AutoModelForCausalLM.from_pretrained({options}){wide}
+{load}print(training.freeze_base(model, {cast})){wider}
 trainer = transformers.Trainer(model=model{given})  # and your arguments and data
 training.watch(trainer, path)  # checks that the base stays as it is; logs the new layers
 # after trainer.train(): new weights in the dtype that they had; all else, and the manifest, from file to file

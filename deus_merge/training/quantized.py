@@ -93,10 +93,9 @@ def prepare(model: Module) -> None:
     On CPUs with AVX512-BF16, bitsandbytes would put codes into another order at the first evaluation, and round their
     scales to bfloat16 (0.50).
     """
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.__dict__["support_avx512bf16_for_cpu"] = False
     for inner in _pretrained(model):
         quantizer: Any = getattr(inner, "hf_quantizer", None)
         if quantizer is not None and not getattr(quantizer, "is_qat_trainable", False):

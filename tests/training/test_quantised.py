@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from support import make_model
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from deus_merge import training
+from deus_merge.checkpoint import LoadOptions, open_source
 from deus_merge.core.errors import TrainingError
 from deus_merge.training.quantized import DEQUANTIZING
 
@@ -62,7 +64,8 @@ def train(model, folder, steps: int = 3) -> list[float]:
 
 @torch.no_grad()
 def logits(model):
-    return model.eval()(input_ids=IDS).logits.float()
+    """In training mode: in the other, bitsandbytes rounds scales on some CPUs."""
+    return model.train()(input_ids=IDS).logits.float()
 
 
 @pytest.mark.parametrize("name", [*CODES, *FLOATS])
@@ -73,17 +76,19 @@ def test_the_whole_way(name, deeper, quantized, run, tmp_path):  # noqa: F811
     done = training.freeze_base(model, out, dtype=torch.float32)
     assert (done.layers, done.dtype) == ((2,), "float32") and "small steps" not in str(done)
     assert bool(done.quantized_tensors) is (name in CODES) is ("quantised" in str(done))
+    whole = open_source(str(quantized(name)), LoadOptions()).tensors  # by names in floating point
+    assert done.frozen_parameters == sum(prod(t.shape) for key, t in whole.items() if not key.endswith("_scale"))
     watch = training.Watch(model, out)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     losses = train(model, out)
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < 0.7 * losses[0]
     assert watch.check() == done.frozen_tensors and watch.norms()["new_layers/zeroed_norm"] > 0
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     assert changed(before, dict(model.named_parameters())) == trained
     assert trained == {key for key in before if ".layers.2." in key}
 
     names = training.save_trained(model, out, saved)
-    new = {key for key in weights(out) if ".layers.2." in key}
+    new = {key for key in weights(out) if ".layers.2." in key and not key.endswith("_scale")}  # but those of caches
     assert set(names) == new == changed(weights(out), weights(saved))
     assert run("verify", saved, "--json").json()["passed"]
     training.quantized.cast(model.parameters(), torch.bfloat16)  # as it was loaded, but for the new layer
@@ -189,16 +194,23 @@ def test_new_layers_that_are_quantised(quantized, run, tmp_path):  # noqa: F811
 
 
 def test_quantised_on_loading(tmp_path):
-    """A grown model in floating point, of which only the base is quantised in memory: its own values are saved."""
+    """A grown model in floating point, of which only the base is quantised in memory: its own values are saved. Codes
+    that are stored as floats stay as they are."""
     out = grow(make_model(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "deeper", insert={"after": [1]})
     for skipped in (["lm_head"], ["lm_head", "model.layers.2"]):
-        settings = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        settings = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16, llm_int8_skip_modules=skipped
+        )
         model = load(out, quantization_config=settings)
         if skipped == ["lm_head"]:
             with pytest.raises(TrainingError, match="cannot be trained") as caught:
                 training.freeze_base(model, out)
             assert "llm_int8_skip_modules" in str(caught.value)
-    training.freeze_base(model, out, dtype=torch.float32)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    done = training.freeze_base(model, out, dtype=torch.float32)
+    assert (done.quantized_tensors, done.dtype) == (28, "float32")
+    codes = {key: p for key, p in before.items() if "_proj" in key and ".layers.2." not in key}
+    assert len(codes) == 28 and not changed(codes, dict(model.named_parameters()))
     trainer(model, tmp_path / "runs").train()
     training.save_trained(model, out, tmp_path / "saved")
     new = {key for key in weights(out) if ".layers.2." in key}
@@ -221,8 +233,11 @@ def test_adapters_over_codes(deeper, run, tmp_path):
     recipe = tmp_path / "whole.yml"
     recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {out}+{tmp_path / 'runs/checkpoint-4'}}}]\n")
     run("merge", recipe, tmp_path / "whole")
-    found = logits(load(tmp_path / "whole"))
-    assert torch.cosine_similarity(found.flatten(), logits(model).flatten(), dim=0) > 0.99
+    whole = load(tmp_path / "whole")
+    kinds = {key: p.dtype for key, p in whole.named_parameters() if key.endswith("_proj.weight")}
+    assert kinds["model.layers.0.self_attn.q_proj.weight"] == torch.bfloat16  # in every layer: no codes are left of it
+    assert kinds["model.layers.0.self_attn.k_proj.weight"] == torch.uint8
+    assert torch.cosine_similarity(logits(whole).flatten(), logits(model).flatten(), dim=0) > 0.999
 
 
 def test_what_is_not_saved(deeper, tmp_path):
