@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import VARIANTS
+from quantized_checkpoints import VARIANTS
 from safetensors.torch import load_file, save_file
 from support import make_speakers
 from test_contract import config_of, format_of, passthrough, recipe, source, stored
@@ -145,6 +145,27 @@ def test_adapters(name, quantized, run, tmp_path):
     ]
     assert plain == [weight]
     assert "layers.1.self_attn.o_proj" in json.dumps(quantization(config_of(out))).replace("\\", "")
+
+
+def test_an_adapter_to_every_weight(quantized, run, tmp_path):
+    """No codes are left, and config.json says nothing of them."""
+    base, adapter = quantized("fp8_tensor"), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 1, "r": 1}))
+    tensors = {}
+    for key, tensor in source(base).tensors.items():
+        if tensor.quantization:
+            prefix = f"base_model.model.{key.removesuffix('weight')}lora_"
+            tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = (
+                torch.ones(1, tensor.shape[1]),
+                torch.ones(tensor.shape[0], 1),
+            )
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    text = f"merge_method: passthrough\nmodels: [{{model: '{base}+{adapter}'}}]\n"
+    run("merge", recipe(tmp_path / "r.yml", text), tmp_path / "out")
+    run("verify", tmp_path / "out")
+    assert quantization(config_of(tmp_path / "out")) is None
+    assert not any(t.quantization for t in source(tmp_path / "out").tensors.values())
 
 
 def test_a_changed_scale_is_found(quantized, run, tmp_path):
