@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import CheckpointError, DeusMergeError
 from ..core.tensors import Quantization, StoredTensor
 from ..core.units import dtype_code
-from .formats.base import Format, refuse
+from .formats.base import HOLDS_ZEROS, Format, refuse
 from .formats.registry import formats
 from .quantized import is_cache_scale, quantization, quantized_tensors
 from .reader import Checkpoint
@@ -115,7 +115,7 @@ class DequantizedSource:
             refuse(weight, f"tensor {name!r} does not have these rows", expected=expected, got=got)
         parts = {label: self.stored.read(part.name) for label, part in weight.quantization.parts.items()}
         problem = self.format.check(weight, parts)
-        if problem and problem[1] != "holds zeros":
+        if problem and problem[1] != HOLDS_ZEROS:
             raise CheckpointError(
                 f"{problem[0]} {problem[1]}: {name} cannot be dequantised",
                 where=weight.file,
@@ -131,6 +131,15 @@ class DequantizedSource:
             end = min(at + rows, stop)
             values[at - start : end - start] = self.format.dequantize(weight, parts, at, end)
         return values
+
+    def zero_scales(self, name: str) -> str | None:
+        """The stored tensor of a weight's scales that holds zeros, so that values are lost; None in most cases."""
+        weight = self.tensors[name]
+        if weight.quantization is None:
+            return None
+        parts = {label: self.stored.read(part.name) for label, part in weight.quantization.parts.items()}
+        problem = self.format.check(weight, parts)
+        return problem[0] if problem and problem[1] == HOLDS_ZEROS else None
 
     def prefetch(self, names: Iterable[str]) -> None:
         stored = []

@@ -264,17 +264,17 @@ def check_content(begin: bytes, path: Path) -> None:
 
 
 def refuse_gguf(path: Path) -> NoReturn:
-    """Refuse a model in GGUF format.
+    """Refuse a GGUF file in a place where it is not read as a model.
 
     Raises:
         CheckpointError: always.
     """
+    named = path.suffix.lower() == ".gguf"
     _refuse(
         path,
-        "GGUF files cannot be merged",
-        expected="a folder with config.json and safetensors",
-        hint="use the original model, or convert this one: transformers' from_pretrained(folder, gguf_file=name), then"
-        " save_pretrained(new_folder)",
+        "a GGUF file is read only as a model of its own",
+        expected="safetensors",
+        hint=f"name the file itself as the model: {path}" if named else "rename it to *.gguf, and name it as the model",
     )
 
 

@@ -139,6 +139,8 @@ class Checkpoint:
             CheckpointError: as `read`; also rows outside the tensor.
         """
         info = self._rows(name, start, stop)
+        if math.prod(info.shape[1:]) * BITS[info.dtype] % 8:
+            raise CheckpointError(f"tensor {name!r}: its rows do not fill whole bytes", where=info.file, got=info.dtype)
         row = info.nbytes // info.shape[0] if info.shape[0] else 0
         return self._view(info, (stop - start, *info.shape[1:]), info.offset + start * row, (stop - start) * row)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .dequantized import dequantized
+from .gguf import GgufSource, is_gguf
 from .hub import resolve
 from .pickled import PickledCheckpoint, has_safetensors
 from .reader import Checkpoint
@@ -30,12 +31,14 @@ def open_source(ref: str, options: LoadOptions) -> TensorSource:
     tensors, see `dequantized.DequantizedSource`.
 
     Args:
-        ref: A folder, or ``org/name[@revision]`` on the hub.
+        ref: A folder, ``org/name[@revision]`` on the hub, or a GGUF file.
         options: How it is found and read.
 
     Raises:
-        CheckpointError: as `resolve` and `Checkpoint.open`.
+        CheckpointError: as `resolve`, `Checkpoint.open` and `GgufSource.open`.
     """
+    if is_gguf(ref):
+        return GgufSource.open(ref)
     folder = resolve(ref, cache_dir=options.cache_dir, pickle=options.allow_pickle)
     pickled = options.allow_pickle and not has_safetensors(folder)
     return dequantized((PickledCheckpoint if pickled else Checkpoint).open(folder))

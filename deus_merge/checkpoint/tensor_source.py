@@ -26,7 +26,7 @@ class TensorSource(Protocol):
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Every folder it reads."""
+        """Every folder it reads, or the file where it reads only that."""
         ...
 
     @property

@@ -29,25 +29,25 @@ class UntiedSource:
         self.side_files, self.provenance, self.fingerprint = base.side_files, base.provenance, base.fingerprint
         self.config = tie(base.config, False)
         self.tensors: Mapping[str, StoredTensor] = {**base.tensors, head: replace(base.tensors[embeddings], name=head)}
-        self._base, self._head, self._embeddings = base, head, embeddings
+        self.base, self._head, self._embeddings = base, head, embeddings
 
     def read(self, name: str) -> torch.Tensor:
-        return self._base.read(self._stored(name))
+        return self.base.read(self._stored(name))
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._base.slice(self._stored(name), start, stop)
+        return self.base.slice(self._stored(name), start, stop)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        self._base.prefetch([self._stored(name) for name in names])
+        self.base.prefetch([self._stored(name) for name in names])
 
     def root(self, name: str) -> tuple[TensorSource, str]:
-        return self._base.root(self._stored(name))
+        return self.base.root(self._stored(name))
 
     def bound(self, results: Mapping[str, TensorSource]) -> UntiedSource:
-        return UntiedSource(self._base.bound(results), self._head, self._embeddings)
+        return UntiedSource(self.base.bound(results), self._head, self._embeddings)
 
     def workspace(self, name: str, minimum: bool = False) -> int:
-        return self._base.workspace(self._stored(name), minimum)
+        return self.base.workspace(self._stored(name), minimum)
 
     def _stored(self, name: str) -> str:
         return self._embeddings if name == self._head else name

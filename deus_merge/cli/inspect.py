@@ -21,7 +21,8 @@ _SAID = {"True": "yes", "False": "no"}
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 #: kinds of entries of `recipe.catalog` -> one of them
 _SINGULAR = {
-    "methods": "method", "alignments": "alignment", "solvers": "solver", "families": "family", "presets": "preset",
+    "methods": "method", "alignments": "alignment", "solvers": "solver", "families": "family",
+    "formats": "format of quantised weights", "presets": "preset",
 }  # fmt: skip
 
 
@@ -185,7 +186,8 @@ def _flow(value: Plain) -> str:
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
 def methods(name: str | None, as_json: bool):
-    """List merge methods, solvers, families and presets; with NAME, which may be a model_type, one in detail.
+    """List merge methods, solvers, families, formats of quantised weights and presets; with NAME, which may be a
+    model_type, one in detail.
 
     \b
     Example:
@@ -225,6 +227,9 @@ def methods(name: str | None, as_json: bool):
             table("", columns, [[p["name"], p["values"], str(p["default"]), p["help"]] for p in parameters])
         if kind == "families":
             _show_abilities(entry)
+        if kind == "formats":
+            click.echo(f"modules in floating point are named in: {entry['exceptions']}")
+            click.echo(f"quantize_new: {'yes' if entry['quantize_new'] else 'no, new layers are in floating point'}")
         if kind == "presets":
             click.echo(f"default insert: {_flow(entry['insert'] or 'the number of layers in its paper')}")
             if entry["settings"] is not None:

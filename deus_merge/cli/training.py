@@ -65,6 +65,8 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
         )
     if done.widened:
         note(f"{done.widened} equal to the base in a wider dtype")
+    if done.dequantized:
+        note(f"{done.dequantized} quantised weights of the base are in floating point, as the trained model was saved")
     if done.different:
         note(f"{len(done.different)} different: {some_of(done.different)}")
     if done.has_manifest:

@@ -94,8 +94,8 @@ def torch_dtype(code: str) -> torch.dtype:
 
 
 def stored_dtypes() -> dict[torch.dtype, str]:
-    """Every torch dtype that a safetensors file can hold -> its code."""
-    return {torch_dtype(code): code for code in _TORCH}
+    """Every torch dtype of real numbers that a safetensors file can hold -> its code."""
+    return {torch_dtype(code): code for code in _TORCH if code != "C64"}
 
 
 def promoted(codes: Sequence[str]) -> str:

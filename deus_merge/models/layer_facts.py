@@ -99,7 +99,9 @@ def contract(
             result = with_section(result, (*place, ""), target)
         for form in _elsewhere(layers_path):
             if own and form.FACT in own[0]:
-                result |= form.write(config, layers_path, [layer[form.FACT] for layer in facts])
+                for key, value in form.write(config, layers_path, [layer[form.FACT] for layer in facts]).items():
+                    inside = key.endswith("_config") and key not in quantization.SECTIONS
+                    result[key] = {**result[key], **value} if inside else value
         _check_said(expand(result, layers_path, model_type), facts)
     except Unsayable as problem:
         raise PlanError(

@@ -289,6 +289,8 @@ class BlockBuilder:
                 message = f"{problem.parameter}: {problem.message}"
                 raise RecipeError(message, where=f"{slice_.align.place.where}, {title} of the output")
         if refusal := method.check(outputs, len(sources)):
+            for output in outputs:
+                check_plain(replace(output, action=Action.COMPUTE), [self.models[s.model] for s in sources])
             name = refusal.parameter
             levels = (slice_.parameters, slice_.shared, self.recipe.parameters)
             place = next((level[name].place for level in levels if name and name in level), slice_.place)

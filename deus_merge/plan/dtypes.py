@@ -18,6 +18,10 @@ from .blocks import BlockPlan
 
 #: safetensors codes of floating point weights
 FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
+_UNKNOWN = (
+    "weights of this format can only be copied; use the original weights, or one of the formats that deus-merge methods"
+    " lists"
+)
 _COMPUTED = (Action.COMPUTE, Action.ALIGN)
 
 
@@ -95,7 +99,7 @@ def check_plain(output: OutputTensor, models: Sequence[SourceModel]) -> None:
             where=info.file,
             expected="floating point weights, or a plain copy: passthrough without dtype, scale and align",
             got=f"{dtype_name(info.dtype)}, for {output.action}",
-            hint="quantised checkpoints can only pass through; use the original weights",
+            hint=_UNKNOWN,
         )
 
 
@@ -111,7 +115,7 @@ def check_castable(output: OutputTensor) -> str | None:
                 f"{output.name} holds {dtype_name(info.dtype)}, which cannot be merged",
                 where=info.file,
                 expected="floating point weights",
-                hint="quantised checkpoints can only pass through; use the original weights",
+                hint=_UNKNOWN,
             )
     for info in output.inputs:
         if promoted([info.dtype, output.dtype]) != output.dtype:

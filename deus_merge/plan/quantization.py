@@ -8,7 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..checkpoint.formats.registry import formats
+from ..checkpoint.lora import LoraSource
 from ..checkpoint.quantized import format_settings, is_cache_scale, quantization, with_quantization
+from ..checkpoint.tensor_source import TensorSource
+from ..checkpoint.untied import UntiedSource
 from ..core.tensors import Action, StoredTensor
 from ..core.text import some_of
 from ..methods.base import OutputTensor
@@ -144,10 +147,9 @@ class QuantizedOutputs:
         if module not in self._roles:
             donor = self._donor
             view = donor.modules[module] if module and module in donor.modules else donor.view
-            tensors = donor.checkpoint.tensors
-            layers = {r for layer in view.layers for r, name in layer.items() if tensors[name].quantization}
-            others = {name for name, tensor in tensors.items() if tensor.quantization}
-            self._roles[module] = frozenset(layers | others)
+            quantized = _formats(donor.checkpoint).keys()
+            layers = {role for layer in view.layers for role, name in layer.items() if name in quantized}
+            self._roles[module] = frozenset(layers | quantized)
         return role in self._roles[module]
 
     def _check_quantizes(self) -> None:
@@ -175,7 +177,14 @@ class QuantizedOutputs:
 
 def _format_of(model: SourceModel) -> str | None:
     """The format of a model's quantised weights; None where it has none that can be read."""
-    return next((t.quantization.format for t in model.checkpoint.tensors.values() if t.quantization), None)
+    return next(iter(_formats(model.checkpoint).values()), None)
+
+
+def _formats(source: TensorSource) -> dict[str, str]:
+    """The formats of a model's quantised weights by their names: also of those that an adapter changes, which
+    config.json speaks of as well."""
+    under = _formats(source.base) if isinstance(source, LoraSource | UntiedSource) else {}
+    return under | {name: t.quantization.format for name, t in source.tensors.items() if t.quantization}
 
 
 def module_of(name: str) -> str:

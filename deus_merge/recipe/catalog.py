@@ -1,4 +1,4 @@
-"""The catalogue of methods, alignments, solvers, families and presets, with parameters, defaults and references."""
+"""The catalogue of methods, alignments, solvers, families, formats and presets: parameters, defaults, references."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..align.options import ALIGNMENTS
+from ..checkpoint.formats.registry import formats
 from ..methods.base import MergeMethod
 from ..methods.registry import methods
 from ..models.abilities import abilities, writers
@@ -34,6 +35,10 @@ def catalog() -> dict[str, dict[str, dict[str, Any]]]:
                 **asdict(abilities(f)),
             }
             for n, f in families().items()
+        },
+        "formats": {
+            n: {"summary": f.summary, "reference": f.reference, "exceptions": f.exceptions, "quantize_new": f.quantizes}
+            for n, f in formats().items()
         },
         "presets": {
             n: {

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from ..checkpoint.dequantized import dequantized
 from ..checkpoint.header import parse_json, read_small
+from ..checkpoint.quantized import is_cache_scale
 from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError, VerifyError, json_text
 from ..core.tensors import Action
@@ -309,8 +310,8 @@ def check_belongs(manifest: Manifest, checkpoint: TensorSource, hint: str) -> Mo
     if manifest.layer_prefix is None:
         raise _lacks("layer_prefix", MANIFEST)
     head = manifest.layer_prefix.rpartition("{layer}")[0]
-    found = {name for layer in view.layers for name in layer.values()}
-    planned = {name for name in manifest.model_tensors if name.startswith(head)}
+    found = {name for layer in view.layers for name in layer.values() if not is_cache_scale(name)}
+    planned = {name for name in manifest.model_tensors if name.startswith(head) and not is_cache_scale(name)}
     if view.num_layers != manifest.num_layers or found != planned:
         odd = sorted(found ^ planned)
         raise CheckpointError(

@@ -21,7 +21,7 @@ class ManifestSource:
         model: The reference in the recipe: a folder, ``org/name[@revision]``, either with ``+adapter``, or the name of
             a document.
         fingerprint: sha256 over its config and its headers.
-        folder: The folder of a checkpoint; None where the tensors are derived when they are read.
+        folder: The folder of a checkpoint, or a GGUF file; None where the tensors are derived from other sources.
         layers: The number of its layers; None for checkpoints that the recipe does not name.
         adapter: The folder of an adapter.
         base: The source that the adapter was applied to.

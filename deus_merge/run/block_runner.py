@@ -125,6 +125,7 @@ class _BlockRunner:
                 self._writer.zeros(output.name)
         diagnostics: list[dict] = []
         if block.computes:
+            diagnostics += self._computer.scale_warnings(block)
             loaded = self._loaded()
             independent = self._computer.independent_outputs(block) if self._map else []
             computing = (

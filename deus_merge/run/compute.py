@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.dequantized import DequantizedSource
 from ..checkpoint.flat import FlatRows
 from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError, DeusMergeError
@@ -17,6 +18,7 @@ from ..methods.base import FlatTensor, OutputTensor
 from ..methods.registry import methods
 from ..models.tokenizer.permuted import PermutedCheckpoint
 from ..plan.blocks import CAST_BYTES, BlockPlan
+from ..plan.documents import inputs_read
 from ..plan.types import Plan
 from .aligned import merge_aligned
 
@@ -82,6 +84,20 @@ class BlockComputer:
         yield from self.read_outputs(block)
         if block.merges:
             yield from self.merge_outputs(block, diagnostics, loaded or {})
+
+    def scale_warnings(self, block: BlockPlan) -> list[dict]:
+        """Diagnostics about quantised inputs of a block whose scales hold zeros, as JSON data."""
+        found = {}
+        for output in block.outputs:
+            for i in inputs_read(output):
+                source, stored = self.source(block, i), output.inputs[i]
+                if isinstance(source, DequantizedSource) and stored.quantization and stored.name not in found:
+                    found[stored.name] = (output, source.zero_scales(stored.name))
+        return [
+            {"role": output.role, "tensor": output.name, "warning": f"{scales} holds zeros: so do the values"}
+            for output, scales in found.values()
+            if scales
+        ]
 
     def read_outputs(self, block: BlockPlan) -> Iterator[Computed]:
         """Outputs that are only read, derived or in another dtype, a slice of rows at a time; and ones."""

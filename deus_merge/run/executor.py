@@ -13,6 +13,7 @@ from ..checkpoint.index import INDEX
 from ..checkpoint.layout import index_json
 from ..checkpoint.output_folder import OutputFolder
 from ..core.errors import CheckpointError, DeusMergeError, SolverError, VerifyError, json_text
+from ..core.text import some_of
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
@@ -102,6 +103,7 @@ def execute(
         *unknown_past,
         *output.notes,
         *_convergence(plan, diagnostics),
+        *_scale_warnings(diagnostics),
     )
 
 
@@ -167,6 +169,12 @@ def _resume_hints(output: OutputFolder) -> Iterator[None]:
                 notes = [*getattr(error, "__notes__", ()), hint]  # BaseException.add_note came with Python 3.11
                 setattr(error, "__notes__", notes)  # noqa: B010
         raise
+
+
+def _scale_warnings(diagnostics: Mapping[int, list[dict]]) -> tuple[str, ...]:
+    """One warning for all scales that hold zeros."""
+    texts = list(dict.fromkeys(d["warning"] for lines in diagnostics.values() for d in lines if "warning" in d))
+    return (some_of(texts, 3),) if texts else ()
 
 
 def _convergence(plan: Plan, diagnostics: Mapping[int, list[dict]]) -> tuple[str, ...]:

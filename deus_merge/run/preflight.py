@@ -114,7 +114,8 @@ def check_apart(out: Path, sources: Iterable[TensorSource]) -> None:
     above = set(_folders(out))
     for source in sources:
         for folder in source.folders:
-            files = {f.resolve().parent for f in (*folder.iterdir(), *source.files)}  # links may lead elsewhere
+            inner = folder.iterdir() if folder.is_dir() else ()
+            files = {f.resolve().parent for f in (*inner, *source.files)}  # links may lead elsewhere
             inside = _identity(folder) in above
             if inside or (os.path.exists(out) and any(_identity(out) in _folders(f) for f in (folder, *files))):
                 raise PlanError(

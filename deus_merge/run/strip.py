@@ -11,6 +11,7 @@ from ..checkpoint import Checkpoint, OutputFolder, ShardLayout, TensorEntry, ind
 from ..checkpoint.dequantized import dequantized, float_shapes
 from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
+from ..checkpoint.quantized import quantization, with_quantization
 from ..core.errors import DeusMergeError, PlanError, VerifyError, json_text
 from ..core.tensors import UNCHANGED, StoredTensor
 from ..core.units import dtype_name, parse_size, promoted
@@ -40,6 +41,7 @@ class Stripped:
         equal: How many are equal to the base's, byte for byte; None when the base is not available.
         widened: How many more have the base's values in a wider dtype.
         different: The names of the others: trained since, cast when the output was written, or missing in the base.
+        dequantized: How many quantised weights of the base are in floating point, because a trainer saved them so.
         same_files: Whether its config.json and its safetensors headers are equal to the base's.
         has_manifest: Whether it has the manifest of the growth before; None where there was no growth before.
     """
@@ -51,6 +53,7 @@ class Stripped:
     equal: int | None
     widened: int
     different: tuple[str, ...]
+    dequantized: int
     same_files: bool
     has_manifest: bool | None = None
 
@@ -64,6 +67,7 @@ class Stripped:
             "equal_to_base": self.equal,
             "widened": self.widened,
             "different": list(self.different),
+            "dequantized": self.dequantized,
             "same_files": self.same_files,
             "manifest": self.has_manifest,
         }
@@ -141,6 +145,7 @@ def strip(
         equal=equal,
         widened=widened,
         different=different,
+        dequantized=_dequantized(written, base) if base and different else 0,
         same_files=written.fingerprint == record.sources[record.donor].fingerprint,
         has_manifest=content is not None if earlier.expected else None,
     )
@@ -286,6 +291,8 @@ def _base_config(
     _put_back(config, patch, checkpoint.config)
     if expand(config, view.layers_path, view.model_type) != expand(kept, view.layers_path, view.model_type):
         config = kept  # what the growth took the place of would now say something else
+    if quantization(checkpoint.config) is None:  # nor does it become quantised by losing layers
+        config = with_quantization(config, None)
     for key in SECTIONS:  # the same layers under the same numbers
         if key in config and isinstance(patch.get(key), Mapping):
             config[key] = patched(checkpoint.config[key], patch[key])
@@ -366,3 +373,9 @@ def _compare(written: Checkpoint, base: Checkpoint) -> tuple[int, int, tuple[str
     different = tuple(name for name in names if name not in results or not results[name].equal)
     widened = sum(checks[name].widened for name in names if name not in different)
     return len(names) - len(different) - widened, widened, different
+
+
+def _dequantized(written: Checkpoint, base: Checkpoint) -> int:
+    """The number of weights that are quantised in the original base, and not in the written one."""
+    ours, theirs = dequantized(written).tensors, dequantized(base).tensors
+    return sum(t.quantization is not None and n in ours and not ours[n].quantization for n, t in theirs.items())

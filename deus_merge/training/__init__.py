@@ -9,9 +9,9 @@
     trainer = transformers.Trainer(model=model, ...)
     training.watch(trainer, "deeper")                 # checks the frozen weights, logs the new layers
     trainer.train()
-    model.to(torch.bfloat16).save_pretrained("trained")  # the stored dtype: the base keeps its bytes
-    training.carry_manifest("deeper", "trained")      # so that it can be stripped, verified and grown again
+    training.save_trained(model, "deeper", "trained")  # the base keeps its bytes; it can be stripped, and grown again
 
+Where a trainer saves the model itself, `carry_manifest` copies the manifest to its folder.
 In your own training loop, use `Watch`. Only `NewLayersCallback` and `watch` need transformers, which is imported when
 one of them is first used.
 """
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from .carry import carry_manifest
 from .freeze import Trainable, freeze_base, new_parameters, optimizer_groups
+from .saving import save_trained
 from .watching import Watch
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "freeze_base",
     "new_parameters",
     "optimizer_groups",
+    "save_trained",
     "watch",
 ]
 

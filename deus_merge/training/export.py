@@ -15,15 +15,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ..checkpoint.header import parse_json, read_small
+from ..checkpoint.quantized import quantization
 from ..core.errors import TrainingError, nearest
 from ..models.family import families
 from ..models.tokenizer.files import TOKENIZER_FILES
 from ..report.manifest import Manifest
 from .freeze import new_layers, new_names, read_training
+from .quantized import DEQUANTIZING
 
 
 def export(out: Path | str, trainer: str) -> str:
@@ -49,11 +52,19 @@ def export(out: Path | str, trainer: str) -> str:
     return TRAINERS[trainer](out, manifest, new_layers(manifest))
 
 
+_STEPS = "  # bfloat16 loses small steps"
+
+
 def _trainer(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
-    given = load = save = ""
+    given = load = ""
     if any(name in TOKENIZER_FILES for name in manifest.files):
         load = "tokenizer = transformers.AutoTokenizer.from_pretrained(path)\n"
-        given, save = ", processing_class=tokenizer", "# tokenizer.save_pretrained(folder)\n"
+        given = ", processing_class=tokenizer"
+    options, cast, wide, wider = "path, dtype=torch.float32", "path", _STEPS, ""
+    if (section := _quantization(out)) is not None:
+        options, cast, wide, wider = "path", "path, dtype=torch.float32", "", _STEPS
+        if dequantizing := DEQUANTIZING.get(str(section.get("quant_method"))):
+            options += f", quantization_config=transformers.{dequantizing}(dequantize=True)"
     return f"""\
 # transformers' Trainer and its subclasses in trl: {_new_layers(new)}
 import torch
@@ -61,18 +72,18 @@ import transformers
 from deus_merge import training
 
 path = {_absolute(out)!r}
-model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # bfloat16 loses small steps
-{load}print(training.freeze_base(model, path))
+model = transformers.AutoModelForCausalLM.from_pretrained({options}){wide}
+{load}print(training.freeze_base(model, {cast})){wider}
 trainer = transformers.Trainer(model=model{given})  # and your arguments and data
 training.watch(trainer, path)  # checks that the base stays as it is; logs the new layers
-# after trainer.train(), in the dtype that it had, so that the base keeps its bytes:
-# model.to(torch.{manifest.dtype or "float32"}).save_pretrained(folder)
-{save}# training.carry_manifest(path, folder)
+# after trainer.train(): new weights in the dtype that they had; all else, and the manifest, from file to file
+# training.save_trained(model, path, folder)
 """
 
 
 def _axolotl(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     _check_described(out)
+    _check_plain("axolotl", out)
     patterns = ["^" + manifest.prefix_of(layer) for layer in new]
     regexes = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     _check_choice("axolotl", manifest, lambda name: any(regex.match(name) for regex in regexes))
@@ -89,6 +100,7 @@ def _axolotl(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
 
 def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     _check_described(out)
+    _check_plain("LLaMA-Factory", out)
     depth, count = manifest.num_layers, len(new)
     settings: dict[str, object] = {"model_name_or_path": _absolute(out), "finetuning_type": "freeze"}
     settings |= {"freeze_trainable_layers": count, "freeze_trainable_modules": "all"}
@@ -146,6 +158,31 @@ def _new_layers(new: tuple[int, ...]) -> str:
     return f"new layers {', '.join(map(str, new))}"
 
 
+def _config(out: Path) -> Mapping[str, Any]:
+    return parse_json(read_small(out / "config.json"), out / "config.json", "config")
+
+
+def _quantization(out: Path) -> Mapping[str, Any] | None:
+    return quantization(_config(out))
+
+
+def _check_plain(trainer: str, out: Path) -> None:
+    """Check that the weights are in floating point: over quantised ones these trainers train adapters alone, or save
+    a model that is quantised, but whose config.json does not say it.
+
+    Raises:
+        TrainingError: they are not.
+    """
+    if (section := _quantization(out)) is not None:
+        raise TrainingError(
+            f"{trainer} trains no layers of a quantised model",
+            where=out / "config.json",
+            expected="weights in floating point",
+            got=f"quant_method {section.get('quant_method')}",
+            hint="--for trainer; or grow the base in floating point: dtype: bfloat16 in the recipe",
+        )
+
+
 def _check_described(out: Path) -> None:
     """Check that the family is described: only then are the names of a loaded model known to be those of its files.
 
@@ -153,7 +190,7 @@ def _check_described(out: Path) -> None:
         TrainingError: it is not.
     """
     place = out / "config.json"
-    model_type = parse_json(read_small(place), place, "config").get("model_type")
+    model_type = _config(out).get("model_type")
     if not any(model_type in family.model_types for family in families().values()):
         raise TrainingError(
             "the parameter names of this family, once it is loaded, are not known",

@@ -15,8 +15,10 @@ from ..models.spec import RESIDUAL
 from ..report.manifest import MANIFEST, Manifest, read_manifest
 from ..report.manifest_parts import ManifestTensor
 from .names import Parameters, check_zeroed, parameters_of
+from .quantized import cast, is_codes, prepare, size
 
 if TYPE_CHECKING:
+    import torch
     from torch.nn import Module
 
 
@@ -30,6 +32,7 @@ class Trainable:
         trained_parameters: The number of elements in them.
         frozen_tensors: The number of tensors that stay as they are; tied ones count once.
         frozen_parameters: The number of elements in them.
+        quantized_tensors: How many of them are quantised in memory.
         added_tensors: The number of tensors that peft added; they were left as they are.
         dtype: The least precise dtype of the weights that train.
         unsaved: New modules that peft's ``save_pretrained`` would leave out; `UNSAVED` says what to do.
@@ -41,6 +44,7 @@ class Trainable:
     trained_parameters: int
     frozen_tensors: int
     frozen_parameters: int
+    quantized_tensors: int = 0
     added_tensors: int = 0
     dtype: str = "float32"
     unsaved: tuple[str, ...] = ()
@@ -48,17 +52,18 @@ class Trainable:
 
     def __str__(self) -> str:
         share = self.trained_parameters / max(1, self.trained_parameters + self.frozen_parameters)
+        quantized = f", {self.quantized_tensors} of the tensors quantised" if self.quantized_tensors else ""
         added = f"; {self.added_tensors} tensors of adapters are left as they are" if self.added_tensors else ""
         return (
             f"layers {', '.join(map(str, self.layers))} train: {self.trained_tensors} tensors,"
             f" {self.trained_parameters:,} parameters ({share:.1%}); {self.frozen_tensors} tensors,"
-            f" {self.frozen_parameters:,} parameters are frozen{added}{self._advice()}"
+            f" {self.frozen_parameters:,} parameters are frozen{quantized}{added}{self._advice()}"
         )
 
     def _advice(self) -> str:
         advice = ""
         if self.dtype in _COARSE:
-            advice += f"; in {self.dtype} small steps are lost: load the model with dtype=torch.float32"
+            advice += f"; in {self.dtype} small steps are lost: {_WIDER}"
         if self.unsaved:
             advice += f"; {UNSAVED.format(list(self.unsaved))}"
         if self.normed:
@@ -74,6 +79,7 @@ UNSAVED = (
     " adapter into the model before that is saved"
 )
 _COARSE = ("bfloat16", "float16")
+_WIDER = "load the model with dtype=torch.float32, or give freeze_base that dtype (a quantised model is not loaded so)"
 _LAYER = re.compile(r".*?\.\d+(?=\.)")  # the module of a layer, at the beginning of a tensor's name
 
 
@@ -135,7 +141,9 @@ def new_names(manifest: Manifest, generation: int = -1) -> tuple[str, ...]:
     return tuple(name for name in manifest.model_tensors if name.startswith(prefixes))
 
 
-def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Trainable:
+def freeze_base(
+    model: Module, path: Path | str, generation: int = -1, *, dtype: torch.dtype | None = None
+) -> Trainable:
     """Let only the new layers of a model train. A second call changes nothing.
 
     The model may be wrapped (torch.compile, DistributedDataParallel, accelerate, peft). Tensors that peft added are
@@ -145,13 +153,16 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
         model: The model, loaded from the folder (or from a checkpoint of its training).
         path: The output folder, or its manifest.
         generation: As for `new_parameters`.
+        dtype: A dtype to cast all weights to that are not quantised: float32 for new layers over a quantised base,
+            which transformers loads in the dtype that they are stored in.
 
     Returns:
         The counts of trained and frozen tensors, with advice.
 
     Raises:
         CheckpointError, TrainingError: as `new_parameters`; or the model is not the manifest's, or cannot train
-            (quantised weights, a new tensor tied to a frozen one), or DistributedDataParallel already wraps it.
+            (quantised new weights, a frozen weight through which no gradient passes, a new tensor tied to a frozen
+            one), or DistributedDataParallel already wraps it.
     """
     manifest = read_training(path)
     if not hasattr(model, "named_parameters"):
@@ -165,13 +176,14 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
         parameter = parameters.base[name]
         if id(parameter) in frozen:
             raise TrainingError("a new tensor is tied to one that must stay frozen", where=name)
-        if not parameter.is_floating_point():
+        if is_codes(parameter):
             raise TrainingError(
                 "a new tensor cannot be trained",
                 where=name,
                 expected="floating point",
-                got=parameter.dtype,
-                hint="load the model without quantisation, or keep the new layers out of it",
+                got=f"{parameter.dtype}, quantised",
+                hint="grow the model without quantize_new, and load it as it is stored; or, quantising it on loading,"
+                " leave the new layers out (llm_int8_skip_modules)",
             )
     settings = [*((p, True) for p in trained.values()), *((p, False) for p in frozen.values())]
     distributed = any(type(module).__name__ == "DistributedDataParallel" for module in model.modules())
@@ -182,13 +194,17 @@ def freeze_base(model: Module, path: Path | str, generation: int = -1) -> Traina
         )
     for parameter, trains in settings:
         parameter.requires_grad_(trains)
+    if dtype is not None:
+        cast(model.parameters(), dtype)
+    prepare(model)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in trained.values()}
     return Trainable(
         layers=new_layers(manifest, generation),
         trained_tensors=len(trained),
-        trained_parameters=sum(map(_size, trained.values())),
+        trained_parameters=sum(map(size, trained.values())),
         frozen_tensors=len(frozen),
-        frozen_parameters=sum(map(_size, frozen.values())),
+        frozen_parameters=sum(map(size, frozen.values())),
+        quantized_tensors=sum(map(is_codes, frozen.values())),
         added_tensors=len(parameters.added),
         dtype=next((d for d in _COARSE if d in dtypes), ", ".join(sorted(dtypes))),
         unsaved=unsaved(parameters, new),
@@ -265,7 +281,3 @@ def _group(planned: ManifestTensor | None, ndim: int) -> str:
     if planned is None:
         return "added"
     return "vectors" if ndim < 2 else "zeroed" if planned.action is Action.ZEROS else "matrices"
-
-
-def _size(parameter: Any) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's ZeRO-3 leaves an empty tensor behind

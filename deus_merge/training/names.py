@@ -9,11 +9,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.quantized import is_cache_scale
 from ..core.errors import TrainingError
 from ..core.tensors import Action
 from ..core.units import ITEMSIZE
 from ..report.manifest import Manifest
 from .converted import made_from
+from .quantized import check_gradients_pass
 
 if TYPE_CHECKING:
     from torch.nn import Module, Parameter
@@ -46,8 +48,8 @@ class Parameters:
 
     Attributes:
         base: The parameters in the manifest, by its names; a tied one under each of its names, one that is made from
-            several stored tensors under the first of theirs. For new layers that peft saves (``modules_to_save``) they
-            are peft's copies, which the model computes with.
+            several stored tensors under the first of theirs, parts of a quantised weight under their own. For new
+            layers that peft saves (``modules_to_save``) they are peft's copies, which the model computes with.
         added: The parameters that peft added.
         copies: The names of peft's copies.
     """
@@ -65,11 +67,14 @@ def parameters_of(model: Module, manifest: Manifest) -> Parameters:
         manifest: With ``layer_prefix``.
 
     Raises:
-        TrainingError: the model is not the manifest's: it has more parameters, or fewer.
+        TrainingError: the model is not the manifest's: it has more parameters, or fewer; or quantised weights in it
+            stop gradients.
     """
+    check_gradients_pass(model)
     planned = manifest.model_tensors.keys()
     made = made_from(model, planned)
-    known = planned | made.keys()
+    parts = {name: tensor.weight for name, tensor in manifest.tensors.items() if tensor.weight}
+    known = planned | made.keys() | parts.keys()
     grown = manifest.grown_names
     base: dict[str, Parameter] = {}
     copies: dict[str, Parameter] = {}
@@ -77,7 +82,7 @@ def parameters_of(model: Module, manifest: Manifest) -> Parameters:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain, copy = plain_name(name, known), _COPY.match(name)
         plain = made[plain][0] if plain in made else plain
-        if copy is None and plain in planned:
+        if copy is None and (plain in planned or plain in parts):
             base[plain] = parameter
         elif copy is not None and plain in grown and copy[2] in _active(model.get_submodule(copy[1])):
             copies[plain] = parameter
@@ -92,7 +97,8 @@ def parameters_of(model: Module, manifest: Manifest) -> Parameters:
     more = [name for name in others if not adapted or beyond in name]
     there = base.keys() | {plain_name(name, known) for name, _ in model.named_buffers()}
     there |= {name for whole, names in made.items() if whole in there or names[0] in there for name in names}
-    fewer = [name for name in planned if name not in there]
+    there |= {weight for part, weight in parts.items() if part in there}
+    fewer = [name for name in planned if name not in there and not is_cache_scale(name)]
     if more or fewer:
         raise TrainingError(
             "the model is not the one of the manifest",
@@ -133,13 +139,14 @@ def check_zeroed(parameters: Parameters, manifest: Manifest, path: Path | str) -
         parameter = parameters.base[name]
         return bool(parameter.numel()) and not parameter.is_meta and bool(torch.any(parameter))
 
-    zeroed = [name for name in parameters.base if manifest.model_tensors[name].action is Action.ZEROS]
+    planned_as = manifest.model_tensors
+    zeroed = [name for name in parameters.base if name in planned_as and planned_as[name].action is Action.ZEROS]
     if not any(map(has_values, zeroed)):  # untrained, or without weights as yet
         return
     ends = tuple({re.sub(r".*\.\d+\.", ".", name) for name in zeroed})
     for name, parameter in parameters.base.items():
-        planned = manifest.model_tensors[name]
-        if planned.action is Action.ZEROS or not name.endswith(ends):
+        planned = planned_as.get(name)
+        if planned is None or planned.action is Action.ZEROS or not name.endswith(ends):
             continue
         if planned.xxh3_128 is None or planned.shape is None or planned.dtype is None:
             continue

@@ -13,6 +13,7 @@ from ..core.errors import TrainingError
 from ..core.tensors import Action
 from .freeze import new_layers, new_names, read_training, unsaved
 from .names import parameters_of
+from .quantized import is_codes, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,8 @@ _CHUNK = 16 << 20  # bytes of a tensor that are hashed at a time
 
 
 class Watch:
-    """Stores the sha256 of every frozen weight; memory does not grow with the model.
+    """Stores the sha256 of every frozen weight, that of a quantised one with its scales; memory does not grow with the
+    model.
 
     Args:
         model: As `freeze_base` left it, with or without adapters, wrapped or not.
@@ -61,7 +63,11 @@ class Watch:
             )
         self.unsaved = unsaved(parameters, new)
         self._frozen = {name: parameter for name, parameter in base.items() if not parameter.requires_grad}
-        self._sums = _checksums(self._frozen)
+        quantized = {id(parameter) for parameter in self._frozen.values() if is_codes(parameter)}
+        self._owners = {
+            id(p): module for module in model.modules() for p in module.parameters(recurse=False) if id(p) in quantized
+        }
+        self._sums = self._checksums()
         self._layers: dict[int, dict[str, Parameter]] = {}
         for layer in new_layers(manifest, generation):
             prefix = manifest.prefix_of(layer)
@@ -77,7 +83,7 @@ class Watch:
         Raises:
             TrainingError: one has changed.
         """
-        for name, digest in _checksums(self._frozen).items():
+        for name, digest in self._checksums().items():
             if digest != self._sums[name]:
                 raise TrainingError(
                     "a frozen weight has changed",
@@ -86,6 +92,14 @@ class Watch:
                     hint="find what writes to it: an optimizer created before freeze_base, or a merged adapter",
                 )
         return len(self._sums)
+
+    def _checksums(self) -> dict[str, bytes]:
+        def checksum(parameter: Parameter) -> bytes:
+            owner = self._owners.get(id(parameter))
+            return _checksum({"": parameter} if owner is None else stored_tensors(owner))
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
+            return dict(zip(self._frozen, pool.map(checksum, self._frozen.values()), strict=True))
 
     def norms(self, per_layer: bool = False) -> dict[str, torch.Tensor]:
         """Norms of the new weights, and of those that began as zeros.
@@ -134,18 +148,15 @@ def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
-def _checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
-        return dict(zip(tensors, pool.map(_checksum, tensors.values()), strict=True))
-
-
-def _checksum(tensor: Any) -> bytes:
+def _checksum(tensors: Mapping[str, Any]) -> bytes:
     import torch
 
     digest = hashlib.sha256()
-    tensor = tensor.detach()
-    shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # the part that is on this process
-    flat = shard.reshape(-1).view(torch.uint8)  # (nbytes,)
-    for chunk in flat.split(_CHUNK):
-        digest.update(memoryview(chunk.cpu().numpy()))
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        shard = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # the part that is on this process
+        flat = shard.reshape(-1).view(torch.uint8)  # (nbytes,)
+        digest.update(f"{name} {len(flat)} ".encode())
+        for chunk in flat.split(_CHUNK):
+            digest.update(memoryview(chunk.cpu().numpy()))
     return digest.digest()

@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.dequantized import dequantized, float_shapes
+from ..checkpoint.gguf import GgufSource, is_gguf
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
+from ..checkpoint.quantized import is_cache_scale
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..checkpoint.side_files import side_files
 from ..core.errors import DeusMergeError
@@ -128,6 +130,7 @@ class Output:
         dropped = {"lm_head.weight"} if tied else set()  # transformers saves a tied head once, as the embeddings
         plain = {t.weight for n, t in planned.items() if trained and t.weight in found and n not in found}
         dropped |= {n for n, t in planned.items() if t.weight in plain}  # saved in floating point
+        dropped |= {n for n in planned if plain and is_cache_scale(n)}
         wrong = [f"{name} is missing" for name in planned if name not in found and name not in dropped]
         known = planned.keys() | plain
         wrong += [f"{name} in {found[name].file.name} was not planned" for name in found if name not in known]
@@ -229,8 +232,7 @@ class Output:
     def copied(self) -> CheckResult:
         """Copied tensors are equal to their sources. Where one cannot be compared, the check is skipped."""
         names, derived = self._names(Action.COPY), self._names(Action.DERIVE)
-        stored = self.manifest.tensors
-        plain = [n for n in names if stored[n].weight and self._dtype_of(n) != stored[n].dtype]  # trained since
+        plain = self._saved_as_floats()
         names = [name for name in names if name not in plain]
         derived += [name for name in self._names(Action.CAST) if self.manifest.tensors[name].derived]
         compared = [name for name in names if self._source_of(name) is not None]
@@ -253,6 +255,18 @@ class Output:
         wider = f"{widened} of them in a wider dtype" if widened else "byte for byte"
         equal = f"{len(compared)} equal to their sources, {wider}" if compared else "none compared"
         return (None, f"{equal}; {some_of(reasons, _SHOWN)}") if reasons else (True, equal)
+
+    def _saved_as_floats(self) -> list[str]:
+        """Quantised weights of the frozen base that a trainer saved in floating point."""
+        if not self.manifest.trained:
+            return []
+        planned, found = self.manifest.tensors, self.checkpoint.tensors
+        return [
+            name
+            for name, codes in self.manifest.model_tensors.items()
+            if codes.weight and name in found and name not in self.manifest.grown_names
+            if name not in planned or found[name].dtype != planned[name].dtype
+        ]
 
     def _hint(self, wrong: Sequence[str]) -> str:
         """The likely cause of tensors that differ from their sources."""
@@ -350,7 +364,8 @@ def _reopened(manifest: Manifest) -> list[TensorSource | str]:
             found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
             continue
         try:
-            checkpoint = Checkpoint.open(source.folder)
+            gguf = is_gguf(source.folder)
+            checkpoint = GgufSource.open(source.folder) if gguf else Checkpoint.open(source.folder)
             state_depth(checkpoint.config)
             changed = checkpoint.fingerprint != source.fingerprint
             found.append(f"source {source.folder} has changed since" if changed else checkpoint)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from deus_merge.checkpoint import TensorEntry, index_json, plan_shards
 from deus_merge.core.errors import PlanError
-from deus_merge.core.units import ITEMSIZE
+from deus_merge.core.units import BITS, ITEMSIZE
 
 ENTRIES = (
     TensorEntry("embed", "BF16", (3, 2)),
@@ -71,7 +71,8 @@ NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(la
 def block_lists(draw) -> list[list[TensorEntry]]:
     """Blocks of up to eight tensors, empty blocks and empty tensors among them."""
     names = draw(st.lists(NAMES, min_size=1, max_size=16, unique=True))
-    dtypes, shapes = st.sampled_from(sorted(ITEMSIZE)), st.lists(st.integers(0, 5), max_size=3).map(tuple)
+    whole = sorted(code for code, bits in BITS.items() if bits % 8 == 0)
+    dtypes, shapes = st.sampled_from(whole), st.lists(st.integers(0, 5), max_size=3).map(tuple)
     blocks: list[list[TensorEntry]] = [[]]
     for name in names:
         if draw(st.booleans()) or len(blocks[-1]) == 8:

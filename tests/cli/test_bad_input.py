@@ -206,7 +206,7 @@ RECIPES = {
     "no such model": (source("model: nobody/nothing"), "nobody/nothing: no such folder, and not in the hub's cache"),
     "revision of a folder": (source("model: base@main"), "base@main: a local folder has no revisions", "remove @main"),
     "a file": (source("model: base/config.json"), "config.json: not a folder", "name its folder: base"),
-    "a GGUF file": (source("model: gguf/base.gguf"), "base.gguf: GGUF files cannot be merged", "original model"),
+    "a GGUF file": (source("model: gguf/base.gguf"), "base.gguf: the header is longer than the file", "truncated"),
     "tokenizer in LFS": (source("model: lfs_tokenizer"), "tokenizer.json: a Git LFS pointer", "git lfs pull"),
     "base_model a list": (f"{PASS}{SLICE}base_model: [a]\n", "base_model (line 5): wrong value", "got:      ['a']"),
     "no tokenizer": (f"{PASS}{SLICE}tokenizer_source: union\n", "tokenizer_source (line 5): base has no tokenizer",
@@ -280,9 +280,10 @@ MODELS = {
     "vocab_size": ("does not fit model.embed_tokens.weight", "expected: shape [99, 32]", "got:      [128, 32]"),
     "lfs_weights": ("model.safetensors: a Git LFS pointer, not the file itself", "git lfs pull"),
     "lfs_config": ("config.json: a Git LFS pointer, not the file itself", "git lfs pull"),
-    "gguf": ("base.gguf: GGUF files cannot be merged", "from_pretrained(folder, gguf_file=name)"),
-    "gguf_and_config": ("base.gguf: GGUF files cannot be merged",),
-    "gguf_by_name": ("model.safetensors: GGUF files cannot be merged",),
+    "gguf": ("base.gguf: the header is longer than the file", "truncated"),
+    "gguf_and_config": ("base.gguf: a GGUF file is read only as a model of its own",
+                        "name the file itself as the model"),
+    "gguf_by_name": ("model.safetensors: a GGUF file is read only as a model of its own", "rename it to *.gguf"),
     "odd_layer": ("does not fit model.layers.2.mlp.up_proj.weight", "expected: shape [48, 32]", "got:      [40, 32]"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from support import load, make_model, weights, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +69,28 @@ def test_a_method_is_one_file(run_with, tmp_path):
     assert "elementwise median" in run_with("methods/median.py", "methods", "median")
     two = write_recipe(tmp_path / "two.yml", "merge_method: median\nmodels:\n" + "".join(sources.splitlines(True)[:2]))
     assert "odd number of sources" in run_with("methods/median.py", "merge", two, tmp_path / "no", code=2)
+
+
+@pytest.mark.slow
+def test_a_format_is_one_file(run_with, tmp_path):
+    base = make_model(tmp_path / "base", layers=3)
+    tensors, values = weights(base), {}
+    for name in [name for name in tensors if "proj" in name]:
+        scale = tensors[name].abs().amax(dim=1) / 127  # (out,)
+        tensors[name] = (tensors[name] / scale[:, None]).round().to(torch.int8)
+        tensors[f"{name}_row_scale"], values[name] = scale, tensors[name].float() * scale[:, None]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "int8_rows", "skipped_modules": ["lm_head"]}
+    (base / "config.json").write_text(json.dumps(config))
+    example = "checkpoint/formats/int8_rows.py"
+    run_with(example, "upscale", base, tmp_path / "deeper", "--preset", "llama_pro", "--insert", "{after: [1]}")
+    new = weights(tmp_path / "deeper")["model.layers.2.mlp.up_proj.weight"]
+    assert torch.equal(new, values["model.layers.1.mlp.up_proj.weight"])
+    section = json.loads((tmp_path / "deeper/config.json").read_text())["quantization_config"]
+    assert section["skipped_modules"][:2] == ["lm_head", "model.layers.2.self_attn.q_proj"]
+    run_with(example, "verify", tmp_path / "deeper")
+    assert "skipped_modules" in run_with(example, "methods", "int8_rows")
 
 
 @pytest.mark.slow

@@ -70,6 +70,17 @@ def test_paths_in_the_readme_exist():
     assert not missing
 
 
+def test_page_on_quantised_models_names_every_format():
+    from deus_merge.checkpoint.formats.registry import formats
+
+    page = (ROOT / "docs/quantised.md").read_text(encoding="utf-8")
+    rows = {name: row.split("|") for name, row in re.findall(r"^\| `(\w+)` \|(.*)$", page, re.MULTILINE)}
+    assert rows.keys() == formats().keys()
+    for name, format_ in formats().items():
+        _, exceptions, quantizes, _ = rows[name]
+        assert f"`{format_.exceptions}`" in exceptions and (quantizes.strip() == "no") != format_.quantizes
+
+
 def test_page_for_mergekit_users_names_every_method_with_its_parameters():
     from deus_merge.methods.registry import methods
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import VARIANTS
+from quantized_checkpoints import VARIANTS
 from safetensors.torch import load_file
 
 from deus_merge.checkpoint import LoadOptions, open_source

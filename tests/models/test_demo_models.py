@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from gguf_files import write_gguf
 
 from deus_merge.core.errors import CheckpointError, DeusMergeError
 from deus_merge.models import demo as demo_models
@@ -125,53 +124,12 @@ def test_training_is_the_same_twice_and_lowers_the_loss(script):
 # ---------------------------------------------------------------------------------------------- conversion
 
 
-def write_gguf(path: Path, model, tokenizer) -> None:
-    """A Llama as llama.cpp's converter lays it out: its own tensor names, query and key rows in its rotary order."""
-    import gguf
-
-    config, merges = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokenizer) - 2))
-    writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_chat_template(CHAT_TEMPLATE)
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        stem, array = name.removesuffix(".weight"), tensor.float().numpy()
-        if count := heads.get(stem.rsplit(".", 1)[-1]):
-            halves = array.reshape(count, 2, -1, array.shape[1])  # (h, 2, d/2, i)
-            array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
-        writer.add_tensor(names.get_name(stem) + ".weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.fixture(scope="module")
 def gguf_file(tiny, tmp_path_factory) -> Path:
     pytest.importorskip("gguf", reason="the demo extra is not installed")
     pytest.importorskip("accelerate", reason="the demo extra is not installed")
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    write_gguf(path, *tiny)
+    write_gguf(path, *tiny, chat_template=CHAT_TEMPLATE)
     return path
 
 

@@ -296,6 +296,10 @@ def test_layer_numbers_in_quantization_config():
     ]  # fmt: skip
     assert new["layers"] == {"model.layers.3.mlp": {"bits": 8}, "model.layers.4.mlp": {"bits": 8}}
     assert new["ignore"] == [r"re:.*layers\.3\.mlp", r"re:.*layers\.4\.mlp"] and new["bits"] == 4
+    nested = {"model_type": "llava", "text_config": {**PLAIN, "quantization_config": {"ignore": skipped}}}
+    new = moved(nested, [0, 1, 0, 3, 3], ("text_config", "num_hidden_layers"))["text_config"]
+    assert new["num_hidden_layers"] == 5
+    assert new["quantization_config"]["ignore"][2:4] == ["model.layers.2.mlp.gate", "model.layers.3.self_attn"]
     for unclear in ("re:.*layers.[0-2].mlp", "model.layers.1.*", "re:.*layers.(0|1)"):
         config = PLAIN | {"quantization_config": {"ignore": [unclear]}}
         assert moved(config, [0, 1, 2, 3]) == config

@@ -1,4 +1,5 @@
-"""Quantised weights and their companions are copied byte for byte; whatever would compute with codes is refused."""
+"""Quantised weights of formats that nobody described are copied byte for byte; whatever would compute with their codes
+is refused by name. Those of known formats: tests/formats."""
 
 from __future__ import annotations
 
@@ -11,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import make_model
 
 from deus_merge.checkpoint import Checkpoint
-
-FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+from deus_merge.core.errors import CheckpointError
 
 
 def fp8(name, weight):
@@ -32,49 +32,38 @@ def bf16_scale(name, weight):
     return {name: weight.to(torch.bfloat16), f"{name}_scale": torch.rand(len(weight), 1)}
 
 
-def bnb4(name, weight):
-    parts = {"absmax": torch.rand(4), "quant_map": torch.rand(16)}
-    state = {f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(8, dtype=torch.uint8)}
-    return {name: torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8), **state} | {
-        f"{name}.{part}": tensor for part, tensor in parts.items()
-    }
+def hqq(name, weight):
+    module = name[: -len(".weight")]
+    parts = {"W_q": torch.zeros(len(weight), 4, dtype=torch.uint8), "scale": torch.rand(8), "zero": torch.rand(8)}
+    return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
 
-def bnb8(name, weight):
+def quanto(name, weight):
+    return {f"{name}._data": weight.to(torch.int8), f"{name}._scale": torch.rand(len(weight), 1)}
+
+
+def int8_rows(name, weight):
     module = name[: -len(".weight")]
     return {name: weight.to(torch.int8), f"{module}.SCB": torch.rand(len(weight))}
 
 
-def gptq(name, weight):
+def words(name, weight):
     module = name[: -len(".weight")]
     codes, groups = torch.zeros(4, len(weight), dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
     tensors = {"qweight": codes, "qzeros": codes[:1].clone(), "scales": torch.rand(1, len(weight)), "g_idx": groups}
     return {f"{module}.{part}": tensor for part, tensor in tensors.items()}
 
 
-def packed(name, weight):
-    parts = {"packed": torch.zeros(4, 4, dtype=torch.int32), "scale": torch.rand(4), "shape": torch.tensor([32, 32])}
-    return {f"{name}_{part}": tensor for part, tensor in parts.items()}
-
-
-def mxfp4(name, weight):
-    name = name[: -len(".weight")]
-    codes = {part: torch.zeros(4, 2, dtype=torch.uint8) for part in ("blocks", "scales")}
-    return {f"{name}_{part}": tensor for part, tensor in codes.items()}
-
-
 #: format -> how a weight is stored, the config's section, model_type, the part that a message names
 FORMATS = {
-    "fp8": (fp8, FP8, "llama", "weight_scale_inv"),
     "fp8 of no config": (fp8, None, "llama", "weight_scale_inv"),
-    "fp8 per tensor": (fp8_per_tensor, {"quant_method": "fp8"}, "llama", "(fp8), together with"),
-    "fp8 without scales": (fp8_without_scales, {"quant_method": "fp8"}, "llama", "proj.weight is part of a quantised"),
+    "fp8 per tensor": (fp8_per_tensor, {"quant_method": "new8"}, "llama", "(new8), together with"),
+    "fp8 without scales": (fp8_without_scales, {"quant_method": "new8"}, "llama", "proj.weight is part of a quantised"),
     "a scale beside bfloat16": (bf16_scale, {"quant_method": "bitnet"}, "llama", "weight_scale"),
-    "bitsandbytes 4": (bnb4, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "llama", "(bitsandbytes)"),
-    "bitsandbytes 8": (bnb8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "llama", "SCB"),
-    "gptq": (gptq, {"quant_method": "gptq", "bits": 4}, "mystery", "part of a quantised weight (gptq)"),
-    "compressed": (packed, {"quant_method": "compressed-tensors"}, "mystery", "weight_packed"),
-    "mxfp4": (mxfp4, {"quant_method": "mxfp4"}, "mystery", "proj_"),
+    "hqq": (hqq, {"quant_method": "hqq"}, "mystery", "quantised weight (hqq)"),
+    "quanto": (quanto, {"quant_method": "quanto"}, "mystery", "quantised weight (quanto)"),
+    "int8": (int8_rows, {"quant_method": "eetq"}, "llama", "SCB"),
+    "auto-round": (words, {"quant_method": "auto-round"}, "mystery", "part of a quantised weight (auto-round)"),
 }
 RECIPES = {
     "linear": "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: a}, {model: b}]\n",
@@ -110,8 +99,6 @@ def test_codes_are_copied_and_nothing_else(run, models, tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     recipe, out = tmp_path / "recipe.yml", tmp_path / "out"
     for name, text in RECIPES.items():
-        if name == "dtype" and named == "proj_":  # codes of bytes, scales too: a dtype is only for the other tensors
-            continue
         recipe.write_text(text)
         done = run("merge", recipe, out, expect=2)
         if name != "align":  # which also needs a description of every tensor
@@ -145,10 +132,11 @@ def test_other_ways_of_quantising_do_not_mix(run, models, tmp_path, monkeypatch)
     assert "they are quantised in other ways" in done.err and "'group_size': 77" in done.err, done.err
 
 
-@pytest.mark.parametrize("kind", ["fp8", "gptq"])
+@pytest.mark.parametrize("kind", ["int8", "auto-round"])
 def test_packed_weights_and_adapters_are_refused_by_name(run, tmp_path, kind):
-    """GPTQ in a described family, whose layers seem to lack their tensors; an adapter to either."""
+    """Packed weights in a described family, whose layers seem to lack their tensors; an adapter to either."""
     store, section, *_ = FORMATS[kind]
+    method = section["quant_method"]
     folder = make_model(tmp_path / "model", layers=1)
     tensors = load_file(folder / "model.safetensors")
     for key in [k for k in tensors if "proj" in k]:
@@ -164,8 +152,41 @@ def test_packed_weights_and_adapters_are_refused_by_name(run, tmp_path, kind):
               adapter / "adapter_model.safetensors")  # fmt: skip
     (tmp_path / "recipe.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {folder}+{adapter}}}]\n")
     done = run("merge", tmp_path / "recipe.yml", tmp_path / "out", expect=2)
-    assert f"it is quantised ({kind})" in done.err, done.err
-    if kind == "gptq":
+    assert f"it is quantised ({method})" in done.err, done.err
+    if kind == "auto-round":
         done = run("upscale", folder, tmp_path / "out", expect=2)
-        assert "the weights are quantised (gptq), and packed" in done.err and "qweight" in done.err, done.err
+        assert f"the weights are quantised ({method}), and packed" in done.err and "qweight" in done.err, done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_every_dtype_of_safetensors_is_copied(run, tmp_path):
+    """Elements of less than a byte lie next to each other."""
+    folder = make_model(tmp_path / "model", layers=1)
+    sizes = {"F4": (3, 8, 12), "F6_E2M3": (2, 4, 6), "F6_E3M2": (2, 4, 6), "F8_E8M0": (5, 1, 5),
+             "F8_E4M3FNUZ": (1, 4, 4), "F8_E5M2FNUZ": (2, 2, 4), "C64": (2, 1, 16)}  # fmt: skip
+    entries, data = {}, b""
+    for code, (rows, columns, size) in sizes.items():
+        entries[f"x.{code}"] = {"dtype": code, "shape": [rows, columns], "data_offsets": [len(data), len(data) + size]}
+        data += bytes(range(size))
+    header = json.dumps(entries).encode()
+    (folder / "more.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    index = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    index |= dict.fromkeys(entries, "more.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {folder}}}]\n")
+    run("merge", recipe, tmp_path / "out")
+    written = Checkpoint.open(tmp_path / "out")
+    for code, (rows, columns, size) in sizes.items():
+        tensor = written.tensors[f"x.{code}"]
+        assert (tensor.dtype, tensor.shape, _raw(written, f"x.{code}")) == (code, (rows, columns), bytes(range(size)))
+        read = written.slice(f"x.{code}", 1, rows)
+        assert bytes(read.contiguous().view(torch.uint8).flatten().tolist()) == bytes(range(size // rows, size))
+    odd = header.replace(b"[2, 4]", b"[4, 2]")
+    (folder / "more.safetensors").write_bytes(len(odd).to_bytes(8, "little") + odd + data)
+    with pytest.raises(CheckpointError, match="rows do not fill whole bytes"):
+        Checkpoint.open(folder).slice("x.F6_E3M2", 1, 2)
+    header = header.replace(b"[3, 8]", b"[3, 7]").replace(b"[0, 12]", b"[0, 10]")
+    (folder / "more.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    done = run("merge", recipe, tmp_path / "odd", expect=2)
+    assert "F4 elements do not fill whole bytes" in done.err

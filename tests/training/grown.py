@@ -20,7 +20,11 @@ def grow(base: Path, out: Path, preset: str = "opt_deus", insert: object = "top_
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     """Names of tensors whose bits differ."""
-    return {n for n in before if not torch.equal(before[n].view(torch.uint8), after[n].detach().view(torch.uint8))}
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().reshape(-1).view(torch.uint8)
+
+    return {name for name in before if not torch.equal(bits(before[name]), bits(after[name]))}
 
 
 def lora(model, *_):

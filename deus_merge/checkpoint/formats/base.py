@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Peek = Callable[[str], "torch.Tensor"]
 
 
+HOLDS_ZEROS = "holds zeros"
+
+
 @dataclass(frozen=True)
 class Weight:
     """A quantised weight of a checkpoint.
@@ -156,7 +159,7 @@ def scale_problem(scales: torch.Tensor) -> str | None:
         return "holds NaN"
     if bool(torch.isinf(values).any()):
         return "holds infinity"
-    return "holds zeros" if bool((values == 0).any()) else None
+    return HOLDS_ZEROS if bool((values == 0).any()) else None
 
 
 def part(

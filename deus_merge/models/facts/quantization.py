@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..config_json import Config
+from ..config_json import Config, value_at
 from ..stacks import is_of_stack
 from .base import Pinned
 
@@ -32,8 +32,8 @@ def read(config: Config, layers_path: Sequence[str], depth: int) -> list[Any] | 
         depth: The number of layers.
     """
     found: list[list[_Place]] = [[] for _ in range(depth)]
-    for key in SECTIONS:
-        for place, text, settings in _names(config.get(key), (key,)):
+    for keys in _sections(config):
+        for place, text, settings in _names(value_at(config, keys), keys):
             number, name = _split(text, layers_path)
             if number is None and name is not None:
                 reason = f"names layers in a way that cannot be renumbered: {text!r}"
@@ -44,7 +44,7 @@ def read(config: Config, layers_path: Sequence[str], depth: int) -> list[Any] | 
 
 
 def write(config: Config, layers_path: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The sections of a config that `SECTIONS` names, for other layers.
+    """The sections of a config that `SECTIONS` names, for other layers: of a part of the config only these.
 
     Args:
         config: The config of the donor.
@@ -59,7 +59,18 @@ def write(config: Config, layers_path: Sequence[str], values: Sequence[Any]) -> 
         here = [i for i, value in enumerate(values) if any((p, n) == (place, name) for p, n, _ in value)]
         return [(name or "").replace(_SLOT, str(i)) for i in here]
 
-    return {key: _renamed(config[key], (key,), renumbered) for key in SECTIONS if key in config}
+    changed: dict[str, Any] = {}
+    for keys in _sections(config):
+        section = _renamed(value_at(config, keys), keys, renumbered)
+        changed |= {keys[0]: section} if len(keys) == 1 else {keys[0]: {**changed.get(keys[0], {}), keys[1]: section}}
+    return changed
+
+
+def _sections(config: Config) -> list[tuple[str, ...]]:
+    """The keys that lead to each section, at the top or in a part like ``text_config``."""
+    parts = [key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    places = [(key,) for key in SECTIONS] + [(part, key) for part in parts if part not in SECTIONS for key in SECTIONS]
+    return [keys for keys in places if isinstance(value_at(config, keys), Mapping)]
 
 
 def _names(value: Any, place: tuple[str, ...]) -> Iterator[_Place]:
