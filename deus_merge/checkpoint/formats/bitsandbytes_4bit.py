@@ -33,6 +33,7 @@ class BitsAndBytes4Bit(Format):
     summary = "bitsandbytes NF4 and FP4, with and without double quantisation (QLoRA)"
     reference = "https://arxiv.org/abs/2305.14314, section 3"
     exceptions = "llm_int8_skip_modules"
+    transposes = True
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         # configs from before the key quant_method only say load_in_4bit

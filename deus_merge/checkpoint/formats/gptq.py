@@ -33,6 +33,7 @@ class Gptq(Format):
     summary = "GPTQ, 2, 4 and 8 bits, formats gptq and gptq_v2, act-order (AutoGPTQ, GPTQModel)"
     reference = "https://arxiv.org/abs/2210.17323; layout: github.com/ModelCloud/GPTQModel, TorchQuantLinear"
     exceptions = "dynamic"
+    transposes = True
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         return section.get("quant_method") == "gptq"
@@ -134,7 +135,7 @@ def _rule(section: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     does not: such modules are not quantised)."""
     for pattern, rule in (section.get("dynamic") or {}).items():
         if re.match(pattern.removeprefix("+:"), module):
-            return rule
+            return rule or {}
     return {}
 
 
