@@ -66,22 +66,14 @@ class DequantizedSource:
         self.fingerprint = stored.fingerprint
         section = quantization(stored.config)
         assert section is not None
-<<<<<<< HEAD
+        _check_names(section, stored.folders[0] / "config.json")
         said = _said_dtype(stored.config)
         weights: dict[str, StoredTensor] = {}  # by the name of the stored tensor whose place they take
         parts: set[str] = set()
-        for weight in format_.weights(stored.tensors, section, stored.read):
+        for stored_weight in format_.weights(stored.tensors, section, stored.read):
+            weight = _conv1d.as_in_model(stored_weight, stored.config) if format_.transposes else stored_weight
             found_parts = weight.quantization.parts.values()
             codes = next(iter(found_parts))
-=======
-        _check_names(section, stored.folders[0] / "config.json")
-        weights: dict[str, StoredTensor] = {}  # by the name of the stored tensor whose place they take
-        parts: set[str] = set()
-        for found_weight in format_.weights(stored.tensors, section, stored.read):
-            weight = _conv1d.as_in_model(found_weight, stored.config) if format_.transposes else found_weight
-            codes = next(iter(weight.quantization.parts.values()))
-            dtype = _float_dtype(stored.config, weight.quantization.parts.values())
->>>>>>> h14-breaker
             weights[codes.name] = StoredTensor(
                 weight.name,
                 said or next((part.dtype for part in found_parts if part.dtype in ("F16", "BF16")), "BF16"),
