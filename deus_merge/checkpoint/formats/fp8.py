@@ -59,7 +59,9 @@ class Fp8(Format):
         *stack, rows, columns = weight.shape
         height, width = _block(weight)
         scales = parts["scale"].reshape(*stack, -(-rows // height), -(-columns // width))  # (E, r / height, c / width)
-        every = torch.arange(256, dtype=torch.uint8).view(parts["codes"].dtype).float()  # (256,): the value of each code
+        every = (
+            torch.arange(256, dtype=torch.uint8).view(parts["codes"].dtype).float()
+        )  # (256,): the value of each code
         values = looked_up(parts["codes"][start:stop].view(torch.uint8), every)  # (e, r, c) or (r, c)
         scales, first, last = (scales[start:stop], 0, rows) if stack else (scales, start, stop)
         of_rows = torch.arange(first, last) // height  # (r,): rows of the grid
