@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: keys of sections that list modules which are not quantised
 _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "llm_int8_skip_modules")
-_BLOCK_BYTES = 32 << 20  # of float32 values that are dequantised at once
+_BLOCK_BYTES = 1 << 20  # of float32 values that are dequantised at once: little enough for the cache
 
 
 def dequantized(stored: TensorSource) -> TensorSource:
@@ -111,17 +111,22 @@ class DequantizedSource:
         return self.slice(name, 0, weight.shape[0])
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of `read`: in float32, dequantised a block at a time."""
-        import torch
-
+        """Rows of `read`, in float32."""
         weight = self.tensors.get(name)
         if weight is None or weight.quantization is None:
             return self.stored.slice(name, start, stop)
-        if not 0 <= start <= stop <= weight.shape[0]:
-            got, expected = (start, stop), f"within {weight.shape}"
-            refuse(weight, f"tensor {name!r} does not have these rows", expected=expected, got=got)
+        return self.rows(name)(start, stop)
+
+    def rows(self, name: str) -> Callable[[int, int], torch.Tensor]:
+        """`slice` of one quantised weight, for many slices: its parts are mapped, and its scales checked, only once.
+
+        Raises:
+            CheckpointError: its scales hold NaN or infinity.
+        """
+        weight, format_ = self.tensors[name], self.format
+        assert weight.quantization is not None
         parts = {label: self.stored.read(part.name) for label, part in weight.quantization.parts.items()}
-        problem = self.format.check(weight, parts)
+        problem = format_.check(weight, parts)
         if problem and problem[1] != HOLDS_ZEROS:
             raise CheckpointError(
                 f"{problem[0]} {problem[1]}: {name} cannot be dequantised",
@@ -131,16 +136,25 @@ class DequantizedSource:
             )
         transposed = _conv1d.is_transposed(weight)
         row = 4 * (weight.shape[0] if transposed else math.prod(weight.shape[1:]))
-        rows = max(1, _BLOCK_BYTES // max(1, row))
-        if transposed:
-            return _conv1d.dequantize(self.format, weight, parts, start, stop, rows)
-        if stop - start <= rows:
-            return self.format.dequantize(weight, parts, start, stop)
-        values = torch.empty((stop - start, *weight.shape[1:]), dtype=torch.float32)
-        for at in range(start, stop, rows):
-            end = min(at + rows, stop)
-            values[at - start : end - start] = self.format.dequantize(weight, parts, at, end)
-        return values
+        block = max(1, _BLOCK_BYTES // max(1, row))  # rows, as they are stored
+
+        def rows(start: int, stop: int) -> torch.Tensor:
+            import torch
+
+            if not 0 <= start <= stop <= weight.shape[0]:
+                got, expected = (start, stop), f"within {weight.shape}"
+                refuse(weight, f"tensor {name!r} does not have these rows", expected=expected, got=got)
+            if transposed:
+                return _conv1d.dequantize(format_, weight, parts, start, stop, block)
+            if stop - start <= block:
+                return format_.dequantize(weight, parts, start, stop)
+            values = torch.empty((stop - start, *weight.shape[1:]), dtype=torch.float32)
+            for at in range(start, stop, block):
+                end = min(at + block, stop)
+                values[at - start : end - start] = format_.dequantize(weight, parts, at, end)
+            return values
+
+        return rows
 
     def zero_scales(self, name: str) -> str | None:
         """The stored tensor of a weight's scales that holds zeros, so that values are lost; None in most cases."""

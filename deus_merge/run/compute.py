@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.dequantized import DequantizedSource
 from ..checkpoint.flat import FlatRows
 from ..checkpoint.reader import TensorSource
 from ..core.errors import CheckpointError, DeusMergeError
-from ..core.tensors import Action, OutputChunk
+from ..core.tensors import Action, OutputChunk, StoredTensor
 from ..core.units import dtype_name, is_finite, tensor_bytes, torch_dtype
 from ..methods.base import FlatTensor, OutputTensor
 from ..methods.registry import methods
@@ -24,6 +25,8 @@ from .aligned import merge_aligned
 
 if TYPE_CHECKING:
     import torch
+
+_DEQUANTIZED_BYTES = 8 << 20  # of a quantised tensor that is only cast, this much is alive at once
 
 #: tensors that were read ahead onto a device: (role, source) -> tensor
 Loaded = dict[tuple[str, int], "torch.Tensor"]
@@ -113,9 +116,10 @@ class BlockComputer:
                 yield output, _finish(output, OutputChunk(output.role, source.read(stored.name)))
                 continue
             row_bytes = max(stored.nbytes // max(1, stored.shape[0]), tensor_bytes("F32", stored.shape[1:]))
-            rows = max(1, CAST_BYTES // max(1, row_bytes))
+            rows = max(1, (_DEQUANTIZED_BYTES if stored.quantization else CAST_BYTES) // max(1, row_bytes))
+            read = _rows(source, stored)
             for start in range(0, stored.shape[0], rows):
-                values = source.slice(stored.name, start, min(start + rows, stored.shape[0]))
+                values = read(start, min(start + rows, stored.shape[0]))
                 chunk = OutputChunk(output.role, values, start=start * math.prod(stored.shape[1:]))
                 yield output, _finish(output, chunk)
 
@@ -176,6 +180,15 @@ def _finish(output: OutputTensor, chunk: OutputChunk) -> OutputChunk:
     return replace(chunk, values=values)
 
 
+def _rows(source: TensorSource, stored: StoredTensor) -> Callable[[int, int], torch.Tensor]:
+    """A function that gives rows of a tensor, as `TensorSource.slice` does."""
+    if stored.quantization and isinstance(source, PermutedCheckpoint):
+        source = source.givers(stored.name)[0]
+    if stored.quantization and isinstance(source, DequantizedSource):
+        return source.rows(stored.name)
+    return partial(source.slice, stored.name)
+
+
 class _BlockInputs:
     """A block as its method sees it (`methods.base.Block`)."""
 
@@ -193,8 +206,10 @@ class _BlockInputs:
     def flat(self, role: str, source: int) -> FlatTensor:
         checkpoint, stored = self._computer.source(self._block, source), self._inputs[role][source]
         on_cpu = self._computer.device is not None and self._computer.device.type == "cpu"
+        if on_cpu and stored.quantization:
+            return FlatRows(_rows(checkpoint, stored), replace(stored, dtype="F32"))
         if on_cpu and isinstance(checkpoint, PermutedCheckpoint) and stored.derived:
-            return FlatRows(checkpoint, stored)
+            return FlatRows(_rows(checkpoint, stored), stored)
         return self.read(role, source).reshape(-1)
 
     def generator(self, output: OutputTensor, source: int) -> torch.Generator:

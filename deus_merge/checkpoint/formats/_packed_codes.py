@@ -23,8 +23,8 @@ def unpack_columns(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor
     import torch
 
     octets = words.reshape(-1).view(torch.uint8).view(words.shape[0], 4 * words.shape[1])  # (rows, bytes)
-    shifts = torch.arange(0, 8, bits)  # (codes of a byte,)
-    codes = (torch.arange(256)[:, None] >> shifts) & ((1 << bits) - 1)  # (256, codes of a byte)
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32)  # (codes of a byte,)
+    codes = (torch.arange(256, dtype=torch.int32)[:, None] >> shifts) & ((1 << bits) - 1)  # (256, codes of a byte)
     return looked_up(octets, (codes - (1 << (bits - 1))).float())[:, :columns].contiguous()  # (rows, columns)
 
 
@@ -111,4 +111,4 @@ def looked_up(octets: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     wide = {4: torch.float32, 8: torch.float64, 16: torch.complex128}.get(4 * table[0].numel())
     entries = table.contiguous().view(wide).flatten() if wide else table  # (256,) or (256, k)
     values = entries.index_select(0, octets.reshape(-1).to(torch.int32))
-    return values.view(torch.float32).view(*octets.shape[:-1], -1)
+    return values.view(torch.float32).view(*octets.shape[:-1], octets.shape[-1] * table[0].numel())
