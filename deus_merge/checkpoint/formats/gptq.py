@@ -51,7 +51,7 @@ class Gptq(Format):
                     )
                 rule = _rule(section, module)
                 bits = rule.get("bits", section.get("bits"))
-                if bits not in _ONES:
+                if not isinstance(bits, int) or bits not in _ONES:
                     refuse(tensor, f"{name}: GPTQ with bits {bits!r} is not supported", expected="2 | 4 | 8", got=bits)
                 inputs, outputs = tensor.shape[0] * 32 // bits, tensor.shape[1]
                 if outputs * bits % 32:
