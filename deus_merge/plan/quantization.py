@@ -135,10 +135,12 @@ class QuantizedOutputs:
             for output in block.outputs:
                 if output.action in (Action.CAST, Action.DERIVE) and output.stored.quantization and not block.new:
                     model = self._models[block.source_of(output).model]
-                    reason = f"{output.stored.quantization.format} weights of {model.ref} are"
-                    found[reason, output.dtype, str(model.ref)] += 1
-        advice = "leave dtype out to keep their codes" if wanted else "the output's config describes no such codes"
-        notes = [f"{count} {reason} written as {dtype}: {advice}" for (reason, dtype, _), count in found.items()]
+                    quantized = output.stored.quantization
+                    pickled = any(part.derived for part in quantized.parts.values())
+                    why = "they are in pickled files" if pickled else "the output's config describes no such codes"
+                    why = "leave dtype out to keep their codes" if wanted else why
+                    found[f"{quantized.format} weights of {model.ref} are", output.dtype, why] += 1
+        notes = [f"{count} {what} written as {dtype}: {why}" for (what, dtype, why), count in found.items()]
         if self.format and any(o.quantization for b in blocks for o in b.outputs):
             plain = [module_of(o.name) for b in blocks for o in b.outputs if self._is_excepted(b, o)]
             notes += [note] if (note := formats()[self.format].note(plain)) else []

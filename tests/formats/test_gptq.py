@@ -140,7 +140,8 @@ def test_a_broken_checkpoint_is_refused(tmp_path, change, message):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("bits", 3), ("bits", 5), ("checkpoint_format", "marlin"), ("format", "bitblas"), ("pack_dtype", "int16"),
+    [("bits", 3), ("bits", 5), ("bits", 4.0), ("bits", [4]),
+     ("checkpoint_format", "marlin"), ("format", "bitblas"), ("pack_dtype", "int16"),
      ("is_marlin_format", True), ("adapter", {"rank": 8}), ("rotation", "hadamard"), ("group_size", 0),
      ("group_size", None), ("dynamic", {".*": {"bits": 3}})],
 )  # fmt: skip

@@ -224,6 +224,19 @@ def test_what_is_not_known_is_refused(copy, run, tmp_path):
         shutil.rmtree(folder)
 
 
+def test_pickled_codes_are_read(quantized, run, tmp_path):
+    """They are in no file as they are: a copy of them is dequantised, and the reason is told."""
+    base, folder = quantized("gptq"), tmp_path / "base"
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    torch.save(load_file(base / "model.safetensors"), folder / "pytorch_model.bin")
+    done = run("upscale", folder, tmp_path / "out", "--insert", "{after: [1]}", "--allow-pickle")
+    assert "21 gptq weights of" in done.err and "written as F16: they are in pickled files" in done.err
+    run("upscale", base, tmp_path / "plain", "--insert", "{after: [1]}", "--dtype", "float16")
+    assert stored(tmp_path / "out") == stored(tmp_path / "plain")
+    assert quantization(config_of(tmp_path / "out")) is None
+
+
 def test_quantize_new_needs_a_quantised_base(quantized, float_model, run, tmp_path):
     done = run("upscale", float_model("llama"), tmp_path / "out", "--quantize-new", expect=2)
     assert "which is not quantised" in done.err

@@ -26,8 +26,8 @@ class Gptq(Format):
     ``qweight`` is (in / pack, out), a word having the codes of ``pack`` = 32 / bits neighbouring inputs; ``qzeros`` is
     (groups, out / pack). ``g_idx`` gives each input's group, in any order (act-order). In checkpoint format ``gptq``,
     words of zero points are stored minus one in every place, with borrow between places, as GPTQModel writes and reads
-    them (a zero point of 0 occurs without ``sym`` only); in ``gptq_v2`` as they are. Loaders take a ``g_idx`` of zeros
-    for groups in their order.
+    them (a zero point of 0 occurs without ``sym`` only); in ``gptq_v2`` as they are. A ``g_idx`` of zeros means groups
+    in their order.
     """
 
     name = "gptq"
@@ -51,7 +51,7 @@ class Gptq(Format):
                     )
                 rule = _rule(section, module)
                 bits = rule.get("bits", section.get("bits"))
-                if bits not in _ONES:
+                if not isinstance(bits, int) or bits not in _ONES:
                     refuse(tensor, f"{name}: GPTQ with bits {bits!r} is not supported", expected="2 | 4 | 8", got=bits)
                 inputs, outputs = tensor.shape[0] * 32 // bits, tensor.shape[1]
                 if outputs * bits % 32:
