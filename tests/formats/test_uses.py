@@ -10,7 +10,7 @@ import torch
 from quantized_checkpoints import VARIANTS
 from safetensors.torch import load_file, save_file
 from support import make_speakers
-from test_contract import config_of, format_of, passthrough, recipe, source, stored
+from test_contract import config_of, format_of, logits, passthrough, recipe, source, stored
 
 from deus_merge.checkpoint.quantized import quantization
 
@@ -96,6 +96,19 @@ def test_formats_mix(quantized, run, tmp_path):
     assert torch.equal(copied.float(), b.read("model.layers.2.mlp.up_proj.weight").bfloat16().float())
     excepted = config_of(tmp_path / "stack")["quantization_config"]["modules_to_not_convert"]
     assert "model.layers.3.mlp.up_proj" in excepted and "model.layers.1.mlp.up_proj" not in excepted
+
+
+def test_a_float16_model_beside_a_quantised_bfloat16_one(quantized, run, tmp_path):
+    """Loaders do not cast what is stored beside codes, so the layers of another model need the base's dtype."""
+    base, other = quantized("fp8_tensor"), quantized("gptq", 1)
+    done = run("merge", recipe(tmp_path / "r.yml", passthrough((base, 0, 2), (other, 1, 3))), tmp_path / "mixed")
+    assert "write the other model in bfloat16 in a document of its own" in done.err
+    text = f"name: cast\ndtype: bfloat16\nmerge_method: passthrough\nmodels: [{{model: '{other}'}}]\n---\n"
+    both = text + passthrough((base, 0, 2), ("cast", 1, 3))
+    assert "in another dtype" not in run("merge", recipe(tmp_path / "s.yml", both), tmp_path / "out").err
+    run("verify", tmp_path / "out")
+    assert {t.quantization.format for t in source(tmp_path / "out").tensors.values() if t.quantization} == {"fp8"}
+    assert logits(tmp_path / "out").isfinite().all()
 
 
 def test_tokens_are_united(run, tmp_path):
