@@ -88,7 +88,7 @@ def test_rows_have_the_oracles_values_and_every_tensor_has_its_weight(checkpoint
     for name, weight in found.items():
         expected, out = checkpoint.values[name], weight.shape[0]
         assert weight.shape == expected.shape
-        for start, stop in ((0, out), (0, 1), (63, 65), (5, 5), (out - 3, out), (31, out - 1)):
+        for start, stop in ((0, out), (0, 1), (63, min(65, out)), (5, 5), (out - 3, out), (31, out - 1)):
             rows = dequantize(weight, tensors, start, stop)
             assert rows.dtype == torch.float32
             assert torch.equal(rows, expected[start:stop]), (name, start, stop)
