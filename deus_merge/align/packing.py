@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..core.tensors import OutputChunk
 from ..core.text import some_of
+from ..models.extents import Extents
 from ..models.spec import RESIDUAL, Heads, TensorSpec
 
 if TYPE_CHECKING:
@@ -87,11 +88,9 @@ def layout_problem(
 ) -> str | None:
     """Why a stored tensor cannot consist of what its layout says; None if all can."""
     for spec in (spec for spec in fitted(specs, shapes) if spec.layout is not None):
-        import torch
-
         assert spec.layout is not None
         try:
-            spec.layout.split(torch.empty(shapes[spec.role], device="meta"), heads)
+            spec.layout.split(Extents(shapes[spec.role]), heads)
         except (RuntimeError, ValueError, AssertionError):
             parts = some_of(part.role for part in spec.layout.specs(shapes[spec.role]))
             of = f"{heads.query} query and {heads.key_value} key-value heads of {heads.size}" if heads else "the heads"
@@ -108,9 +107,7 @@ def part_shapes(
         if spec.layout is None:
             found.append((spec, shapes[spec.role]))
             continue
-        import torch
-
-        views = spec.layout.split(torch.empty(shapes[spec.role], device="meta"), heads)
+        views = spec.layout.split(Extents(shapes[spec.role]), heads)
         for part in spec.layout.specs(shapes[spec.role]):
             shape = tuple(views[part.role].shape)
             rows = math.prod(shape) if part.in_space is None else math.prod(shape[:-1])

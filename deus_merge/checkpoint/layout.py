@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 
 from ..core.errors import PlanError
@@ -26,7 +25,7 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
 
@@ -101,11 +100,12 @@ def _parts(block: Sequence[TensorEntry], max_shard_size: int) -> list[list[Tenso
     parts: list[list[TensorEntry]] = [[]]
     filled = 0
     for entry in block:
-        if parts[-1] and filled + entry.nbytes > max_shard_size:
+        size = entry.nbytes
+        if parts[-1] and filled + size > max_shard_size:
             parts.append([])
             filled = 0
         parts[-1].append(entry)
-        filled += entry.nbytes
+        filled += size
     return parts if parts[0] else []
 
 
@@ -120,23 +120,20 @@ def index_json(shards: Sequence[ShardLayout]) -> bytes:
 def _layout(filename: str, group: Sequence[TensorEntry]) -> ShardLayout:
     ordered = sorted(group, key=lambda entry: -ITEMSIZE[entry.dtype])
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    ends: list[int] = []
     for entry in ordered:
-        table[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [at, at + entry.nbytes],
-        }
-        at += entry.nbytes
+        begin = ends[-1] if ends else 0
+        ends.append(begin + entry.nbytes)
+        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, ends[-1]]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    tensors, begin = {}, len(header)
-    for entry in ordered:
-        tensors[entry.name] = (begin, begin + entry.nbytes)
-        begin += entry.nbytes
+    tensors, at = {}, len(header)
+    for entry, end in zip(ordered, ends, strict=True):
+        tensors[entry.name] = (at, len(header) + end)
+        at = len(header) + end
     by_name = {entry.name: entry for entry in ordered}
-    return ShardLayout(filename, header, by_name, tensors, begin)
+    return ShardLayout(filename, header, by_name, tensors, at)
 
 
 def _check_entry(entry: TensorEntry, seen: set[str]) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .extents import Extents
     from .spec import Heads, TensorSpec
+
+Cut = TypeVar("Cut", "Tensor", "Extents")
 
 
 class Layout(ABC):
@@ -38,12 +41,12 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def split(self, stored: Tensor, heads: Heads | None) -> Mapping[str, Tensor]:
+    def split(self, stored: Cut, heads: Heads | None) -> Mapping[str, Cut]:
         """Views of the stored tensor: role -> the matrix (.., columns), whose leading axes together are its rows, or
         for a vector (..).
 
         Args:
-            stored: The whole tensor.
+            stored: The whole tensor, or its shape alone.
             heads: The layer's attention heads.
         """
 
