@@ -6,7 +6,9 @@
 
     model = transformers.AutoModelForCausalLM.from_pretrained("deeper", dtype=torch.float32)
     print(training.freeze_base(model, "deeper"))
-    trainer = transformers.Trainer(model=model, ...)
+    lr = training.find_lr(model, "deeper", batches).suggestion
+    optimizer = training.optimizer(model, "deeper", lr=lr)
+    trainer = transformers.Trainer(model=model, ..., optimizers=(optimizer, None))
     training.watch(trainer, "deeper")                 # checks the frozen weights, logs the new layers
     trainer.train()
     model.to(torch.bfloat16).save_pretrained("trained")  # the stored dtype: the base keeps its bytes
@@ -21,19 +23,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .carry import carry_manifest
+from .find_lr import LrSearch, find_lr
 from .freeze import Trainable, freeze_base, new_parameters, optimizer_groups
+from .optimizers import optimizer
 from .watching import Watch
 
 if TYPE_CHECKING:
     from .callback import NewLayersCallback, watch
 
 __all__ = [
+    "LrSearch",
     "NewLayersCallback",
     "Trainable",
     "Watch",
     "carry_manifest",
+    "find_lr",
     "freeze_base",
     "new_parameters",
+    "optimizer",
     "optimizer_groups",
     "watch",
 ]

@@ -65,10 +65,16 @@ def splits(model: Module, manifest: Manifest, parameters: Parameters) -> Mapping
             continue
         spec, heads = described.get(name, (None, None))
         stored = [group_of(each) for each in made.get(name, [name])]
-        if spec is None or spec.opaque or layout_problem([spec], {spec.role: tuple(parameter.shape)}, heads):
-            split = _by_module(modules[id(parameter)], parameter)
-        elif len(stored) > 1 or tuple(parameter.shape) != manifest.model_tensors[name].shape:
+        shape = tuple(parameter.shape)
+        if spec is not None and spec.layout is None and len(stored) > 1:
             split = _of_experts(spec, stored, parameter)
+        elif (
+            spec is None
+            or spec.opaque
+            or shape != manifest.model_tensors[name].shape
+            or layout_problem([spec], {spec.role: shape}, heads)
+        ):
+            split = _by_module(modules[id(parameter)], parameter)
         else:
             split = _by_description(spec, heads, parameter)
         if split is not None:

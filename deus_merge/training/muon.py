@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn import Parameter
 
 from ..core.errors import TrainingError
 from .matrices import Split
@@ -40,7 +40,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        splits: Mapping[Tensor, Split],
+        splits: Mapping[Parameter, Split],
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -93,7 +93,7 @@ class MuonAdamW(torch.optim.Optimizer):
             adamw.step()
         return loss
 
-    def _muon(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def _muon(self, parameter: Parameter, group: Mapping[str, Any]) -> None:
         gradient, split = parameter.grad, self.splits.get(parameter)
         assert gradient is not None
         if split is None or hasattr(parameter, "to_local") or parameter.ndim not in (2, 3):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError, nearest
 from .freeze import optimizer_groups, read_training
-from .matrices import splits
 from .names import parameters_of
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ def optimizer(
         Hayou et al., LoRA+: efficient low rank adaptation of large models, arXiv 2402.12354 (a higher rate for the
         factor that begins as zeros).
     """
-    if kind not in KINDS:
-        raise TrainingError("unknown optimizer", expected=" | ".join(KINDS), got=kind, hint=nearest(kind, KINDS))
+    check_kind(kind)
     check_rates(lr=lr, output_ratio=output_ratio, zeroed_lr=zeroed_lr)
     if zeroed_lr is not None and output_ratio != 1.0:
         raise TrainingError(
@@ -81,6 +79,7 @@ def optimizer(
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
     if kind == "adamw":
         return torch.optim.AdamW(_ordered(groups), weight_decay=weight_decay, **settings)
+    from .matrices import splits
     from .muon import MuonAdamW
 
     manifest = read_training(path)
@@ -95,6 +94,17 @@ def optimizer(
             name = f"{group['name']} by AdamW" if by_muon else group["name"]
             parted.append(group | {"params": rest, "algorithm": "adamw", "name": name})
     return MuonAdamW(_ordered(parted), matrices, momentum=momentum, **settings)
+
+
+def check_kind(kind: str) -> str:
+    """The name of an optimizer, checked.
+
+    Raises:
+        TrainingError: there is no such optimizer.
+    """
+    if kind not in KINDS:
+        raise TrainingError("unknown optimizer", expected=" | ".join(KINDS), got=kind, hint=nearest(kind, KINDS))
+    return kind
 
 
 def check_rates(**values: float | None) -> None:
