@@ -23,8 +23,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .carry import carry_manifest
-from .find_lr import LrSearch, find_lr
 from .freeze import Trainable, freeze_base, new_parameters, optimizer_groups
+from .lr_search import LrSearch, find_lr
 from .optimizers import optimizer
 from .watching import Watch
 

@@ -115,7 +115,7 @@ MUON = {  # trainer and family, and what its comments or its error say
 
 @pytest.mark.parametrize(("trainer", "family"), MUON)
 def test_muon_of_other_trainers(run, tmp_path, trainer, family):
-    out = grow(tiny_models.make(tmp_path / "base", family), tmp_path / "out", "copy_next", {"after": [5]})
+    out = grow(tiny_models.make(tmp_path / "base", family), tmp_path / "out", "llama_pro", {"after": [5]})
     options = ("export-training", out, "--for", trainer, "--optimizer", "muon", "--lr", "2e-3")
     if MUON[trainer, family] is None:
         assert "axolotl cannot express this optimizer" in run(*options, expect=2).err

@@ -50,7 +50,7 @@ MATRICES = {  # a parameter, and its matrices, by slices of it that share its me
     "llama": ("self_attn.q_proj.weight", lambda p: [p]),
     "gpt2": ("attn.c_attn.weight", lambda p: [p[:, i : i + 32].T for i in (0, 32, 64)]),
     "phi3": ("self_attn.qkv_proj.weight", lambda p: [p[:32], p[32:48], p[48:]]),
-    "gpt_neox": ("attention.query_key_value.weight", lambda p: [*p.view(4, 3, 8, 32).transpose(0, 1).reshape(3, 32, 32)]),
+    "gpt_neox": (".query_key_value.weight", lambda p: [*p.view(4, 3, 8, 32).swapaxes(0, 1).reshape(3, 32, 32)]),
     "qwen3_moe": ("mlp.experts.gate_up_proj", lambda p: [half for one in p for half in (one[:24], one[24:])]),
     "gpt_oss": ("mlp.experts.gate_up_proj", lambda p: [part for one in p for part in (one[:, ::2].T, one[:, 1::2].T)]),
 }

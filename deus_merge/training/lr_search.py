@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
 from .optimizers import check_rates, optimizer
+from .restoring import restored
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module, Parameter
+    from torch.nn import Module
 
 _FACTOR = 3.0  # between the rates of two runs
 _RUNS = 5  # the highest at the rate that the ramp ends with
-_LEAST_RAMP, _LEAST_RUN = 24, 8  # steps
+_LAST, _LONG = 3, 3  # the number of last runs, and their length in units of the others'
+_UNITS = _LONG + _RUNS + _LAST * _LONG  # the untrained model's losses, the runs, the last ones
+_LEAST_RAMP, _LEAST_RUN = 16, 4  # steps
 _RISE = 0.5  # nats by which a batch's loss is above that of the untrained model: the run has diverged
 
 
@@ -35,34 +36,36 @@ class LrSearch:
         curve: (learning rate, loss) of each run, from the lowest rate to the highest: the mean over the second half of
             its steps, in the model's unit (nats per token); infinity where it diverged.
         untrained: The same mean for the model without training.
+        finals: (learning rate, loss) of the longer runs.
         ramp: (learning rate, loss) of each step of the ramp.
         reason: How the suggestion was chosen.
         tokens: The number of tokens that the search computed with.
-        steps: The number of steps of each run.
+        steps: The number of steps of each run; the longer ones have three times as many.
     """
 
     kind: str
     suggestion: float
     curve: tuple[tuple[float, float], ...]
     untrained: float
+    finals: tuple[tuple[float, float], ...]
     ramp: tuple[tuple[float, float], ...]
     reason: str
     tokens: int
     steps: int
 
     def __str__(self) -> str:
-        finite = [loss for _, loss in self.curve if math.isfinite(loss)]
-        low, high = min(finite), max(finite)
-        lines = [f"{self.kind}, {self.steps} steps a run, {self.tokens:,} tokens in all", "learning rate  loss"]
+        lines = [f"{self.kind}, {self.tokens:,} tokens in all", "learning rate  loss"]
         lines.append(f"{'untrained':<13}  {self.untrained:.4f}")
-        for lr, loss in self.curve:
-            if math.isfinite(loss):
-                bar = "#" * (1 + round(30 * (loss - low) / (high - low or 1.0)))
-                value = f"{loss:.4f}  {bar}"
-            else:
-                value = "diverged"
-            lines.append(f"{lr:<13.2e}  {value}{'  <- suggested' if lr == self.suggestion else ''}")
-        return "\n".join([*lines, f"{self.suggestion:.2e}: {self.reason}"])
+        for points, steps in ((self.curve, self.steps), (self.finals, _LONG * self.steps)):
+            finite = [loss for _, loss in points if math.isfinite(loss)]
+            low, high = min(finite, default=0.0), max(finite, default=0.0)
+            lines.append(f"after {steps} steps")
+            for lr, loss in points:
+                bar = (
+                    f"{loss:.4f}  {'#' * (1 + round(30 * (loss - low) / (high - low or 1)))}" if loss in finite else ""
+                )
+                lines.append(f"{lr:<13.2e}  {bar or 'diverged'}")
+        return "\n".join([*lines, f"suggested: {self.suggestion:.2e}: {self.reason}"])
 
 
 def find_lr(
@@ -80,11 +83,12 @@ def find_lr(
 ) -> LrSearch:
     """Search for a learning rate of the new layers by training them for some steps, again and again from the start.
 
-    A sixth of the budget goes into a ramp: the rate rises from ``lowest`` to ``highest`` on one batch until the loss
+    An eighth of the budget goes into a ramp: the rate rises from ``lowest`` to ``highest`` on one batch until the loss
     does. Five rates up to that of its lowest loss, each three times the one before, train on the same batches for
-    equally many steps; the untrained model's losses on these say which diverge. The rate of the lowest loss is
-    suggested, or the next lower one if its loss is within one standard error (over batches, of the difference): short
-    runs favour high rates, and long ones fail by them.
+    equally many steps; the untrained model's losses on these say which diverge. Short runs favour high rates, by which
+    long ones fail, and where there is little to learn they favour low ones: so the best rate and its two neighbours
+    train once more, for three times as many steps. The best of these is suggested, or the next lower one if its loss is
+    not higher by more than a standard error (over batches, of the difference).
 
     Weights, buffers, gradients, random number generators and the mode of every module are as before when it returns
     or fails. Tokens that a search used have been seen: count them where results are compared.
@@ -95,7 +99,7 @@ def find_lr(
         batches: What the training would see, in batches of its size: mappings for ``model(**batch)`` with ``labels``,
             or token ids (n, c). Some are read, and repeated if they are few.
         kind: As for `optimizer`.
-        budget_tokens: At most so many tokens are computed with. Twice as many make the suggestion surer; 72 steps or
+        budget_tokens: At most so many tokens are computed with. Twice as many make the suggestion surer; 84 steps or
             more are needed.
         loss: Computes the loss of a batch, a scalar; None for ``model(**batch).loss``.
         max_grad_norm: Gradients are clipped to this norm, as transformers' Trainer does.
@@ -136,7 +140,7 @@ def find_lr(
             raise TrainingError("the model computed no loss", expected="batches with labels", got=sorted(batch))
         return found
 
-    with _restored(model) as trained:
+    with restored(model) as trained:
         start = [parameter.detach().clone() for parameter in trained]
         read, ramp_steps, run_steps = _plan(batches, budget_tokens, trained[0].device)
         used = 0
@@ -175,20 +179,41 @@ def find_lr(
         ramp = run(rising, read[:1] * ramp_steps, untrained[:1] * ramp_steps)
         end = rising[max(0, min(range(len(ramp)), key=ramp.__getitem__) - 1)]  # a loss is due to the step before
         rates = [end / _FACTOR**i for i in reversed(range(_RUNS))]
-        losses = [run([lr] * run_steps, read, untrained) for lr in rates]
-    late = [each[run_steps // 2 :] if len(each) == run_steps else None for each in losses]
-    pick, reason = _choose(rates, late)
-    curve = tuple(
-        (lr, math.inf if each is None else statistics.fmean(each)) for lr, each in zip(rates, late, strict=True)
+
+        def late(lr: float, steps: int) -> list[float] | None:
+            """The losses of the second half of a run; None if it diverged."""
+            losses = run([lr] * steps, read[:steps], untrained[:steps])
+            return losses[steps // 2 :] if len(losses) == steps else None
+
+        means = [_mean(late(lr, run_steps)) for lr in rates]
+        best = min(range(_RUNS), key=means.__getitem__)
+        if math.isinf(means[best]):
+            raise TrainingError(
+                "every learning rate diverged",
+                where=f"{rates[0]:.1e} to {rates[-1]:.1e}",
+                hint="try a lower `highest`",
+            )
+        last = [lr for lr, mean in list(zip(rates, means, strict=True))[max(0, best - 1) : best + 2] if mean < math.inf]
+        finals = [late(lr, _LONG * run_steps) for lr in last]
+    suggestion, reason = _choose(last, finals)
+    if suggestion in (rates[0], rates[-1]):
+        reason += "; it is at the end of the rates that were tried, so search again with more tokens"
+    return LrSearch(
+        kind,
+        suggestion,
+        tuple(zip(rates, means, strict=True)),
+        statistics.fmean(untrained[run_steps // 2 : run_steps]),
+        tuple((lr, _mean(losses)) for lr, losses in zip(last, finals, strict=True)),
+        tuple(zip(rising, ramp, strict=False)),
+        reason,
+        used,
+        run_steps,
     )
-    at_start = statistics.fmean(untrained[run_steps // 2 :])
-    shown = tuple(zip(rising, ramp, strict=False))
-    return LrSearch(kind, rates[pick], curve, at_start, shown, reason, used, run_steps)
 
 
 def _plan(batches: Iterable[Any], budget: int, device: Any) -> tuple[list[Any], int, int]:
-    """The batches of a run, on the device, the steps of the ramp and the steps of a run: within the budget even if all
-    batches were as large as the largest."""
+    """The batches of the longest run, on the device, the steps of the ramp and those of a run: within the budget even
+    if all batches were as large as the largest."""
     source = iter(batches)
     read = [_on(device, batch) for batch in itertools.islice(source, 1)]
     if not read:
@@ -197,13 +222,13 @@ def _plan(batches: Iterable[Any], budget: int, device: Any) -> tuple[list[Any], 
     def planned() -> tuple[int, int, int]:
         largest = max(map(_tokens, read))
         steps = budget // largest
-        ramp = max(_LEAST_RAMP, steps // 6)
-        return largest, ramp, (steps - ramp) // (_RUNS + 1)
+        ramp = max(_LEAST_RAMP, steps // 8)
+        return largest, ramp, (steps - ramp) // _UNITS
 
-    read += [_on(device, batch) for batch in itertools.islice(source, max(0, planned()[2] - 1))]
+    read += [_on(device, batch) for batch in itertools.islice(source, max(0, _LONG * planned()[2] - 1))]
     largest, ramp_steps, run_steps = planned()
     if run_steps < _LEAST_RUN:
-        least = _LEAST_RAMP + (_RUNS + 1) * _LEAST_RUN
+        least = _LEAST_RAMP + _UNITS * _LEAST_RUN
         raise TrainingError(
             "the budget is too small",
             where="budget_tokens",
@@ -211,45 +236,38 @@ def _plan(batches: Iterable[Any], budget: int, device: Any) -> tuple[list[Any], 
             got=f"{budget:,}",
             hint="smaller batches need less, but have a lower best rate",
         )
-    return list(itertools.islice(itertools.cycle(read), run_steps)), ramp_steps, run_steps
+    return list(itertools.islice(itertools.cycle(read), _LONG * run_steps)), ramp_steps, run_steps
 
 
-def _choose(rates: Sequence[float], late: Sequence[Sequence[float] | None]) -> tuple[int, str]:
+def _choose(rates: Sequence[float], late: Sequence[Sequence[float] | None]) -> tuple[float, str]:
     """The rate of the lowest loss, or the next lower one if these batches cannot tell the two apart.
 
     Args:
-        rates: Of the runs, rising.
-        late: The losses of the second half of each run; None where it diverged.
+        rates: Of the last runs, rising.
+        late: The losses of the second half of each; None where it diverged.
 
     Returns:
-        Its index, and why.
+        The rate, and why.
+
+    Raises:
+        TrainingError: all diverged.
     """
-    means = [math.inf if each is None else statistics.fmean(each) for each in late]
+    means = [_mean(losses) for losses in late]
     best = min(range(len(rates)), key=means.__getitem__)
-    of_best = late[best]
-    if of_best is None:
+    lower, lowest = late[best - 1] if best else None, late[best]
+    if lowest is None:
         raise TrainingError(
-            "every learning rate diverged",
-            where=f"{rates[0]:.1e} to {rates[-1]:.1e}",
-            hint="try a lower `highest`, and see that the loss of the untrained model is what it should be",
+            "the best learning rates of short runs diverge in long ones", got=rates, hint="larger batches"
         )
-
-    def as_good(each: Sequence[float] | None) -> bool:
-        differences = [a - b for a, b in zip(each or (), of_best, strict=each is not None)]
-        return bool(differences) and statistics.fmean(differences) <= _error(differences)
-
-    pick = best - 1 if best and as_good(late[best - 1]) else best
-    reason = f"the lowest loss of {len(rates)} runs"
-    if pick != best:
-        reason = f"its loss is not surely above that of {rates[best]:.2e}, the lowest of {len(rates)} runs"
-    if pick in (0, len(rates) - 1):
-        reason += "; it is at the end of the rates that were tried, so search again with more tokens"
-    return pick, reason
+    if lower is not None:
+        differences = [a - b for a, b in zip(lower, lowest, strict=True)]
+        if statistics.fmean(differences) <= statistics.stdev(differences) / math.sqrt(len(differences)):
+            return rates[best - 1], f"its loss is not surely above that of {rates[best]:.2e}, the lowest"
+    return rates[best], "the lowest loss"
 
 
-def _error(values: Sequence[float]) -> float:
-    """The standard error of their mean."""
-    return statistics.stdev(values) / math.sqrt(len(values))
+def _mean(losses: Sequence[float] | None) -> float:
+    return math.inf if losses is None else statistics.fmean(losses)
 
 
 def _on(device: Any, batch: Any) -> Any:
@@ -267,36 +285,3 @@ def _tokens(batch: Mapping[str, Any]) -> int:
         if name in batch:
             return batch[name].numel()
     raise TrainingError("a batch without tokens", where="batches", expected="input_ids or labels", got=sorted(batch))
-
-
-@contextlib.contextmanager
-def _restored(model: Module) -> Iterator[list[Parameter]]:
-    """The parameters that train, in training mode; at the end the model and the random number generators are as they
-    were."""
-    import numpy as np
-    import torch
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise TrainingError("no parameter of this model trains", hint="call freeze_base first")
-    tensors = [*trained, *model.buffers()]
-    values = [tensor.detach().clone() for tensor in tensors]
-    gradients = [parameter.grad for parameter in trained]
-    modes = [(module, module.training) for module in model.modules()]
-    others = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            for parameter in trained:
-                parameter.grad = None
-            model.train()
-            yield trained
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
-        random.setstate(others[0])
-        np.random.set_state(others[1])
