@@ -244,20 +244,32 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     return page
 
 
-def export_training(out: str | Path, trainer: str) -> str:
+def export_training(
+    out: str | Path,
+    trainer: str,
+    *,
+    optimizer: str | None = None,
+    lr: float | None = None,
+    output_ratio: float = 1.0,
+) -> str:
     """The settings with which another trainer trains an output's new layers and nothing else.
 
     Args:
         out: An output folder.
         trainer: A name in `training.export.TRAINERS`.
+        optimizer: ``adamw`` or ``muon``, as for `training.optimizer`. None leaves it to the trainer, unless ``lr`` is
+            given: then it is ``adamw``.
+        lr: The learning rate.
+        output_ratio: The learning rate of what began as zeros, in units of ``lr``.
 
     Raises:
         CheckpointError: the output's manifest is missing or damaged.
-        TrainingError: the trainer cannot express this.
+        TrainingError: the trainer cannot express this, or a value is missing or out of range.
     """
     from .training.export import export
+    from .training.export_optimizers import settings_of
 
-    return export(out, trainer)
+    return export(out, trainer, settings_of(optimizer, lr, output_ratio))
 
 
 def strip(
