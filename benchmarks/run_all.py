@@ -14,7 +14,17 @@ from pathlib import Path
 from common import COLUMNS, Figure
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup", "smollm2", "passthrough", "ot_fuse_memory", "alignment", "solvers", "mergekit", "afterwards")
+SCRIPTS = (
+    "startup",
+    "smollm2",
+    "passthrough",
+    "ot_fuse_memory",
+    "alignment",
+    "solvers",
+    "mergekit",
+    "afterwards",
+    "training_memory",
+)
 PACKAGES = ("torch", "transformers", "POT", "numpy", "safetensors")
 
 
