@@ -1,4 +1,4 @@
-"""The functions for notebooks and the command line: plan, merge, up-scale, verify, report, strip.
+"""The functions for notebooks and the command line: plan, fit, merge, up-scale, verify, report, strip.
 
 ::
 
@@ -29,11 +29,15 @@ from typing import Any
 from .checkpoint.header import read_small
 from .checkpoint.shards import ShardWriter
 from .checkpoint.storage import LoadOptions
-from .core.errors import DeusMergeError, VerifyError
+from .core.errors import DeusMergeError, PlanError, VerifyError
 from .core.located import Plain, locate
+from .core.units import parse_size
 from .plan.blocks import BlockPlan
 from .plan.build import DEFAULT_SHARD_SIZE, build_plan
+from .plan.fit import Fit, check, choose
+from .plan.training_memory import TrainingSettings
 from .plan.types import Plan
+from .recipe.presets import PRESETS
 from .recipe.reader import read_recipe, recipe_from
 from .recipe.types import Recipe
 from .report.manifest import RECIPE, read_manifest
@@ -45,12 +49,15 @@ from .verify import Verification
 
 __all__ = [
     "DeusMergeError",
+    "Fit",
     "LoadOptions",
     "MergeResult",
     "RunOptions",
     "ShardWriter",
     "Stripped",
+    "TrainingSettings",
     "export_training",
+    "fit",
     "merge",
     "plan",
     "report",
@@ -189,6 +196,44 @@ def upscale_recipe(
     if quantize_new:
         data["quantize_new"] = True
     return recipe_from(locate(data))
+
+
+def fit(
+    model: str | Path,
+    memory: int | str,
+    training: TrainingSettings | None = None,
+    *,
+    preset: str = "opt_deus",
+    insert: Plain = None,
+    load_options: LoadOptions | None = None,
+    **more: Any,
+) -> Fit:
+    """Choose as many new layers as can be trained on a card, from the top of the model down to its middle.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        memory: The memory of the card, in bytes or like ``"24GB"``.
+        training: How the new layers are trained; None for the defaults.
+        preset: As for `upscale_recipe`.
+        insert: Places of new layers, which are then only checked; None to choose them.
+        load_options: As for `plan`.
+        more: ``dtype``, ``parameters`` and ``quantize_new``, as for `upscale_recipe`.
+
+    Returns:
+        The choice; its ``insert`` is that of `upscale_recipe`.
+
+    Raises:
+        PlanError: no new layer fits, or those of ``insert`` do not. The message says what would have to change.
+        DeusMergeError: as `plan`.
+    """
+    training, limit = training or TrainingSettings(), parse_size(memory)
+    if preset in PRESETS and PRESETS[preset].parameters is None:
+        raise PlanError(f"preset {preset} repeats layers", where="--fit", expected="a preset that puts in new layers")
+    recipe = upscale_recipe(model, preset=preset, insert="top_half" if insert is None else insert, **more)
+    planned = plan(recipe, load_options=load_options)
+    if insert is not None:
+        return check(planned.shape, limit, training, insert)
+    return choose(planned.shape, limit, training, planned.donor.view.num_layers // 2)
 
 
 def verify(

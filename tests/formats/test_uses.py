@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import make_speakers
 from test_contract import config_of, format_of, logits, passthrough, recipe, source, stored
 
+from deus_merge import api
 from deus_merge.checkpoint.quantized import quantization
 
 HALF = "parameters: {weight: 0.5}\n"
@@ -291,3 +292,16 @@ def test_interrupted_and_resumed(quantized, run, tmp_path, monkeypatch):
     monkeypatch.undo()
     run("upscale", base, tmp_path / "resumed", *arguments, "--resume")
     assert stored(whole) == stored(tmp_path / "resumed") == stored(tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_training_memory_counts_codes_as_they_are_stored(name, quantized):
+    """The frozen base has the bytes of its codes and their companions; all else is bfloat16."""
+    folder = quantized(name)
+    plan = api.plan(api.upscale_recipe(folder, preset="llama_pro", insert={"after": [0]}))
+    found = plan.training_memory()
+    whole = {key for key, tensor in source(folder).tensors.items() if tensor.quantization is None}
+    tensors = load_file(folder / "model.safetensors").items()
+    sizes = [2 * tensor.numel() if key in whole else tensor.nbytes for key, tensor in tensors]
+    assert found is not None and found.base_weights == sum(sizes)
+    assert found.new_weights == 4 * plan.shape.new_parameters
