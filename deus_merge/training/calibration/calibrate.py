@@ -165,9 +165,7 @@ def _prepared(
     windows = read_windows(checkpoint.folder, text, options, runner.vocabulary)
     columns = max(sum(writer.columns for writer in found) for found in writers.layers.values())
     shape = (windows.fitted, windows.held_out)
-    needs = estimate(
-        view, source.tensors, checkpoint.config, options, columns, shape, in_place=device.type == "cpu"
-    )
+    needs = estimate(view, source.tensors, checkpoint.config, options, columns, shape, in_place=device.type == "cpu")
     check_memory(needs, options.max_memory, str(device))
     notes = []
     tokens, fitted = windows.ids.numel(), windows.fitted * windows.length
@@ -175,9 +173,7 @@ def _prepared(
         notes.append(f"the text has only {tokens} tokens in whole windows")
     if fitted < columns:
         notes.append(f"{fitted} fitted tokens for {columns} inputs: more tokens, or more damping, fit better")
-    return _Job(
-        checkpoint, view, new, runner, windows, writers, options, device, threads, needs, tuple(notes)
-    )
+    return _Job(checkpoint, view, new, runner, windows, writers, options, device, threads, needs, tuple(notes))
 
 
 def _refusal(view: ModelView, checkpoint: Checkpoint, reason: str) -> TrainingError:

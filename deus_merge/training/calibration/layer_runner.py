@@ -62,9 +62,10 @@ class LayerRunner:
             raise CannotStream("it has an encoder and a decoder")
         self._streamed = StreamedModel(build(config, language_model=True), view, source, device=device, dtype=dtype)
         self._model, self._device = self._streamed.model, device
-        if self._model.get_output_embeddings() is None:
-            raise CannotStream("it has no language model's head")
         self._embeddings: Any = self._model.get_input_embeddings()
+        self._unembedding: Any = self._model.get_output_embeddings()
+        if self._unembedding is None:
+            raise CannotStream("it has no language model's head")
         self._layers = [part.module for part in self._streamed.layers]
         self._head = [part for part in self._streamed.others if part.module is not self._embeddings]
         self._streamed.load_when_called(self._streamed.others)
@@ -84,8 +85,7 @@ class LayerRunner:
     @property
     def vocabulary(self) -> int:
         """The number of tokens that embeddings and head have rows for."""
-        ends = (self._embeddings, self._model.get_output_embeddings())
-        return min(int(module.weight.shape[0]) for module in ends)
+        return min(int(module.weight.shape[0]) for module in (self._embeddings, self._unembedding))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,8 @@ class States:
     Args:
         path: The file.
         shape: Of one window, (t, d).
-        runner: Says on which device and in which dtype they are used.
+        dtype: Of the values.
+        device: Where they are used.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str):
@@ -37,7 +38,7 @@ class States:
         import torch
 
         found = torch.empty((stop - start, *self._shape), dtype=self._dtype)
-        view = memoryview(found.numpy()).cast("B")
+        view = found.numpy().data.cast("B")
         self._file.seek(start * self._window)
         while view:
             count = self._file.readinto(view)
@@ -48,7 +49,7 @@ class States:
 
     def write(self, start: int, values: Tensor) -> None:
         """Write windows from number ``start`` on."""
-        view = memoryview(values.detach().to("cpu", self._dtype).contiguous().numpy()).cast("B")
+        view = values.detach().to("cpu", self._dtype).contiguous().numpy().data.cast("B")
         self._file.seek(start * self._window)
         while view:
             view = view[self._file.write(view) :]
@@ -89,9 +90,8 @@ class Passes:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with runner.embedding(), torch.no_grad():
-            first = runner.embed(windows.ids[: min(batch, windows.fitted)])
+            runner.embed(windows.ids[: min(batch, windows.fitted)])  # says how wide the states are
             self._kept = self._states("kept")
-            del first
             for start, stop in self.all:
                 self._kept.write(start, runner.embed(windows.ids[start:stop]))
 
@@ -215,7 +215,7 @@ class Passes:
 
     def _above(self) -> list[int]:
         """The layers above `position` that change something."""
-        return _without(range(self.position + 1, self.runner.depth), self.skipped)
+        return [layer for layer in range(self.position + 1, self.runner.depth) if layer not in self.skipped]
 
     def _states(self, name: str) -> States:
         shape = (self.windows.length, self.runner.width)
@@ -226,7 +226,3 @@ class Passes:
 
     def _mean(self, total: float, windows: int) -> float:
         return total / (windows * (self.windows.length - 1))
-
-
-def _without(layers: Iterable[int], skipped: Collection[int]) -> list[int]:
-    return [layer for layer in layers if layer not in skipped]

@@ -60,7 +60,7 @@ def calibrate_layer(
         TrainingError: the statistics or the loss are not finite.
     """
     index, runner = passes.position, passes.runner
-    statistics = _statistics(passes, writers, with_gradients=options.method == "kfac")
+    statistics = layer_statistics(passes, writers, with_gradients=options.method == "kfac")
     statistics.check(index)
     scale = statistics.scale
     weights, size = statistics.solve(options.method, options.damping, index)  # (d, m)
@@ -83,9 +83,7 @@ def calibrate_layer(
             tried |= zip(alphas, losses(alphas), strict=True)
     best = _best(tried)
     values = {w.tensor: v for w, v in _scaled(writers, weights, best)} if best else {}
-    record = CalibratedLayer(
-        layer=index, tensors=tuple(values), alpha=best, loss_before=start, loss_after=tried[best]
-    )
+    record = CalibratedLayer(layer=index, tensors=tuple(values), alpha=best, loss_before=start, loss_after=tried[best])
     return Step(record, values, partial(set_weights, runner, writers, weights, best))
 
 
@@ -124,8 +122,14 @@ def _finite(value: float) -> bool:
     return value - value == 0
 
 
-def _statistics(passes: Passes, writers: Sequence[Writer], *, with_gradients: bool) -> Statistics:
-    """The statistics of the layer at the position, over the fitted windows."""
+def layer_statistics(passes: Passes, writers: Sequence[Writer], *, with_gradients: bool) -> Statistics:
+    """The statistics of the layer at the position, which is the identity, over the fitted windows.
+
+    Args:
+        passes: The windows.
+        writers: The layer's writers.
+        with_gradients: Whether the gradients' own covariance is needed.
+    """
     import torch
 
     runner, index = passes.runner, passes.position
@@ -139,9 +143,7 @@ def _statistics(passes: Passes, writers: Sequence[Writer], *, with_gradients: bo
     return found
 
 
-def _add(
-    found: Statistics, passes: Passes, gradients: States, start: int, stop: int, read: dict[str, Tensor]
-) -> None:
+def _add(found: Statistics, passes: Passes, gradients: States, start: int, stop: int, read: dict[str, Tensor]) -> None:
     """Add a batch of windows."""
     import torch
 
