@@ -30,10 +30,10 @@ from .output import emit_json, note, quiet_transformers, table
     show_default=True,
     help="Share of the windows that is not fitted, but chooses the size of the steps.",
 )
-@click.option("--method", default="ridge", show_default=True, help="ridge or kfac.")
+@click.option("--method", default="kfac", show_default=True, help="kfac or ridge.")
 @click.option(
     "--damping",
-    default=0.1,
+    default=0.3,
     show_default=True,
     help="Multiple of the mean diagonal entry that is added to the diagonals.",
 )

@@ -26,16 +26,17 @@ from deus_merge.report.manifest import read_manifest
 from deus_merge.training.calibration import steps
 from deus_merge.training.calibration.layer_runner import LayerRunner
 from deus_merge.training.calibration.memory import estimate
-from deus_merge.training.calibration.options import Windows
+from deus_merge.training.calibration.options import Windows, read_windows
 from deus_merge.training.calibration.passes import Passes
 from deus_merge.training.calibration.writers import find_writers
 
 #: prose that the tiny model has not seen, as different from its own text as English is
-WORDS = (
+SENTENCES = (
     "the ship left its harbour before dawn and sailed along a cold coast where small white houses stood between dark"
     " rocks; an old captain counted gulls while his crew mended nets, cooked fish soup and talked about weather, money"
     " and home. when rain came they sang quietly below deck until morning light returned over calm grey water."
-).split()
+)
+WORDS = SENTENCES.split()
 PROSE = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(4000))
 QUICK = api.CalibrationOptions(tokens=640, length=32, batch=5, device="cpu")
 
@@ -104,7 +105,12 @@ class Whole:
 
     @property
     def layers(self):
-        return getattr(self.model, "gpt_neox", self.model.base_model).layers
+        return self.model.base_model.layers
+
+
+def near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal but for the norms, which transformers computes in float32."""
+    return bool((one - other).abs().max() < 2e-5 * other.abs().max())
 
 
 def formula(phi: torch.Tensor, g: torch.Tensor, method: str, damping: float) -> torch.Tensor:
@@ -116,14 +122,14 @@ def formula(phi: torch.Tensor, g: torch.Tensor, method: str, damping: float) -> 
     return left @ b @ torch.linalg.inv(a)
 
 
-def neox(folder: Path) -> Path:
+def phi(folder: Path) -> Path:
     """Attention and MLP side by side, biases, and other names."""
     torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(
+    config = transformers.PhiConfig(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, use_parallel_residual=True,
+        max_position_embeddings=64,
     )  # fmt: skip
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder)
+    transformers.PhiForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -135,7 +141,7 @@ KINDS = {
         f, "qwen3", layers=3, use_sliding_window=True, sliding_window=8,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
-    "parallel": neox,
+    "parallel": phi,
 }  # fmt: skip
 
 
@@ -161,17 +167,13 @@ def test_streamed_closed_form_is_that_of_autograd(tmp_path, kind, method, monkey
             phi, g = whole.statistics(layer, names, ids[:5])
             passes.advance(layer)
             got = steps.layer_statistics(passes, found, with_gradients=True)
-            assert got.tokens == len(phi) == 5 * 24
-            assert torch.allclose(got.a, (phi.T @ phi).tril(), rtol=1e-7, atol=1e-9) or torch.allclose(
-                got.a.tril(), (phi.T @ phi).tril(), rtol=1e-7, atol=1e-9
-            )
-            assert torch.allclose(got.b, g.T @ phi, rtol=1e-6, atol=1e-9) and g.abs().max() > 1e-3
-            assert torch.allclose(got.s.tril(), (g.T @ g).tril(), rtol=1e-6, atol=1e-9)
+            assert got.tokens == len(phi) == 5 * 24 and g.abs().max() > 1e-3
+            assert near(got.a.tril(), (phi.T @ phi).tril()) and near(got.b, g.T @ phi)
+            assert near(got.s.tril(), (g.T @ g).tril())
             solved, size = got.solve(method, 0.3, layer)
             wanted = formula(phi, g, method, 0.3)
-            assert torch.allclose(solved, wanted, rtol=1e-6, atol=1e-9 * float(wanted.abs().max()))
             written = (phi @ wanted.T).square().sum(1).mean().sqrt()
-            assert abs(size - float(written)) < 1e-7 * float(written)
+            assert near(solved, wanted) and near(torch.tensor(size), written)
             # on with the layer set, in both
             alpha, at = 0.1 / float(written), 0
             with runner.layers[layer].held():
@@ -195,19 +197,26 @@ def test_the_folder_has_the_losses_that_were_recorded(run, deeper, text, tmp_pat
     """By transformers, on the windows that were held out; in the dtype of the file. And twice the same bytes."""
     settings = ("--text", text, "--tokens", 640, "--length", 32, "--batch", 5, "--device", "cpu")
     done = run("calibrate", deeper, tmp_path / "new", *settings, "--json").json()
-    assert [layer["layer"] for layer in done["layers"]] == [1, 4] and (done["tokens"], done["held_out_tokens"]) == (480, 160)
+    assert [layer["layer"] for layer in done["layers"]] == [1, 4] and (done["tokens"], done["held_out_tokens"]) == (
+        480,
+        160,
+    )
     assert done["loss_after"] < done["loss_before"] - 0.1
     assert all(layer["loss_after"] < layer["loss_before"] and layer["alpha"] > 0 for layer in done["layers"])
     assert done["layers"][1]["loss_before"] == done["layers"][0]["loss_after"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(deeper)
-    ids = torch.tensor(tokenizer(PROSE)["input_ids"][:640]).view(20, 32)
+    ids = torch.tensor(tokenizer(PROSE)["input_ids"])
+    ids = ids[: len(ids) // 32 * 32].view(-1, 32)  # spread over all of the text
+    ids = ids[[i * len(ids) // 20 for i in range(20)]]
     held_out = torch.randperm(20, generator=torch.Generator().manual_seed(0))[15:].sort().values
     assert loss(deeper, ids[held_out]) == pytest.approx(done["loss_before"], abs=1e-5)
     assert loss(tmp_path / "new", ids[held_out]) == pytest.approx(done["loss_after"], abs=1e-5)
     run("calibrate", deeper, tmp_path / "again", *settings)
     assert content(tmp_path / "new") == content(tmp_path / "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "new"]
-    other = run("calibrate", deeper, tmp_path / "other", *settings, "--damping", 3, "--method", "kfac", "--json").json()
+    other = run(
+        "calibrate", deeper, tmp_path / "other", *settings, "--damping", 3, "--method", "ridge", "--json"
+    ).json()
     assert other["damping"] == 3 and other["layers"][0]["alpha"] != done["layers"][0]["alpha"]
 
 
@@ -221,7 +230,7 @@ def test_only_the_outputs_of_new_layers_change(run, deeper, calibrated):
     assert all("zeros" not in layer.actions for layer in manifest.layers)
     assert {f.name for f in calibrated.iterdir()} == {f.name for f in deeper.iterdir()}
     card = (calibrated / "README.md").read_text()
-    assert "were set in closed form (ridge) from 480 tokens" in card and "computes exactly" not in card
+    assert "were set in closed form (kfac) from 480 tokens" in card and "computes exactly" not in card
     page = api.report(calibrated).read_text()
     (calibrated / "report.html").unlink()
     assert "<h2>Calibrated</h2>" in page and f"{manifest.calibration.loss_after:.4f} after" in page
@@ -230,7 +239,10 @@ def test_only_the_outputs_of_new_layers_change(run, deeper, calibrated):
 def test_it_is_verified_and_stripped_like_any_output(run, calibrated, tmp_path):
     checks = {c["name"]: c for c in run("verify", calibrated, "--json").json()["checks"]}
     assert all(check["passed"] for check in checks.values())
-    assert checks["zeroed tensors"]["detail"] == "0 zero" and "equal to their sources" in checks["copied tensors"]["detail"]
+    assert (
+        checks["zeroed tensors"]["detail"] == "0 zero"
+        and "equal to their sources" in checks["copied tensors"]["detail"]
+    )
     done = api.strip(calibrated, tmp_path / "back")
     assert done.same_files and not done.different
     assert (tmp_path / "back/model.safetensors").read_bytes() == (tiny_model() / "model.safetensors").read_bytes()
@@ -249,26 +261,46 @@ def test_it_is_verified_and_stripped_like_any_output(run, calibrated, tmp_path):
     assert [c["name"] for c in failed] == ["checksums"] and name in failed[0]["detail"]
 
 
+def test_windows_are_spread_over_a_long_text(deeper):
+    """Also over one that is too long to be read as a whole; which are held out depends on the seed."""
+    lines = [f"{'rain ' if i < 3000 else 'money '} {WORDS[i % len(WORDS)]} {i}\n" * 4 for i in range(6000)]
+    options = replace(QUICK, tokens=128, length=16)
+    found = read_windows(deeper, "".join(lines), options, 2048)
+    assert found.ids.shape == (8, 16) and found.fitted == 6
+    tokenizer = transformers.AutoTokenizer.from_pretrained(deeper)
+    texts = [tokenizer.decode(row) for row in found.ids]
+    assert [sum(word in text for text in texts) for word in ("rain", "money")] == [4, 4]
+    other = read_windows(deeper, "".join(lines), replace(options, seed=1), 2048)
+    assert not other.ids.equal(found.ids) and other.ids.sum() == found.ids.sum()
+
+
 # the step ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_that_does_not_help_is_not_taken(deeper, tmp_path):
-    """What is fitted are tokens that the other windows never have: every step towards them makes those worse."""
+    """Prose makes one token again and again less likely; the other way round there is a step that helps."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(deeper)
-    held_out = torch.tensor(tokenizer(PROSE)["input_ids"][:128]).view(4, 32)
-    rare = [i for i in range(1000, 2048) if i not in held_out][:32]
-    windows = Windows(torch.cat([torch.tensor([rare] * 4).roll(1, 0), held_out]), 4, "")
-    manifest = read_manifest(deeper)
-    with Checkpoint.open(deeper) as checkpoint:
-        view = view_model(checkpoint.config, tuple(checkpoint.tensors), deeper)
-        runner = LayerRunner(checkpoint, view)
-        writers = find_writers(manifest, view, checkpoint, runner)
-        passes = Passes(runner, windows, tmp_path / "hidden", batch=4)
-        passes.skipped = set(manifest.new_layers)
-        passes.advance(1)
-        step = steps.calibrate_layer(passes, writers.layers[1], None, QUICK)
+    prose = torch.tensor(tokenizer(PROSE[:2000])["input_ids"][:128]).view(4, 32)
+    rare = [i for i in range(1000, 2048) if i not in prose][:4]
+    again = torch.tensor(rare)[:, None].expand(4, 32)
+    taken = one_step(deeper, Windows(torch.cat([again, prose]), 4, ""), tmp_path)
+    assert taken.layer.alpha > 0 and taken.layer.loss_after < taken.layer.loss_before
+    step = one_step(deeper, Windows(torch.cat([prose, again]), 4, ""), tmp_path)
     assert (step.layer.alpha, step.layer.tensors, dict(step.weights)) == (0.0, (), {})
     assert step.layer.loss_after == step.layer.loss_before
+
+
+def one_step(folder: Path, windows: Windows, place: Path) -> steps.Step:
+    """The lowest new layer's step."""
+    manifest = read_manifest(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        view = view_model(checkpoint.config, tuple(checkpoint.tensors), folder)
+        runner = LayerRunner(checkpoint, view)
+        writers = find_writers(manifest, view, checkpoint, runner)
+        passes = Passes(runner, windows, place / "hidden", batch=4)
+        passes.skipped = set(manifest.new_layers)
+        passes.advance(1)
+        return steps.calibrate_layer(passes, writers.layers[1], None, QUICK)
 
 
 def test_layers_that_stay_zero(run, deeper, tmp_path, monkeypatch):
@@ -376,9 +408,13 @@ def transposed(folder: Path) -> Path:
     return grow(save_tokenizer(folder / "base", train_tokenizer()), folder / "out", "copy_next", {"after": [0]})
 
 
-def undescribed(folder: Path) -> Path:
-    config = transformers.OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=2, vocab_size=128)
-    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(folder / "base")
+def experts(folder: Path) -> Path:
+    """transformers keeps experts in tensors of other names."""
+    config = transformers.MixtralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(folder / "base")
     return grow(save_tokenizer(folder / "base", train_tokenizer()), folder / "out", "copy_next", {"after": [0]})
 
 
@@ -404,14 +440,14 @@ REFUSED = {
     "little memory": (lambda d, t: d, ("--max-memory", "100MB"), ["--max-memory", "more memory than allowed"]),
     "norms behind": (lambda d, t: norms_behind(t), (), ["'olmo2' can be calibrated", "post_attention_layernorm"]),
     "transposed": (lambda d, t: transposed(t), (), ["'gpt2'", "transposed"]),
-    "undescribed": (lambda d, t: undescribed(t), (), ["'openai-gpt'", "not described"]),
+    "experts": (lambda d, t: experts(t), (), ["'mixtral'", "other names"]),
     "a damaged file": (
         lambda d, t: (lambda m: (m / "tokenizer.json").write_bytes((m / "tokenizer.json").read_bytes() + b" ") and m)(
             edited(d, t / "m", lambda tensors: None)
         ), (), ["tokenizer.json: the file is not as it was written"],
     ),
     "no damping": (lambda d, t: d, ("--damping", 0), ["--damping", "more than 0"]),
-    "another method": (lambda d, t: d, ("--method", "newton"), ["ridge or kfac"]),
+    "another method": (lambda d, t: d, ("--method", "newton"), ["ridge or kfac", "newton"]),
 }  # fmt: skip
 
 
@@ -445,12 +481,10 @@ def test_an_8b_model_fits_into_6_gb(method, limit):
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    tensors = {name: t for name, t in model.state_dict().items()}
+    tensors = dict(model.state_dict())
     data = json.loads(config.to_json_string(use_diff=False))
     view = view_model(data, tuple(tensors), "here")
     options = api.CalibrationOptions(method=method)
     needs = estimate(view, tensors, data, options, 4096 + 14_336, (48, 16))
     assert 4e9 < needs.memory < limit
     assert needs.disk < 20e9
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 METHODS = ("ridge", "kfac")
-_CHARACTERS = 32  # of text for each token that is wanted: more are read only where these are too few
+_CHARACTERS = 32  # of text a token at most, nearly always
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class CalibrationOptions:
     tokens: int = 16_384
     length: int = 256
     held_out: float = 0.25
-    method: str = "ridge"
-    damping: float = 0.1
+    method: str = "kfac"
+    damping: float = 0.3
     batch: int = 4
     seed: int = 0
     device: str = "auto"
@@ -102,7 +103,7 @@ class Windows:
 
 
 def read_windows(folder: Path, text: str, options: CalibrationOptions, vocabulary: int) -> Windows:
-    """The first tokens of a text, by a model's own tokenizer.
+    """Windows of a text, spread over all of it, by a model's own tokenizer.
 
     Args:
         folder: The model.
@@ -128,19 +129,16 @@ def read_windows(folder: Path, text: str, options: CalibrationOptions, vocabular
     def tokens(part: str) -> list[int]:
         return tokenizer(part, verbose=False)["input_ids"]
 
-    ids = tokens(text[: _CHARACTERS * options.tokens])
-    if len(ids) < options.tokens and len(text) > _CHARACTERS * options.tokens:
-        ids = tokens(text)
-    count = min(len(ids), options.tokens) // options.length
-    if count < 2:
+    ids = _spread(text, tokens, options)
+    if len(ids) < 2:
         raise TrainingError(
             "the text is too short",
             where="--text",
             expected=f"at least two windows of {options.length} tokens",
-            got=f"{len(ids)} tokens",
+            got=f"{len(tokens(text))} tokens",
             hint="give more text, or shorter windows with --length",
         )
-    windows = torch.tensor(ids[: count * options.length]).view(count, options.length)  # (w, t)
+    windows, count = torch.tensor(ids), len(ids)  # (w, t)
     if (largest := int(windows.max())) >= vocabulary:
         raise TrainingError(
             "the text has tokens that the model has no row for",
@@ -152,3 +150,28 @@ def read_windows(folder: Path, text: str, options: CalibrationOptions, vocabular
     fitted = count - min(count - 1, max(1, round(options.held_out * count)))
     order = torch.cat([order[:fitted].sort().values, order[fitted:].sort().values])  # (w,)
     return Windows(windows[order], fitted, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _spread(text: str, tokens: Callable[[str], list[int]], options: CalibrationOptions) -> list[list[int]]:
+    """Windows of a text, as many as are wanted where it has as many, evenly spread over all of it.
+
+    Args:
+        text: The text.
+        tokens: The tokenizer.
+        options: Tokens, length.
+    """
+    count, length = options.tokens // options.length, options.length
+    reach = _CHARACTERS * length
+    if len(text) > 2 * count * reach:  # a long text is not read as a whole: a window from each part of it
+        found = []
+        for i in range(count):
+            at = i * len(text) // count
+            line = text.find("\n", at, at + reach) + 1 or at  # from the beginning of a line, if there is one
+            if len(ids := tokens(text[line : line + reach])) >= length:
+                found.append(ids[:length])
+        if len(found) >= 2:
+            return found
+    ids = tokens(text)
+    total = len(ids) // length
+    chosen = range(total) if total <= count else [i * total // count for i in range(count)]
+    return [ids[i * length : (i + 1) * length] for i in chosen]
