@@ -1,4 +1,4 @@
-"""The functions for notebooks and the command line: plan, fit, merge, up-scale, verify, report, strip.
+"""The functions for notebooks and the command line: plan, fit, merge, up-scale, verify, report, calibrate, strip.
 
 ::
 
@@ -41,13 +41,17 @@ from .recipe.presets import PRESETS
 from .recipe.reader import read_recipe, recipe_from
 from .recipe.types import Recipe
 from .report.manifest import RECIPE, read_manifest
+from .report.manifest_parts import CalibratedLayer
 from .run.block_runner import run_blocks
 from .run.executor import execute
 from .run.preflight import RunOptions
 from .run.strip import Stripped
+from .training.calibration import Calibrated, CalibrationOptions
 from .verify import Verification
 
 __all__ = [
+    "Calibrated",
+    "CalibrationOptions",
     "DeusMergeError",
     "Fit",
     "LoadOptions",
@@ -56,6 +60,7 @@ __all__ = [
     "ShardWriter",
     "Stripped",
     "TrainingSettings",
+    "calibrate",
     "export_training",
     "fit",
     "merge",
@@ -315,6 +320,34 @@ def export_training(
     from .training.export_optimizers import settings_of
 
     return export(out, trainer, settings_of(optimizer, lr, output_ratio))
+
+
+def calibrate(
+    out: str | Path,
+    new: str | Path,
+    text: str,
+    options: CalibrationOptions | None = None,
+    *,
+    on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
+) -> Calibrated:
+    """Set the zeroed outputs of an output's new layers in closed form from a text.
+
+    Args:
+        out: An output folder whose new layers have zeroed outputs and were not trained.
+        new: The new folder for the calibrated model.
+        text: The text itself. Its tokens count as training tokens.
+        options: Tokens, method, damping, device ...
+        on_layer: Called after each new layer, with whether an earlier run had finished it.
+
+    Returns:
+        The losses before and after, and the step of each layer.
+
+    Raises:
+        DeusMergeError: the model or the text cannot be used, or the result cannot be written.
+    """
+    from .training.calibration import calibrate as run
+
+    return run(out, new, text, options, on_layer)
 
 
 def strip(
