@@ -87,8 +87,9 @@ def find_lr(
     does. Five rates up to that of its lowest loss, each three times the one before, train on the same batches for
     equally many steps; the untrained model's losses on these say which diverge. Short runs favour high rates, by which
     long ones fail, and where there is little to learn they favour low ones: so the best rate and its two neighbours
-    train once more, for three times as many steps. The best of these is suggested, or the next lower one if its loss is
-    not higher by more than a standard error (over batches, of the difference).
+    train once more, for three times as many steps. The best of these is suggested; the next lower one instead if its
+    loss is not higher by more than a standard error (over batches, of the difference), or if by the trend of the
+    difference it would be lower after as many steps again.
 
     Weights, buffers, gradients, random number generators and the mode of every module are as before when it returns
     or fails. Tokens that a search used have been seen: count them where results are compared.
@@ -240,11 +241,11 @@ def _plan(batches: Iterable[Any], budget: int, device: Any) -> tuple[list[Any], 
 
 
 def _choose(rates: Sequence[float], late: Sequence[Sequence[float] | None]) -> tuple[float, str]:
-    """The rate of the lowest loss, or the next lower one if these batches cannot tell the two apart.
+    """The rate of the lowest loss, or the next lower one if it is as good, or about to be better.
 
     Args:
         rates: Of the last runs, rising.
-        late: The losses of the second half of each; None where it diverged.
+        late: The losses of the second half of each, step by step; None where it diverged.
 
     Returns:
         The rate, and why.
@@ -260,9 +261,12 @@ def _choose(rates: Sequence[float], late: Sequence[Sequence[float] | None]) -> t
             "the best learning rates of short runs diverge in long ones", got=rates, hint="larger batches"
         )
     if lower is not None:
-        differences = [a - b for a, b in zip(lower, lowest, strict=True)]
-        if statistics.fmean(differences) <= statistics.stdev(differences) / math.sqrt(len(differences)):
+        above = [a - b for a, b in zip(lower, lowest, strict=True)]
+        if statistics.fmean(above) <= statistics.stdev(above) / math.sqrt(len(above)):
             return rates[best - 1], f"its loss is not surely above that of {rates[best]:.2e}, the lowest"
+        slope, now = statistics.linear_regression(range(-len(above) + 1, 1), above)
+        if now + slope * 2 * len(above) <= 0:  # a whole run later
+            return rates[best - 1], f"it gains on {rates[best]:.2e}, which has the lowest loss so far"
     return rates[best], "the lowest loss"
 
 

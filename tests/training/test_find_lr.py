@@ -77,10 +77,13 @@ def test_a_search_keeps_to_its_budget_and_leaves_no_trace(deeper, kind, failing)
 
 
 # fmt: off
-CHOICES = {  # losses of runs at rising rates, two batches each, and which is chosen
+CHOICES = {  # losses of runs at rising rates, by step, and which is chosen
     "the lowest": ([[3.0, 3.1], [2.0, 2.1], [2.5, 2.6]], 1),
     "the lower of two that are alike": ([[3.0, 3.1], [2.0, 2.2], [2.1, 2.0]], 1),
     "a lower one that is surely worse": ([[3.0, 3.1], [2.1, 2.2], [2.0, 2.1]], 2),
+    "a lower one that gains": ([[3.0, 2.9, 2.8, 2.7], [2.5, 2.4, 2.3, 2.2], [2.3, 2.25, 2.2, 2.15]], 1),
+    "a lower one that gains too little": ([[2.5, 2.4, 2.3, 2.2], [2.3, 2.205, 2.11, 2.015]], 1),
+    "a lower one that falls behind": ([[2.5, 2.4, 2.3, 2.2], [2.3, 2.1, 1.9, 1.7]], 1),
     "one step down at most": ([[2.0, 2.2], [2.0, 2.2], [2.1, 2.0]], 1),
     "between runs that diverged": ([None, [2.0, 2.1], None], 1),
     "the only one": ([[2.0, 2.1]], 0),
