@@ -19,8 +19,8 @@ from .blocks import BlockPlan
 #: safetensors codes of floating point weights
 FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
 _UNKNOWN = (
-    "quantised weights of this format can only be copied; use the original weights, or one of the formats that deus-merge methods"
-    " lists"
+    "quantised weights of this format can only be copied; use the original weights, or one of the formats that"
+    " deus-merge methods lists"
 )
 _COMPUTED = (Action.COMPUTE, Action.ALIGN)
 

@@ -132,6 +132,7 @@ def test_new_layers_in_floating_point(name, preset, quantized, run, tmp_path):
             if origin in expected and values.any():
                 dtype = torch_dtype(tensor.dtype)
                 assert dtype.itemsize == 2 and torch.equal(values, expected[origin].to(dtype).float())
+    run("verify", out, "--strict")
     stripped = tmp_path / "stripped"
     run("strip", out, stripped)
     assert stored(stripped) == before and quantization(config_of(stripped)) == quantization(config_of(base))
