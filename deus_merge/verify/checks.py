@@ -12,8 +12,7 @@ from ..checkpoint.dequantized import dequantized, float_shapes
 from ..checkpoint.gguf import GgufSource, is_gguf
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
-from ..checkpoint.quantized import is_cache_scale
-from ..checkpoint.quantized import quantization
+from ..checkpoint.quantized import is_cache_scale, quantization
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..checkpoint.side_files import side_files
 from ..core.errors import DeusMergeError
