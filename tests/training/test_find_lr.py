@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from pathlib import Path
@@ -37,9 +38,9 @@ def state_of(model) -> dict[str, torch.Tensor]:
 
 
 def drawn():
-    """Batches of unequal sizes that take from every random number generator."""
-    while True:
-        rows = 1 + random.randrange(2) + np.random.randint(2)
+    """Batches of unequal sizes, the first the smallest, that take from every random number generator."""
+    for number in itertools.count():
+        rows = 1 + (number > 0) * (random.randrange(2) + np.random.randint(2))
         ids = torch.randint(3, 120, (rows, 16))
         yield {"input_ids": ids, "labels": ids}
 

@@ -90,6 +90,25 @@ def test_muon_orthogonalises_each_matrix_by_itself(kind, tmp_path):
         assert size == pytest.approx(0.2 * 1e-2, rel=0.2)  # as large as AdamW's, whatever the gradients
 
 
+def test_what_muon_leaves_is_updated_by_torchs_adamw(deeper):
+    model, plain = load(deeper), load(deeper)
+    for each in (model, plain):
+        training.freeze_base(each, deeper)
+    settings = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-6}
+    steps = [training.optimizer(model, deeper, kind="muon", **settings), training.optimizer(plain, deeper, **settings)]
+    for group in (group for optimizer in steps for group in optimizer.param_groups):
+        group["weight_decay"] = 0.1
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            ours.grad = theirs.grad = torch.randn(ours.shape, generator=draw) if ours.requires_grad else None
+        for optimizer in steps:
+            optimizer.step()
+    expected = dict(plain.named_parameters())
+    alike = {name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, expected[name])}
+    assert alike == {name for name in training.new_parameters(deeper) if name.endswith(NORMS)}
+
+
 def prepared(model, optimizer, scheduler):
     accelerate = pytest.importorskip("accelerate")
     return accelerate.Accelerator(cpu=True).prepare(model, optimizer, scheduler)
