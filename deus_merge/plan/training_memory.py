@@ -218,7 +218,7 @@ def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMe
     always = passes.base_weights + 4 * size + states + OVERHEAD
     phases = {
         "loss": passes.loss_peak,
-        "backward": max(passes.backward(i) for i in range(passes.lowest, passes.top)),
+        "backward": max(passes.backward(i) for i in range(passes.begin, passes.top)),
         "step": 4 * size + steps,
     }
     phase = max(phases, key=lambda name: phases[name])
@@ -242,7 +242,8 @@ class _Passes:
 
     def __init__(self, model: ModelShape, settings: TrainingSettings):
         self._model, self._settings = model, settings
-        self.lowest, self.top = model.new_layers[0], len(model.layers)
+        lowest, self.top = model.new_layers[0], len(model.layers)
+        self.begin = 0 if settings.checkpointing else lowest  # where the backward pass ends
         self._wide = settings.base == "float32"
         scores = settings.length if model.scores else 0
         sizes = model.hidden, model.chosen_experts
@@ -254,9 +255,9 @@ class _Passes:
         outlive = [c * (shape.new or not settings.checkpointing) for c, shape in zip(copied, model.layers, strict=True)]
         self._gradients = [4 * shape.parameters * shape.new for shape in model.layers]
         self._sums = {
-            "kept": _sums(self._kept, self.lowest),
-            "copies": _sums(outlive, self.lowest),
-            "gradients": _sums(self._gradients, self.lowest),
+            "kept": _sums(self._kept, lowest),
+            "copies": _sums(outlive, lowest),
+            "gradients": _sums(self._gradients, lowest),
         }
         self._work = [4 * settings.tokens * shape.widest(*sizes) + self._dequantized(shape) for shape in model.layers]
 
