@@ -24,6 +24,7 @@ SCRIPTS = (
     "mergekit",
     "afterwards",
     "quantized",
+    "training_memory",
 )
 PACKAGES = ("torch", "transformers", "POT", "numpy", "safetensors")
 

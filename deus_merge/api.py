@@ -1,4 +1,4 @@
-"""The functions for notebooks and the command line: plan, merge, up-scale, verify, report, strip.
+"""The functions for notebooks and the command line: plan, fit, merge, up-scale, verify, report, calibrate, strip.
 
 ::
 
@@ -29,28 +29,40 @@ from typing import Any
 from .checkpoint.header import read_small
 from .checkpoint.shards import ShardWriter
 from .checkpoint.storage import LoadOptions
-from .core.errors import DeusMergeError, VerifyError
+from .core.errors import DeusMergeError, PlanError, VerifyError
 from .core.located import Plain, locate
+from .core.units import parse_size
 from .plan.blocks import BlockPlan
 from .plan.build import DEFAULT_SHARD_SIZE, build_plan
+from .plan.fit import Fit, check, choose
+from .plan.training_memory import TrainingSettings
 from .plan.types import Plan
+from .recipe.presets import PRESETS
 from .recipe.reader import read_recipe, recipe_from
 from .recipe.types import Recipe
 from .report.manifest import RECIPE, read_manifest
+from .report.manifest_parts import CalibratedLayer
 from .run.block_runner import run_blocks
 from .run.executor import execute
 from .run.preflight import RunOptions
 from .run.strip import Stripped
+from .training.calibration import Calibrated, CalibrationOptions
 from .verify import Verification
 
 __all__ = [
+    "Calibrated",
+    "CalibrationOptions",
     "DeusMergeError",
+    "Fit",
     "LoadOptions",
     "MergeResult",
     "RunOptions",
     "ShardWriter",
     "Stripped",
+    "TrainingSettings",
+    "calibrate",
     "export_training",
+    "fit",
     "merge",
     "plan",
     "report",
@@ -191,6 +203,44 @@ def upscale_recipe(
     return recipe_from(locate(data))
 
 
+def fit(
+    model: str | Path,
+    memory: int | str,
+    training: TrainingSettings | None = None,
+    *,
+    preset: str = "opt_deus",
+    insert: Plain = None,
+    load_options: LoadOptions | None = None,
+    **more: Any,
+) -> Fit:
+    """Choose as many new layers as can be trained on a card, from the top of the model down to its middle.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        memory: The memory of the card, in bytes or like ``"24GB"``.
+        training: How the new layers are trained; None for the defaults.
+        preset: As for `upscale_recipe`.
+        insert: Places of new layers, which are then only checked; None to choose them.
+        load_options: As for `plan`.
+        more: ``dtype``, ``parameters`` and ``quantize_new``, as for `upscale_recipe`.
+
+    Returns:
+        The choice; its ``insert`` is that of `upscale_recipe`.
+
+    Raises:
+        PlanError: no new layer fits, or those of ``insert`` do not. The message says what would have to change.
+        DeusMergeError: as `plan`.
+    """
+    training, limit = training or TrainingSettings(), parse_size(memory)
+    if preset in PRESETS and PRESETS[preset].parameters is None:
+        raise PlanError(f"preset {preset} repeats layers", where="--fit", expected="a preset that puts in new layers")
+    recipe = upscale_recipe(model, preset=preset, insert="top_half" if insert is None else insert, **more)
+    planned = plan(recipe, load_options=load_options)
+    if insert is not None:
+        return check(planned.shape, limit, training, insert)
+    return choose(planned.shape, limit, training, planned.donor.view.num_layers // 2)
+
+
 def verify(
     out: str | Path, *, quick: bool = False, logits_text: str | None = None, strict: bool = False, check: bool = False
 ) -> Verification:
@@ -244,20 +294,60 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     return page
 
 
-def export_training(out: str | Path, trainer: str) -> str:
+def export_training(
+    out: str | Path,
+    trainer: str,
+    *,
+    optimizer: str | None = None,
+    lr: float | None = None,
+    output_ratio: float = 1.0,
+) -> str:
     """The settings with which another trainer trains an output's new layers and nothing else.
 
     Args:
         out: An output folder.
         trainer: A name in `training.export.TRAINERS`.
+        optimizer: ``adamw`` or ``muon``, as for `training.optimizer`. None leaves it to the trainer, unless ``lr`` is
+            given: then it is ``adamw``.
+        lr: The learning rate.
+        output_ratio: The learning rate of what began as zeros, in units of ``lr``.
 
     Raises:
         CheckpointError: the output's manifest is missing or damaged.
-        TrainingError: the trainer cannot express this.
+        TrainingError: the trainer cannot express this, or a value is missing or out of range.
     """
     from .training.export import export
+    from .training.export_optimizers import settings_of
 
-    return export(out, trainer)
+    return export(out, trainer, settings_of(optimizer, lr, output_ratio))
+
+
+def calibrate(
+    out: str | Path,
+    new: str | Path,
+    text: str,
+    options: CalibrationOptions | None = None,
+    *,
+    on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
+) -> Calibrated:
+    """Set the zeroed outputs of an output's new layers in closed form from a text.
+
+    Args:
+        out: An output folder whose new layers have zeroed outputs and were not trained.
+        new: The new folder for the calibrated model.
+        text: The text itself. Its tokens count as training tokens.
+        options: Tokens, method, damping, device ...
+        on_layer: Called after each new layer, with whether an earlier run had finished it.
+
+    Returns:
+        The losses before and after, and the step of each layer.
+
+    Raises:
+        DeusMergeError: the model or the text cannot be used, or the result cannot be written.
+    """
+    from .training.calibration import calibrate as run
+
+    return run(out, new, text, options, on_layer)
 
 
 def strip(

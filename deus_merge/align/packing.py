@@ -91,7 +91,7 @@ def layout_problem(
         assert spec.layout is not None
         try:
             spec.layout.split(Extents(shapes[spec.role]), heads)
-        except (RuntimeError, ValueError, AssertionError):
+        except (RuntimeError, ValueError, IndexError, AssertionError):
             parts = some_of(part.role for part in spec.layout.specs(shapes[spec.role]))
             of = f"{heads.query} query and {heads.key_value} key-value heads of {heads.size}" if heads else "the heads"
             return f"{spec.role} of shape {list(shapes[spec.role])} does not consist of {parts} for {of} of config.json"

@@ -12,6 +12,7 @@ from typing import NoReturn
 from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
 from ..core.text import some_of
+from .formats._conv1d import is_transposed
 from .header import parse_json, read_header, read_small
 
 CONFIG = "adapter_config.json"
@@ -216,7 +217,8 @@ class Adapter:
         turned = not embedding and info.shape == (columns, rows)
         if not turned:
             self._check_shape(f"B times A of {module.name}", (rows, columns), info)
-        if embedding or (turned and (rows != columns or self.options.get("fan_in_fan_out"))):
+        unlike = rows != columns or self.options.get("fan_in_fan_out") or is_transposed(info)
+        if embedding or (turned and unlike):
             module.kind = "embedding" if embedding else "transposed"
 
     def _check_shape(self, what: str, shape: tuple[int, ...], info: StoredTensor) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CheckpointError, DeusMergeError
 from ..core.tensors import Quantization, StoredTensor
 from ..core.units import dtype_code
+from .formats import _conv1d
 from .formats.base import HOLDS_ZEROS, Format, refuse
 from .formats.registry import formats
 from .quantized import is_cache_scale, quantization, quantized_tensors
@@ -21,6 +24,8 @@ from .tensor_source import TensorSource
 if TYPE_CHECKING:
     import torch
 
+#: keys of sections that list modules which are not quantised
+_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "llm_int8_skip_modules")
 _BLOCK_BYTES = 1 << 20  # of float32 values that are dequantised at once: little enough for the cache
 
 
@@ -61,10 +66,12 @@ class DequantizedSource:
         self.fingerprint = stored.fingerprint
         section = quantization(stored.config)
         assert section is not None
+        _check_names(section, stored.folders[0] / "config.json")
         said = _said_dtype(stored.config)
         weights: dict[str, StoredTensor] = {}  # by the name of the stored tensor whose place they take
         parts: set[str] = set()
-        for weight in format_.weights(stored.tensors, section, stored.read):
+        for stored_weight in format_.weights(stored.tensors, section, stored.read):
+            weight = _conv1d.as_in_model(stored_weight, stored.config) if format_.transposes else stored_weight
             found_parts = weight.quantization.parts.values()
             codes = next(iter(found_parts))
             weights[codes.name] = StoredTensor(
@@ -127,7 +134,9 @@ class DequantizedSource:
                 expected="finite scales",
                 hint="download the file again, or use the original model",
             )
-        block = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(weight.shape[1:])))  # rows
+        transposed = _conv1d.is_transposed(weight)
+        row = 4 * (weight.shape[0] if transposed else math.prod(weight.shape[1:]))
+        block = max(1, _BLOCK_BYTES // max(1, row))  # rows, as they are stored
 
         def rows(start: int, stop: int) -> torch.Tensor:
             import torch
@@ -135,6 +144,8 @@ class DequantizedSource:
             if not 0 <= start <= stop <= weight.shape[0]:
                 got, expected = (start, stop), f"within {weight.shape}"
                 refuse(weight, f"tensor {name!r} does not have these rows", expected=expected, got=got)
+            if transposed:
+                return _conv1d.dequantize(format_, weight, parts, start, stop, block)
             if stop - start <= block:
                 return format_.dequantize(weight, parts, start, stop)
             values = torch.empty((stop - start, *weight.shape[1:]), dtype=torch.float32)
@@ -173,6 +184,35 @@ class DequantizedSource:
         if weight.quantization is None:
             return self.stored.workspace(name, minimum)
         return 4 * math.prod(weight.shape) + 4 * _BLOCK_BYTES
+
+
+def _check_names(section: Mapping[str, Any], where: Path) -> None:
+    """Check what a section says of modules by their names.
+
+    Raises:
+        CheckpointError: a list is no list of names, or rules are no mapping from patterns to settings.
+    """
+    for key, value in section.items():
+        wrong = None
+        if key in _LISTS and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            wrong = "a list of names"
+        elif key == "dynamic" and value and not (isinstance(value, Mapping) and all(map(_is_rule, value.items()))):
+            wrong = "patterns of names, each with settings"
+        if wrong and value is not None:
+            raise CheckpointError(
+                f"malformed {key!r} in the section about quantisation", where=where, expected=wrong, got=repr(value)
+            )
+        if key == "quantization_config" and isinstance(value, Mapping):  # in an old compression_config
+            _check_names(value, where)
+
+
+def _is_rule(rule: tuple[str, object]) -> bool:
+    pattern, settings = rule
+    try:
+        re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+    except re.error:
+        return False
+    return not settings or isinstance(settings, Mapping)
 
 
 def quantized_share(weights: Iterable[tuple[Quantization | None, Sequence[int]]]) -> dict[str, dict[str, float]]:

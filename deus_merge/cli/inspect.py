@@ -13,9 +13,12 @@ import yaml
 
 from .. import api
 from ..core.located import Plain
+from ..core.typed_json import parse
 from ..core.units import format_size
+from ..plan.training_memory import TrainingMemory, TrainingSettings
 from .failures import report_bus_errors
-from .output import echo, emit_json, note, quantized_text, quiet_transformers, show_verification, table
+from .merge import training_options
+from .output import echo, emit_json, note, quantized_text, quiet_transformers, show_verification, table, training_text
 
 _SAID = {"True": "yes", "False": "no"}
 _EXPERT = re.compile(r"experts\.(\d+)\.")
@@ -86,8 +89,12 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
 )
 @click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
-def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool, as_json: bool):
-    """Show MODEL's family, layers, heads and sizes.
+@training_options
+def inspect(
+    model: str, similarity: bool, plot: Path | None, allow_pickle: bool, as_json: bool, training: TrainingSettings
+):
+    """Show MODEL's family, layers, heads and sizes; of a deeper model also the memory that training its new layers
+    takes.
 
     \b
     Example:
@@ -98,7 +105,7 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
     report_bus_errors()
     if plot:
         check_plotting()
-    facts = summary(model, api.LoadOptions(allow_pickle))
+    facts = summary(model, api.LoadOptions(allow_pickle), training)
     if similarity or plot:
         rows = []
         for row in adjacent_similarity(model, api.LoadOptions(allow_pickle)):
@@ -112,6 +119,8 @@ def inspect(model: str, similarity: bool, plot: Path | None, allow_pickle: bool,
         return
     shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles", "layouts", "layer_kinds")}
     shown["bytes"] = format_size(shown["bytes"])
+    if memory := shown.get("training_memory"):
+        shown["training_memory"] = training_text(parse(TrainingMemory, memory))
     if "quantized" in shown:
         shown["quantized"] = quantized_text(shown["quantized"])
     table("", ["", ""], [[k.replace("_", " "), _SAID.get(str(v), str(v))] for k, v in shown.items()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..core.errors import DeusMergeError
 from ..core.garbage import collector_paused
 from ..core.located import parse
 from ..core.units import parse_size
+from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
 from ..plan.types import Plan
 from ..recipe.reader import read_recipe
 from ..recipe.types import Recipe
@@ -23,7 +25,7 @@ from ..recipe.writer import dump_recipe
 from ..run.preflight import preflight
 from . import mergekit_options as mergekit
 from .failures import report_bus_errors
-from .output import emit_json, note, progress, show_plan, warn
+from .output import emit_json, fit_text, note, progress, show_plan, warn
 
 
 class Size(click.ParamType):
@@ -51,6 +53,33 @@ plan_options = _all([
     click.option("--cache-dir", "--transformers-cache", type=click.Path(path_type=Path, file_okay=False),
                  help="The folder for models of the hub."),
 ])  # fmt: skip
+
+
+_training_options = [
+    click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
+                 help="Training: sequences in a forward pass."),
+    click.option("--length", type=click.IntRange(1), default=2048, show_default=True,
+                 help="Training: tokens of a sequence."),
+    click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw", show_default=True,
+                 help="Training: the optimizer."),
+    click.option("--checkpointing/--no-checkpointing", default=False, show_default=True,
+                 help="Training: compute layers anew in the backward pass."),
+    click.option("--accumulate/--no-accumulate", default=False, show_default=True,
+                 help="Training: add up the gradients of several batches."),
+    click.option("--base-dtype", "base", type=click.Choice(list(BASES)), default="bfloat16", show_default=True,
+                 help="Training: the dtype of the frozen base; what is stored quantised stays so."),
+]  # fmt: skip
+
+
+def training_options(command: Callable) -> Callable:
+    """Add the options about how new layers will be trained, which the command gets as one value, ``training``."""
+
+    @functools.wraps(command)
+    def with_settings(*args, **options):
+        fields = {field.name: options.pop(field.name) for field in dataclasses.fields(TrainingSettings)}
+        return command(*args, training=TrainingSettings(**fields), **options)
+
+    return _all(_training_options)(with_settings)
 
 
 def run_options(command: Callable) -> Callable:
@@ -100,6 +129,9 @@ def merge(recipe: Path, out: Path, **options):
 @click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
 @click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.")
 @click.option("--quantize-new", is_flag=True, help="Write new layers in the format of a quantised MODEL.")
+@click.option("--fit", type=Size(), metavar="SIZE",
+              help="Put in as many layers as can be trained with this much memory, e.g. 24GB.")  # fmt: skip
+@training_options
 @run_options
 def upscale(
     model: str,
@@ -109,9 +141,13 @@ def upscale(
     params: tuple[str, ...],
     dtype: str | None,
     quantize_new: bool,
+    fit: int | None,
     **options,
 ):
     """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT.
+
+    With --fit the new layers are put in from the top down, at most in the top half; with --insert too, it is only
+    checked that they fit. An error says what would have to change.
 
     \b
     Example:
@@ -126,10 +162,14 @@ def upscale(
             raise click.BadParameter(f"{name!r} is given twice", param_hint="--param")
         parameters[name] = parse(value, f"--param {name}").plain()
     where = parse(insert, "--insert").plain() if insert is not None else None
-    recipe = api.upscale_recipe(
-        model, preset=preset, insert=where, dtype=dtype, parameters=parameters, quantize_new=quantize_new
-    )
-    _run(recipe, out, **options)
+    settings: dict[str, Any] = {"preset": preset, "dtype": dtype, "parameters": parameters}
+    settings["quantize_new"] = quantize_new
+    fitted = None
+    if fit is not None:
+        load = api.LoadOptions(options["allow_pickle"], options["cache_dir"])
+        fitted = api.fit(model, fit, options["training"], insert=where, load_options=load, **settings)
+        where = fitted.insert
+    _run(api.upscale_recipe(model, insert=where, **settings), out, fitted=fitted, **options)
 
 
 @click.command()
@@ -137,9 +177,10 @@ def upscale(
 @plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
+@training_options
 @collector_paused()
-def plan(recipe: Path, expand: bool, as_json: bool, **options):
-    """Show the plan of RECIPE: layer map, bytes, memory, time, warnings. Reads no tensor.
+def plan(recipe: Path, expand: bool, as_json: bool, training: TrainingSettings, **options):
+    """Show the plan of RECIPE: layer map, bytes, memory, time, memory for training, warnings. Reads no tensor.
 
     \b
     Example:
@@ -152,9 +193,9 @@ def plan(recipe: Path, expand: bool, as_json: bool, **options):
     elif expand:
         click.echo(dump_recipe(result.recipe), nl=False)
     elif as_json:
-        emit_json(result.describe())
+        emit_json(result.describe(training))
     else:
-        show_plan(result)
+        show_plan(result, training)
     warn(result.warnings)
 
 
@@ -164,7 +205,8 @@ def _plan(recipe: Recipe | Path, *, allow_pickle: bool, cache_dir: Path | None, 
 
 def _run(
     recipe: Recipe, out: Path, *, device, cuda, gpu_rich, max_shard_size, out_shard_size, copy_tokenizer, allow_pickle,
-    cache_dir, dry_run, quiet, as_json, verify_output, **options,
+    cache_dir, dry_run, quiet, as_json, verify_output, training: TrainingSettings | None = None,
+    fitted: api.Fit | None = None, **options,
 ):  # fmt: skip
     if device is None:  # as in mergekit, --device takes precedence over --cuda
         device = "cuda" if cuda or gpu_rich else "auto" if cuda is None else "cpu"
@@ -179,9 +221,16 @@ def _run(
     )
     if dry_run:
         ready = preflight(planned, out, run)
-        emit_json(planned.describe()) if as_json else show_plan(planned)
+        if as_json:
+            emit_json(planned.describe(training) | ({"fit": fitted.describe()} if fitted else {}))
+        else:
+            show_plan(planned, training)
+            if fitted:
+                click.echo(fit_text(fitted))
         warn(planned.warnings + ready.warnings)
         return
+    if fitted:
+        note(fit_text(fitted), quiet)
     keep_freed_memory()
     with progress(planned, quiet) as on_block:
         result = api.merge(planned, out, run, on_block=on_block)

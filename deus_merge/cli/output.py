@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -14,6 +15,8 @@ from ..core.errors import json_text, printable
 from ..core.units import dtype_name, format_size
 from ..methods.registry import methods
 from ..plan.blocks import BlockPlan
+from ..plan.fit import Fit
+from ..plan.training_memory import TrainingMemory, TrainingSettings
 from ..plan.types import Plan, quantized_of
 from ..verify import Verification
 
@@ -87,8 +90,13 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[BlockPlan, bool], No
         yield line
 
 
-def show_plan(plan: Plan) -> None:
-    """Print the layer map and the totals, after those of the documents that the plan needs."""
+def show_plan(plan: Plan, training: TrainingSettings | None = None) -> None:
+    """Print the layer map and the totals, after those of the documents that the plan needs.
+
+    Args:
+        plan: The plan.
+        training: How the new layers are trained; None for the defaults.
+    """
     for document in plan.documents:
         count = sum(document.runs.values())
         cached = f"{document.cached_blocks} at a time in memory"
@@ -112,7 +120,29 @@ def show_plan(plan: Plan) -> None:
         f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {files}; "
         f"about {format_size(plan.peak_memory)} of memory, {plan.seconds:.0f} s"
     )
+    click.echo(f"{plan.shape.parameters:,} parameters, {plan.shape.new_parameters:,} new")
+    if memory := plan.training_memory(training):
+        click.echo(f"training the new layers: {training_text(memory)}")
     click.echo(f"plan {plan.hash}")
+
+
+def training_text(memory: TrainingMemory) -> str:
+    """The estimate of the memory for training in one line."""
+    how = memory.settings
+    terms = {
+        "base": memory.base_weights, "new layers": memory.new_weights, "gradients": memory.gradients,
+        how.optimizer: memory.optimizer_states, "copies": memory.copies, "activations": memory.activations,
+        "loss": memory.loss, "overhead": memory.overhead,
+    }  # fmt: skip
+    listed = ", ".join(f"{name} {format_size(size)}" for name, size in terms.items())
+    checkpointing = " with checkpointing" if how.checkpointing else ""
+    return f"about {format_size(memory.peak)} for {how.batch} x {how.length} tokens{checkpointing} ({listed})"
+
+
+def fit_text(fit: Fit) -> str:
+    """The choice of new layers in one line."""
+    places = json.dumps(fit.insert, ensure_ascii=False)
+    return f"{fit.layers} new layers of at most {fit.most} fit into {format_size(fit.memory)}: --insert '{places}'"
 
 
 def quantized_text(share: Mapping[str, Mapping[str, float]]) -> str:

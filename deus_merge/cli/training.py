@@ -9,6 +9,7 @@ import click
 from .. import api
 from ..core.text import some_of
 from ..training.export import TRAINERS
+from ..training.optimizers import KINDS
 from .merge import Size
 from .output import echo, emit_json, note
 
@@ -17,16 +18,24 @@ from .output import echo, emit_json, note
 @click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--for", "trainer", type=click.Choice(list(TRAINERS)), default="trainer", show_default=True,
               help="The trainer; 'trainer' is that of transformers.")  # fmt: skip
-def export_training(out: Path, trainer: str):
+@click.option(
+    "--optimizer", type=click.Choice(KINDS), help="The optimizer; needs --lr. Muon updates matrices, AdamW the rest."
+)
+@click.option("--lr", type=float, help="The learning rate; deus_merge.training.find_lr suggests one.")
+@click.option("--output-ratio", type=float, default=1.0, show_default=True,
+              help="The learning rate of what began as zeros, in units of --lr.")  # fmt: skip
+def export_training(out: Path, trainer: str, optimizer: str | None, lr: float | None, output_ratio: float):
     """Print settings with which a trainer trains the new layers of OUT and nothing else.
 
     The effect of the settings is checked on the model's tensor names; a trainer that cannot express this is refused.
+    Comments say where its optimizer differs from that of deus_merge.training.
 
     \b
     Example:
-      deus-merge export-training ./deeper --for axolotl >> axolotl.yml
+      deus-merge export-training ./deeper --for axolotl --lr 3e-4 --output-ratio 2 >> axolotl.yml
     """
-    echo(api.export_training(out, trainer).removesuffix("\n"))
+    text = api.export_training(out, trainer, optimizer=optimizer, lr=lr, output_ratio=output_ratio)
+    echo(text.removesuffix("\n"))
 
 
 @click.command()

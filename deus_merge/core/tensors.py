@@ -28,7 +28,7 @@ class Action(str, Enum):
         ZEROS: Zeros; nothing is read.
         ONES: Ones; nothing is read.
         ALIGN: One source's tensor, aligned to another source.
-        COMPUTE: The merge method computes it.
+        COMPUTE: The merge method computes it; in a finished output also what ``calibrate`` has set.
     """
 
     COPY = "copy"

@@ -25,8 +25,14 @@ class Extents:
         return (Extents(self.shape[1:]) for _ in range(len(self)))
 
     def __getitem__(self, index: slice | tuple[slice | int, ...]) -> Extents:
-        """Cut the leading axes: by a slice, or at one place."""
+        """Cut the leading axes: by a slice, or at one place.
+
+        Raises:
+            IndexError: there are fewer axes, or no such place.
+        """
         indices = index if isinstance(index, tuple) else (index,)
+        if len(indices) > len(self.shape):
+            raise IndexError(f"{self.shape} has no {len(indices)} axes")
         sizes = []
         for size, at in zip(self.shape, indices, strict=False):
             if isinstance(at, slice):

@@ -103,6 +103,24 @@ def head_size(sizes: Config) -> Any:
     return sizes.get("head_dim") or (hidden // queries if positive(hidden) and positive(queries) else None)
 
 
+def stated_count(sizes: Config, keys: Sequence[str]) -> int | None:
+    """A number of things that a config says under one of these keys, the first that it has; None without one.
+
+    Args:
+        sizes: The section of the config that describes a stack.
+        keys: The keys of one fact; a list of numbers, one for each layer, counts as its largest.
+    """
+    value = _first(sizes, tuple(keys))
+    if isinstance(value, list):
+        value = max(filter(positive, value), default=None)
+    return value if positive(value) else None
+
+
+def hidden_size(sizes: Config) -> int | None:
+    """The size of the residual stream, d, as the config says it."""
+    return stated_count(sizes, _HIDDEN)
+
+
 def positive(value: object) -> TypeGuard[int]:
     """Whether this value of a config is a number of things."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -19,8 +19,8 @@ from .blocks import BlockPlan
 #: safetensors codes of floating point weights
 FLOATS = {"F8_E4M3", "F8_E5M2", *FLOAT_DTYPES.values()}
 _UNKNOWN = (
-    "weights of this format can only be copied; use the original weights, or one of the formats that deus-merge methods"
-    " lists"
+    "quantised weights of this format can only be copied; use the original weights, or one of the formats that"
+    " deus-merge methods lists"
 )
 _COMPUTED = (Action.COMPUTE, Action.ALIGN)
 
@@ -54,11 +54,17 @@ def dtyped_config(
         return widened, ()
     block, first = copied[0]
     own = min(usual[_key(block, first)])
+    advice = "Set dtype to write all in one"
+    if any(o.quantization for b in blocks for o in b.outputs):
+        advice = (
+            f"Loaders leave dtypes of quantised models as they are: write the other model in {dtype_name(own)} in a"
+            " document of its own before this one"
+        )
     named = widened.get("dtype") or widened.get("torch_dtype") or "no dtype"
     return widened, (
         f"{len(copied)} copied {'tensor is' if len(copied) == 1 else 'tensors are'} in another dtype than those of"
         f" {donor.ref}: {first.name} is {dtype_name(first.dtype)}, not {dtype_name(own)}; config.json says {named}."
-        f" Set dtype to write all in one",
+        f" {advice}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -106,15 +107,25 @@ class QuantizedOutputs:
         plain = [module_of(o.name) for b, o in outputs if self._is_excepted(b, o)]
         if not plain:
             return dict(config)
-        head = [n for n in self._donor.view.after if len(self._donor.checkpoint.tensors[n].shape) > 1] or ["lm_head"]
-        left_out = [module_of(n) for n in head if not self._quantized_in_donor(n, None)]
         changed = formats()[self.format].except_modules(
             section,
-            list(dict.fromkeys(plain)),
-            left_out,
+            _with_built(plain),
+            self._left_out(),
             quantized=[module_of(o.name) for _, o in outputs if o.quantization],
         )
         return with_quantization(config, changed)
+
+    def _left_out(self) -> list[str]:
+        """The modules behind the layers that loaders leave out by themselves. Those that hold quantised modules are not
+        among them: their names would leave these out, too."""
+        tensors = self._donor.checkpoint.tensors
+        quantized = [module_of(name) for name, tensor in tensors.items() if tensor.quantization]
+        named = [module_of(n) for n in self._donor.view.after if len(tensors[n].shape) > 1]
+        return [
+            name
+            for name in _with_built([*named, "lm_head"])  # a tied head is not stored
+            if not any(q == name or q.startswith(f"{name}.") or q.endswith(f".{name}") for q in quantized)
+        ]
 
     def warnings(self, blocks: Sequence[BlockPlan]) -> list[str]:
         """Messages about quantised weights that are not written as they are."""
@@ -124,10 +135,12 @@ class QuantizedOutputs:
             for output in block.outputs:
                 if output.action in (Action.CAST, Action.DERIVE) and output.stored.quantization and not block.new:
                     model = self._models[block.source_of(output).model]
-                    reason = f"{output.stored.quantization.format} weights of {model.ref} are"
-                    found[reason, output.dtype, str(model.ref)] += 1
-        advice = "leave dtype out to keep their codes" if wanted else "the output's config describes no such codes"
-        notes = [f"{count} {reason} written as {dtype}: {advice}" for (reason, dtype, _), count in found.items()]
+                    quantized = output.stored.quantization
+                    pickled = any(part.derived for part in quantized.parts.values())
+                    why = "they are in pickled files" if pickled else "the output's config describes no such codes"
+                    why = "leave dtype out to keep their codes" if wanted else why
+                    found[f"{quantized.format} weights of {model.ref} are", output.dtype, why] += 1
+        notes = [f"{count} {what} written as {dtype}: {why}" for (what, dtype, why), count in found.items()]
         if self.format and any(o.quantization for b in blocks for o in b.outputs):
             plain = [module_of(o.name) for b in blocks for o in b.outputs if self._is_excepted(b, o)]
             notes += [note] if (note := formats()[self.format].note(plain)) else []
@@ -185,6 +198,26 @@ def _formats(source: TensorSource) -> dict[str, str]:
     config.json speaks of as well."""
     under = _formats(source.base) if isinstance(source, LoraSource | UntiedSource) else {}
     return under | {name: t.quantization.format for name, t in source.tensors.items() if t.quantization}
+
+
+#: parts of stored names -> parts of the names of modules in transformers, where these are others
+_BUILT = (
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^language_model\.lm_head$"), "lm_head"),
+    (re.compile(r"^embed_out$"), "lm_head"),
+    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
+)
+
+
+def _with_built(modules: Sequence[str]) -> list[str]:
+    """Names of modules by the names of their tensors, and the names that transformers gives them."""
+    found: dict[str, None] = {}
+    for name in modules:
+        built = name
+        for pattern, new in _BUILT:
+            built = pattern.sub(new, built)
+        found |= {name: None, built: None}
+    return list(found)
 
 
 def module_of(name: str) -> str:

@@ -26,6 +26,8 @@ from ..methods.registry import methods
 from ..models.source import SourceModel, stamp
 from ..recipe.types import Recipe
 from .blocks import BlockPlan, in_output_order
+from .training_memory import ModelShape, TrainingMemory, TrainingSettings, training_memory
+from .training_shape import shape_of_plan
 
 if TYPE_CHECKING:
     from .documents import PlannedResult
@@ -128,6 +130,22 @@ class Plan:
     def new_parameters(self) -> tuple[str, ...]:
         """Exact names of the tensors to train."""
         return tuple(o.name for b, o in self.outputs if b.new)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The output as training sees it."""
+        return shape_of_plan(self)
+
+    def training_memory(self, settings: TrainingSettings | None = None) -> TrainingMemory | None:
+        """Estimate the memory that training the new layers takes.
+
+        Args:
+            settings: How they are trained; None for the defaults.
+
+        Returns:
+            The estimate; None where there is nothing to train.
+        """
+        return training_memory(self.shape, settings or TrainingSettings())
 
     @cached_property
     def function_preserving(self) -> bool:
@@ -245,8 +263,13 @@ class Plan:
         maps = {name: self.layer_map(blocks) for name, blocks in others.items()}
         return {name: {"num_layers": len(layers), "layers": layers} for name, layers in maps.items()}
 
-    def describe(self) -> dict:
-        """The plan as JSON data."""
+    def describe(self, training: TrainingSettings | None = None) -> dict:
+        """The plan as JSON data.
+
+        Args:
+            training: How the new layers are trained, for the estimate of memory; None for the defaults.
+        """
+        memory = self.training_memory(training)
         actions = Counter(o.action.value for b in self.blocks for o in b.outputs)
         return {
             "format": FORMAT,
@@ -277,6 +300,9 @@ class Plan:
             "peak_memory_bytes": self.peak_memory,
             "minimum_memory_bytes": self.minimum_memory,
             "seconds_estimate": round(self.seconds, 1),
+            "parameters": self.shape.parameters,
+            "new_parameters": self.shape.new_parameters,
+            **({"training_memory": memory.describe()} if memory else {}),
             "warnings": list(self.warnings),
             **({"vocabulary": self.vocabulary} if self.vocabulary else {}),
         }

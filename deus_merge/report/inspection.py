@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..align.packing import Packing, layout_problem
 from ..checkpoint.dequantized import quantized_share
@@ -18,7 +18,10 @@ from ..models.head_layout import layer_heads
 from ..models.layer_facts import expand, layer_kinds
 from ..models.reference import ModelRef
 from ..models.source import SourceModel
+from ..plan.training_memory import TrainingSettings, training_memory
+from ..plan.training_shape import shape_of_source
 from .manifest import MANIFEST, read_manifest
+from .manifest_parts import Growth
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +36,16 @@ _SIZES = {
 }
 
 
-def summary(model: str, load_options: LoadOptions | None = None) -> dict:
-    """Family, depth, heads and sizes of a model, the kinds of its layers, and those that growths added, as JSON data.
+def summary(
+    model: str, load_options: LoadOptions | None = None, training: TrainingSettings | None = None
+) -> dict[str, Any]:
+    """Family, depth, heads and sizes of a model, the kinds of its layers, those that growths added, and the memory that
+    training the last growth's layers takes, as JSON data.
 
     Args:
         model: A folder or a hub id.
         load_options: Whether pickled weights may be read, and where downloads are stored.
+        training: How new layers are trained; None for the defaults.
 
     Raises:
         DeusMergeError: the model cannot be read.
@@ -47,7 +54,9 @@ def summary(model: str, load_options: LoadOptions | None = None) -> dict:
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
     text = section(config, view.layers_path)
-    parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+    growths = _growths(checkpoint, view.num_layers)
+    shape = shape_of_source(source, growths[-1].new_layers if isinstance(growths, tuple) and growths else ())
+    memory = training_memory(shape, training or TrainingSettings())
     facts = {
         "model": model,
         "family": view.family.name if view.family else f"{view.model_type} (by tensor names)",
@@ -56,10 +65,12 @@ def summary(model: str, load_options: LoadOptions | None = None) -> dict:
         "tied_embeddings": config.get("tie_word_embeddings"),
         "dtypes": ", ".join(sorted({t.dtype for t in checkpoint.tensors.values()})),
         "quantized": quantized_share((t.quantization, t.shape) for t in checkpoint.tensors.values()) or None,
-        "parameters": parameters,
+        "parameters": shape.parameters,
+        "new_parameters": shape.new_parameters or None,
         "bytes": sum(t.nbytes for t in checkpoint.tensors.values()),
         "files": len(checkpoint.files),
-        "grown": _growths(checkpoint, view.num_layers),
+        "grown": _in_words(growths),
+        "training_memory": memory and memory.describe(),
     }
     kinds = layer_kinds(expand(config, view.layers_path, view.model_type))
     layers = {"roles": _roles(source, 0), "layouts": _layouts(source), "layer_kinds": kinds}
@@ -87,20 +98,27 @@ def _layouts(source: SourceModel) -> list[dict]:
     ]
 
 
-def _growths(checkpoint: TensorSource, layers: int) -> str | None:
-    """The layers that each growth added, the oldest first, in words; None where there are none."""
+def _growths(checkpoint: TensorSource, layers: int) -> tuple[Growth, ...] | str:
+    """The growths that a model's manifest records, the oldest first; or why it cannot be used."""
     if not isinstance(file := checkpoint.side_files.get(MANIFEST), Path):
-        return None
+        return ()
     try:
         manifest = read_manifest(file)
         if manifest.num_layers != layers:
             raise CheckpointError(f"it describes {manifest.num_layers} layers")
     except DeusMergeError as error:
         return f"not known, its {MANIFEST} cannot be used: {error.message}"
-    if not any(growth.new_layers for growth in manifest.growths):
+    return tuple(manifest.growths)
+
+
+def _in_words(growths: tuple[Growth, ...] | str) -> str | None:
+    """The layers that each growth added; None where there are none."""
+    if isinstance(growths, str):
+        return growths
+    if not any(growth.new_layers for growth in growths):
         return None
-    layers_of = [", ".join(map(str, growth.new_layers)) or "none" for growth in manifest.growths]
-    trained = [" (trained)" if growth.trained else "" for growth in manifest.growths]
+    layers_of = [", ".join(map(str, growth.new_layers)) or "none" for growth in growths]
+    trained = [" (trained)" if growth.trained else "" for growth in growths]
     return "; then ".join(map("".join, zip(layers_of, trained, strict=True)))
 
 

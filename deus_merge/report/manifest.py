@@ -22,6 +22,7 @@ from ..core.tensors import Action
 from ..core.typed_json import Misfit, Range, dump, parse, step
 from ..models.view import ModelView, prefix_of, view_model
 from .manifest_parts import (
+    Calibration,
     Count,
     DocumentRecord,
     Growth,
@@ -78,6 +79,7 @@ class Manifest:
         vocabulary: The outcome of the recipe's tokenizer settings, where it has any.
         lineage: The runs that added layers, the oldest first and this one last; missing where this is the first.
         trained: Whether the weights were trained after the run.
+        calibration: How zeroed outputs of new layers were set in closed form, where they were.
     """
 
     format: Annotated[int, Range(1, FORMAT)]
@@ -106,6 +108,7 @@ class Manifest:
     vocabulary: VocabularyRecord | None = None
     lineage: tuple[Growth, ...] = ()
     trained: bool = False
+    calibration: Calibration | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:

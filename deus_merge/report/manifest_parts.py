@@ -197,3 +197,51 @@ class DocumentRecord(TypedDict):
 
     name: str
     plan_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedLayer:
+    """A new layer whose zeroed outputs were set in closed form.
+
+    Attributes:
+        layer: Its number.
+        tensors: The tensors that were set; none where no step lowered the loss.
+        alpha: The size of the step; 0 where no step lowered the loss.
+        loss_before: The loss of the windows that were held out, in nats a token, before this layer was set.
+        loss_after: That loss afterwards.
+    """
+
+    layer: Count
+    tensors: tuple[str, ...]
+    alpha: float
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How the zeroed outputs of new layers were set in closed form, after the run and before any training.
+
+    Attributes:
+        method: `ridge` or `kfac`.
+        text_sha256: sha256 of the text in UTF-8.
+        tokens: The number of tokens that were fitted. They count as training tokens.
+        held_out_tokens: The number of tokens that chose the step sizes.
+        length: Tokens of a window.
+        damping: The multiple of the mean diagonal entry that was added to the diagonals.
+        seed: The seed that chose the windows that were held out.
+        loss_before: The loss of the windows that were held out, in nats a token, before the calibration.
+        loss_after: That loss afterwards.
+        layers: The new layers that were calibrated, from the lowest to the highest.
+    """
+
+    method: str
+    text_sha256: str
+    tokens: Size
+    held_out_tokens: Size
+    length: Size
+    damping: float
+    seed: Size
+    loss_before: float
+    loss_after: float
+    layers: tuple[CalibratedLayer, ...]

@@ -16,7 +16,9 @@ from ..core.errors import printable
 from ..core.tensors import Action
 from ..core.typed_json import parse
 from ..plan.types import Plan
-from .manifest_parts import Growth, ManifestLayer
+from .manifest_parts import Calibration, Growth, ManifestLayer
+
+_SAME = re.compile(r"^It computes exactly what .* computes: the new layers add nothing until they are trained\.$", re.M)
 
 
 def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -> str:
@@ -72,6 +74,26 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_yaml)), default=0))
     lines += ["", "## Recipe", "", f"{fence}yaml", recipe_yaml.strip(), fence, ""]
     return "\n".join(lines)
+
+
+def calibrated_card(card: str, record: Calibration) -> str:
+    """A model card that says that the outputs of new layers were set, in place of that they add nothing.
+
+    Args:
+        card: The card of the model that was calibrated; its user may have edited it.
+        record: The calibration.
+    """
+    set_layers = ", ".join(str(layer.layer) for layer in record.layers if layer.tensors)
+    if not set_layers:
+        return card
+    text = (
+        f"The outputs of its new layers {set_layers} were set in closed form ({record.method}) from {record.tokens}"
+        f" tokens of a text, which count as training tokens. Loss of {record.held_out_tokens} tokens that were held"
+        f" out to choose the step: {record.loss_before:.4f} before, {record.loss_after:.4f} after."
+    )
+    if _SAME.search(card):
+        return _SAME.sub(lambda _: text, card, count=1)
+    return f"{card.rstrip()}\n\n{text}\n"
 
 
 def _sources(plan: Plan) -> list[tuple[str, ...]]:

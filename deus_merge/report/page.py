@@ -49,7 +49,7 @@ def render_page(manifest: Manifest, recipe: str, verification: Mapping) -> str:
         loader=jinja2.PackageLoader("deus_merge.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"short": short, "plain": plain}
+    environment.filters |= {"short": short, "plain": plain, "loss": "{:.4f}".format}
     diagnostics = [(layer.layer, d) for layer in manifest.layers for d in layer.diagnostics]
     sources = [
         {"model": s.model, "fingerprint": s.fingerprint, "name": _name(s.model), "layers": depth}

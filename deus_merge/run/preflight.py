@@ -148,7 +148,13 @@ def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
     # fine-tunes of one model have the same headers, so the plan's hash does not tell them apart
     planned = [planned_source(source, name) for source, name in plan_sources(plan).items()]
     recorded, wanted = ([(s.folder, s.adapter, s.document) for s in both] for both in (manifest.sources, planned))
-    return same and recorded == wanted and all(file.modified <= written for m in plan.models for file in m.stamp)
+    untouched = manifest.calibration is None and not manifest.trained
+    return (
+        same
+        and untouched
+        and recorded == wanted
+        and all(file.modified <= written for m in plan.models for file in m.stamp)
+    )
 
 
 def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:

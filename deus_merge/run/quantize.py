@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..checkpoint.formats._conv1d import is_transposed, stored_way
 from ..checkpoint.formats.registry import formats
 from ..checkpoint.shards import ShardWriter
 from ..core.tensors import Action, OutputChunk
@@ -55,6 +56,9 @@ class QuantizedWriter:
         quantization = output.quantization
         assert quantization is not None
         like = next(stored for stored in output.inputs if stored.quantization == quantization)
-        parts = formats()[quantization.format].quantize(values.view(output.shape), like)
+        values = values.view(output.shape)
+        if is_transposed(like):
+            values, like = values.T.contiguous(), stored_way(like)
+        parts = formats()[quantization.format].quantize(values, like)
         for label, name in quantization.named(output.name).items():
             self._writer.write_tensor(name, parts[label])

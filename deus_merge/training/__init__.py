@@ -6,7 +6,9 @@
 
     model = transformers.AutoModelForCausalLM.from_pretrained("deeper", dtype=torch.float32)
     print(training.freeze_base(model, "deeper"))
-    trainer = transformers.Trainer(model=model, ...)
+    lr = training.find_lr(model, "deeper", batches).suggestion
+    optimizer = training.optimizer(model, "deeper", lr=lr)
+    trainer = transformers.Trainer(model=model, ..., optimizers=(optimizer, None))
     training.watch(trainer, "deeper")                 # checks the frozen weights, logs the new layers
     trainer.train()
     training.save_trained(model, "deeper", "trained")  # the base keeps its bytes; it can be stripped, and grown again
@@ -22,6 +24,8 @@ from typing import TYPE_CHECKING
 
 from .carry import carry_manifest
 from .freeze import Trainable, freeze_base, new_parameters, optimizer_groups
+from .lr_search import LrSearch, find_lr
+from .optimizers import optimizer
 from .saving import save_trained
 from .watching import Watch
 
@@ -29,12 +33,15 @@ if TYPE_CHECKING:
     from .callback import NewLayersCallback, watch
 
 __all__ = [
+    "LrSearch",
     "NewLayersCallback",
     "Trainable",
     "Watch",
     "carry_manifest",
+    "find_lr",
     "freeze_base",
     "new_parameters",
+    "optimizer",
     "optimizer_groups",
     "save_trained",
     "watch",

@@ -25,23 +25,26 @@ from ..core.errors import TrainingError, nearest
 from ..models.family import families
 from ..models.tokenizer.files import TOKENIZER_FILES
 from ..report.manifest import Manifest
+from .export_optimizers import Exported, OptimizerSettings, for_axolotl, for_llama_factory
 from .freeze import new_layers, new_names, read_training
 from .quantized import DEQUANTIZING
 
 
-def export(out: Path | str, trainer: str) -> str:
+def export(out: Path | str, trainer: str, optimizer: OptimizerSettings | None = None) -> str:
     """Settings that train the new layers of an output and nothing else.
 
     Args:
         out: An output folder, or a trained one that its manifest was copied to.
         trainer: A name in `TRAINERS`.
+        optimizer: The optimizer; None for the trainer's own.
 
     Returns:
         Lines of YAML, or of Python for ``trainer``.
 
     Raises:
         CheckpointError: there is no manifest.
-        TrainingError: an unknown trainer, no new layer, or no settings of this trainer train only these.
+        TrainingError: an unknown trainer, no new layer, or no settings of this trainer train only these,
+            or none express the optimizer.
     """
     if trainer not in TRAINERS:
         raise TrainingError(
@@ -49,14 +52,14 @@ def export(out: Path | str, trainer: str) -> str:
         )
     out = Path(out)
     manifest = read_training(out)
-    return TRAINERS[trainer](out, manifest, new_layers(manifest))
+    return TRAINERS[trainer](out, manifest, new_layers(manifest), optimizer)
 
 
 _STEPS = "  # bfloat16 loses small steps"
 
 
-def _trainer(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
-    given = load = ""
+def _trainer(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
+    given = load = made = note = ""
     if any(name in TOKENIZER_FILES for name in manifest.files):
         load = "tokenizer = transformers.AutoTokenizer.from_pretrained(path)\n"
         given = ", processing_class=tokenizer"
@@ -65,6 +68,10 @@ def _trainer(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
         options, cast, wide, wider = "path", "path, dtype=torch.float32", "", _STEPS
         if dequantizing := DEQUANTIZING.get(str(section.get("quant_method"))):
             options += f", quantization_config=transformers.{dequantizing}(dequantize=True)"
+    if wanted is not None:
+        made = f"optimizer = training.optimizer(model, path, {wanted.arguments})\n"
+        given += ", optimizers=(optimizer, None)"
+        note = "; its learning_rate and weight_decay have no effect"
     return f"""\
 # transformers' Trainer and its subclasses in trl: {_new_layers(new)}
 import torch
@@ -74,23 +81,24 @@ from deus_merge import training
 path = {_absolute(out)!r}
 model = transformers.AutoModelForCausalLM.from_pretrained({options}){wide}
 {load}print(training.freeze_base(model, {cast})){wider}
-trainer = transformers.Trainer(model=model{given})  # and your arguments and data
+{made}trainer = transformers.Trainer(model=model{given})  # and your arguments and data{note}
 training.watch(trainer, path)  # checks that the base stays as it is; logs the new layers
 # after trainer.train(): new weights in the dtype that they had; all else, and the manifest, from file to file
 # training.save_trained(model, path, folder)
 """
 
 
-def _axolotl(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
+def _axolotl(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
     _check_described(out)
     _check_plain("axolotl", out)
     patterns = ["^" + manifest.prefix_of(layer) for layer in new]
     regexes = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     _check_choice("axolotl", manifest, lambda name: any(regex.match(name) for regex in regexes))
-    settings = {"base_model": _absolute(out), "unfrozen_parameters": patterns}
+    settings: dict[str, object] = {"base_model": _absolute(out), "unfrozen_parameters": patterns}
+    optimizer = for_axolotl(wanted, out, manifest) if wanted else Exported({})
     return (
         f"# axolotl (checked against 0.18.0): {_new_layers(new)}\n"
-        + yaml.safe_dump(settings, sort_keys=False)
+        + _yaml(settings, optimizer)
         + "# no adapter: peft puts base_model.model. before every name, and the patterns match nothing\n"
         + "# with gradient_checkpointing: true also\n"
         + yaml.safe_dump({"gradient_checkpointing_kwargs": {"use_reentrant": False}})
@@ -98,7 +106,7 @@ def _axolotl(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     )
 
 
-def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
+def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
     _check_described(out)
     _check_plain("LLaMA-Factory", out)
     depth, count = manifest.num_layers, len(new)
@@ -125,10 +133,11 @@ def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     parts = [f".{layer}." for layer in chosen]
     _check_choice("LLaMA-Factory", manifest, lambda name: any(part in name for part in parts))
     head = f"# LLaMA-Factory (checked against 0.9.6.dev0, without USE_V1): {_new_layers(new)}\n"
-    return head + yaml.safe_dump(settings, sort_keys=False) + _after(out)
+    optimizer = for_llama_factory(wanted, out, manifest) if wanted else Exported({})
+    return head + _yaml(settings, optimizer) + _after(out)
 
 
-def _torchtune(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
+def _torchtune(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
     raise TrainingError(
         "torchtune cannot train only the new layers",
         expected="a setting that chooses layers; torchtune 0.7.0 has none",
@@ -137,12 +146,17 @@ def _torchtune(out: Path, manifest: Manifest, new: tuple[int, ...]) -> str:
     )
 
 
-TRAINERS: Mapping[str, Callable[[Path, Manifest, tuple[int, ...]], str]] = {
+TRAINERS: Mapping[str, Callable[[Path, Manifest, tuple[int, ...], OptimizerSettings | None], str]] = {
     "trainer": _trainer,
     "axolotl": _axolotl,
     "llama-factory": _llama_factory,
     "torchtune": _torchtune,
 }
+
+
+def _yaml(settings: Mapping[str, object], optimizer: Exported) -> str:
+    text = yaml.safe_dump({**settings, **optimizer.settings}, sort_keys=False)
+    return text + "".join(f"{comment}\n" for comment in optimizer.comments)
 
 
 def _absolute(out: Path) -> str:

@@ -253,8 +253,8 @@ def optimizer_groups(
         weight_decay: The weight decay of matrices; norms and biases have none.
 
     Returns:
-        ``name``, ``params``, ``lr`` and ``weight_decay`` of each group: zeroed and other matrices, vectors, tensors
-        that peft added.
+        ``name``, ``params``, ``lr`` and ``weight_decay`` of each group: zeroed and other matrices, vectors (those that
+        began as zeros apart), tensors that peft added.
 
     Raises:
         CheckpointError, TrainingError: as `freeze_base`; or nothing trains.
@@ -265,6 +265,7 @@ def optimizer_groups(
         "zeroed": {"params": [], "lr": lr if zeroed_lr is None else zeroed_lr, "weight_decay": weight_decay},
         "matrices": {"params": [], "lr": lr, "weight_decay": weight_decay},
         "vectors": {"params": [], "lr": lr, "weight_decay": 0.0},
+        "zeroed vectors": {"params": [], "lr": lr if zeroed_lr is None else zeroed_lr, "weight_decay": 0.0},
         "added": {"params": [], "lr": lr, "weight_decay": weight_decay},
     }
     seen = set()
@@ -280,4 +281,6 @@ def optimizer_groups(
 def _group(planned: ManifestTensor | None, ndim: int) -> str:
     if planned is None:
         return "added"
-    return "vectors" if ndim < 2 else "zeroed" if planned.action is Action.ZEROS else "matrices"
+    if planned.action is Action.ZEROS:
+        return "zeroed vectors" if ndim < 2 else "zeroed"
+    return "vectors" if ndim < 2 else "matrices"

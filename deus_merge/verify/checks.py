@@ -12,7 +12,7 @@ from ..checkpoint.dequantized import dequantized, float_shapes
 from ..checkpoint.gguf import GgufSource, is_gguf
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
-from ..checkpoint.quantized import is_cache_scale
+from ..checkpoint.quantized import is_cache_scale, quantization
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..checkpoint.side_files import side_files
 from ..core.errors import DeusMergeError
@@ -235,6 +235,7 @@ class Output:
         plain = self._saved_as_floats()
         names = [name for name in names if name not in plain]
         derived += [name for name in self._names(Action.CAST) if self.manifest.tensors[name].derived]
+        derived = [name for name in derived if not self._only_dequantized(name)]
         compared = [name for name in names if self._source_of(name) is not None]
         wrong = [name for name in compared if not self.results[name].equal]
         if wrong:
@@ -243,8 +244,7 @@ class Output:
         reasons = [str(self._sources[index]) for index in missing]
         if derived:
             reasons.append(
-                f"{len(derived)} tensors were derived (dequantised, adapter, tokenizer, document), so no source has"
-                " their bytes"
+                f"{len(derived)} tensors were derived (adapter, tokenizer, document), so no source has their bytes"
             )
         if plain:
             reasons.append(f"{len(plain)} quantised weights were saved in floating point")
@@ -267,6 +267,11 @@ class Output:
             if codes.weight and name in found and name not in self.manifest.grown_names
             if name not in planned or found[name].dtype != planned[name].dtype
         ]
+
+    def _only_dequantized(self, name: str) -> bool:
+        """Whether a tensor has the values of quantised weights: computed, and rounded, like those of a merge."""
+        sources = [self._sources[index] for index in self.manifest.tensors[name].derived]
+        return all(isinstance(s, Checkpoint) and quantization(s.config) is not None for s in sources)
 
     def _hint(self, wrong: Sequence[str]) -> str:
         """The likely cause of tensors that differ from their sources."""

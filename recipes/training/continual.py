@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch", type=int, default=4, help="windows per step")
     parser.add_argument("--context", type=int, default=256, help="tokens per window")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--output-ratio", type=float, default=1.0, help="the rate of what began as zeros, over --lr")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.out.absolute() == options.model.absolute():
@@ -39,6 +41,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     learn, held_out = windows(tokenizer, options.text, options.context)
     print(f"{len(learn)} windows of {options.context} tokens to learn from, {len(held_out)} held out")
 
+    optimizer = training.optimizer(
+        model, options.model, kind=options.optimizer, lr=options.lr, output_ratio=options.output_ratio
+    )
     trainer = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(
@@ -55,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ),
         train_dataset=learn,
         eval_dataset=held_out,
-        optimizers=(torch.optim.AdamW(training.optimizer_groups(model, options.model, lr=options.lr)), None),
+        optimizers=(optimizer, None),
     )
     training.watch(trainer, options.model)
     before = trainer.evaluate()["eval_loss"]

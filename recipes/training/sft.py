@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch", type=int, default=4, help="conversations per step")
     parser.add_argument("--context", type=int, default=256, help="maximum number of tokens of a conversation")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--output-ratio", type=float, default=1.0, help="the rate of what began as zeros, over --lr")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.out.absolute() == options.model.absolute():
@@ -51,6 +53,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     learn, held_out = conversations(options.conversations)
     print(f"{len(learn)} conversations to learn from, {len(held_out)} held out")
 
+    optimizer = training.optimizer(
+        model, options.model, kind=options.optimizer, lr=options.lr, output_ratio=options.output_ratio
+    )
     trainer = trl.SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -60,7 +65,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             max_length=options.context,
             per_device_train_batch_size=options.batch,
             per_device_eval_batch_size=options.batch,
-            learning_rate=options.lr,
             lr_scheduler_type="cosine",
             warmup_steps=options.steps // 20,
             logging_steps=max(1, options.steps // 10),
@@ -72,6 +76,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ),
         train_dataset=learn,
         eval_dataset=held_out,
+        optimizers=(optimizer, None),
     )
     training.watch(trainer, options.model)
     before = trainer.evaluate()["eval_loss"]

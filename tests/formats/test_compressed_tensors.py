@@ -194,6 +194,10 @@ def test_older_spellings_and_shapes():
     )
     spread = block.repeat_interleave(4, 0)[:5].repeat_interleave(8, 1)[:, :12]
     assert torch.equal(FORMAT.dequantize(weight, parts, 3, 5), (floats.float() * spread)[3:5])
+    huge = config("float-quantized", FP8 | {"strategy": "block", "block_structure": [1 << 40, 1 << 40]})
+    weight, parts = only({"m.weight": floats, "m.weight_scale": block[:1, :1]}, huge)
+    assert torch.equal(FORMAT.dequantize(weight, parts, 0, 5), floats.float() * block[0, 0])
+    assert FORMAT.quantize(floats.float(), weight)["codes"].shape == (5, 12)
     for scales, strategy in ((torch.rand(()), {}), (torch.rand(5), {"group_size": -1})):  # tensor, channel
         settings = config("float-quantized", FP8 | strategy)
         weight, parts = only({"m.weight": floats, "m.weight_scale": scales}, settings)
@@ -296,6 +300,10 @@ def test_a_part_that_is_missing_or_does_not_fit(
         ("ct_fp8_block", "config_groups.group_0.weights.block_structure", [128]),
         ("ct_int4_group", "config_groups.group_0", ["Linear"]),
         ("ct_int4_group", "config_groups.group_0.targets", ["re:("]),
+        ("ct_int4_group", "config_groups.group_0.targets", "Linear"),
+        ("ct_int4_group", "config_groups", ["group_0"]),
+        ("ct_int4_group", "config_groups.group_0.format", ["pack-quantized"]),
+        ("ct_int4_group", "format", ["pack-quantized"]),
     ],
 )
 def test_settings_that_nobody_described(folders, name: str, path: str, value: object):

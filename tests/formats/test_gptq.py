@@ -49,6 +49,15 @@ def test_rows_are_as_the_layout_says(tmp_path, bits, size, act, version):
         assert torch.equal(source.slice(NAME, start, stop), expected[start:stop])
 
 
+def test_groups_of_zeros_are_groups_in_their_order(tmp_path):
+    """As exllama's kernels have it; 96 inputs in groups of 40."""
+    section = {"group_size": 40, "desc_act": False}
+    tensors = stored(**section)
+    expected = opened(tmp_path / "numbers", tensors, **section).read(NAME)
+    tensors[f"{MODULE}.g_idx"].zero_()
+    assert torch.equal(opened(tmp_path / "zeros", tensors, **section).read(NAME), expected)
+
+
 def test_a_word_by_hand(tmp_path):
     """Codes of inputs from the lowest bits, the last with the sign's; zero points 0, 1, ... 7, stored minus one."""
     zeros = (0x76543210 - 0x11111111) & 0xFFFFFFFF
@@ -131,7 +140,8 @@ def test_a_broken_checkpoint_is_refused(tmp_path, change, message):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("bits", 3), ("bits", 5), ("checkpoint_format", "marlin"), ("format", "bitblas"), ("pack_dtype", "int16"),
+    [("bits", 3), ("bits", 5), ("bits", 4.0), ("bits", [4]),
+     ("checkpoint_format", "marlin"), ("format", "bitblas"), ("pack_dtype", "int16"),
      ("is_marlin_format", True), ("adapter", {"rank": 8}), ("rotation", "hadamard"), ("group_size", 0),
      ("group_size", None), ("dynamic", {".*": {"bits": 3}})],
 )  # fmt: skip

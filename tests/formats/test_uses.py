@@ -10,8 +10,9 @@ import torch
 from quantized_checkpoints import VARIANTS
 from safetensors.torch import load_file, save_file
 from support import make_speakers
-from test_contract import config_of, format_of, passthrough, recipe, source, stored
+from test_contract import config_of, format_of, logits, passthrough, recipe, source, stored
 
+from deus_merge import api
 from deus_merge.checkpoint.quantized import quantization
 
 HALF = "parameters: {weight: 0.5}\n"
@@ -96,6 +97,19 @@ def test_formats_mix(quantized, run, tmp_path):
     assert torch.equal(copied.float(), b.read("model.layers.2.mlp.up_proj.weight").bfloat16().float())
     excepted = config_of(tmp_path / "stack")["quantization_config"]["modules_to_not_convert"]
     assert "model.layers.3.mlp.up_proj" in excepted and "model.layers.1.mlp.up_proj" not in excepted
+
+
+def test_a_float16_model_beside_a_quantised_bfloat16_one(quantized, run, tmp_path):
+    """Loaders do not cast what is stored beside codes, so the layers of another model need the base's dtype."""
+    base, other = quantized("fp8_tensor"), quantized("gptq", 1)
+    done = run("merge", recipe(tmp_path / "r.yml", passthrough((base, 0, 2), (other, 1, 3))), tmp_path / "mixed")
+    assert "write the other model in bfloat16 in a document of its own" in done.err
+    text = f"name: cast\ndtype: bfloat16\nmerge_method: passthrough\nmodels: [{{model: '{other}'}}]\n---\n"
+    both = text + passthrough((base, 0, 2), ("cast", 1, 3))
+    assert "in another dtype" not in run("merge", recipe(tmp_path / "s.yml", both), tmp_path / "out").err
+    run("verify", tmp_path / "out")
+    assert {t.quantization.format for t in source(tmp_path / "out").tensors.values() if t.quantization} == {"fp8"}
+    assert logits(tmp_path / "out").isfinite().all()
 
 
 def test_tokens_are_united(run, tmp_path):
@@ -224,6 +238,19 @@ def test_what_is_not_known_is_refused(copy, run, tmp_path):
         shutil.rmtree(folder)
 
 
+def test_pickled_codes_are_read(quantized, run, tmp_path):
+    """They are in no file as they are: a copy of them is dequantised, and the reason is told."""
+    base, folder = quantized("gptq"), tmp_path / "base"
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    torch.save(load_file(base / "model.safetensors"), folder / "pytorch_model.bin")
+    done = run("upscale", folder, tmp_path / "out", "--insert", "{after: [1]}", "--allow-pickle")
+    assert "21 gptq weights of" in done.err and "written as F16: they are in pickled files" in done.err
+    run("upscale", base, tmp_path / "plain", "--insert", "{after: [1]}", "--dtype", "float16")
+    assert stored(tmp_path / "out") == stored(tmp_path / "plain")
+    assert quantization(config_of(tmp_path / "out")) is None
+
+
 def test_quantize_new_needs_a_quantised_base(quantized, float_model, run, tmp_path):
     done = run("upscale", float_model("llama"), tmp_path / "out", "--quantize-new", expect=2)
     assert "which is not quantised" in done.err
@@ -265,3 +292,16 @@ def test_interrupted_and_resumed(quantized, run, tmp_path, monkeypatch):
     monkeypatch.undo()
     run("upscale", base, tmp_path / "resumed", *arguments, "--resume")
     assert stored(whole) == stored(tmp_path / "resumed") == stored(tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_training_memory_counts_codes_as_they_are_stored(name, quantized):
+    """The frozen base has the bytes of its codes and their companions; all else is bfloat16."""
+    folder = quantized(name)
+    plan = api.plan(api.upscale_recipe(folder, preset="llama_pro", insert={"after": [0]}))
+    found = plan.training_memory()
+    whole = {key for key, tensor in source(folder).tensors.items() if tensor.quantization is None}
+    tensors = load_file(folder / "model.safetensors").items()
+    sizes = [2 * tensor.numel() if key in whole else tensor.nbytes for key, tensor in tensors]
+    assert found is not None and found.base_weights == sum(sizes)
+    assert found.new_weights == 4 * plan.shape.new_parameters

@@ -26,7 +26,7 @@ SIZES = st.lists(st.integers(0, 24) | st.sampled_from([8, 12, 16, 24, 48]), min_
 def cut(layout, tensor, heads):
     try:
         return {role: tuple(view.shape) for role, view in layout.split(tensor, heads).items()}
-    except (RuntimeError, ValueError, TypeError, AssertionError):
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         return None
 
 

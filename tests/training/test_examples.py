@@ -56,7 +56,7 @@ def check_example(run, script: str, base: Path, tmp_path: Path, *options: object
 
 
 def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
-    options = ("--steps", 12, "--context", 96, "--lr", 5e-3)
+    options = ("--steps", 12, "--context", 96, "--lr", 5e-3, "--output-ratio", 2)
     trained = check_example(run, "continual", tiny, tmp_path, *options)  # new: 4 and 6
     again = grow(trained, tmp_path / "again", insert={"after": [0, 4]})  # 8 layers become 10, new: 1 and 6
     record = json.loads((again / "deus_merge.json").read_text())
@@ -86,7 +86,9 @@ def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
 @pytest.mark.slow
 def test_supervised_fine_tuning(run, tiny, tmp_path):
     pytest.importorskip("trl")
-    trained = check_example(run, "sft", tiny, tmp_path, "--steps", 12, "--context", 96, "--lr", 5e-3)
+    trained = check_example(
+        run, "sft", tiny, tmp_path, "--steps", 12, "--context", 96, "--lr", 1e-2, "--optimizer", "muon"
+    )
     assert "assistant:" in transformers.AutoTokenizer.from_pretrained(trained).chat_template
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models
 import transformers
 import yaml
 from grown import grow
@@ -57,6 +58,81 @@ def test_settings_for_llama_factory(run, tmp_path, case):
     settings = yaml.safe_load(run("export-training", out, "--for", "llama-factory").out)
     common = {"model_name_or_path": str(out), "finetuning_type": "freeze", "freeze_trainable_modules": "all"}
     assert settings == common | expected
+
+
+def rates_of(optimizer, model) -> dict[str, float]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_optimizer_for_the_trainer(run, deeper, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    options = ("--optimizer", kind, "--lr", "3e-4", "--output-ratio", 3)
+    exec(run("export-training", deeper, *options).out, scope)
+    expected = training.optimizer(scope["model"], deeper, kind=kind, lr=3e-4, output_ratio=3.0)
+    assert scope["trainer"].optimizer is scope["optimizer"] and type(scope["optimizer"]) is type(expected)
+    assert rates_of(scope["optimizer"], scope["model"]) == rates_of(expected, scope["model"])
+
+
+def test_rates_for_axolotl(run, tmp_path):
+    """By its rule every weight has the rate that it has here; a bias that it cannot give one is named."""
+    for family in ("llama", "llama_bias"):
+        out = grow(
+            make_model(tmp_path / family, family, layers=12), tmp_path / f"{family}-out", insert={"after": [0, 9]}
+        )
+        text = run("export-training", out, "--for", "axolotl", "--lr", "3e-4", "--output-ratio", 3).out
+        settings = yaml.safe_load(text)
+        (group,) = settings["lr_groups"]
+        model = load(out)
+        training.freeze_base(model, out)
+        decayed = {n for n in training.new_parameters(out) if n.endswith("proj.weight")}  # norms and biases never match
+        by_rule = {
+            name: group["lr"]
+            if name in decayed and any(m in name for m in group["modules"])
+            else settings["learning_rate"]
+            for name in training.new_parameters(out)
+        }
+        rates = rates_of(training.optimizer(model, out, lr=3e-4, output_ratio=3.0), model)
+        unlike = {name for name in rates if by_rule[name] != pytest.approx(rates[name])}
+        assert unlike == {n for n in rates if n.endswith(("o_proj.bias", "down_proj.bias"))}
+        assert bool(unlike) is (family == "llama_bias") is ("lr_groups leaves out biases" in text)
+        assert group["lr"] == 9e-4 and settings["optimizer"] == "adamw_torch_fused"
+
+
+# fmt: off
+MUON = {  # trainer and family, and what its comments or its error say
+    ("axolotl", "llama"): "does not train norms and biases",
+    ("axolotl", "phi3"): "even if it consists of several: model.layers.6.",
+    ("axolotl", "qwen3_moe"): None,
+    ("llama-factory", "llama"): "weight_decay",
+    ("llama-factory", "phi3"): "even if it consists of several: model.layers.6.",
+    ("llama-factory", "qwen3_moe"): "AdamW trains them",
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("trainer", "family"), MUON)
+def test_muon_of_other_trainers(run, tmp_path, trainer, family):
+    out = grow(tiny_models.make(tmp_path / "base", family), tmp_path / "out", "llama_pro", {"after": [5]})
+    options = ("export-training", out, "--for", trainer, "--optimizer", "muon", "--lr", "2e-3")
+    if MUON[trainer, family] is None:
+        assert "axolotl cannot express this optimizer" in run(*options, expect=2).err
+        return
+    text = run(*options).out
+    settings = yaml.safe_load(text)
+    assert settings["learning_rate"] == 2e-3
+    assert settings["optimizer"] == "muon" if trainer == "axolotl" else settings["use_muon"] is True
+    assert MUON[trainer, family] in text and ("even if" in text) is (family == "phi3")
+    reported = run(*options, "--output-ratio", 2, expect=2).err
+    assert "cannot express this optimizer" in reported and "output_ratio 2" in reported
+
+
+def test_optimizers_that_are_not_exported(run, deeper):
+    assert "needs a learning rate" in run("export-training", deeper, "--optimizer", "muon", expect=2).err
+    assert "not a rate" in run("export-training", deeper, "--lr", "-1", expect=2).err
+    assert "optimizer" not in run("export-training", deeper, "--for", "axolotl").out
 
 
 def test_settings_that_there_are_none_for(run, deeper, tmp_path):

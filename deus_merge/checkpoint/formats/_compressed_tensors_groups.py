@@ -72,13 +72,15 @@ def groups(section: Mapping[str, Any], where: object) -> list[Group]:
         if value and said != "dense":
             _refuse(where, key, said, "none")
     overall = quantized.get("format") or "dense"
-    if overall != "mixed-precision" and overall not in STORED:
+    if overall != "mixed-precision" and str(overall) not in STORED:
         _refuse(where, "format", overall, " | ".join(STORED))
     entries = quantized.get("config_groups") or {}
+    if not isinstance(entries, Mapping):
+        _refuse(where, "config_groups", entries, "groups by their names")
     found = []
     for name, entry in entries.items():
         key = f"config_groups.{name}"
-        if not isinstance(entry, Mapping):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("weights") or {}, Mapping):
             _refuse(where, key, entry, "targets and settings of weights")
         if entry.get("weights"):
             found.append(_group(key, entry, entry.get("format") or overall, where))
@@ -108,12 +110,14 @@ def _group(key: str, entry: Mapping[str, Any], format_: str, where: object) -> G
         CheckpointError: a setting is unknown.
     """
     settings, targets = entry["weights"], entry.get("targets") or ()
+    if not isinstance(targets, list | tuple):
+        _refuse(where, f"{key}.targets", targets, "a list of names")
     for target in targets:
         try:
             re.compile(target.removeprefix("re:"))
-        except re.error:
+        except (re.error, AttributeError):
             _refuse(where, f"{key}.targets", target, "a name, or re: and a regular expression")
-    stored = STORED.get(format_)
+    stored = STORED.get(str(format_))
     if stored is None:
         _refuse(where, f"{key}.format", format_, " | ".join(STORED))
     size, shape = settings.get("group_size"), settings.get("block_structure")

@@ -48,6 +48,7 @@ class Format(ABC):
         reference: Where the format is defined.
         exceptions: The key of the config's section that lists the modules which are not quantised.
         quantizes: Whether `quantize` is defined.
+        transposes: Whether weights of transformers' ``Conv1D`` are stored as their transposes.
         computed: For such a format: the parts that it computes from values. Others are measured on activations.
     """
 
@@ -56,6 +57,7 @@ class Format(ABC):
     reference: str
     exceptions: str
     quantizes = False
+    transposes = False
     computed: tuple[str, ...] = ()
 
     @abstractmethod

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _PART = re.compile(rf"(.+)\.(?:{'|'.join(_PARTS)}|quant_state\.bitsandbytes__\w+)")
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # numbers of codes with one scale
+_STATE_BYTES = 1 << 16  # of a weight's settings; they take some hundred
 #: codes are bytes, but may be stored as another dtype's (``bnb_4bit_quant_storage``, for FSDP)
 _STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
@@ -34,6 +35,7 @@ class BitsAndBytes4Bit(Format):
     summary = "bitsandbytes NF4 and FP4, with and without double quantisation (QLoRA)"
     reference = "https://arxiv.org/abs/2305.14314, section 3"
     exceptions = "llm_int8_skip_modules"
+    transposes = True
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         # configs from before the key quant_method only say load_in_4bit
@@ -49,6 +51,8 @@ class BitsAndBytes4Bit(Format):
                 got = ", ".join(stored) or "none"
                 refuse(codes, f"{name} needs one of these tensors", expected=" | ".join(states), got=got)
             state = part(tensors, stored[0], name, dtypes=["U8"])
+            if len(state.shape) != 1 or state.nbytes > _STATE_BYTES:
+                refuse(state, f"{state.name} does not hold settings in JSON", got=list(state.shape))
             settings = _settings(state, bytes(peek(state.name).tolist()))
             shape = tuple(settings["shape"])
             count = math.prod(shape)
@@ -121,14 +125,14 @@ def _settings(state: StoredTensor, text: bytes) -> dict[str, Any]:
     """
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         refuse(state, f"{state.name} does not hold settings in JSON", got=text[:80])
     nested = any(key.startswith("nested_") for key in found)
     known = {
         "quant_type": lambda value: value == state.name.rpartition("__")[2],
-        "blocksize": lambda value: value in _BLOCKS,
+        "blocksize": lambda value: _is_size(value) and value in _BLOCKS,
         "shape": lambda value: isinstance(value, list) and bool(value) and all(_is_size(size) for size in value),
     } | (
         {

@@ -27,6 +27,7 @@ class BitsAndBytes8Bit(Format):
     summary = "bitsandbytes LLM.int8(): int8 with a scale for each row"
     reference = "https://arxiv.org/abs/2208.07339, section 3"
     exceptions = "llm_int8_skip_modules"
+    transposes = True
     quantizes = True
     computed = ("codes", "scales", "layout")
 

@@ -196,9 +196,10 @@ def _weight(
         rows, into = (out, into) if group.strategy == "group" else map(int, peek(shape.name).tolist())
         if rows != out or -(-into * group.bits // 32) != codes.shape[1] or into < 1:
             refuse(codes, f"{codes.name} does not fit {shape.name} and {scales.name}", got=list(codes.shape))
-    height, width = group.block[0] or out, group.block[1] or into
-    if group.block[1] and group.strategy != "block" and into % width:
-        refuse(codes, f"{codes.name} cannot be cut into groups", expected=f"a multiple of {width} columns", got=into)
+    height, width = min(group.block[0] or out, out), min(group.block[1] or into, into)
+    if group.block[1] and group.strategy != "block" and into % group.block[1]:
+        expected = f"a multiple of {group.block[1]} columns"
+        refuse(codes, f"{codes.name} cannot be cut into groups", expected=expected, got=into)
     grid = (-(-out // height), -(-into // width))
     flat = {"tensor": [(), (1,)], "channel": [(out,)]}.get(group.strategy, [])
     own("weight_scale", (scales.dtype,), *flat, grid)

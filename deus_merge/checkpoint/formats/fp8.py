@@ -169,7 +169,7 @@ def _grids(codes: StoredTensor, section: Mapping[str, Any], inverse: bool) -> di
     if inverse and size is not None:
         if not isinstance(size, list | tuple) or [type(n) is int and n > 0 for n in size] != [True, True]:
             refuse(codes, "malformed 'weight_block_size'", expected="two positive integers", got=size)
-        grids[(*stack, -(-rows // size[0]), -(-columns // size[1]))] = (size[0], size[1])
+        grids[(*stack, -(-rows // size[0]), -(-columns // size[1]))] = (min(size[0], rows), min(size[1], columns))
     return grids
 
 

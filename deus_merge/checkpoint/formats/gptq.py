@@ -26,13 +26,15 @@ class Gptq(Format):
     ``qweight`` is (in / pack, out), a word having the codes of ``pack`` = 32 / bits neighbouring inputs; ``qzeros`` is
     (groups, out / pack). ``g_idx`` gives each input's group, in any order (act-order). In checkpoint format ``gptq``,
     words of zero points are stored minus one in every place, with borrow between places, as GPTQModel writes and reads
-    them (a zero point of 0 occurs without ``sym`` only); in ``gptq_v2`` as they are.
+    them (a zero point of 0 occurs without ``sym`` only); in ``gptq_v2`` as they are. A ``g_idx`` of zeros means groups
+    in their order.
     """
 
     name = "gptq"
     summary = "GPTQ, 2, 4 and 8 bits, formats gptq and gptq_v2, act-order (AutoGPTQ, GPTQModel)"
     reference = "https://arxiv.org/abs/2210.17323; layout: github.com/ModelCloud/GPTQModel, TorchQuantLinear"
     exceptions = "dynamic"
+    transposes = True
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         return section.get("quant_method") == "gptq"
@@ -49,7 +51,7 @@ class Gptq(Format):
                     )
                 rule = _rule(section, module)
                 bits = rule.get("bits", section.get("bits"))
-                if bits not in _ONES:
+                if not isinstance(bits, int) or bits not in _ONES:
                     refuse(tensor, f"{name}: GPTQ with bits {bits!r} is not supported", expected="2 | 4 | 8", got=bits)
                 inputs, outputs = tensor.shape[0] * 32 // bits, tensor.shape[1]
                 if outputs * bits % 32:
@@ -66,7 +68,7 @@ class Gptq(Format):
                     "zeros": part(tensors, f"{module}.qzeros", name, dtypes=["I32"], shapes=[words]),
                     "groups": part(tensors, f"{module}.g_idx", name, dtypes=["I32", "I64"], shapes=[(inputs,)]),
                 }  # fmt: skip
-                settings = {"bits": bits, "zeros_minus_one": minus}
+                settings = {"bits": bits, "zeros_minus_one": minus, "group": inputs if size == -1 else size}
                 yield Weight(f"{module}.weight", (outputs, inputs), Quantization(self.name, parts, settings))
             elif last in ("qzeros", "scales", "g_idx"):
                 part(tensors, f"{module}.qweight", name)
@@ -90,6 +92,8 @@ class Gptq(Format):
                 got=got,
                 hint="download the file again, or use the original model",
             )
+        if scales.shape[1] > 1 and not bool(groups.any()):
+            groups = torch.arange(len(groups)) // weight.quantization.settings["group"]
         first, last = start // pack, -(-stop // pack)  # words of zero points
         words = parts["zeros"][:, first:last]  # (groups, last - first)
         if weight.quantization.settings["zeros_minus_one"]:
@@ -134,7 +138,7 @@ def _rule(section: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     does not: such modules are not quantised)."""
     for pattern, rule in (section.get("dynamic") or {}).items():
         if re.match(pattern.removeprefix("+:"), module):
-            return rule
+            return rule or {}
     return {}
 
 

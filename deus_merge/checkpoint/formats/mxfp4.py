@@ -27,7 +27,7 @@ class Mxfp4(Format):
     reference = "Open Compute Project 2023, Microscaling Formats (MX) Specification 1.0"
     exceptions = "modules_to_not_convert"
     quantizes = True
-    computed = ("codes", "scales")
+    computed = ("codes", "scale")
 
     def matches(self, section: Mapping[str, Any]) -> bool:
         return section.get("quant_method") == "mxfp4"

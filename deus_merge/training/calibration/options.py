@@ -1,0 +1,177 @@
+"""The options of a calibration, and the windows of text that it uses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...core.errors import PlanError, TrainingError
+from ...models.tokenizer.files import TOKENIZER_FILES
+from ...run.device import check_device_name
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS = ("ridge", "kfac")
+_CHARACTERS = 32  # of text a token at most, nearly always
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    Attributes:
+        tokens: Tokens of the text that are used at most, fitted and held out together.
+        length: Tokens of a window; nothing is read across windows.
+        held_out: The share of the windows that is not fitted: their loss chooses the step size.
+        method: ``ridge`` or ``kfac``.
+        damping: Multiple of the mean diagonal entry that is added to the diagonals.
+        batch: Windows that are computed at once.
+        seed: Decides which windows are held out.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        max_memory: Bytes the process may take; None for those of the machine.
+        threads: CPU threads for arithmetic; None for torch's own choice.
+        resume: Continue an interrupted run.
+        overwrite: Replace an existing output, once the new one is complete.
+    """
+
+    tokens: int = 16_384
+    length: int = 256
+    held_out: float = 0.25
+    method: str = "kfac"
+    damping: float = 0.3
+    batch: int = 4
+    seed: int = 0
+    device: str = "auto"
+    max_memory: int | None = None
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Check every value.
+
+        Raises:
+            PlanError: one is out of range.
+        """
+        wanted = {
+            "length": ("at least 2", self.length >= 2),
+            "tokens": ("at least two windows: 2 x --length", self.tokens >= 2 * self.length),
+            "held_out": ("more than 0 and less than 1", 0 < self.held_out < 1),
+            "method": (" or ".join(METHODS), self.method in METHODS),
+            "damping": ("more than 0, at most 1e6", 0 < self.damping <= 1e6),
+            "batch": ("at least 1", self.batch >= 1),
+            "seed": ("0 to 2**63 - 1", 0 <= self.seed < 2**63),
+        }
+        for name, (expected, fits) in wanted.items():
+            if not fits:
+                option = "--" + name.replace("_", "-")
+                raise PlanError("not a possible value", where=option, expected=expected, got=getattr(self, name))
+        check_device_name(self.device)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The values that decide the result, by name."""
+        others = {"device", "max_memory", "threads", "resume", "overwrite"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The tokens of a text in windows.
+
+    Attributes:
+        ids: Token ids, (w, t) int64: the fitted windows first, then those that are held out.
+        fitted: The number of fitted windows.
+        text_sha256: sha256 of the text in UTF-8.
+    """
+
+    ids: torch.Tensor
+    fitted: int
+    text_sha256: str
+
+    @property
+    def held_out(self) -> int:
+        return len(self.ids) - self.fitted
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+
+def read_windows(folder: Path, text: str, options: CalibrationOptions, vocabulary: int) -> Windows:
+    """Windows of a text, spread over all of it, by a model's own tokenizer.
+
+    Args:
+        folder: The model.
+        text: The text.
+        options: Tokens, length, share that is held out, seed.
+        vocabulary: The number of tokens that the model has rows for.
+
+    Raises:
+        TrainingError: there is no tokenizer, or the text has too few tokens, or tokens that the model lacks.
+    """
+    import torch
+    import transformers
+
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        hint = "tokenizer.save_pretrained(folder) puts one there"
+        raise TrainingError("the folder has no tokenizer to read the text with", where=folder, hint=hint)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ImportError, ValueError, OSError) as error:  # it may need a package that is not installed
+        why = " ".join(str(error).split())
+        raise TrainingError("transformers cannot load the tokenizer", where=folder, got=why) from None
+
+    def tokens(part: str) -> list[int]:
+        return tokenizer(part, verbose=False)["input_ids"]
+
+    ids = _spread(text, tokens, options)
+    if len(ids) < 2:
+        raise TrainingError(
+            "the text is too short",
+            where="--text",
+            expected=f"at least two windows of {options.length} tokens",
+            got=f"{len(tokens(text))} tokens",
+            hint="give more text, or shorter windows with --length",
+        )
+    windows, count = torch.tensor(ids), len(ids)  # (w, t)
+    if (largest := int(windows.max())) >= vocabulary:
+        raise TrainingError(
+            "the text has tokens that the model has no row for",
+            where=folder,
+            expected=f"token ids below {vocabulary}",
+            got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
+    fitted = count - min(count - 1, max(1, round(options.held_out * count)))
+    order = torch.cat([order[:fitted].sort().values, order[fitted:].sort().values])  # (w,)
+    return Windows(windows[order], fitted, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _spread(text: str, tokens: Callable[[str], list[int]], options: CalibrationOptions) -> list[list[int]]:
+    """Windows of a text, as many as are wanted where it has as many, evenly spread over all of it.
+
+    Args:
+        text: The text.
+        tokens: The tokenizer.
+        options: Tokens, length.
+    """
+    count, length = options.tokens // options.length, options.length
+    reach = _CHARACTERS * length
+    if len(text) > 2 * count * reach:  # a long text is not read as a whole: a window from each part of it
+        found = []
+        for i in range(count):
+            at = i * len(text) // count
+            line = text.find("\n", at, at + reach) + 1 or at  # from the beginning of a line, if there is one
+            if len(ids := tokens(text[line : line + reach])) >= length:
+                found.append(ids[:length])
+        if len(found) >= 2:
+            return found
+    ids = tokens(text)
+    total = len(ids) // length
+    chosen = range(total) if total <= count else [i * total // count for i in range(count)]
+    return [ids[i * length : (i + 1) * length] for i in chosen]
