@@ -10,6 +10,7 @@ The quantised models are made from the bfloat16 one: FP8 and INT4 by our own for
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -125,7 +126,7 @@ def main() -> None:
     out = options.scratch.resolve() / "quantized-out"
     shutil.rmtree(out, ignore_errors=True)
     figures: list[Figure] = []
-    details: dict[str, dict] = {}
+    details: dict[str, Any] = {"load at the start": round(os.getloadavg()[0], 1)}
     for case in (CASES[name] for name in options.cases):
         names = [name for name in models if name == "bf16" or name in case.formats]
         runs: dict[str, list[Run]] = {name: [] for name in names}
@@ -142,6 +143,7 @@ def main() -> None:
             details[f"{case.what}, {name}"] = spread(runs[name])
             if name != "bf16":
                 figures += _figures(case, name, runs[name], runs["bf16"])
+    details["load at the end"] = round(os.getloadavg()[0], 1)
     report(Path(__file__).stem, figures, options, details)
 
 

@@ -81,6 +81,12 @@ def markdown(machine: dict, parts: list[dict]) -> str:
     """RESULTS.md."""
     fields = Figure.__dataclass_fields__
     rows = [Figure(**{k: v for k, v in f.items() if k in fields}).cells() for part in parts for f in part["figures"]]
+    loads = [
+        f"`{part['title']}` ran while the machine's load average was {start} at its start and {end} at its end."
+        for part in parts
+        if (start := part["details"].get("load at the start")) and (end := part["details"].get("load at the end"))
+        if max(start, end) > 2 * machine["cores"]
+    ]
     lines = [
         "# Benchmarks",
         "",
@@ -89,6 +95,7 @@ def markdown(machine: dict, parts: list[dict]) -> str:
         "",
         ", ".join(f"{key} {value}" for key, value in machine.items()),
         "",
+        *(line for load in loads for line in (load, "")),
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
         *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
