@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from test_contract import upscaled
 from tiny_models import make, shared
 
@@ -39,20 +37,6 @@ def test_one_warning_for_all_layers_of_which_the_same_is_to_be_said(run, tmp_pat
     err = run("upscale", shared("gpt_oss"), tmp_path / "out", "--insert", "all", "--dry-run").err
     warnings = [line for line in err.splitlines() if "layer_types differ" in line]
     assert len(warnings) == 2 and "layers 1, 5, 9 fuse layers" in warnings[0] and "layers 3, 7 fuse" in warnings[1]
-
-
-def test_mxfp4_is_called_quantised(run, tmp_path):
-    model = make(tmp_path / "model", "gpt_oss")
-    tensors = load_file(model / "model.safetensors")
-    for name in [n for n in tensors if n.endswith("_proj") and ".experts." in n]:
-        rows = tensors.pop(name).shape[2]
-        tensors[f"{name}_blocks"] = torch.zeros(4, rows, 1, 16, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.zeros(4, rows, 1, dtype=torch.uint8)
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    err = run("upscale", model, tmp_path / "out", expect=2).err
-    assert "quantised (mxfp4)" in err and "dequantise" in err and not (tmp_path / "out").exists()
 
 
 def test_methods_take_a_model_type(run):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from makers import fp8, gptq
 from safetensors.torch import load_file, save_file
-from test_contract import TOKENS, config_of, recipe, source, stored
+from test_every_format import TOKENS, config_of, recipe, source, stored
 
 SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3,
          "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from quantized_checkpoints import VARIANTS
 from safetensors.torch import load_file, save_file
 from support import make_speakers
-from test_contract import config_of, format_of, logits, passthrough, recipe, source, stored
+from test_every_format import config_of, format_of, logits, passthrough, recipe, source, stored
 
 from deus_merge import api
 from deus_merge.checkpoint.quantized import quantization
