@@ -120,9 +120,10 @@ def main() -> None:
     options = options.parse_args()
     shape = shape_of(options)
     base = random_checkpoint(options.scratch, shape)
-    models = {"bf16": (base, fine_tuned(base, shape, 1) if "linear" in options.cases else base)}
+    pair = (base, fine_tuned(base, shape, 1) if "linear" in options.cases else base)
+    models = {"bf16": pair}
     for name in options.formats:
-        models[name] = tuple(_quantized(model, shape, name) for model in models["bf16"])  # type: ignore[assignment]
+        models[name] = (_quantized(pair[0], shape, name), _quantized(pair[1], shape, name))
     out = options.scratch.resolve() / "quantized-out"
     shutil.rmtree(out, ignore_errors=True)
     figures: list[Figure] = []

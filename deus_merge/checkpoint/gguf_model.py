@@ -70,7 +70,7 @@ def described(path: Path, header: GgufHeader) -> GgufModel:
         config = AutoConfig.from_pretrained(str(path.parent), **_reader_options(path))
         known = {architecture, config.model_type} & {*reader.GGUF_SUPPORTED_ARCHITECTURES}
         if not known or (architecture in _newly_read() and architecture not in reader.TENSOR_PROCESSORS):
-            raise NotImplementedError("transformers reads it by a newer way, which is not followed here")
+            raise ValueError("transformers reads it by a newer way, which is not followed here")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config=config.to_dict())

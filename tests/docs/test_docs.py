@@ -15,8 +15,11 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def commands() -> list[list[str]]:
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+
+
+def commands(page: str = README) -> list[list[str]]:
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("deus-merge")]
 
 
@@ -34,6 +37,13 @@ def test_readme_commands_run_in_order(run, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     assert len(commands()) >= 5
     for command in commands():
+        run(*command[1:])
+
+
+def test_commands_of_the_page_on_training_run(run, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    assert commands(TRAINING)
+    for command in commands(TRAINING):
         run(*command[1:])
 
 

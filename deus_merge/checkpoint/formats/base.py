@@ -133,8 +133,11 @@ class Format(ABC):
 
         Returns:
             The parts, in the dtypes and shapes of ``like``'s.
+
+        Raises:
+            CheckpointError: the format does not quantise; a plan asks `refusal` first.
         """
-        raise NotImplementedError
+        refuse(like, f"{like.name}: {self.refusal(like) or f'{self.name} does not quantise'}")
 
     def except_modules(
         self, section: Mapping[str, Any], modules: Sequence[str], default: Sequence[str], quantized: Sequence[str] = ()
