@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from ..models.spec import RESIDUAL, Heads, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_DOWN = re.compile(r"(experts\.\d+\.)down")
 
 
 class Packing:
@@ -86,15 +89,27 @@ def fitted(specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -
 def layout_problem(
     specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]], heads: Heads | None
 ) -> str | None:
-    """Why a stored tensor cannot consist of what its layout says; None if all can."""
+    """Why a stored tensor cannot consist of what its layout says, or experts do not fit together; None if all do."""
+    found = {spec.role: tuple(shapes[spec.role]) for spec in specs if spec.layout is None and spec.role in shapes}
     for spec in (spec for spec in fitted(specs, shapes) if spec.layout is not None):
         assert spec.layout is not None
         try:
-            spec.layout.split(Extents(shapes[spec.role]), heads)
+            found |= {role: part.shape for role, part in spec.layout.split(Extents(shapes[spec.role]), heads).items()}
         except (RuntimeError, ValueError, IndexError, AssertionError):
             parts = some_of(part.role for part in spec.layout.specs(shapes[spec.role]))
             of = f"{heads.query} query and {heads.key_value} key-value heads of {heads.size}" if heads else "the heads"
             return f"{spec.role} of shape {list(shapes[spec.role])} does not consist of {parts} for {of} of config.json"
+    return _expert_problem(found)
+
+
+def _expert_problem(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why the matrices of an expert cannot follow each other: up and gate are (f, d), down is (d, f)."""
+    for role, shape in shapes.items():
+        if not (match := _DOWN.fullmatch(role)):
+            continue
+        for other in (f"{match[1]}up", f"{match[1]}gate"):
+            if other in shapes and shapes[other] != shape[::-1]:
+                return f"{role} of shape {list(shape)} does not fit {other} of shape {list(shapes[other])}"
     return None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from test_contract import upscaled
 from tiny_models import make, shared
 
@@ -37,6 +39,18 @@ def test_one_warning_for_all_layers_of_which_the_same_is_to_be_said(run, tmp_pat
     err = run("upscale", shared("gpt_oss"), tmp_path / "out", "--insert", "all", "--dry-run").err
     warnings = [line for line in err.splitlines() if "layer_types differ" in line]
     assert len(warnings) == 2 and "layers 1, 5, 9 fuse layers" in warnings[0] and "layers 3, 7 fuse" in warnings[1]
+
+
+def test_experts_that_do_not_fit_together_are_refused(run, tmp_path):
+    """Down reads 64 neurons where gate and up have 48: a file that its config does not describe."""
+    model = make(tmp_path / "model", "gpt_oss")
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("experts.down_proj")]:
+        tensors[name] = torch.zeros(tensors[name].shape[0], 64, tensors[name].shape[2])
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    err = run("upscale", model, tmp_path / "out", expect=2).err
+    assert "experts.0.down of shape [32, 64] does not fit experts.0.up of shape [48, 32]" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_methods_take_a_model_type(run):
