@@ -23,10 +23,10 @@ def commands(page: str = README) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("deus-merge")]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+@pytest.fixture
+def workplace(tmp_path):
     """A folder as a user has it after ``make demo``, with small models under the names the README uses."""
-    folder = tmp_path_factory.mktemp("readme")
+    folder = tmp_path
     (folder / "recipes").symlink_to(ROOT / "recipes")
     for name in ("demo/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         make_model(folder / name, layers=30, tied=True)
@@ -49,7 +49,7 @@ def test_commands_of_the_page_on_training_run(run, workplace, monkeypatch):
 
 def test_readme_training_snippet(run, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    run("upscale", "demo/SmolLM2-135M-Instruct", "deeper", "--insert", "all", "--preset", "copy_next", "--overwrite")
+    run("upscale", "demo/SmolLM2-135M-Instruct", "deeper", "--insert", "all", "--preset", "copy_next")
     snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     scope: dict = {}
     exec(snippet, scope)
