@@ -18,6 +18,7 @@ _COMMANDS = {  # name -> module with a click command of that name; imported when
     "verify": "inspect",
     "report": "inspect",
     "inspect": "inspect",
+    "recipes": "recipes",
     "methods": "inspect",
     "calibrate": "calibrate",
     "export-training": "training",
@@ -34,6 +35,7 @@ _HELP = {
     "calibrate": "Set zeroed outputs of new layers from a text.",
     "export-training": "Print a trainer's settings: only new layers train.",
     "strip": "Take the new layers out again.",
+    "recipes": "List the recipes that ship with it, print one.",
     "methods": "List methods, solvers, families and presets.",
     "demo": "Up-scale a small real model, start to end.",
 }
@@ -74,7 +76,8 @@ def cli():
     \b
     deus-merge demo --tiny                              a small example, without a download
     deus-merge upscale ./model ./deeper                 make a model deeper
-    deus-merge merge recipes/mixed.yml ./out            run a recipe
+    deus-merge recipes                                  the recipes that ship with it
+    deus-merge merge opt_deus ./out --model ./model     run a recipe: a file, or one that ships
     """
 
 
@@ -96,7 +99,9 @@ def run_command(arguments: list[str] | None) -> int:
     # Waiting threads that spin slow a shared machine down several times. torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return cli(arguments, prog_name="deus-merge", standalone_mode=False) or 0
+        code = cli(arguments, prog_name="deus-merge", standalone_mode=False) or 0
+        sys.stdout.flush()  # what a closed pipe refuses is noticed here, not while Python ends
+        return code
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -112,6 +117,10 @@ def run_command(arguments: list[str] | None) -> int:
     except BrokenPipeError:  # the reader of the output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # click's answer to it would be exit code 1
+            return 0
+        raise
     except OSError as error:  # the machine: a full disk, a lost mount
         place = f"{printable(error.filename)}: " if error.filename else ""
         click.echo(f"error: {place}{error.strerror or error}{_notes(error)}", err=True)

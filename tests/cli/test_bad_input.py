@@ -19,7 +19,8 @@ from support import make_model
 
 from deus_merge import api
 from deus_merge.core.errors import DeusMergeError
-from deus_merge.core.located import locate, parse
+from deus_merge.core.located import locate
+from deus_merge.core.yaml_text import parse
 from deus_merge.recipe.reader import parse_recipe, recipe_from
 
 PASS = "merge_method: passthrough\n"

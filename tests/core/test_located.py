@@ -7,7 +7,8 @@ import datetime
 import pytest
 
 from deus_merge.core.errors import RecipeError
-from deus_merge.core.located import Located, locate, parse, parse_documents
+from deus_merge.core.located import Located, locate
+from deus_merge.core.yaml_text import parse, parse_documents
 
 
 def test_places_of_values():
