@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -41,8 +42,24 @@ _HELP = {
 }
 
 
+class _PipeClosed(Exception):
+    """The reader of the output closed the pipe. Of the error itself, click makes exit code 1."""
+
+
 class _Lazy(click.Group):
     """A group that imports a command's module when the command is used."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **more)
+        except BrokenPipeError:
+            raise _PipeClosed from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _PipeClosed from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -87,6 +104,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_command(arguments: list[str] | None) -> int:
+    """Run the command line, and write all that it printed; a reader may stop to read (``| head``).
+
+    Args, Returns: As `_run_command`.
+    """
+    code = _run_command(arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+    return code
+
+
+def _run_command(arguments: list[str] | None) -> int:
     """Run the command line.
 
     Args:
@@ -99,9 +129,7 @@ def run_command(arguments: list[str] | None) -> int:
     # Waiting threads that spin slow a shared machine down several times. torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = cli(arguments, prog_name="deus-merge", standalone_mode=False) or 0
-        sys.stdout.flush()  # what a closed pipe refuses is noticed here, not while Python ends
-        return code
+        return cli(arguments, prog_name="deus-merge", standalone_mode=False) or 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -114,13 +142,8 @@ def run_command(arguments: list[str] | None) -> int:
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo(f"\ninterrupted{_notes(stop.__cause__ or stop)}", err=True)  # click wraps the interrupt
         return 130
-    except BrokenPipeError:  # the reader of the output closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _PipeClosed:
         return 0
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # click's answer to it would be exit code 1
-            return 0
-        raise
     except OSError as error:  # the machine: a full disk, a lost mount
         place = f"{printable(error.filename)}: " if error.filename else ""
         click.echo(f"error: {place}{error.strerror or error}{_notes(error)}", err=True)
