@@ -171,7 +171,12 @@ class _Reader:
             return values
         parts = {key: set(_nodes(value)) for key, (_, value) in pairs.items()}
         uses = Counter(part for part_of in parts.values() for part in part_of)
-        return {k: replace(v, shared=any(uses[part] > 1 for part in parts[k])) for k, v in values.items()}
+        written = {id(value) for _, value in node.value}
+        own = {key for key, (_, value) in pairs.items() if id(value) in written}  # not by a merge key
+        return {
+            k: replace(v, shared=True) if k in own and any(uses[part] > 1 for part in parts[k]) else v
+            for k, v in values.items()
+        }
 
     def _pairs(
         self, node: yaml.MappingNode, path: str, depth: int

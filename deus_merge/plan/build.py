@@ -328,11 +328,14 @@ class _Planner:
 
 
 def _with_heads(models: list[SourceModel], recipe: Recipe) -> list[SourceModel]:
-    """The models, with heads of their own where tied ones are merged with untied ones."""
+    """The models, with heads of their own where tied ones are merged with untied ones, or where embeddings come from a
+    tied one and the head from an untied one."""
     stacks = [module.slices for module in recipe.modules.values()] or [recipe.slices]
-    for slice_ in (slices[-1] for slices in stacks if slices):
+    for first, slice_ in ((slices[0], slices[-1]) for slices in stacks if slices):
         if not methods()[slice_.merge_method].inserts:
             merged = dict.fromkeys(s.model for s in slice_.sources)
+            if first.empty or slice_.empty:
+                merged |= dict.fromkeys([models[0].ref, *(s.model for s in first.sources)])
             found = {m.ref: m for m in with_heads([m for m in models if m.ref in merged])}
             models = [found.get(m.ref, m) for m in models]
     return models

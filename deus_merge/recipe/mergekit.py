@@ -16,6 +16,8 @@ from .types import Recipe
 
 #: keys that only hold anchors for other parts of the recipe begin with one of these
 PREFIXES = ("x-", ".")
+#: a recipe has exactly one of these keys
+FORMS = ("slices", "models", "modules", "upscale")
 #: keys that mean the same with no value as when they are missing
 OPTIONAL = frozenset(
     "slices models modules base_model parameters dtype out_dtype tokenizer_source tokenizer chat_template".split()
@@ -46,16 +48,17 @@ def top_level(root: Located, known: Collection[str]) -> dict[str, Located]:
                 f"this is a {program} recipe; not supported here",
                 expected="a recipe with slices, models, modules or upscale",
                 got=f"{key}:",
-                hint=f"{instead}; docs/coming-from-mergekit.md lists what mergekit has and this tool has not",
+                hint=f"{instead}; docs/coming-from-mergekit.md has more",
             )
     kept = {}
+    given = [key for key in FORMS if key in root.value and root.value[key].value is not None]
     for key, item in root.value.items():
         if key not in known:
             if key.startswith(PREFIXES) or (item.shared and nearest(key, known) is None):
                 continue
             hint = nearest(key, known) or f"the name of a key that only holds anchors begins with {PREFIXES[0]}"
             item.fail(f"unknown key {key!r}", expected=", ".join(sorted(known)), got=key, hint=hint)
-        if item.value is not None or key not in OPTIONAL:
+        if item.value is not None or key not in OPTIONAL or (key in FORMS and not given):
             kept[key] = item
     return replace(root, value=kept).mapping(known, "a recipe")
 

@@ -17,7 +17,7 @@ from ..methods.registry import methods
 from ..models.reference import ModelRef
 from ..models.tokenizer.settings import read_tokenizer
 from .documents import Document, in_order
-from .mergekit import ignored, top_level
+from .mergekit import FORMS, ignored, top_level
 from .parameters import Setting, Settings, check_setting, read_settings
 from .references import read_model
 from .types import Align, Module, OutputSlice, Recipe, SliceSource, Upscale
@@ -80,9 +80,9 @@ def recipe_of(roots: Sequence[Located]) -> Recipe:
 def recipe_from(root: Located) -> Recipe:
     """Read a recipe's values; raises RecipeError as `read_recipe`."""
     top = top_level(root, TOP)
-    form = [k for k in ("slices", "models", "modules", "upscale") if k in top]
+    form = [key for key in FORMS if key in top]
     if len(form) != 1:
-        root.fail("a recipe has exactly one of slices, models, modules, upscale", got=", ".join(form) or "none of them")
+        root.fail(f"a recipe has exactly one of {', '.join(FORMS)}", got=", ".join(form) or "none of them")
     method = _method(top["merge_method"]) if "merge_method" in top else None
     base = read_model(top["base_model"]) if "base_model" in top else None
     align = _align(top["align"]) if "align" in top else None
@@ -116,8 +116,8 @@ def recipe_from(root: Located) -> Recipe:
     for part in recipe.all_slices():
         _check_names(part.parameters, [part.merge_method])
         for source in part.sources:  # mergekit ignores those of the whole slice
-            scope = "source" if methods()[part.merge_method].inserts else None
-            _check_names(source.parameters, [part.merge_method], scope)
+            lenient = not methods()[part.merge_method].inserts
+            _check_names(source.parameters, [part.merge_method], "source", lenient=lenient)
     return replace(recipe, notes=tuple(ignored(recipe)))
 
 
@@ -270,10 +270,18 @@ def _upscale(node: Located) -> Upscale:
     return Upscale(preset, keys.get("insert"), read_settings(keys.get("parameters")), node)
 
 
-def _check_names(settings: Settings, names: list[str], scope: str | None = None) -> None:
-    """Raise a RecipeError unless every setting is a valid value of a parameter of one of the methods it applies to."""
+def _check_names(settings: Settings, names: list[str], scope: str | None = None, lenient: bool = False) -> None:
+    """Raise a RecipeError unless every setting is a valid value of a parameter of one of the methods it applies to.
+
+    Args:
+        settings: The settings.
+        names: The methods.
+        scope: The only scope that their parameters may have; None for any.
+        lenient: Whether parameters of other scopes are accepted, too, although they have no effect.
+    """
     for name, setting in settings.items():
-        known = [p for m in names for p in methods()[m].parameters if p.name == name and scope in (None, p.scope)]
+        of_name = [p for m in names for p in methods()[m].parameters if p.name == name]
+        known = [p for p in of_name if lenient or scope in (None, p.scope)]
         if not known:
             every = {p.name: p for m in names for p in methods()[m].parameters}
             here = sorted(n for n, p in every.items() if scope in (None, p.scope))

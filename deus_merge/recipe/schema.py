@@ -15,14 +15,13 @@ from ..core.parameters import Parameter
 from ..core.units import FLOAT_DTYPES
 from ..methods.base import MergeMethod
 from ..methods.registry import methods
-from .mergekit import OPTIONAL, PREFIXES
+from .mergekit import FORMS, OPTIONAL, PREFIXES
 from .presets import PRESETS
 from .reader import TOP
 from .schema_values import Schema, mapping, optional, plain, setting, text, whole_number
 
 _WHERE = {"enum": ["top", "middle", "bottom", "even", "sandwich"]}
 _BLOCKS = {"enum": ["top", "middle", "bottom"]}
-_FORMS = ("slices", "models", "modules", "upscale")
 _METHOD = "How the sources are merged; deus-merge methods lists the methods."
 
 
@@ -106,13 +105,13 @@ def _layers() -> Schema:
 
 def _rules() -> list[Schema]:
     """What keys need and exclude each other."""
-    given = {key: {"properties": {key: {"not": {"type": "null"}}}, "required": [key]} for key in (*_FORMS, "base_model")}
+    given = {key: {"properties": {key: {"not": {"type": "null"}}}, "required": [key]} for key in (*FORMS, "base_model")}
     tokenizers = ["tokenizer", "tokenizer_source"]
     values = {"properties": {key: {"not": {"type": "null"}} for key in tokenizers}, "required": tokenizers}
     own_method = {"properties": {"slices": {"items": {"required": ["merge_method"]}}}}
     alone = {"properties": {"align": False, "merge_method": False, "parameters": {"type": "null"}}}
     return [
-        {"oneOf": [given[form] for form in _FORMS]},
+        {"oneOf": [given[form] for form in FORMS]},
         {"if": given["models"], "then": {"required": ["merge_method"]}},
         {"if": given["slices"], "then": {"anyOf": [{"required": ["merge_method"]}, own_method]}},
         {"if": given["upscale"], "then": {"allOf": [given["base_model"], alone]}},
