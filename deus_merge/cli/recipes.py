@@ -44,7 +44,8 @@ def load_recipe(source: Path, models: tuple[str, ...], settings: tuple[str, ...]
     name = str(source)
     try:
         if name == "-":
-            text, name = recipe_text(sys.stdin.buffer), "stdin"
+            name = "stdin"
+            text = recipe_text(sys.stdin.buffer)
         elif not source.exists() and name in recipe_names():
             text = shipped()[name].text
             note(f"recipe {name}, which ships with deus-merge", quiet)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .errors import RecipeError, nearest
 
@@ -121,7 +121,7 @@ class Located:
         return self.value
 
     def integer(self, minimum: int = 0) -> int:
-        """This value as an integer of at least ``minimum``, also from ``"3"`` and ``3.0``; raises RecipeError otherwise."""
+        """This value as an integer of at least ``minimum``, also from ``"3"`` or ``3.0``; RecipeError otherwise."""
         value = self.value
         if isinstance(value, str) and re.fullmatch(r"\d{1,18}", value):
             value = int(value)

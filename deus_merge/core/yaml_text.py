@@ -1,7 +1,7 @@
 """Reads YAML text as a `Located` tree.
 
-The values are those of `yaml.safe_load`, with stricter reading: duplicate keys are refused, the expansion of anchors and
-merge keys is bounded, and only plain data is accepted.
+The values are those of `yaml.safe_load`, with stricter reading: duplicate keys are refused, the expansion of anchors
+and merge keys is bounded, and only plain data is accepted.
 """
 
 from __future__ import annotations
@@ -178,9 +178,7 @@ class _Reader:
             for k, v in values.items()
         }
 
-    def _pairs(
-        self, node: yaml.MappingNode, path: str, depth: int
-    ) -> dict[str, tuple[yaml.ScalarNode, yaml.Node]]:
+    def _pairs(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, tuple[yaml.ScalarNode, yaml.Node]]:
         """Key -> its node and its value's, with the keys of ``<<``: the mapping's own take precedence over these, and
         of several merged mappings the first one."""
         own: dict[str, tuple[yaml.ScalarNode, yaml.Node]] = {}

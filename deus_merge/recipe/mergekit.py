@@ -19,9 +19,10 @@ PREFIXES = ("x-", ".")
 #: a recipe has exactly one of these keys
 FORMS = ("slices", "models", "modules", "upscale")
 #: keys that mean the same with no value as when they are missing
-OPTIONAL = frozenset(
-    "slices models modules base_model parameters dtype out_dtype tokenizer_source tokenizer chat_template".split()
-)
+OPTIONAL = frozenset((
+    "slices", "models", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
+    "chat_template",
+))  # fmt: skip
 #: a key of another program's recipe -> the program, and what to do
 _PROGRAMS = {
     "experts": ("mergekit-moe", "build the model with mergekit-moe; the result can be merged and made deeper here"),
@@ -76,6 +77,6 @@ def ignored(recipe: Recipe) -> Iterator[str]:
     for ref in recipe.references():
         if ref.architecture and not (ref == donor and ref.architecture == donor.architecture):
             yield (
-                f"{ref.place.where}: override_architecture is ignored: only config.json of the output names a class, and"
-                f" it is that of {donor}"
+                f"{ref.place.where}: override_architecture is ignored: only config.json of the output names a class,"
+                f" and it is that of {donor}"
             )

@@ -44,7 +44,7 @@ def recipe_schema() -> Schema:
         "whole model": mapping({"model": _ref("model"), "parameters": {}}, ["model"]),
         "parameters": _parameters(names, every.values()),
     }
-    for (_, _, name), parameter in _named(names).items():
+    for (_, _, name), parameter in names.items():
         definitions[name] = setting(parameter, f"#/definitions/{name}")
     for name, method in every.items():
         own = [p for p in method.parameters if p.scope == "source" or not method.inserts]
@@ -68,7 +68,11 @@ def _properties() -> dict[str, Schema]:
     """The keys of a recipe. One that is not described here may have any value."""
     dtypes = {"enum": [*FLOAT_DTYPES, *(f"torch.{name}" for name in FLOAT_DTYPES)]}
     known: dict[str, Schema] = {
-        "name": {"type": "string", "pattern": r"^[^+@]*[^+@\s][^+@]*$", "description": "The document's name in others."},
+        "name": {
+            "type": "string",
+            "pattern": r"^[^+@]*[^+@\s][^+@]*$",
+            "description": "The document's name in others.",
+        },
         **_layers(),
         "modules": {
             "description": "Modules of a model with several stacks of layers, by name.",
@@ -184,7 +188,10 @@ def _upscale() -> Schema:
         mapping({"count": whole_number(1), "where": _WHERE}, ["count"]),
     ]
     keys = {
-        "preset": {"enum": list(PRESETS), "description": "The kind of new layers; deus-merge methods lists the presets."},
+        "preset": {
+            "enum": list(PRESETS),
+            "description": "The kind of new layers; deus-merge methods lists the presets.",
+        },
         "insert": {"description": "The places of new layers.", "anyOf": places},
         "parameters": {"description": "Parameters of the preset's method."},
     }
@@ -231,14 +238,7 @@ def _parameter_names(every: Iterable[MergeMethod]) -> _Names:
     return found
 
 
-def _named(names: _Names) -> _Names:
-    """One entry for each definition."""
-    return {key: parameter for key, parameter in reversed(list(names.items()))}
-
-
-def _parameters(
-    names: _Names, every: Iterable[MergeMethod], only: Sequence[Parameter] | None = None
-) -> Schema:
+def _parameters(names: _Names, every: Iterable[MergeMethod], only: Sequence[Parameter] | None = None) -> Schema:
     """The ``parameters`` of one or of several methods."""
     wanted = {method.name for method in every}
     refs: dict[str, list[str]] = {}

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
+_LENGTH = 150  # characters of a summary
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,7 @@ def _summary(path: Path) -> str:
                 break
             lines.append(line.removeprefix("#").strip())
         paragraph = " ".join(lines)
-    return " ".join(paragraph.split()).split(". ")[0].rstrip(".")
+    sentence = " ".join(paragraph.split()).split(". ")[0].rstrip(".")
+    if len(sentence) > _LENGTH:  # its first clauses
+        sentence = sentence[: max(sentence.rfind(mark, 0, _LENGTH) for mark in (": ", "; ", ", "))]
+    return sentence

@@ -60,8 +60,13 @@ _LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
-_MERGES = "x-a: &a {" + ", ".join(f"k{i}: 0" for i in range(50)) + "}\n" + "".join(
-    f"x-{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 10)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+_MERGES = (
+    "x-a: &a {"
+    + ", ".join(f"k{i}: 0" for i in range(50))
+    + "}\n"
+    + "".join(
+        f"x-{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 10)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
 )
 
 # fmt: off
@@ -140,8 +145,9 @@ RECIPES = {
     "reversed": (source("model: base, layer_range: [3, 1]"), "slices[0].sources[0].layer_range (line 4): reversed",
                  "[first, last + 1]", "got:      [3, 1]", "did you mean [1, 3]?"),
     "empty": (source("model: base, layer_range: [2, 2]"), "slices[0] (line 3): the output has no layers"),
-    "empty and new": (source("model: base, layer_range: [0, 4]").replace("}", "}") + "  - merge_method: ot_fuse\n    sources:"
-                      " [{model: base, layer_range: [2, 2]}]\n", "slices[1].sources[0] (line 6): ot_fuse makes new layers"),
+    "empty and new": (source("model: base, layer_range: [0, 4]") + "  - merge_method: ot_fuse\n    sources:"
+                      " [{model: base, layer_range: [2, 2]}]\n",
+                      "slices[1].sources[0] (line 6): ot_fuse makes new layers"),
     "beyond": (source("model: base, layer_range: [2, 9]"), "slices[0].sources[0].layer_range (line 4): layer_range goes"
                " beyond the 4 layers of base", "[first, last + 1] within [0, 4]", "got:      [2, 9]"),
     "one number": (source("model: base, layer_range: [2]"), "a layer_range has two numbers", "[first, last + 1]"),

@@ -83,7 +83,7 @@ slices:
 merge_method: slerp
 base_model: {b}
 slices:
-  - sources: [{{model: {a}, layer_range: ["0", "3"]}}, {{model: {b}, layer_range: [1, 4.0]}}]
+  - sources: [{{model: {a}, layer_range: ["0", "4"]}}, {{model: {b}, layer_range: [0, 4.0]}}]
 parameters: {{t: [{{filter: mlp, value: ["0.5", "1e-1"]}}, {{value: "0.25"}}]}}
 """,
     "booleans_as_text": plain("linear", "a", "b", base=False, settings="weight: '2', normalize: 'False'"),
@@ -94,7 +94,7 @@ models:
   - {{model: {b}, parameters: {{weight: {{value: [1, 2]}}}}}}
 parameters: {{weight: 0.5}}
 """,
-    "lambda_of_a_source": """
+    "ties_lambda_of_a_source": """
 merge_method: ties
 base_model: {base}
 models:
@@ -103,9 +103,12 @@ models:
 parameters: {{lambda: 0.7}}
 """,
     "override_architecture": """
-merge_method: passthrough
-slices:
-  - sources: [{{model: {{model: {{path: {a}}}, override_architecture: MistralForCausalLM}}, layer_range: [0, 2]}}]
+merge_method: linear
+base_model: {b}
+parameters: {{weight: 1}}
+models:
+  - model: {{model: {{path: {a}}}, override_architecture: YiForCausalLM}}
+  - model: {b}
 """,
     "keys_without_a_value": """
 merge_method: linear

@@ -132,33 +132,33 @@ def test_generated_recipes_are_valid(data, tokenizer):
 
 
 JUNK = st.sampled_from(
-    [None, True, False, 0, 1, 3, -1, 0.5, 2.0, "3", "0.5", "x", "auto", "even", "none", "true", "all", "linear", "org/m",
+    [None, True, False, 0, 1, 3, -1, 0.5, 2.0, "3", "0.5", "x", "auto", "even", "none", "true", "all", "linear",
      [], {}, [0, 1], ["0", 2.0], [0.1, "1e-3"], ["o"], [0, "x"], {"value": 1}, [{"filter": "mlp", "value": [0, 1]}],
      {"filter": None, "value": "1"}, {"every": "2"}, {"count": 1.0}, {"path": "a", "revision": None},
-     {"model": "a", "lora": {"path": "b"}, "override_architecture": "LlamaForCausalLM"}, "symmetry",
+     {"model": "a", "lora": {"path": "b"}, "override_architecture": "LlamaForCausalLM"}, "symmetry", "org/model",
      {"alignment": "symmetry", "reg": "auto"}, "float16", "torch.float32", [{"model": "a"}], {"kind": "zero"}]
 )  # fmt: skip
-KEYS = st.sampled_from([*TOP, "sources", "model", "layer_range", "preset", "insert", "t", "weight", "reg", "scale", "x-y"])
+KEYS = st.sampled_from(
+    [*TOP, "sources", "model", "layer_range", "preset", "insert", "t", "weight", "reg", "scale", "x-y"]
+)
+
+
+def places(node):
+    """Every place of a value in a document: what holds it, and the key there."""
+    if isinstance(node, dict | list):
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            yield node, key
+            yield from places(node[key])
 
 
 @st.composite
 def changed(draw):
-    """A recipe with some values, or keys, replaced or added."""
+    """A recipe with some values replaced, and some added."""
     data = json.loads(json.dumps(draw(SLICES | UPSCALES)))
     for _ in range(draw(st.integers(1, 3))):
-        places = []
-
-        def visit(node):
-            if isinstance(node, dict | list):
-                keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-                places.extend((node, key) for key in keys)
-                for key in keys:
-                    visit(node[key])
-                if isinstance(node, dict):
-                    places.append((node, draw(KEYS)))
-
-        visit(data)
-        node, key = draw(st.sampled_from(places))
+        node, key = draw(st.sampled_from(list(places(data))))
+        if isinstance(node, dict) and draw(st.booleans()):
+            key = draw(KEYS)
         node[key] = json.loads(json.dumps(draw(JUNK)))
     return data
 
