@@ -28,7 +28,23 @@ PLACE = ["--insert", "{count: 1, where: top}"]
 def text(tmp_path_factory):
     """Prose, unlike the tiny model's text, long enough for a held-out part."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    words = "the ship sailed past a quiet harbour while old captains argued about salt and weather".split()
+    words = [
+        "the",
+        "ship",
+        "sailed",
+        "past",
+        "a",
+        "quiet",
+        "harbour",
+        "while",
+        "old",
+        "captains",
+        "argued",
+        "about",
+        "salt",
+        "and",
+        "weather",
+    ]
     draw = torch.Generator().manual_seed(0)
     lines = [" ".join(words[i] for i in torch.randint(len(words), (12,), generator=draw)) for _ in range(9000)]
     file.write_text("\n".join(lines))
@@ -174,6 +190,8 @@ def test_recipes_and_several_workers(run, tiny, text, tmp_path):
     ("arguments", "message"),
     [
         (["--init", "llama_por"], "did you mean 'llama_pro'?"),
+        (["--init", "opt_deus{reg: [}"], "--init opt_deus{reg: [}"),
+        (["--init", "opt_deus{rge: 0.1}"], "did you mean 'reg'?"),
         (["--init", "calibrated:solar"], "only outputs that begin as zeros are calibrated"),
         (["--init", "nothing.yml"], "No such file"),
         (["--optimizer", "adam"], "did you mean 'adamw'?"),

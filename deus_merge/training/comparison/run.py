@@ -94,6 +94,8 @@ class _Comparing:
         for candidate, plan in plans.items():
             if not plan.new_layers:
                 raise TrainingError("it adds no layer", where=str(candidate), hint="nothing would train")
+            if candidate.calibrated and not plan.function_preserving:
+                raise TrainingError("only outputs that begin as zeros are calibrated", where=str(candidate))
         first = next(iter(plans.values()))
         folder = _base_folder(first, needed=bool(self.options.without_growing))
         candidates = [*plans, *self._ungrown(first)]
