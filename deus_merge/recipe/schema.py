@@ -18,7 +18,7 @@ from ..methods.registry import methods
 from .mergekit import FORMS, OPTIONAL, PREFIXES
 from .presets import PRESETS
 from .reader import TOP
-from .schema_values import Schema, mapping, optional, plain, setting, text, whole_number
+from .schema_values import Schema, mapping, number, optional, plain, setting, text, whole_number
 
 _WHERE = {"enum": ["top", "middle", "bottom", "even", "sandwich"]}
 _BLOCKS = {"enum": ["top", "middle", "bottom"]}
@@ -91,6 +91,7 @@ def _properties() -> dict[str, Schema]:
         "dtype": {**dtypes, "description": "Of the arithmetic and of the output; the models' own without it."},
         "out_dtype": {**dtypes, "description": "Of the output, where it is another one than dtype."},
         "quantize_new": {"type": "boolean", "description": "New layers in the format of a quantised base."},
+        "calibrate": _calibrate(),
         "tokenizer_source": {
             "anyOf": [{"enum": ["union", "base"]}, _ref("model")],
             "description": "Where the output's tokenizer comes from.",
@@ -207,6 +208,21 @@ def _upscale() -> Schema:
     default = {"properties": {"parameters": _ref(f"{PRESETS['opt_deus'].method}: parameters")}}
     rules.append({"if": {"not": {"required": ["preset"]}}, "then": default})
     return mapping(keys, allOf=rules, description="A deeper model: new layers between those of base_model.")
+
+
+def _calibrate() -> Schema:
+    """The ``calibrate:`` section."""
+    keys = {
+        "text": text("a text file like the text of the training"),
+        "tokens": whole_number(4),
+        "length": whole_number(2),
+        "held_out": number(exclusiveMinimum=0, exclusiveMaximum=1),
+        "method": {"enum": ["ridge", "kfac"]},
+        "damping": number(exclusiveMinimum=0, maximum=1e6),
+        "batch": whole_number(1),
+        "seed": whole_number(0, 2**63 - 1),
+    }
+    return mapping(keys, ["text"], description="The zeroed outputs of new layers are set from a text.")
 
 
 def _tokenizer() -> Schema:
