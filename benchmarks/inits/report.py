@@ -11,9 +11,9 @@ from .suites import MODELS, SUITES
 
 _HEAD = """# Inits, places and optimizers
 
-Written by `python -m benchmarks.inits MODEL --suite SUITE`, which is [`deus-merge compare`](../../docs/training.md) on this
-project's models; every run is a line of `results/MODEL-SUITE/runs.jsonl`. The base is frozen and the new layers train, all
-runs on the same windows in the same order, each candidate at its best learning rate."""
+Written by `python -m benchmarks.inits MODEL --suite SUITE`, which is [`deus-merge compare`](../../docs/training.md)
+on this project's models; every run is a line of `results/MODEL-SUITE/runs.jsonl`. The base is frozen and the new layers
+train, all runs on the same windows in the same order, each candidate at its best learning rate."""
 
 
 def write(results: Path, file: Path) -> None:

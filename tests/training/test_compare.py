@@ -192,7 +192,7 @@ def test_recipes_and_several_workers(run, tiny, text, tmp_path):
         (["--init", "llama_por"], "did you mean 'llama_pro'?"),
         (["--init", "opt_deus{reg: [}"], "--init opt_deus{reg: [}"),
         (["--init", "opt_deus{rge: 0.1}"], "did you mean 'reg'?"),
-        (["--init", "calibrated:solar"], "only outputs that begin as zeros are calibrated"),
+        (["--init", "calibrated:average"], "only outputs that begin as zeros are calibrated"),
         (["--init", "nothing.yml"], "No such file"),
         (["--optimizer", "adam"], "did you mean 'adamw'?"),
         (["--optimizer", "adamw:-1"], "not an optimizer"),

@@ -29,7 +29,7 @@ def test_a_suite_and_its_report(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("--budget", "8k")
+    run("--budget", "9k")
     report, runs = tmp_path / "RESULTS.md", tmp_path / "results/tiny-grid/runs.jsonl"
     assert "Not all runs are done." in report.read_text() and len(runs.read_text().splitlines()) == 2
     run()
