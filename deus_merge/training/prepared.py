@@ -17,7 +17,7 @@ from ..core.errors import TrainingError, nearest
 from ..models.tokenizer.files import TOKENIZER_FILES
 from ..report.manifest import Manifest
 from .checkpointing import enable_checkpointing
-from .freeze import Trainable, freeze_base, new_layers, new_names, read_training
+from .freeze import Trainable, freeze_base, is_normed, new_layers, new_names, read_training
 from .names import parameters_of
 from .quantized import DEQUANTIZING, cast, is_codes
 
@@ -236,7 +236,8 @@ def _train_all(model: Module, manifest: Manifest) -> Trainable:
     for parameter in trained:
         parameter.requires_grad_(True)
     count = sum(parameter.numel() for parameter in trained)
-    return Trainable(tuple(range(manifest.num_layers)), len(trained), count, 0, 0)
+    normed = is_normed(model, manifest, new_names(manifest))
+    return Trainable(tuple(range(manifest.num_layers)), len(trained), count, 0, 0, normed=normed)
 
 
 def _frozen(model: Module) -> Iterator[torch.nn.Parameter]:

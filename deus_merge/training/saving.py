@@ -49,8 +49,8 @@ def save_trained(
         target: The folder to write; it appears when it is complete.
         max_shard_size: Upper bound of an output file.
         overwrite: Replace an existing ``target``.
-        all_layers: Whether the base was trained, too. The manifest then says so: ``verify`` does not compare it with the
-            model that was grown, and ``strip`` writes it as it is now.
+        all_layers: Whether the base was trained, too. The manifest then says so: ``verify`` does not compare it with
+            the model that was grown, and ``strip`` writes it as it is now.
 
     Returns:
         The names of the tensors that the model's values were written to.
