@@ -161,8 +161,6 @@ def trainer_settings(options: argparse.Namespace) -> dict[str, Any]:
         "logging_steps": options.log_every,
         "report_to": options.report_to or [name for name, installed in there.items() if installed] or "none",
         "seed": options.seed,
-        "bf16": False,  # the model's own forward pass runs under autocast
-        "gradient_checkpointing": False,  # training.prepare has enabled it
         "use_cpu": bool(options.device) and torch.device(options.device).type == "cpu",
         "dataloader_pin_memory": torch.cuda.is_available(),
         **(best if options.patience else {}),

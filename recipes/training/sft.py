@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             packing=options.packing,
             eval_packing=False,
             shuffle_dataset=False,
+            bf16=False,  # the model's own forward pass runs under autocast
+            gradient_checkpointing=False,  # training.prepare has enabled it
             **common.trainer_settings(options),
         ),
         train_dataset=learn.shuffle(seed=options.seed, buffer_size=1000).repeat(None),

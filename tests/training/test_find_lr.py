@@ -107,7 +107,7 @@ REFUSED = {
     "no batch": ({"batches": []}, "there is no batch"),
     "no labels": ({"batches": [{"input_ids": torch.ones(1, 8, dtype=torch.long)}]}, "computed no loss"),
     "not a batch": ({"batches": ["text"]}, "not a batch"),
-    "a rate": ({"zeroed_lr": 1e-5}, "a rate that is searched for"),
+    "a rate": ({"lr": 1e-5}, "rate that is searched for"),
     "a loss that is not a number": ({"loss": lambda model, batch: model(**batch).loss * math.nan}, "not a number"),
     "an optimizer": ({"kind": "sgd"}, "unknown optimizer"),
 }

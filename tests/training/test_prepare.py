@@ -86,8 +86,9 @@ def test_nothing_is_computed_again_below_the_lowest_new_layer(deeper, tmp_path, 
     model = training.prepare(deeper, checkpointing=enabled_by == "prepare").model
     count = computed_layers(model)
     args = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=1, save_strategy="no", report_to="none", use_cpu=True,
-        gradient_checkpointing=enabled_by == "Trainer", bf16=enabled_by == "Trainer", learning_rate=1e-2,
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=1, save_strategy="no", report_to="none",
+        gradient_checkpointing=enabled_by == "Trainer", bf16=enabled_by == "Trainer", use_cpu=True,
+        learning_rate=1e-2,
     )  # fmt: skip
     rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
     made = transformers.Trainer(model=model, args=args, train_dataset=rows)
@@ -158,7 +159,7 @@ def test_a_base_that_is_stored_quantised(quantized, tmp_path, run, name):  # noq
 
 
 def test_all_layers(twelve, tmp_path, run):
-    """Saved under the names and in the dtype that they are stored in; verify and strip know that the base is another."""
+    """Saved under the names and in the dtype that they are stored in; verify and strip know that the base changed."""
     first = training.prepare(twelve)
     steps(first.model, twelve)
     training.save_trained(first.model, twelve, tmp_path / "first")
