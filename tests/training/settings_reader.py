@@ -34,7 +34,9 @@ def axolotl(settings: dict) -> dict:
         return transformers.Trainer.get_decay_parameter_names(None, model)
 
     trainer = SimpleNamespace(args=SimpleNamespace(**arguments), get_decay_parameter_names=decayed)
-    groups = mixin("axolotl", "core/trainers/mixins/optimizer.py").OptimizerMixin.create_optimizer_grouped_parameters(trainer, model, {"lr": read.learning_rate})
+    groups = mixin("axolotl", "core/trainers/mixins/optimizer.py").OptimizerMixin.create_optimizer_grouped_parameters(
+        trainer, model, {"lr": read.learning_rate}
+    )
     reentrant = read.gradient_checkpointing_kwargs["use_reentrant"]
     return answer(model, groups) | {"optimizer": read.optimizer, "reentrant": reentrant}
 

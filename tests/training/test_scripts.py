@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 from grown import changed, grow
@@ -11,6 +13,7 @@ from test_examples import script, texts  # noqa: F401
 
 from deus_merge import training
 
+ROOT = Path(__file__).parents[2]
 SMALL = ("--length", 32, "--batch", 2, "--eval-size", 8)
 
 
@@ -117,6 +120,42 @@ def test_where_norms_stand_behind_the_outputs(script, tmp_path, monkeypatch):  #
         options = (*SMALL, "--steps", 1, "--lr", 1e-3, *more)
         script("pretrain", out, texts(tmp_path)[0], "--out", folder, *options)
     assert [(r["matrices"], r["zeroed"]) for r in rates] == [(1e-3, 1e-5), (1e-3, 5e-4), (1e-3, 3e-6)]
+
+
+def shown() -> list[str]:
+    """The command lines of the pages and of the scripts themselves."""
+    pages = [ROOT / "README.md", ROOT / "docs/training.md", *(ROOT / "recipes/training").glob("*.py")]
+    return sorted(
+        line.strip()
+        for page in pages
+        for line in page.read_text().splitlines()
+        if line.strip().startswith("python recipes")
+    )
+
+
+@pytest.mark.parametrize("line", shown())
+def test_commands_on_the_pages(script, tmp_path, monkeypatch, line):  # noqa: F811
+    """Their options are taken, up to where the model is loaded."""
+    import common
+
+    monkeypatch.chdir(tmp_path)
+    ran: list[object] = []
+
+    def prepare(options):
+        ran.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "prepare", prepare)
+    _, path, *arguments = shlex.split(line)
+    if Path(path).stem == "sft":
+        pytest.importorskip("trl")
+    with pytest.raises(KeyboardInterrupt):
+        script(Path(path).stem, *arguments)
+    assert len(ran) == 1
+
+
+def test_there_are_such_commands():
+    assert {Path(line.split()[1]).stem for line in shown()} == {"pretrain", "sft"} and len(shown()) >= 6
 
 
 # fmt: off
