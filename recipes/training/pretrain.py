@@ -20,17 +20,17 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import common
 import datasets
+import shared
 import transformers
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = common.parser(__doc__.splitlines()[0], "text, JSON lines or Parquet files; or a data set on the hub")
+    parser = shared.parser(__doc__.splitlines()[0], "text, JSON lines or Parquet files; or a data set on the hub")
     parser.add_argument("--column", default="text", help="the column with the texts")
-    options = common.parse(parser, arguments)
-    prepared = common.prepare(options)
-    learn, rest = common.parts(common.read(options))
+    options = shared.parse(parser, arguments)
+    prepared = shared.prepare(options)
+    learn, rest = shared.parts(shared.read(options))
     held_out = [*itertools.islice(windows(rest, prepared.tokenizer, options), options.eval_size)]
     if not held_out:
         raise SystemExit(
@@ -39,11 +39,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     packed = {"rows": learn, "tokenizer": prepared.tokenizer, "options": options}
     trainer = transformers.Trainer(
         model=prepared.model,
-        args=transformers.TrainingArguments(**common.trainer_settings(options)),
+        args=transformers.TrainingArguments(**shared.trainer_settings(options)),
         train_dataset=datasets.IterableDataset.from_generator(endless, gen_kwargs=packed),
         eval_dataset=held_out,
     )
-    return common.run(trainer, prepared, options)
+    return shared.run(trainer, prepared, options)
 
 
 def endless(rows: datasets.IterableDataset, tokenizer: Any, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

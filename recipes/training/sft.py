@@ -17,8 +17,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import common
 import datasets
+import shared
 import trl
 
 #: for models without a chat template
@@ -30,17 +30,17 @@ PLAIN = (
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = common.parser(__doc__.splitlines()[0], "JSON lines or Parquet files; or a data set on the hub")
+    parser = shared.parser(__doc__.splitlines()[0], "JSON lines or Parquet files; or a data set on the hub")
     parser.add_argument(
         "--packing", action="store_true", help="several conversations in a sequence, apart from another"
     )
-    options = common.parse(parser, arguments)
-    prepared = common.prepare(options)
+    options = shared.parse(parser, arguments)
+    prepared = shared.prepare(options)
     tokenizer = prepared.tokenizer
     without_template = tokenizer.chat_template is None
     if without_template:
         tokenizer.chat_template = PLAIN
-    learn, rest = common.parts(pairs(common.read(options)))
+    learn, rest = shared.parts(pairs(shared.read(options)))
     held_out = [*itertools.islice(rest, options.eval_size)]
     if not held_out or next(iter(learn), None) is None:
         raise SystemExit("at least two conversations are needed")
@@ -54,12 +54,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             shuffle_dataset=False,
             bf16=False,  # the model's own forward pass runs under autocast
             gradient_checkpointing=False,  # training.prepare has enabled it
-            **common.trainer_settings(options),
+            **shared.trainer_settings(options),
         ),
         train_dataset=learn.shuffle(seed=options.seed, buffer_size=1000).repeat(None),
         eval_dataset=datasets.Dataset.from_list(held_out),
     )
-    done = common.run(trainer, prepared, options)
+    done = shared.run(trainer, prepared, options)
     if without_template:
         tokenizer.save_pretrained(options.out)
     return done

@@ -136,7 +136,7 @@ def shown() -> list[str]:
 @pytest.mark.parametrize("line", shown())
 def test_commands_on_the_pages(script, tmp_path, monkeypatch, line):  # noqa: F811
     """Their options are taken, up to where the model is loaded."""
-    import common
+    import shared
 
     monkeypatch.chdir(tmp_path)
     ran: list[object] = []
@@ -145,7 +145,7 @@ def test_commands_on_the_pages(script, tmp_path, monkeypatch, line):  # noqa: F8
         ran.append(options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "prepare", prepare)
+    monkeypatch.setattr(shared, "prepare", prepare)
     _, path, *arguments = shlex.split(line)
     if Path(path).stem == "sft":
         pytest.importorskip("trl")
