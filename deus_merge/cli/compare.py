@@ -39,8 +39,8 @@ _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
     multiple=True,
     default=api.CompareOptions.inits,
     show_default=True,
-    help="How new layers begin: a preset, random_zero, these with calibrated: in front, or a recipe's file."
-    " The first one is the reference.",
+    help="How new layers begin: a preset, also like 'lesa{zero_init: true}', random_zero, these with calibrated: in"
+    " front, or a recipe's file. The first one is the reference.",
 )
 @click.option(
     "--insert",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...core.errors import TrainingError, nearest
-from ...core.located import Plain, locate
+from ...core.located import Plain, locate, parse
 from ...recipe.presets import PRESETS
 from ...recipe.reader import read_recipe, recipe_from
 from ...recipe.types import Recipe
@@ -42,8 +42,8 @@ class Candidate:
     """One thing that is compared; it runs at several learning rates, and with several seeds.
 
     Attributes:
-        init: A preset, ``random_zero``, either with ``calibrated:`` in front, or a recipe's file; or, without growing,
-            ``all``, ``top:N`` or ``lora:R``.
+        init: A preset, also with parameters as in ``lesa{zero_init: true}``, ``random_zero``, any of these with
+            ``calibrated:`` in front, or a recipe's file; or, without growing, ``all``, ``top:N`` or ``lora:R``.
         insert: The places of new layers, in a recipe's form as JSON; empty for recipes and models that do not grow.
         optimizer: The optimizer.
     """
@@ -109,7 +109,7 @@ def check_init(text: str) -> str:
     Raises:
         TrainingError: there is no such init.
     """
-    plain = text.removeprefix(CALIBRATED)
+    plain = text.removeprefix(CALIBRATED).partition("{")[0]
     if plain not in (*PRESETS, RANDOM) and not is_recipe(plain):
         known = [*PRESETS, RANDOM]
         raise TrainingError(
@@ -119,8 +119,6 @@ def check_init(text: str) -> str:
             got=text,
             hint=nearest(plain, known),
         )
-    if plain != text and plain in PRESETS and not PRESETS[plain].function_preserving:
-        raise TrainingError("only outputs that begin as zeros are calibrated", where="--init", got=text)
     return text
 
 
@@ -143,7 +141,10 @@ def recipe_of(candidate: Candidate, model: str) -> Recipe:
             got = ", ".join(sorted({ref.text for ref in recipe.models()}))
             raise TrainingError("the recipe grows another model", where=init, expected=model, got=got)
         return recipe
-    section: dict[str, Plain] = {"preset": "copy_next" if init == RANDOM else init}
+    preset, brace, parameters = init.partition("{")
+    section: dict[str, Plain] = {"preset": "copy_next" if init == RANDOM else preset}
+    if brace:
+        section["parameters"] = parse(brace + parameters, f"--init {init}").plain()
     if candidate.insert:
         section["insert"] = candidate.places
     return recipe_from(locate({"base_model": model, "upscale": section}))

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..freeze import freeze_base, new_parameters
-from ..matrices import linear_splits
-from ..optimizers import optimizer as new_layers_optimizer
-from ..quantized import is_codes
-from .candidates import RANDOM, Job
+from .candidates import Job
 from .prefix import FrozenPrefix, layer_list
+from .setup import narrow, prepare
+from .text import Tokens
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor
-    from torch.nn import Module, Parameter
+    from torch.nn import Parameter
 
 _WARM_UP = 8
 _POINTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)  # of a run: where losses are measured
-_BETAS = (0.9, 0.95)
-_NORMED_LR = 1e-5  # for zeros with norms behind them: any step makes them as large as others
 
 
 def run(job: Job, device: str) -> dict[str, Any]:
@@ -66,7 +60,8 @@ def run(job: Job, device: str) -> dict[str, Any]:
             break
         if step + 1 in points:
             loss = learner.measured("held_out", data)
-            curve.append((offset + (step + 1) * fixed.batch * fixed.length, round(loss, 5)))
+            loss = round(loss, 5) if math.isfinite(loss) else math.inf
+            curve.append((offset + (step + 1) * fixed.batch * fixed.length, loss))
     base += [learner.measured("base", data)] if fixed.base_text else []
     return {
         **job.key,
@@ -112,11 +107,9 @@ def tokens_file(work: Path, fingerprint: str) -> Path:
     return work / f"text-{fingerprint}.pt"
 
 
-def tokens_of(work: Path, fingerprint: str) -> Any:
+def tokens_of(work: Path, fingerprint: str) -> Tokens:
     """A text's tokens, from the file that the comparison wrote."""
     import torch
-
-    from .text import Tokens
 
     return Tokens(**torch.load(tokens_file(work, fingerprint), weights_only=True), fingerprint=fingerprint)
 
@@ -130,10 +123,10 @@ class _Learner:
 
         self.job, self.device, self.fixed = job, torch.device(device), job.fixed
         model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32)
-        self.model, make_optimizer = _prepared(model, job)
+        self.model, make_optimizer = prepare(model, job)
         self.trained: list[Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         if self.fixed.precision == "bfloat16":
-            _narrow(self.model)
+            narrow(self.model)
         self.model.to(self.device).train()
         self.optimizer = make_optimizer()
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -236,92 +229,8 @@ class _Learner:
             self._prefix.use(data.hidden[part][rows])
 
 
-def _prepared(model: Any, job: Job) -> tuple[Any, Callable[[], torch.optim.Optimizer]]:
-    """The model with what trains, and what makes its optimizer once it is on its device."""
-    chosen = job.candidate.parsed_optimizer
-    if job.candidate.grown:
-        trainable = freeze_base(model, job.folder)
-        if job.candidate.init.endswith(RANDOM):
-            _draw(model, new_parameters(job.folder), job.seed)
-        settings: dict[str, Any] = {"lr": job.lr, "kind": chosen.kind, "betas": _BETAS}
-        settings |= {"zeroed_lr": _NORMED_LR} if trainable.normed else {"output_ratio": chosen.output_ratio}
-        return model, lambda: new_layers_optimizer(model, job.folder, **settings)
-    kind, _, amount = job.candidate.init.partition(":")
-    if kind == "lora":
-        import peft
-
-        config = peft.LoraConfig(r=int(amount), lora_alpha=int(amount), target_modules="all-linear")
-        model = peft.get_peft_model(model, config)
-    elif kind == "top":
-        prefixes = _top_layers(model, int(amount))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(prefixes))
-    return model, lambda: _plain_optimizer(model, chosen.kind, job.lr)
-
-
-def _plain_optimizer(model: Module, kind: str, lr: float) -> torch.optim.Optimizer:
-    """The optimizer of a model that did not grow."""
-    import torch
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if kind == "adamw":
-        return torch.optim.AdamW(trained, lr=lr, betas=_BETAS, weight_decay=0.0)
-    from ..muon import MuonAdamW
-
-    splits = linear_splits(model)
-    matrices = [p for p in trained if p in splits]
-    rest = [p for p in trained if p not in splits]
-    groups = [
-        {"params": matrices, "algorithm": "muon", "lr": lr, "weight_decay": 0.0},
-        {"params": rest, "algorithm": "adamw", "lr": lr, "weight_decay": 0.0},
-    ]
-    return MuonAdamW([g for g in groups if g["params"]], splits, lr=lr, betas=_BETAS)
-
-
-def _top_layers(model: Module, count: int) -> tuple[str, ...]:
-    """The prefixes of the names of the top layers."""
-    name, layers = main_layers(model)
-    return tuple(f"{name}.{index}." for index in range(len(layers) - count, len(layers)))
-
-
-def main_layers(model: Module) -> tuple[str, Any]:
-    """The longest list of modules of a model, with its name: its layers."""
-    from torch import nn
-
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda pair: (len(pair[1]), -len(pair[0])))
-
-
-def _draw(model: Module, names: Iterable[str], seed: int) -> None:
-    """Draw matrices of new layers that are not zero anew, with the deviation of what they replace."""
-    import torch
-
-    parameters = dict(model.named_parameters())
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for name in names:
-        parameter = parameters.get(name)
-        if parameter is not None and parameter.ndim == 2 and parameter.any():
-            parameter.data.normal_(0.0, float(parameter.data.std()), generator=generator)
-
-
-def _narrow(model: Any) -> None:
-    """Keep frozen matrices in the dtype of the arithmetic, all but the embeddings: the residual stream is float32."""
-    import torch
-
-    embeddings = model.get_input_embeddings().weight
-    for parameter in model.parameters():
-        codes = is_codes(parameter)
-        if not parameter.requires_grad and parameter.ndim >= 2 and not codes and parameter is not embeddings:
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-
 def _largest_file(work: Path) -> int:
     """The largest size of a file of hidden states, in bytes: a fifth of the free space."""
     import shutil
 
     return shutil.disk_usage(work).free // 5
-
-
-def lora_rank(shapes: Sequence[tuple[int, int]], parameters: int) -> int:
-    """The rank of adapters of linear layers (m, n) that have about as many parameters as are given, at least 1."""
-    return max(1, round(parameters / sum(m + n for m, n in shapes)))

@@ -55,8 +55,8 @@ class CompareOptions:
     rates with one seed until the best of them has a worse one on both sides, and at that one with the other seeds.
 
     Attributes:
-        inits: How new layers begin: presets, ``random_zero``, these with ``calibrated:`` in front, files of recipes.
-            The first one is the reference.
+        inits: How new layers begin: presets (``lesa{zero_init: true}`` sets parameters), ``random_zero``, these with
+            ``calibrated:`` in front, files of recipes. The first one is the reference.
         inserts: Places of new layers, as in a recipe.
         optimizers: ``adamw`` or ``muon``, each also with an output ratio: ``adamw:3``.
         without_growing: What trains in models that do not grow: ``all`` parameters, the ``top`` layers, a ``lora``

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,17 +20,18 @@ from ...run.executor import execute
 from ...run.preflight import RunOptions
 from ..calibration import CalibrationOptions, calibrate
 from .candidates import Candidate, Fixed, Job, insert_text, recipe_of
-from .learner import lora_rank, run, tokens_file
+from .learner import run, tokens_file
 from .options import CompareOptions, check_texts
 from .result import Comparison
 from .search import Search
+from .setup import lora_rank
+from .store import WORK, Results, check_settings
 from .text import read_tokens
 
 #: called after each run, with its result, the number of runs that are left (about), and the seconds that these take
 OnRun = Callable[[dict[str, Any], int, float], None]
 #: called before something that takes a while
 OnStage = Callable[[str], None]
-RUNS, SETTINGS, WORK = "runs.jsonl", "comparison.json", "work"
 
 
 def compare(
@@ -95,11 +94,13 @@ class _Comparing:
         for candidate, plan in plans.items():
             if not plan.new_layers:
                 raise TrainingError("it adds no layer", where=str(candidate), hint="nothing would train")
+            if candidate.calibrated and not plan.function_preserving:
+                raise TrainingError("only outputs that begin as zeros are calibrated", where=str(candidate))
         first = next(iter(plans.values()))
         folder = _base_folder(first, needed=bool(self.options.without_growing))
         candidates = [*plans, *self._ungrown(first)]
         fixed, fresh = self._fixed(first, folder, text, base_text)
-        results = _Results(self.out, fixed)
+        results = Results(self.out, fixed)
         if fresh:
             results.begin()
         search = Search(candidates, self.options.seeds, self.options.rates, self.options.rates_per_decade)
@@ -130,11 +131,11 @@ class _Comparing:
         complete = not search.next_jobs(results.of(candidates))
         return Comparison(self.out, tuple(candidates), tuple(results.of(candidates)), vars(fixed), complete)
 
-    def _wanted(self, search: Search, results: _Results, running: Iterable[Job]) -> list[tuple[Candidate, float, int]]:
+    def _wanted(self, search: Search, results: Results, running: Iterable[Job]) -> list[tuple[Candidate, float, int]]:
         started = {(job.candidate, job.lr, job.seed) for job in running}
         return [due for due in search.next_jobs(results.runs) if due not in started]
 
-    def _may_start(self, results: _Results, running: dict, began: float) -> bool:
+    def _may_start(self, results: Results, running: dict, began: float) -> bool:
         """Whether the budget allows for one more run."""
         budget = self.options.budget
         if budget.tokens is not None:
@@ -186,7 +187,7 @@ class _Comparing:
         for read, training in zip(texts, (fixed.steps * fixed.batch, 0), strict=False):
             read.windows("training", training, o.length, draw)  # or an error, before anything is written
             read.windows("held_out", o.held_out, o.length, draw)
-        fresh = _check_settings(self.out, fixed)
+        fresh = check_settings(self.out, fixed)
         self.work.mkdir(parents=True, exist_ok=True)
         for read in texts:
             file = tokens_file(self.work, read.fingerprint)
@@ -221,60 +222,6 @@ class _Comparing:
             content = "".join(piece for source in text for piece in pieces(source))
             calibrate(folder, out, content, settings)
         return out
-
-
-class _Results:
-    """The results of a folder, in memory and as lines of a file."""
-
-    def __init__(self, out: Path, fixed: Fixed):
-        self.fixed, self._folder, self._path = fixed, out, out / RUNS
-        self.runs: list[dict[str, Any]] = []
-        if self._path.exists():
-            text = self._path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
-            if whole != text:
-                self._path.write_text(whole, encoding="utf-8")
-            self.runs = [_read(line) for line in whole.splitlines()]
-
-    def begin(self) -> None:
-        """Write the settings that all results share."""
-        part = self._folder / f"{SETTINGS}.part"
-        part.write_text(json.dumps(vars(self.fixed), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self._folder / SETTINGS)
-
-    def add(self, result: dict[str, Any]) -> None:
-        self.runs.append(result)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(_line(result) + "\n")
-
-    def of(self, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-        """The results of some candidates."""
-        wanted = {(c.init, c.insert, c.optimizer) for c in candidates}
-        return [r for r in self.runs if (r["init"], r["insert"], r["optimizer"]) in wanted]
-
-    def usual_seconds(self) -> float:
-        """The median time of a run; 0 before the first one."""
-        import statistics
-
-        return statistics.median(r["seconds"] for r in self.runs) if self.runs else 0.0
-
-
-def _line(result: dict[str, Any]) -> str:
-    """A result as JSON, which has no infinity: null is the loss of a run that diverged."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps({name: plain(value) for name, value in result.items()}, allow_nan=False)
-
-
-def _read(line: str) -> dict[str, Any]:
-    result = json.loads(line)
-    result["curve"] = [(tokens, math.inf if loss is None else loss) for tokens, loss in result["curve"]]
-    result["final"] = result["curve"][-1][1]
-    return result
 
 
 @contextmanager
@@ -316,37 +263,6 @@ def _begin(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     set_threads(threads)
     logging.disable_progress_bar()
-
-
-def _check_settings(out: Path, fixed: Fixed) -> bool:
-    """Compare with the settings of earlier results in a folder.
-
-    Returns:
-        Whether there are none.
-
-    Raises:
-        TrainingError: they differ, or the folder has other files.
-    """
-    file = out / SETTINGS
-    if not file.exists():
-        if out.exists() and (not out.is_dir() or set(os.listdir(out)) - {WORK}):
-            hint = "choose another folder with --out"
-            raise TrainingError("the folder has other files, and no comparison", where=out, hint=hint)
-        return True
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        differing = {k: v for k, v in vars(fixed).items() if earlier[k] != v}
-    except (ValueError, KeyError, TypeError):
-        raise TrainingError("not the settings of a comparison", where=file, hint="choose another folder") from None
-    if differing:
-        raise TrainingError(
-            "the folder has results of other settings",
-            where=out,
-            expected=", ".join(f"{name}: {earlier[name]}" for name in differing),
-            got=", ".join(f"{name}: {value}" for name, value in differing.items()),
-            hint="choose another folder with --out",
-        )
-    return False
 
 
 def _base_folder(plan: Plan, needed: bool) -> Path:

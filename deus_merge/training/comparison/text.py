@@ -68,18 +68,41 @@ class Tokens:
 
 
 def read_tokens(tokenizer: Any, sources: Sequence[Path], vocabulary: int) -> Tokens:
-    """Read texts as tokens. The text of a piece alone decides whether it is held out.
+    """Read texts as tokens.
 
     Args:
         tokenizer: The model's tokenizer.
-        sources: Files, or folders of files that end in `SUFFIXES`; of ``.jsonl`` the values of ``text`` are read.
+        sources: As for `split`.
         vocabulary: The number of tokens that the model has rows for.
 
     Raises:
-        TrainingError: there is no text, or it has tokens that the model has no rows for.
+        TrainingError: as `split`; or the text has tokens that the model has no rows for.
     """
-    import torch
+    *sides, fingerprint = split(sources)
+    training, held_out = (tokens(tokenizer, side) for side in sides)
+    largest = max(int(ids.max()) for ids in (training, held_out) if len(ids))
+    if largest >= vocabulary:
+        raise TrainingError(
+            "the text has tokens that the model has no row for",
+            where="--text",
+            expected=f"token ids below {vocabulary}",
+            got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
+        )
+    return Tokens(training, held_out, fingerprint)
 
+
+def split(sources: Sequence[Path]) -> tuple[list[str], list[str], str]:
+    """Split texts into training and held-out pieces; the text of a piece alone decides which it is.
+
+    Args:
+        sources: Files, or folders of files that end in `SUFFIXES`; of ``.jsonl`` the values of ``text`` are read.
+
+    Returns:
+        The training pieces, the held-out ones, and the first eight hexadecimal digits of the sha256 of all.
+
+    Raises:
+        TrainingError: there is no text, or too much.
+    """
     digest, size = hashlib.sha256(), 0
     sides: tuple[list[str], list[str]] = ([], [])
     for source in sources:
@@ -91,20 +114,16 @@ def read_tokens(tokenizer: Any, sources: Sequence[Path], vocabulary: int) -> Tok
                 raise TrainingError("the text is too long", where="--text", expected=f"at most {_MOST} characters")
     if not size:
         raise TrainingError("there is no text", where="--text", expected=f"a file, or a folder of {SUFFIXES}")
+    return (*sides, digest.hexdigest()[:8])
+
+
+def tokens(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """All texts in one row, the start token before each: (n,) int64."""
+    import torch
+
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    found = []
-    for side in sides:
-        ids = tokenizer(side, add_special_tokens=False, verbose=False)["input_ids"] if side else []
-        found.append(torch.tensor([token for row in ids for token in (*start, *row)], dtype=torch.int64))
-    largest = max(int(ids.max()) for ids in found if len(ids))
-    if largest >= vocabulary:
-        raise TrainingError(
-            "the text has tokens that the model has no row for",
-            where="--text",
-            expected=f"token ids below {vocabulary}",
-            got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
-        )
-    return Tokens(found[0], found[1], digest.hexdigest()[:8])
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return torch.tensor([token for row in rows for token in (*start, *row)], dtype=torch.int64)
 
 
 def pieces(source: Path) -> Iterator[str]:
