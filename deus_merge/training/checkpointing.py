@@ -43,6 +43,6 @@ def spare_frozen(model: Module) -> None:
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False)
     ]
-    if all(getattr(use, "keywords", {}).get("use_reentrant") is False for use in uses):
+    if uses and all(getattr(use, "keywords", {}).get("use_reentrant") is False for use in uses):
         for inner in pretrained(model):
             inner.disable_input_require_grads()

@@ -68,9 +68,9 @@ def prepare(
     """Load a grown model, ready to train its new layers: in your own loop, by transformers' Trainer, or trl.
 
     The base is frozen in bfloat16 (or 8 or 4 bits), and the new layers are float32, so that small steps count. The
-    model's own forward pass runs under ``torch.autocast`` in bfloat16: loops, `find_lr` and generation need nothing
-    more, and a Trainer neither ``bf16=True`` nor forbids it. With gradient checkpointing no layer below the lowest new
-    one is computed again; where a Trainer switches checkpointing on by itself, `watch` sees to that.
+    model's own forward pass runs under ``torch.autocast`` in bfloat16: your loop, `find_lr` and ``generate`` need
+    nothing more, and a Trainer may have ``bf16=True`` or not. With gradient checkpointing no layer below the lowest new
+    one is computed again; where a Trainer enables checkpointing by itself, `watch` prevents it.
 
     Args:
         path: The output folder, with its manifest; or a trained one.

@@ -27,7 +27,9 @@ def losses(done: dict) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    ("pretrain", ()), ("pretrain", ("--base", "4bit", "--optimizer", "muon")), ("sft", ("--packing",)),
+    ("pretrain", ()),
+    ("pretrain", ("--base", "4bit", "--optimizer", "muon")),
+    pytest.param("sft", ("--packing",), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_resumed_as_if_never_stopped(script, deeper, tmp_path, monkeypatch, name, options):  # noqa: F811
     """The losses, the rate and the trained bits; the data does not begin anew. It is stopped behind a checkpoint."""
