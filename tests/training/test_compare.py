@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deus_merge import api
 from deus_merge.core.errors import DeusMergeError
-from deus_merge.training.comparison import parse_budget
+from deus_merge.training.comparison import parse_budget, store
 from deus_merge.training.comparison import search as searching
 from deus_merge.training.comparison.candidates import Candidate, parse_optimizer
 from deus_merge.training.comparison.statistics import at_compute, difference, token_ratio
@@ -233,6 +233,8 @@ def test_folders_of_something_else(run, tiny, text, tmp_path):
     other.write_text(text.read_text().replace("salt", "rope"))
     assert "results of other settings" in run(*command, "--text", other, expect=2).err
     assert "batch: 4" in run(*command, "--text", text, "--batch", 2, expect=2).err
+    with store.alone(tmp_path / "out"):
+        assert "another comparison is running" in run(*command, "--text", text, expect=2).err
     (tmp_path / "out/comparison.json").write_text("[")
     assert "not the settings of a comparison" in run(*command, "--text", text, expect=2).err
     assert lines_of(tmp_path / "out") == before

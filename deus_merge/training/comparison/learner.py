@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .candidates import Job
 from .prefix import FrozenPrefix, layer_list
 from .setup import narrow, prepare
-from .text import Tokens
+from .text import tokens_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,25 +93,14 @@ class Windows:
 
         fixed = job.fixed
         draw = torch.Generator().manual_seed(job.seed)
-        text = tokens_of(job.work, fixed.text)
+        text = tokens_of(job.work, fixed.model, fixed.text)
         self.training = text.windows("training", fixed.steps * fixed.batch, fixed.length, draw)
         self.held_out = text.windows("held_out", fixed.held_out, fixed.length, draw)
         self.base = torch.empty(0, fixed.length, dtype=torch.int64)
         if fixed.base_text:
-            self.base = tokens_of(job.work, fixed.base_text).windows("held_out", fixed.held_out, fixed.length, draw)
+            base_text = tokens_of(job.work, fixed.model, fixed.base_text)
+            self.base = base_text.windows("held_out", fixed.held_out, fixed.length, draw)
         self.hidden: dict[str, np.ndarray] = {}
-
-
-def tokens_file(work: Path, fingerprint: str) -> Path:
-    """The file of a text's tokens."""
-    return work / f"text-{fingerprint}.pt"
-
-
-def tokens_of(work: Path, fingerprint: str) -> Tokens:
-    """A text's tokens, from the file that the comparison wrote."""
-    import torch
-
-    return Tokens(**torch.load(tokens_file(work, fingerprint), weights_only=True), fingerprint=fingerprint)
 
 
 class _Learner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,13 +20,13 @@ from ...run.executor import execute
 from ...run.preflight import RunOptions
 from ..calibration import CalibrationOptions, calibrate
 from .candidates import Candidate, Fixed, Job, insert_text, recipe_of
-from .learner import run, tokens_file
+from .learner import run
 from .options import CompareOptions, check_texts
 from .result import Comparison
 from .search import Search
 from .setup import lora_rank
-from .store import WORK, Results, check_settings
-from .text import read_tokens
+from .store import WORK, Results, alone, check_settings
+from .text import Tokens, read_tokens, split, tokens_file, tokens_of, write_tokens
 
 #: called after each run, with its result, the number of runs that are left (about), and the seconds that these take
 OnRun = Callable[[dict[str, Any], int, float], None]
@@ -100,19 +100,32 @@ class _Comparing:
         folder = _base_folder(first, needed=bool(self.options.without_growing))
         candidates = [*plans, *self._ungrown(first)]
         fixed, fresh = self._fixed(first, folder, text, base_text)
-        results = Results(self.out, fixed)
-        if fresh:
-            results.begin()
+        with alone(self.out):
+            results = Results(self.out, fixed)
+            if fresh:
+                results.begin()
+            complete = self._train(plans, candidates, folder, text, results, on_run)
+        return Comparison(self.out, tuple(candidates), tuple(results.of(candidates)), vars(fixed), complete)
+
+    def _train(
+        self,
+        plans: Mapping[Candidate, Plan],
+        candidates: Sequence[Candidate],
+        base: Path,
+        text: tuple[Path, ...],
+        results: Results,
+        on_run: OnRun,
+    ) -> bool:
+        """Run what is due until the budget ends; whether nothing is left."""
         search = Search(candidates, self.options.seeds, self.options.rates, self.options.rates_per_decade)
         began, grown = time.monotonic(), dict[Candidate, _Grown]()
 
         def job(candidate: Candidate, lr: float, seed: int) -> Job:
             if candidate not in grown:
-                grown[candidate] = (
-                    self._grow(candidate, plans[candidate], text, fixed) if candidate.grown else _Grown(folder, ())
-                )
+                plan = plans.get(candidate)
+                grown[candidate] = self._grow(candidate, plan, text, results.fixed) if plan else _Grown(base, ())
             made = grown[candidate]
-            return Job(candidate, lr, seed, made.folder, made.new_layers, fixed, self.work)
+            return Job(candidate, lr, seed, made.folder, made.new_layers, results.fixed, self.work)
 
         with _pool(self.options) as submit:
             running: dict[Future, Job] = {}
@@ -128,8 +141,7 @@ class _Comparing:
                     results.add(future.result())
                     left = search.left(results.of(candidates))
                     on_run(results.runs[-1], left, left * results.usual_seconds() / self.options.workers)
-        complete = not search.next_jobs(results.of(candidates))
-        return Comparison(self.out, tuple(candidates), tuple(results.of(candidates)), vars(fixed), complete)
+        return not search.next_jobs(results.of(candidates))
 
     def _wanted(self, search: Search, results: Results, running: Iterable[Job]) -> list[tuple[Candidate, float, int]]:
         started = {(job.candidate, job.lr, job.seed) for job in running}
@@ -166,14 +178,13 @@ class _Comparing:
         import torch
 
         self.on_stage("reading the texts")
-        tokenizer = _tokenizer(folder)
-        vocabulary = plan.shape.vocabulary
-        texts = [read_tokens(tokenizer, sources, vocabulary) for sources in (text, base_text) if sources]
+        model = _digest(plan)
+        texts = [self._tokens(sources, folder, plan, model) for sources in (text, base_text) if sources]
         o = self.options
         calibration = o.calibration_tokens or max(2 * o.length, o.tokens // 8 // o.length * o.length)
         prints = [read.fingerprint for read in texts]
         fixed = Fixed(
-            model=_digest(plan),
+            model=model,
             text=prints[0],
             base_text=prints[1] if base_text else "",
             steps=o.steps,
@@ -188,12 +199,16 @@ class _Comparing:
             read.windows("training", training, o.length, draw)  # or an error, before anything is written
             read.windows("held_out", o.held_out, o.length, draw)
         fresh = check_settings(self.out, fixed)
-        self.work.mkdir(parents=True, exist_ok=True)
         for read in texts:
-            file = tokens_file(self.work, read.fingerprint)
-            torch.save({"training": read.training, "held_out": read.held_out}, f"{file}.part")
-            os.replace(f"{file}.part", file)
+            write_tokens(self.work, model, read)
         return fixed, fresh
+
+    def _tokens(self, sources: tuple[Path, ...], folder: Path, plan: Plan, model: str) -> Tokens:
+        """A text's tokens, which an earlier call may have written."""
+        pieces = split(sources)
+        if tokens_file(self.work, model, pieces.fingerprint).exists():
+            return tokens_of(self.work, model, pieces.fingerprint)
+        return read_tokens(_tokenizer(folder), pieces, plan.shape.vocabulary)
 
     def _grow(self, candidate: Candidate, plan: Plan, text: tuple[Path, ...], fixed: Fixed) -> _Grown:
         """The checkpoint of a candidate, made when it is first needed."""

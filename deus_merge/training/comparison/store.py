@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,22 @@ from ...core.errors import TrainingError
 from .candidates import Candidate, Fixed
 
 RUNS, SETTINGS, WORK = "runs.jsonl", "comparison.json", "work"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only process that writes results to a folder, whose `WORK` exists.
+
+    Raises:
+        TrainingError: another one does.
+    """
+    with open(folder / WORK / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            hint = "wait for it, stop it, or choose another folder with --out"
+            raise TrainingError("another comparison is running there", where=folder, hint=hint) from None
+        yield
 
 
 class Results:

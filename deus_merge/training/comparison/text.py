@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...core.errors import TrainingError
 
@@ -67,38 +68,19 @@ class Tokens:
         return ids[: found * length].view(found, length)[chosen]
 
 
-def read_tokens(tokenizer: Any, sources: Sequence[Path], vocabulary: int) -> Tokens:
-    """Read texts as tokens.
+class Pieces(NamedTuple):
+    """A text in pieces: those to train on, those that are held out, and eight hexadecimal digits of its sha256."""
 
-    Args:
-        tokenizer: The model's tokenizer.
-        sources: As for `split`.
-        vocabulary: The number of tokens that the model has rows for.
-
-    Raises:
-        TrainingError: as `split`; or the text has tokens that the model has no rows for.
-    """
-    *sides, fingerprint = split(sources)
-    training, held_out = (tokens(tokenizer, side) for side in sides)
-    largest = max(int(ids.max()) for ids in (training, held_out) if len(ids))
-    if largest >= vocabulary:
-        raise TrainingError(
-            "the text has tokens that the model has no row for",
-            where="--text",
-            expected=f"token ids below {vocabulary}",
-            got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
-        )
-    return Tokens(training, held_out, fingerprint)
+    training: list[str]
+    held_out: list[str]
+    fingerprint: str
 
 
-def split(sources: Sequence[Path]) -> tuple[list[str], list[str], str]:
+def split(sources: Sequence[Path]) -> Pieces:
     """Split texts into training and held-out pieces; the text of a piece alone decides which it is.
 
     Args:
         sources: Files, or folders of files that end in `SUFFIXES`; of ``.jsonl`` the values of ``text`` are read.
-
-    Returns:
-        The training pieces, the held-out ones, and the first eight hexadecimal digits of the sha256 of all.
 
     Raises:
         TrainingError: there is no text, or too much.
@@ -114,7 +96,53 @@ def split(sources: Sequence[Path]) -> tuple[list[str], list[str], str]:
                 raise TrainingError("the text is too long", where="--text", expected=f"at most {_MOST} characters")
     if not size:
         raise TrainingError("there is no text", where="--text", expected=f"a file, or a folder of {SUFFIXES}")
-    return (*sides, digest.hexdigest()[:8])
+    return Pieces(*sides, digest.hexdigest()[:8])
+
+
+def read_tokens(tokenizer: Any, text: Pieces, vocabulary: int) -> Tokens:
+    """Read a text as tokens.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The text.
+        vocabulary: The number of tokens that the model has rows for.
+
+    Raises:
+        TrainingError: it has tokens that the model has no rows for.
+    """
+    training, held_out = tokens(tokenizer, text.training), tokens(tokenizer, text.held_out)
+    largest = max(int(ids.max()) for ids in (training, held_out) if len(ids))
+    if largest >= vocabulary:
+        raise TrainingError(
+            "the text has tokens that the model has no row for",
+            where="--text",
+            expected=f"token ids below {vocabulary}",
+            got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
+        )
+    return Tokens(training, held_out, text.fingerprint)
+
+
+def tokens_file(work: Path, model: str, fingerprint: str) -> Path:
+    """The file of a text's tokens, as the tokenizer of a model makes them."""
+    return work / f"text-{model}-{fingerprint}.pt"
+
+
+def write_tokens(work: Path, model: str, text: Tokens) -> None:
+    """Write the tokens of a text to the folder that runs share."""
+    import torch
+
+    work.mkdir(parents=True, exist_ok=True)
+    file = tokens_file(work, model, text.fingerprint)
+    torch.save({"training": text.training, "held_out": text.held_out}, f"{file}.part")
+    os.replace(f"{file}.part", file)
+
+
+def tokens_of(work: Path, model: str, fingerprint: str) -> Tokens:
+    """The tokens that `write_tokens` wrote."""
+    import torch
+
+    found = torch.load(tokens_file(work, model, fingerprint), weights_only=True)
+    return Tokens(**found, fingerprint=fingerprint)
 
 
 def tokens(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
