@@ -33,6 +33,7 @@ def workplace(tmp_path):
     (folder / "recipes").symlink_to(ROOT / "recipes")
     for name in ("demo/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         make_model(folder / name, layers=30, tied=True)
+    (folder / "corpus.txt").write_text("\n".join(f"Line {i} of some text, number {i % 13}." for i in range(30_000)))
     return folder
 
 
