@@ -147,7 +147,7 @@ def prepare(
     windows = read(runner.vocabulary)
     columns = max(sum(writer.columns for writer in found) for found in writers.layers.values())
     shape = (windows.fitted, windows.held_out)
-    needs = estimate(view, source.tensors, source.config, options, columns, shape, in_place=device.type == "cpu")
+    needs = estimate(view, source.tensors, source.config, options, columns, shape)
     check_memory(needs, options.max_memory, str(device))
     notes = list(writers.notes)
     tokens, fitted = windows.ids.numel(), windows.fitted * windows.length
