@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from grown import grow
+from prose import PROSE, WORDS
 from safetensors.torch import load_file, save_file
 from support import load, make_model, save_tokenizer, train_tokenizer, weights
 
@@ -29,14 +30,6 @@ from deus_merge.training.calibration.options import Windows, read_windows
 from deus_merge.training.calibration.passes import Passes
 from deus_merge.training.calibration.writers import find_writers
 
-#: prose that the tiny model has not seen, as different from its own text as English is
-SENTENCES = (
-    "the ship left its harbour before dawn and sailed along a cold coast where small white houses stood between dark"
-    " rocks; an old captain counted gulls while his crew mended nets, cooked fish soup and talked about weather, money"
-    " and home. when rain came they sang quietly below deck until morning light returned over calm grey water."
-)
-WORDS = SENTENCES.split()
-PROSE = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(4000))
 QUICK = api.CalibrationOptions(tokens=640, length=32, batch=5, device="cpu")
 
 
@@ -479,8 +472,9 @@ def test_refused_outputs(run, deeper, calibrated, text, tmp_path):
 # memory --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "limit"), [("ridge", 6e9), ("kfac", 6.2e9)])
-def test_an_8b_model_fits_into_6_gb(method, limit):
+@pytest.mark.parametrize("method", ["ridge", "kfac"])
+def test_an_8b_model_fits_into_6_gb(method):
+    """benchmarks/calibration_memory.py measures it."""
     config = transformers.LlamaConfig(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=48, num_attention_heads=32,
         num_key_value_heads=8,
@@ -492,5 +486,5 @@ def test_an_8b_model_fits_into_6_gb(method, limit):
     view = view_model(data, tuple(tensors), "here")
     options = api.CalibrationOptions(method=method)
     needs = estimate(view, tensors, data, options, 4096 + 14_336, (48, 16))
-    assert 4e9 < needs.memory < limit
+    assert 4e9 < needs.memory < 5e9
     assert needs.disk < 20e9
