@@ -50,6 +50,7 @@ from .run.preflight import preflight as check_run
 from .run.strip import Stripped
 from .training.calibration import Calibrated, CalibrationOptions
 from .training.calibration.planned import calibrator_of
+from .training.calibration.scores import GapScore
 from .verify import Verification
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "CalibrationOptions",
     "DeusMergeError",
     "Fit",
+    "GapScore",
     "LoadOptions",
     "MergeResult",
     "RunOptions",
@@ -71,6 +73,7 @@ __all__ = [
     "preflight",
     "report",
     "run_blocks",
+    "score_gaps",
     "strip",
     "upscale_recipe",
     "verify",
@@ -386,6 +389,34 @@ def calibrate(
     from .training.calibration import calibrate as run
 
     return run(out, new, text, options, on_layer)
+
+
+def score_gaps(
+    model: str | Path,
+    text: str,
+    options: CalibrationOptions | None = None,
+    *,
+    load_options: LoadOptions | None = None,
+    on_gap: Callable[[GapScore], None] | None = None,
+) -> tuple[GapScore, ...]:
+    """Score every gap between two layers of a model: how much of the loss's gradient a new layer there could follow.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        text: The text itself, like that of the training.
+        options: Tokens, damping, device ...
+        load_options: As for `plan`.
+        on_gap: Called after each gap, from the highest to the lowest.
+
+    Returns:
+        The scores, from the lowest gap to the highest.
+
+    Raises:
+        DeusMergeError: the model or the text cannot be used.
+    """
+    from .training.calibration.scores import score_gaps as run
+
+    return run(model, text, options, load_options, on_gap)
 
 
 def strip(

@@ -98,22 +98,11 @@ class Statistics:
         """
         import torch
 
-        factor = 1 / self.tokens
-        self.a.scale(factor)
-        self.b *= factor
-        try:
-            if method == "kfac":
-                assert self.s is not None
-                self.s.scale(factor)
-                self.s.damp(damping)
-                self.s.factorise()
-                self.s.divide_by_transposed_factor(self.b.T)  # B becomes S^-1 B
-                self.s.divide_by_factor(self.b.T)
-            ridge = self.a.damp(damping)
-            self.a.factorise()
-        except ArithmeticError:
-            hint = "raise the damping, or use more tokens"
-            raise TrainingError(f"layer {layer}: the statistics cannot be inverted", hint=hint) from None
+        ridge = self._factorise(damping, layer, with_gradients=method == "kfac")
+        if method == "kfac":
+            assert self.s is not None
+            self.s.divide_by_transposed_factor(self.b.T)  # B becomes S^-1 B
+            self.s.divide_by_factor(self.b.T)
         weights = self.b  # (d, m)
         # E|W phi|^2 = tr(W A W^T) = |W L|^2 - ridge |W|^2, where L is the factor of A + ridge I
         self.a.divide_by_transposed_factor(weights)
@@ -121,3 +110,50 @@ class Statistics:
         self.a.divide_by_factor(weights)
         energy -= ridge * float(torch.linalg.vector_norm(weights)) ** 2
         return weights, math.sqrt(max(energy, 0.0))
+
+    def score(self, damping: float, layer: int) -> float:
+        """The expansion score tr(S^-1 B A^-1 B^T) / d, with A and S damped as in `solve`. A, B and S are used up.
+
+        Without damping it is the mean of the squared canonical correlations of g with phi: 0 to 1.
+
+        Args:
+            damping: Multiple of the mean diagonal entry.
+            layer: For messages.
+
+        Raises:
+            TrainingError: rounding makes a matrix indefinite.
+
+        Reference: Mitchell et al., Self-Expanding Neural Networks, arXiv 2307.04526.
+        """
+        import torch
+
+        assert self.s is not None
+        self._factorise(damping, layer, with_gradients=True)
+        self.s.divide_by_transposed_factor(self.b.T)
+        self.a.divide_by_transposed_factor(self.b)
+        return float(torch.linalg.vector_norm(self.b)) ** 2 / len(self.b)
+
+    def _factorise(self, damping: float, layer: int, *, with_gradients: bool) -> float:
+        """Turn sums into means, damp A and S and factorise them, in place.
+
+        Returns:
+            What was added to the diagonal of A.
+
+        Raises:
+            TrainingError: rounding makes a matrix indefinite.
+        """
+        factor = 1 / self.tokens
+        self.b *= factor
+        self.a.scale(factor)
+        ridge = self.a.damp(damping)
+        try:
+            self.a.factorise()
+            if with_gradients:
+                assert self.s is not None
+                self.s.scale(factor)
+                self.s.damp(damping)
+                self.s.factorise()
+        except ArithmeticError:
+            hint = "raise the damping, or use more tokens"
+            raise TrainingError(f"layer {layer}: the statistics cannot be inverted", hint=hint) from None
+        return ridge

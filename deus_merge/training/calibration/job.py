@@ -142,7 +142,7 @@ def prepare(
     try:
         runner = LayerRunner(source, view, device)
     except (CannotBuild, CannotStream) as error:
-        raise _refusal(view, source.where, str(error)) from None
+        raise refusal(view, source.where, str(error)) from None
     writers = find_writers(manifest, view, source, runner)
     windows = read(runner.vocabulary)
     columns = max(sum(writer.columns for writer in found) for found in writers.layers.values())
@@ -179,7 +179,7 @@ def calibrate_layers(job: Job, target: Target, on_layer: OnLayer) -> list[Calibr
         runner.read_from(dequantized(target.written() if done else target.unfinished()))
         passes = Passes(runner, job.windows, target.scratch, job.options.batch, job.device)
     except CannotStream as error:
-        raise _refusal(job.view, job.where, str(error)) from None
+        raise refusal(job.view, job.where, str(error)) from None
     # new layers are the identity until their step is kept
     passes.skipped |= set(job.new_layers) - {layer.layer for layer in done if layer.alpha}
     for layer in done:
@@ -206,7 +206,8 @@ def calibrate_layers(job: Job, target: Target, on_layer: OnLayer) -> list[Calibr
     return found
 
 
-def _refusal(view: ModelView, where: object, reason: str) -> TrainingError:
+def refusal(view: ModelView, where: object, reason: str) -> TrainingError:
+    """The error about a model that cannot be run layer by layer."""
     return TrainingError(
         f"models of {view.model_type!r} cannot be calibrated: they cannot be run one layer at a time",
         where=where,

@@ -81,8 +81,8 @@ def estimate(
     product = _FLOAT * min(ROWS, columns) * columns
     solving = 3 * _DOUBLE * min(ROWS, columns) * max(width, ROWS)
     phases = {
-        "the embeddings": max(outer, default=0) + 2 * _FLOAT * tokens * width,
-        "the head and its logits": max(outer, default=0) + 4 * _FLOAT * tokens * vocabulary,
+        "the embeddings": max(outer, default=0) + forward,
+        "the head and its logits": max(outer, default=0) + 4 * _FLOAT * options.length * vocabulary,
         "the gradient of a layer": gradient,
         "the statistics of a layer": forward + a + b + s + read + product,
         "solving for the weights of a layer": a + b + s + solving,
