@@ -33,7 +33,7 @@ gpu: $(VENV)/.test  ## the device tests and the largest shapes on a CUDA GPU: at
 	$(BIN)/python benchmarks/gpu.py
 
 inits: $(VENV)/.test  ## which new layers learn fastest: hours; goes on where it was stopped
-	$(BIN)/python -m benchmarks.inits tiny small smollm2
+	$(BIN)/python -m benchmarks.inits tiny smollm2 --suite grid
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

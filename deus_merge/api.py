@@ -1,4 +1,5 @@
-"""The functions for notebooks and the command line: plan, fit, merge, up-scale, verify, report, calibrate, strip.
+"""The functions for notebooks and the command line: plan, fit, merge, up-scale, verify, report, calibrate,
+compare, strip.
 
 ::
 
@@ -21,7 +22,7 @@ A plan pickles, and any process can make some of its blocks::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,15 @@ from .run.strip import Stripped
 from .training.calibration import Calibrated, CalibrationOptions
 from .training.calibration.planned import calibrator_of
 from .training.calibration.scores import GapScore
+from .training.comparison import Budget, CompareOptions, Comparison
 from .verify import Verification
 
 __all__ = [
+    "Budget",
     "Calibrated",
     "CalibrationOptions",
+    "CompareOptions",
+    "Comparison",
     "DeusMergeError",
     "Fit",
     "GapScore",
@@ -66,6 +71,7 @@ __all__ = [
     "Stripped",
     "TrainingSettings",
     "calibrate",
+    "compare",
     "export_training",
     "fit",
     "merge",
@@ -417,6 +423,41 @@ def score_gaps(
     from .training.calibration.scores import score_gaps as run
 
     return run(model, text, options, load_options, on_gap)
+
+
+def compare(
+    model: str | Path,
+    out: str | Path,
+    text: str | Path | Sequence[str | Path],
+    options: CompareOptions | None = None,
+    *,
+    base_text: str | Path | Sequence[str | Path] = (),
+    on_run: Callable[[Mapping[str, Any], int, float], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Compare ways to grow a model, and ways to train it, by training on a text. Called again, it goes on.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        out: The folder for results.
+        text: Files or folders of text to learn.
+        options: Inits, places, optimizers, tokens, seeds, budget ...
+        base_text: Text that should not be forgotten: its loss is measured before and after.
+        on_run: Called after each run with its result, about how many runs are left, and the seconds that these take.
+        on_stage: Called with a few words before something that takes a while.
+
+    Returns:
+        The results so far: all of them, unless the budget ended.
+
+    Raises:
+        DeusMergeError: a model, a text or an option cannot be used, or the folder has results of other settings.
+    """
+    from .training.comparison import compare as run
+
+    def listed(paths: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+        return [paths] if isinstance(paths, str | Path) else paths
+
+    return run(str(model), out, listed(text), options, base_text=listed(base_text), on_run=on_run, on_stage=on_stage)
 
 
 def strip(

@@ -1,71 +1,97 @@
-"""Which new layers learn fastest? Trains every init on the same text and compares.
+"""Which new layers learn fastest, where, and with which optimizer? ``deus-merge compare`` on this project's models.
 
-    python -m benchmarks.inits tiny small smollm2
+    python -m benchmarks.inits tiny smollm2 --suite grid
 
-Every finished run is a line of OUT/MODEL.jsonl; started again, what is there is not run again. Tables and plots are
-made from these lines. Learning rates are swept for each init, on seed 0, until the best one has a worse one on both
-sides; the best one is then run with every seed. Without a model only tables and plots are made.
+Every finished run is a line of OUT/MODEL-SUITE/runs.jsonl; started again, what is there is not run again. RESULTS.md is
+made from these lines; without a model only that is done.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from . import base, report, texts
-from .bench import Bench
-from .inits import INITS
-from .leads import ALL, LEADS
-from .places import places
-from .training import Scratch, Setting
+from deus_merge import api
+from deus_merge.training.comparison import parse_budget
+from deus_merge.training.comparison.result import Comparison
 
-SUITES = {"inits": tuple(INITS), "leads": tuple(LEADS), "positions": ("copy_next", "opt_deus")}
-DOCS = Path(__file__).parents[2] / "docs"
+from . import base, report
+from .suites import MODELS, SUITES
+from .texts import text_files
 
-
-def setting_of(model: str, scratch: Path, prose: tuple[str, ...], code: tuple[str, ...]) -> Setting:
-    """A model learns a text that it was not trained on: the tiny one prose, the others code."""
-    folder = base.provide(model, scratch, prose)
-    marks = base.fingerprint(folder), texts.fingerprint((*prose, *code))
-    if model == "tiny":
-        return Setting(model, folder, prose, code, *marks, steps=96)
-    if model == "small":
-        return Setting(model, folder, code, prose, *marks, steps=64)
-    top = {"count": 4, "where": "top"}
-    lrs = (3e-4, 1e-3, 3e-3)
-    return Setting(model, folder, code, prose, *marks, top, steps=40, points=2, held_out=8, lrs=lrs)
+HERE = Path(__file__).parent
 
 
 @click.command(help=__doc__)
-@click.argument("models", nargs=-1, type=click.Choice(["tiny", "small", "smollm2"]))
-@click.option("--suite", type=click.Choice(list(SUITES)), default="inits")
-@click.option("--init", "names", multiple=True, type=click.Choice(list(ALL)), help="Only these.")
-@click.option("--seeds", default=5, show_default=True)
-@click.option("--workers", default=2, show_default=True)
+@click.argument("models", nargs=-1, type=click.Choice(list(MODELS)))
+@click.option("--suite", "suites", multiple=True, type=click.Choice(list(SUITES)), default=["grid"], show_default=True)
+@click.option("--init", "inits", multiple=True, help="Only these.")
+@click.option("--optimizer", "optimizers", multiple=True, help="Only these.")
+@click.option("--seeds", type=int, help="Another number of seeds.")
+@click.option("--tokens", type=int, help="Another number of tokens.")
+@click.option("--budget", help="Of each suite: 30min, 2M ...")
+@click.option("--workers", default=1, show_default=True)
+@click.option("--device", default="auto", show_default=True)
 @click.option("--prose", multiple=True, default=["stdlib-docs"], help="Text files or folders.")
 @click.option("--code", multiple=True, default=["stdlib"], help="The same.")
+@click.option("--docs", multiple=True, default=["stdlib-docs"], help="The same: like the text of the tiny model.")
 @click.option("--scratch", type=click.Path(path_type=Path), default=".bench/inits", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent, show_default=True)
-@click.option("--pictures", type=click.Path(path_type=Path), default=DOCS, show_default=True)
-@click.option("--steps", type=int, help="Of a run; to try the command.")
-def main(models, suite, names, seeds, workers, prose, code, scratch, out, pictures, steps) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+@click.option("--out", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
+def main(models, suites, inits, optimizers, seeds, tokens, budget, workers, device, scratch, out, **texts) -> None:
     for name in models:
-        setting = setting_of(name, scratch, prose, code)
-        setting = replace(setting, steps=steps or setting.steps)
-        bench = Bench(scratch, out / f"{name}.jsonl", workers)
-        if (Path(setting.folder) / base.FACTS).exists():
-            shutil.copy(Path(setting.folder) / base.FACTS, out / f"{name}-base.json")
-        chosen = names or SUITES[suite]
-        bench.sweep(setting, chosen)
-        bench.seeds(setting, chosen, seeds)
-        if suite == "positions":
-            for place, insert in places(setting, Scratch(scratch, setting)).items():
-                bench.seeds(setting.at(insert, place), chosen, seeds, like=setting)
-    report.write(out, pictures)
+        for suite_name in suites:
+            model, suite = MODELS[name], SUITES[suite_name]
+            chosen = {"inits": inits, "optimizers": optimizers, "seeds": seeds, "tokens": tokens}
+            options = replace(
+                suite.options(model),
+                **{key: value for key, value in chosen.items() if value},
+                budget=parse_budget(budget) if budget else api.Budget(),
+                workers=workers,
+                device=device,
+            )
+            learned, known = (model.near, model.far) if suite.near else (model.far, model.near)
+            work, kept = scratch / f"{name}-{suite_name}", out / f"{name}-{suite_name}"
+            _copy(kept, work)
+            found = api.compare(
+                base.provide(name, scratch, texts["prose"]),
+                work,
+                text_files(texts[learned], scratch),
+                options,
+                base_text=text_files(texts[known], scratch),
+                on_run=_progress,
+                on_stage=click.echo,
+            )
+            found.write()
+            _copy(work, kept)
+            _describe(found, kept)
+    out.mkdir(parents=True, exist_ok=True)
+    report.write(out, out.parent / "RESULTS.md")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the results of a comparison, without its work."""
+    for name in ("comparison.json", "runs.jsonl", "curves.svg"):
+        if (source / name).exists():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+
+
+def _describe(found: Comparison, folder: Path) -> None:
+    """Write what the report needs."""
+    (folder / "results.json").write_text(json.dumps(found.describe() | {"folder": ""}, indent=1) + "\n")
+    (folder / "table.md").write_text(found.markdown() + "\n")
+
+
+def _progress(run, left: int, seconds: float) -> None:
+    click.echo(
+        f"{run['init']} {run['insert']} {run['optimizer']} lr {run['lr']:g} seed {run['seed']}:"
+        f" {run['initial']:.4f} -> {run['final']:.4f}, {run['seconds']:.0f} s; about {left} runs,"
+        f" {seconds / 60:.0f} min left"
+    )
 
 
 if __name__ == "__main__":

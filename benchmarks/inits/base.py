@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import train_tiny
 from deus_merge.models import demo as demo_models
+from deus_merge.training.comparison.text import split, tokens
 
-from . import texts
+from .texts import text_files
 
 VOCABULARY = 4096
 SIZES = {
@@ -34,39 +34,31 @@ def provide(name: str, scratch: Path, prose: Sequence[str]) -> str:
     Args:
         name: ``tiny`` (ships in the package), ``small`` (trained here on the prose), or ``smollm2``.
         scratch: Where it is kept.
-        prose: `texts.pieces` sources.
+        prose: See `texts.text_files`.
     """
     if name == "tiny":
         return str(demo_models.tiny_model())
     if name == "smollm2":
         return str(demo_models.smollm2(scratch))
-    folder = scratch / f"small-base-{texts.fingerprint(prose)}"
+    training, held_out, fingerprint = split(text_files(tuple(prose), scratch))
+    folder = scratch / f"small-base-{fingerprint}"
     if not (folder / FACTS).exists():  # the last file to be written
-        train_small(folder, prose)
+        train_small(folder, training, held_out)
     return str(folder)
 
 
-def fingerprint(folder: str) -> str:
-    """Eight hexadecimal digits of the weights."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def train_small(out: Path, sources: Sequence[str], steps: int = STEPS, seed: int = 0) -> None:
+def train_small(out: Path, training: Sequence[str], held_out: Sequence[str], steps: int = STEPS, seed: int = 0) -> None:
     """Train a Llama of 10.5 M parameters: 12 layers, d 256, f 768, 8 query heads on 4 key-value heads.
 
     Args:
         out: Folder to write the checkpoint (bfloat16) and `FACTS` to.
-        sources: See `texts.pieces`.
+        training, held_out: Texts.
         steps: Of 16 windows of 256 tokens.
         seed: Of the weights and the windows.
     """
     torch.manual_seed(seed)
-    training, held_out = texts.sides(sources)
     tokenizer = train_tiny.train_tokenizer(training, VOCABULARY)
-    training_ids, held_out_ids = texts.tokens(tokenizer, training), texts.tokens(tokenizer, held_out)
+    training_ids, held_out_ids = tokens(tokenizer, training), tokens(tokenizer, held_out)
     print(f"text: {len(training_ids)} training tokens, {len(held_out_ids)} held out", flush=True)
     model = LlamaForCausalLM(train_tiny.tiny_config(tokenizer, **SIZES))
     curve = train_tiny.train(model, training_ids, held_out_ids, steps, seed, batch=BATCH, lr=LEARNING_RATE, mixed=True)

@@ -62,6 +62,14 @@ def format_size(size: int | float) -> str:
     return f"{size:.2f} TB"
 
 
+def format_seconds(seconds: float) -> str:
+    """``4000`` -> ``"1 h 7 min"``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def dtype_code(name: str) -> str:
     """The safetensors code of a recipe's dtype: ``"bfloat16"`` -> ``"BF16"`` (the prefix ``"torch."`` is allowed).
 

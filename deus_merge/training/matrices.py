@@ -82,6 +82,20 @@ def splits(model: Module, manifest: Manifest, parameters: Parameters) -> Mapping
     return found
 
 
+def linear_splits(model: Module) -> dict[Parameter, Split]:
+    """The matrices among the parameters of a model that train, by the kinds of its modules alone."""
+    found: dict[Parameter, Split] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            split = _by_module(module, parameter)
+            if split is not None and parameter.requires_grad:
+                found[parameter] = split
+    embeddings: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if embeddings is not None:  # a tied or untied head is AdamW's, as in pre-training
+        found.pop(embeddings.weight, None)
+    return found
+
+
 def _described(model: Module, manifest: Manifest) -> Mapping[str, tuple[TensorSpec, Heads | None]]:
     """The family's description of the tensors of new layers, with their layouts fitted, by name."""
     found: dict[str, tuple[TensorSpec, Heads | None]] = {}

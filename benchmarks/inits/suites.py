@@ -1,0 +1,103 @@
+"""What the benchmark compares on which model: suites of options for `deus_merge.api.compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deus_merge import api
+
+#: every init whose outputs are zero; copies at exactly the places of opt_deus are the control
+INITS = (
+    "llama_pro",
+    "copy_next",
+    "opt_deus",
+    "opt_deus_paper",
+    "opt_deus_script",
+    "lesa{zero_init: true}",
+    "random_zero",
+    "calibrated:llama_pro",
+    "calibrated:opt_deus",
+)
+OPTIMIZERS = ("adamw", "adamw:3", "muon")
+PLACES = ("top", "middle", "bottom", "even", "sandwich")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base model of the benchmark.
+
+    Attributes:
+        summary: What it is.
+        far, near: Texts unlike and like its own: ``code``, ``prose`` or ``docs``.
+        insert: Where its new layers go.
+        tokens: Training tokens of a run.
+        held_out: Windows on which losses are measured.
+    """
+
+    summary: str
+    far: str
+    near: str
+    insert: object
+    tokens: int
+    held_out: int
+
+
+MODELS = {
+    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", "top_half", 49_152, 16),
+    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", "top_half", 32_768, 16),
+    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", {"count": 4, "where": "top"}, 20_480, 8),
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One comparison.
+
+    Attributes:
+        question: What it answers.
+        options: For a model.
+        near: Whether the text is like the base's.
+    """
+
+    question: str
+    options: Callable[[Model], api.CompareOptions]
+    near: bool = False
+
+
+def _grid(model: Model) -> api.CompareOptions:
+    return _options(model, inits=INITS, seeds=5)
+
+
+def _near(model: Model) -> api.CompareOptions:
+    return _options(model, inits=("llama_pro", "opt_deus", "calibrated:llama_pro"))
+
+
+def _long(model: Model) -> api.CompareOptions:
+    return _options(model, inits=("llama_pro", "opt_deus"), tokens=524_288)
+
+
+def _places(model: Model) -> api.CompareOptions:
+    inserts = ("top_half", "all", *({"count": 3, "where": where} for where in PLACES))
+    return _options(model, inits=("llama_pro", "opt_deus"), inserts=inserts, optimizers=("adamw", "muon"))
+
+
+def _growing(model: Model) -> api.CompareOptions:
+    ungrown = ("all", "top", "lora")
+    return _options(
+        model, inits=("llama_pro",), optimizers=("adamw", "muon"), without_growing=ungrown, tokens=2 * model.tokens
+    )
+
+
+def _options(model: Model, **more) -> api.CompareOptions:
+    usual = {"inserts": (model.insert,), "optimizers": OPTIMIZERS, "tokens": model.tokens, "held_out": model.held_out}
+    return api.CompareOptions(**(usual | more))
+
+
+SUITES = {
+    "grid": Suite("Every init with every optimizer, on a text unlike the base's", _grid),
+    "near": Suite("The same for the main inits, on a text like the base's", _near, near=True),
+    "long": Suite("The main inits on more than half a million tokens", _long),
+    "places": Suite("Where new layers go", _places),
+    "growing": Suite("Growing, or training what is there", _growing),
+}

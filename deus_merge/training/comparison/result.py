@@ -1,0 +1,263 @@
+"""The results of a comparison: a table, a plot and a page."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...core.units import format_size
+from .candidates import Candidate, insert_text
+from .search import best_lr, best_runs, by_candidate
+from .statistics import Interval, Run, Runs, at_compute, difference, interval, mean, token_ratio
+
+TABLE, PLOT, PAGE = "table.md", "curves.svg", "report.html"
+_COLUMNS = (
+    "init", "places", "optimizer", "lr", "seeds", "first loss", "last loss", "difference", "tokens", "at equal FLOPs",
+    "base's text", "trained", "memory", "TFLOP", "s",
+)  # fmt: skip
+LEGEND = """Losses in nats a token on held-out text, means over seeds. *Difference*: of the last loss to that of the
+first row, the reference, seed by seed (the same windows in the same order), with its 95 % interval. *Tokens*: those
+needed to reach the reference's last loss, over the reference's; the difference becomes tokens by the slope of the
+reference's curve. *At equal FLOPs*: the difference where both have computed as much as the cheaper one does in all.
+*Base's text*: the change of the loss on the other text. *Memory*: weights, gradients, optimizer states, and what the
+backward pass keeps. A rate in brackets is the lowest or highest that was tried: a better one may lie beyond."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate at its best learning rate.
+
+    Attributes:
+        candidate: The candidate.
+        lr: Its best learning rate.
+        bracketed: Whether worse rates were tried on both sides.
+        rates: The last loss of the search by learning rate.
+        runs: Its runs by seed.
+        difference: Of the last loss to the reference's.
+        tokens: Tokens needed for the reference's last loss, over the reference's.
+        equal_compute: Difference of losses at equal computation.
+        forgotten: By how much the loss on the base's text rose; None without one.
+    """
+
+    candidate: Candidate
+    lr: float
+    bracketed: bool
+    rates: Mapping[float, float]
+    runs: Runs
+    difference: Interval | None
+    tokens: Interval | None
+    equal_compute: Interval | None
+    forgotten: Interval | None
+
+    def describe(self) -> dict[str, Any]:
+        """The row as JSON data."""
+
+        def ends(value: Interval | None) -> list[float] | None:
+            return None if value is None else [round(float(x), 6) for x in value if x == x]
+
+        return {
+            **vars(self.candidate),
+            "lr": self.lr,
+            "bracketed": self.bracketed,
+            "rates": {f"{lr:g}": loss for lr, loss in sorted(self.rates.items())},
+            "seeds": len(self.runs),
+            "initial": round(mean(self.runs, "initial"), 5),
+            "final": round(mean(self.runs, "final"), 5),
+            "difference": ends(self.difference),
+            "tokens": ends(self.tokens),
+            "equal_compute": ends(self.equal_compute),
+            "forgotten": ends(self.forgotten),
+            **{name: next(iter(self.runs.values()))[name] for name in ("new_layers", "trained", "memory", "tflop")},
+            "seconds": round(mean(self.runs, "seconds"), 1),
+        }
+
+    def cells(self) -> list[str]:
+        """The row as texts, for `_COLUMNS`."""
+        one, form = next(iter(self.runs.values())), "+.4f"
+        return [
+            self.candidate.init,
+            insert_text(self.candidate.places) if self.candidate.insert else "",
+            self.candidate.optimizer,
+            f"{self.lr:g}" if self.bracketed else f"({self.lr:g})",
+            str(len(self.runs)),
+            f"{mean(self.runs, 'initial'):.4f}",
+            f"{mean(self.runs, 'final'):.4f}",
+            "" if self.difference is None else format(self.difference, form),
+            "" if self.tokens is None else format(self.tokens, ".2f"),
+            "" if self.equal_compute is None else format(self.equal_compute, form),
+            "" if self.forgotten is None else format(self.forgotten, "+.3f"),
+            f"{one['trained'] / 1e6:.2f} M",
+            format_size(one["memory"]),
+            f"{one['tflop']:.2f}",
+            f"{mean(self.runs, 'seconds'):.0f}",
+        ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of `compare`. ``str()`` is the table; in a notebook it is shown with the plot.
+
+    Attributes:
+        folder: The folder of the results.
+        candidates: What is compared; the first one is the reference.
+        runs: Every result.
+        fixed: The settings that all runs share.
+        complete: Whether every candidate has its rate and its seeds; else the budget ended.
+    """
+
+    folder: Path
+    candidates: tuple[Candidate, ...]
+    runs: tuple[Run, ...] = field(repr=False)
+    fixed: Mapping[str, Any]
+    complete: bool
+
+    @property
+    def rows(self) -> list[Row]:
+        """The candidates that have run: the reference, then the others by their last loss."""
+        found = by_candidate(self.runs)
+        done = [c for c in self.candidates if best_lr(found[c]) is not None]
+        reference = best_runs(found[done[0]]) if done else {}
+        rows = [_row(c, found[c], {} if c == done[0] else reference) for c in done]
+        return rows[:1] + sorted(rows[1:], key=lambda row: row.difference.mean if row.difference else 0.0)
+
+    def describe(self) -> dict[str, Any]:
+        """The results as JSON data."""
+        return {
+            "folder": str(self.folder),
+            "complete": self.complete,
+            "settings": dict(self.fixed),
+            "rows": [row.describe() for row in self.rows],
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The columns that have values, and the rows of the table."""
+        rows = [row.cells() for row in self.rows]
+        used = [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows)]
+        return [_COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows]
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        columns, rows = self.table()
+        lines = [columns, ["---"] * len(columns), *rows]
+        return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+    def __str__(self) -> str:
+        return self.markdown()
+
+    def _repr_html_(self) -> str:
+        plot = self.plot() or ""
+        return f"{plot[plot.find('<svg') :]}{_html_table(*self.table())}"
+
+    def plot(self) -> str | None:
+        """Held-out loss against tokens, and differences to the reference with 95 % bands, as SVG. None without
+        matplotlib (``pip install "deus-merge[plot]"``)."""
+        try:
+            import matplotlib
+        except ImportError:
+            return None
+        return _plot(matplotlib, self.rows) if self.rows else None
+
+    def write(self) -> list[Path]:
+        """Write ``table.md``, ``curves.svg`` (with matplotlib) and ``report.html`` to the folder.
+
+        Returns:
+            The files.
+        """
+        plot = self.plot()
+        texts = {TABLE: f"{self.markdown()}\n\n{LEGEND}\n", PAGE: self.page(plot)} | ({PLOT: plot} if plot else {})
+        for name, text in texts.items():
+            (self.folder / name).write_text(text, encoding="utf-8")
+        return [self.folder / name for name in texts]
+
+    def page(self, plot: str | None) -> str:
+        """A page of HTML that needs no other file."""
+        fixed = ", ".join(f"{name} {value}" for name, value in self.fixed.items() if value != "")
+        state = "" if self.complete else "<p>The budget ended before all runs: continue with the same command.</p>"
+        figure = plot[plot.find("<svg") :] if plot else ""
+        legend = html.escape(LEGEND).replace("\n", " ")
+        body = f"<p>{html.escape(fixed)}</p>{state}{figure}{_html_table(*self.table())}<p>{legend}</p>"
+        return _PAGE.replace("{body}", body)
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Comparison</title><style>
+:root { color-scheme: light dark; }
+body { margin: 2rem auto; max-width: 75rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }
+div { overflow-x: auto; } svg { max-width: 100%; height: auto; background: #fff; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
+th, td { padding: .3rem .7rem .3rem 0; text-align: left; border-top: 1px solid #8884; white-space: nowrap; }
+</style></head><body><h1>Comparison</h1>{body}</body></html>
+"""
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<div><table>{line('th', columns)}{''.join(line('td', row) for row in rows)}</table></div>"
+
+
+def _row(candidate: Candidate, rates: Mapping[float, Runs], reference: Runs) -> Row:
+    lr = best_lr(rates)
+    assert lr is not None
+    runs, tried = rates[lr], sorted(rates)
+    has_base = all("base_before" in run for run in runs.values())
+    return Row(
+        candidate,
+        lr,
+        tried[0] < lr < tried[-1],
+        {lr: min(run["final"] for run in of.values()) for lr, of in rates.items()},
+        runs,
+        difference(runs, reference),
+        token_ratio(runs, reference) if reference else None,
+        _equal_compute(runs, reference),
+        interval([run["base_after"] - run["base_before"] for run in runs.values()]) if has_base else None,
+    )
+
+
+def _equal_compute(runs: Runs, reference: Runs) -> Interval | None:
+    seeds = sorted(runs.keys() & reference.keys())
+    if not seeds:
+        return None
+    tflop = min(runs[seeds[0]]["tflop"], reference[seeds[0]]["tflop"])
+    return interval([at_compute(runs[s], tflop) - at_compute(reference[s], tflop) for s in seeds])
+
+
+def _plot(matplotlib: Any, rows: Sequence[Row]) -> str:
+    import numpy as np
+
+    matplotlib.use("svg")
+    settings = {"svg.hashsalt": "deus_merge", "font.size": 9}
+    with matplotlib.rc_context(settings):
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+        reference = rows[0].runs
+        for row in rows:
+            seeds = sorted(row.runs.keys() & reference.keys())
+            if not seeds:
+                continue
+            curves = [row.runs[s]["curve"] for s in seeds]
+            tokens = np.array([t for t, _ in curves[0]], dtype=float)
+            losses = np.array([[loss for _, loss in curve] for curve in curves])  # (s, p)
+            losses[~np.isfinite(losses)] = np.nan
+            (line,) = left.plot(tokens, losses.mean(0), label=str(row.candidate))
+            known = np.array([[t for t, _ in reference[s]["curve"]] for s in seeds], dtype=float)
+            theirs = np.array([[loss for _, loss in reference[s]["curve"]] for s in seeds])
+            apart = losses - [np.interp(tokens, at, of) for at, of in zip(known, theirs, strict=True)]
+            bands = [interval(column) for column in apart.T]
+            right.plot(tokens, [band.mean for band in bands], color=line.get_color())
+            ends = [band.low for band in bands], [band.high for band in bands]
+            right.fill_between(tokens, *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+        left.set(xlabel="training tokens", ylabel="held-out loss, nats a token")
+        right.set(xlabel="training tokens", ylabel=f"difference to {rows[0].candidate}")
+        left.legend(fontsize=7)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    return file.getvalue()

@@ -1,0 +1,295 @@
+"""Runs a comparison: grows the candidates, trains them one after another or side by side, and keeps every result."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import CheckpointError, TrainingError
+from ...plan.build import build_plan
+from ...plan.types import Plan
+from ...report.manifest import read_manifest
+from ...run.device import choose_device, set_threads
+from ...run.executor import execute
+from ...run.preflight import RunOptions
+from ..calibration import CalibrationOptions, calibrate
+from .candidates import Candidate, Fixed, Job, insert_text, recipe_of
+from .learner import run, tokens_file
+from .options import CompareOptions, check_texts
+from .result import Comparison
+from .search import Search
+from .setup import lora_rank
+from .store import WORK, Results, check_settings
+from .text import read_tokens
+
+#: called after each run, with its result, the number of runs that are left (about), and the seconds that these take
+OnRun = Callable[[dict[str, Any], int, float], None]
+#: called before something that takes a while
+OnStage = Callable[[str], None]
+
+
+def compare(
+    model: str,
+    out: Path | str,
+    text: Sequence[Path | str],
+    options: CompareOptions | None = None,
+    *,
+    base_text: Sequence[Path | str] = (),
+    on_run: OnRun | None = None,
+    on_stage: OnStage | None = None,
+) -> Comparison:
+    """Compare ways to grow a model, and ways to train it, by training on a text.
+
+    Every finished run is a line of ``runs.jsonl`` in the folder. Called again, what is there is not run again, and
+    candidates, seeds and budget may be others.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        out: The folder for results.
+        text: Files or folders of text to learn.
+        options: What is compared, and how.
+        base_text: Text that should not be forgotten; its loss is measured before and after.
+        on_run, on_stage: Called on progress.
+
+    Returns:
+        The results so far; all of them, unless the budget ended.
+
+    Raises:
+        DeusMergeError: a model, a text or an option cannot be used, or the folder has results of other settings.
+    """
+    options, out = options or CompareOptions(), Path(out)
+    options.check()
+    sources, base_sources = tuple(map(Path, text)), tuple(map(Path, base_text))
+    check_texts(sources, "--text")
+    check_texts(base_sources, "--base-text")
+    job = _Comparing(model, out, options, on_stage or (lambda stage: None))
+    return job.run(sources, base_sources, on_run or (lambda result, left, seconds: None))
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """A candidate's checkpoint, and the layers of it that train."""
+
+    folder: Path
+    new_layers: tuple[int, ...]
+
+
+class _Comparing:
+    """One call of `compare`."""
+
+    def __init__(self, model: str, out: Path, options: CompareOptions, on_stage: OnStage):
+        self.model, self.out, self.options, self.on_stage = model, out, options, on_stage
+        self.work = out / WORK
+        self.device = str(choose_device(options.device))
+
+    def run(self, text: tuple[Path, ...], base_text: tuple[Path, ...], on_run: OnRun) -> Comparison:
+        """Do what is left within the budget."""
+        plans = {c: build_plan(recipe_of(c, self.model)) for c in self.options.grown()}  # checked before a byte
+        for candidate, plan in plans.items():
+            if not plan.new_layers:
+                raise TrainingError("it adds no layer", where=str(candidate), hint="nothing would train")
+            if candidate.calibrated and not plan.function_preserving:
+                raise TrainingError("only outputs that begin as zeros are calibrated", where=str(candidate))
+        first = next(iter(plans.values()))
+        folder = _base_folder(first, needed=bool(self.options.without_growing))
+        candidates = [*plans, *self._ungrown(first)]
+        fixed, fresh = self._fixed(first, folder, text, base_text)
+        results = Results(self.out, fixed)
+        if fresh:
+            results.begin()
+        search = Search(candidates, self.options.seeds, self.options.rates, self.options.rates_per_decade)
+        began, grown = time.monotonic(), dict[Candidate, _Grown]()
+
+        def job(candidate: Candidate, lr: float, seed: int) -> Job:
+            if candidate not in grown:
+                grown[candidate] = (
+                    self._grow(candidate, plans[candidate], text, fixed) if candidate.grown else _Grown(folder, ())
+                )
+            made = grown[candidate]
+            return Job(candidate, lr, seed, made.folder, made.new_layers, fixed, self.work)
+
+        with _pool(self.options) as submit:
+            running: dict[Future, Job] = {}
+            while True:
+                wanted = self._wanted(search, results, running.values())
+                while wanted and len(running) < self.options.workers and self._may_start(results, running, began):
+                    due = job(*wanted.pop(0))
+                    running[submit(due, self.device)] = due
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running.pop(future)
+                    results.add(future.result())
+                    left = search.left(results.of(candidates))
+                    on_run(results.runs[-1], left, left * results.usual_seconds() / self.options.workers)
+        complete = not search.next_jobs(results.of(candidates))
+        return Comparison(self.out, tuple(candidates), tuple(results.of(candidates)), vars(fixed), complete)
+
+    def _wanted(self, search: Search, results: Results, running: Iterable[Job]) -> list[tuple[Candidate, float, int]]:
+        started = {(job.candidate, job.lr, job.seed) for job in running}
+        return [due for due in search.next_jobs(results.runs) if due not in started]
+
+    def _may_start(self, results: Results, running: dict, began: float) -> bool:
+        """Whether the budget allows for one more run."""
+        budget = self.options.budget
+        if budget.tokens is not None:
+            of_a_run = results.fixed.tokens
+            return (len(results.runs) + len(running) + 1) * of_a_run <= budget.tokens
+        if budget.seconds is not None:
+            return time.monotonic() - began + results.usual_seconds() <= budget.seconds
+        return True
+
+    def _ungrown(self, plan: Plan) -> list[Candidate]:
+        if not self.options.without_growing:
+            return []
+        shapes = [
+            (output.shape[0], output.shape[1])
+            for block, output in plan.outputs
+            if block.layers and not block.new and len(output.shape) == 2
+        ]
+        rank = lora_rank(shapes, plan.shape.new_parameters) if shapes else 1
+        return self.options.ungrown(len(plan.new_layers), rank)
+
+    def _fixed(
+        self, plan: Plan, folder: Path, text: tuple[Path, ...], base_text: tuple[Path, ...]
+    ) -> tuple[Fixed, bool]:
+        """The settings of all runs, compared with those of earlier results, and whether there are none.
+
+        Texts are read, and their tokens written.
+        """
+        import torch
+
+        self.on_stage("reading the texts")
+        tokenizer = _tokenizer(folder)
+        vocabulary = plan.shape.vocabulary
+        texts = [read_tokens(tokenizer, sources, vocabulary) for sources in (text, base_text) if sources]
+        o = self.options
+        calibration = o.calibration_tokens or max(2 * o.length, o.tokens // 8 // o.length * o.length)
+        prints = [read.fingerprint for read in texts]
+        fixed = Fixed(
+            model=_digest(plan),
+            text=prints[0],
+            base_text=prints[1] if base_text else "",
+            steps=o.steps,
+            batch=o.batch,
+            length=o.length,
+            held_out=o.held_out,
+            calibration_tokens=calibration,
+            precision=o.precision,
+        )
+        draw = torch.Generator()
+        for read, training in zip(texts, (fixed.steps * fixed.batch, 0), strict=False):
+            read.windows("training", training, o.length, draw)  # or an error, before anything is written
+            read.windows("held_out", o.held_out, o.length, draw)
+        fresh = check_settings(self.out, fixed)
+        self.work.mkdir(parents=True, exist_ok=True)
+        for read in texts:
+            file = tokens_file(self.work, read.fingerprint)
+            torch.save({"training": read.training, "held_out": read.held_out}, f"{file}.part")
+            os.replace(f"{file}.part", file)
+        return fixed, fresh
+
+    def _grow(self, candidate: Candidate, plan: Plan, text: tuple[Path, ...], fixed: Fixed) -> _Grown:
+        """The checkpoint of a candidate, made when it is first needed."""
+        folder = self.work / "models" / plan.hash[:16]
+        if not folder.exists():
+            self.on_stage(f"growing {candidate.init} {insert_text(candidate.places)}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            options = RunOptions(device=self.device, model_card=False, resume=True)
+            try:
+                execute(plan, folder, options, lambda block, resumed: None)
+            except CheckpointError:  # an earlier attempt that does not fit this one
+                execute(plan, folder, replace(options, resume=False, overwrite=True), lambda block, resumed: None)
+        if candidate.calibrated:
+            folder = self._calibrated(candidate, folder, text, fixed)
+        return _Grown(folder, read_manifest(folder).new_layers)
+
+    def _calibrated(self, candidate: Candidate, folder: Path, text: tuple[Path, ...], fixed: Fixed) -> Path:
+        from .text import pieces
+
+        out = folder.with_name(f"{folder.name}-{fixed.text}-{fixed.calibration_tokens}")
+        if not out.exists():
+            self.on_stage(f"calibrating {candidate.init} {insert_text(candidate.places)}")
+            settings = CalibrationOptions(
+                tokens=fixed.calibration_tokens, length=fixed.length, device=self.device, resume=True
+            )
+            content = "".join(piece for source in text for piece in pieces(source))
+            calibrate(folder, out, content, settings)
+        return out
+
+
+@contextmanager
+def _pool(options: CompareOptions) -> Iterator[Callable[[Job, str], Future]]:
+    """Yields what starts a run: in this process, or in one of several."""
+    if options.workers == 1:
+        threads = set_threads(options.threads)
+
+        def here(job: Job, device: str) -> Future:
+            future: Future = Future()
+            future.set_result(run(job, device))
+            return future
+
+        yield here
+        set_threads(threads)
+        return
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers)
+    pool = ProcessPoolExecutor(options.workers, context, _begin, (threads,))
+    try:
+        yield lambda job, device: pool.submit(run, job, device)
+    except BaseException:
+        processes = list(getattr(pool, "_processes", {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:  # a run may take an hour
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+def _begin(threads: int) -> None:
+    """Prepare a worker process."""
+    import signal
+
+    from transformers.utils import logging
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    set_threads(threads)
+    logging.disable_progress_bar()
+
+
+def _base_folder(plan: Plan, needed: bool) -> Path:
+    """The folder of the base model, which has its tokenizer."""
+    folders = plan.donor.checkpoint.folders
+    if needed and len(folders) != 1:
+        raise TrainingError("only a model in one folder is trained without growing", where=str(plan.donor.ref))
+    return folders[0]
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ImportError, ValueError, OSError) as error:
+        why = " ".join(str(error).split())
+        raise TrainingError("transformers cannot load the tokenizer", where=folder, got=why) from None
+
+
+def _digest(plan: Plan) -> str:
+    """Eight hexadecimal digits of the contents of a base's files of weights."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    for file in plan.donor.checkpoint.files:
+        with open(file, "rb") as content:
+            while chunk := content.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:8]

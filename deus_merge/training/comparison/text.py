@@ -1,0 +1,159 @@
+"""The text of a comparison: training and held-out windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+_PIECE = 16_384  # characters: a long text falls to training or to the held-out part in such pieces
+_HELD_OUT = 20  # one piece in so many is held out
+_MOST = 256_000_000  # characters that are read
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as tokens.
+
+    Attributes:
+        training: Token ids of the training part, (n,) int64.
+        held_out: Token ids of the held-out part, (m,) int64.
+        fingerprint: The first eight hexadecimal digits of the text's sha256.
+    """
+
+    training: torch.Tensor
+    held_out: torch.Tensor
+    fingerprint: str
+
+    def windows(self, part: str, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Windows drawn without replacement.
+
+        Args:
+            part: ``training`` or ``held_out``.
+            count: The number of windows, w.
+            length: The number of tokens in each, t.
+            generator: Decides which ones, and their order.
+
+        Returns:
+            (w, t).
+
+        Raises:
+            TrainingError: the text has fewer windows.
+        """
+        import torch
+
+        ids: torch.Tensor = getattr(self, part)
+        found = len(ids) // length
+        if found < count:
+            raise TrainingError(
+                f"the {part.replace('_', '-')} part of the text is too short",
+                where="--text",
+                expected=f"{count} windows of {length} tokens",
+                got=f"{found} windows",
+                hint="give more text, or fewer tokens with --tokens, --held-out or --length"
+                f" (every {_HELD_OUT}th piece of {_PIECE} characters is held out)",
+            )
+        chosen = torch.randperm(found, generator=generator)[:count]
+        return ids[: found * length].view(found, length)[chosen]
+
+
+def read_tokens(tokenizer: Any, sources: Sequence[Path], vocabulary: int) -> Tokens:
+    """Read texts as tokens.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        sources: As for `split`.
+        vocabulary: The number of tokens that the model has rows for.
+
+    Raises:
+        TrainingError: as `split`; or the text has tokens that the model has no rows for.
+    """
+    *sides, fingerprint = split(sources)
+    training, held_out = (tokens(tokenizer, side) for side in sides)
+    largest = max(int(ids.max()) for ids in (training, held_out) if len(ids))
+    if largest >= vocabulary:
+        raise TrainingError(
+            "the text has tokens that the model has no row for",
+            where="--text",
+            expected=f"token ids below {vocabulary}",
+            got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
+        )
+    return Tokens(training, held_out, fingerprint)
+
+
+def split(sources: Sequence[Path]) -> tuple[list[str], list[str], str]:
+    """Split texts into training and held-out pieces; the text of a piece alone decides which it is.
+
+    Args:
+        sources: Files, or folders of files that end in `SUFFIXES`; of ``.jsonl`` the values of ``text`` are read.
+
+    Returns:
+        The training pieces, the held-out ones, and the first eight hexadecimal digits of the sha256 of all.
+
+    Raises:
+        TrainingError: there is no text, or too much.
+    """
+    digest, size = hashlib.sha256(), 0
+    sides: tuple[list[str], list[str]] = ([], [])
+    for source in sources:
+        for piece in pieces(source):
+            digest.update(piece.encode())
+            sides[zlib.crc32(piece.encode()) % _HELD_OUT == 0].append(piece)
+            size += len(piece)
+            if size > _MOST:
+                raise TrainingError("the text is too long", where="--text", expected=f"at most {_MOST} characters")
+    if not size:
+        raise TrainingError("there is no text", where="--text", expected=f"a file, or a folder of {SUFFIXES}")
+    return (*sides, digest.hexdigest()[:8])
+
+
+def tokens(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """All texts in one row, the start token before each: (n,) int64."""
+    import torch
+
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return torch.tensor([token for row in rows for token in (*start, *row)], dtype=torch.int64)
+
+
+def pieces(source: Path) -> Iterator[str]:
+    """A text in pieces of about 16 000 characters that end with a line, in a fixed order."""
+    for text in _documents(source):
+        piece: list[str] = []
+        size = 0
+        for line in text.splitlines(keepends=True):
+            for start in range(0, len(line), _PIECE):  # a text may be one line
+                piece.append(line[start : start + _PIECE])
+                size += len(piece[-1])
+                if size >= _PIECE:
+                    yield "".join(piece)
+                    piece, size = [], 0
+        if size:
+            yield "".join(piece)
+
+
+def _documents(source: Path) -> Iterator[str]:
+    files = [source]
+    if source.is_dir():
+        files = sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if file.suffix != ".jsonl":
+            yield text
+            continue
+        for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+            try:
+                yield json.loads(line)["text"] + "\n"
+            except (ValueError, TypeError, KeyError):
+                where = f"{file}, line {number}"
+                raise TrainingError("not a line of text", where=where, expected='{"text": "..."}') from None
