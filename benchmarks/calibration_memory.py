@@ -1,8 +1,8 @@
 """``calibrate`` on layers of an 8B model's shape: peak memory against the estimate that is checked before it starts.
 
 Two layers of random weights with Llama 3.1 8B's sizes (d 4096, f 14336, 128 256 tokens), and a new one between them:
-memory does not depend on the number of layers. `kfac` takes more than `ridge`. It takes some minutes, so `run_all.py` leaves it
-out.
+memory does not depend on the number of layers. `kfac` takes more than `ridge`. It takes some
+minutes, so `run_all.py` leaves it out.
 """
 
 from __future__ import annotations

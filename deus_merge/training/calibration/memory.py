@@ -79,13 +79,12 @@ def estimate(
     s = _triangle(width) if options.method == "kfac" else 0
     read = _FLOAT * tokens * (columns + 2 * width)
     product = _FLOAT * min(ROWS, columns) * columns
-    solving = 3 * _DOUBLE * min(ROWS, columns) * max(width, ROWS)
     phases = {
         "the embeddings": max(outer, default=0) + forward,
-        "the head and its logits": max(outer, default=0) + 4 * _FLOAT * options.length * vocabulary,
+        "the head and its logits": max(outer, default=0) + 4 * _FLOAT * options.length * vocabulary + b // 2,
         "the gradient of a layer": gradient,
         "the statistics of a layer": forward + a + b + s + read + product,
-        "solving for the weights of a layer": a + b + s + solving,
+        "solving for the weights of a layer": a + 2 * b + s,
         "trying step sizes": forward + b + 3 * _FLOAT * width * columns,
     }
     fitted, held_out = windows
