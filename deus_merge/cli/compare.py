@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from .. import api
-from ..core.located import parse
 from ..core.units import format_seconds
+from ..core.yaml_text import parse
 from ..training.comparison import parse_budget
 from ..training.comparison.candidates import insert_text
 from ..training.comparison.options import PRECISIONS

@@ -222,9 +222,12 @@ def _similarity_table(rows: list[dict]) -> None:
     table(title, ["layers", *roles, "aligned"], body)
 
 
-def _flow(value: Plain) -> str:
+def _flow(value: Plain | tuple) -> str:
     """The value as a recipe writes it, on one line."""
-    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+    if isinstance(value, str):
+        return value
+    data = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(data, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 
 @click.command()
@@ -260,7 +263,7 @@ def methods(name: str | None, as_json: bool):
         raise DeusMergeError(
             f"unknown name {name!r}",
             expected="a name that deus-merge methods lists, or a model_type of a described family",
-            hint=nearest(name, known),
+            hint=nearest(name, known, 3) or "deus-merge methods without a name lists all",
         )
     if as_json:
         emit_json(found)
@@ -269,7 +272,7 @@ def methods(name: str | None, as_json: bool):
         click.echo(f"{name} ({_SINGULAR[kind]}): {entry['summary']}\nreference: {entry['reference']}\n")
         if parameters := entry.get("parameters"):
             columns = ["parameter", "values", "default", "description"]
-            table("", columns, [[p["name"], p["values"], str(p["default"]), p["help"]] for p in parameters])
+            table("", columns, [[p["name"], p["values"], _flow(p["default"]), p["help"]] for p in parameters])
         if kind == "families":
             _show_abilities(entry)
         if kind == "formats":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -18,6 +19,7 @@ _COMMANDS = {  # name -> module with a click command of that name; imported when
     "verify": "inspect",
     "report": "inspect",
     "inspect": "inspect",
+    "recipes": "recipes",
     "methods": "inspect",
     "calibrate": "calibrate",
     "compare": "compare",
@@ -36,13 +38,30 @@ _HELP = {
     "compare": "Compare inits, places, optimizers on your text.",
     "export-training": "Print a trainer's settings: only new layers train.",
     "strip": "Take the new layers out again.",
+    "recipes": "List the recipes that ship with it, print one.",
     "methods": "List methods, solvers, families and presets.",
     "demo": "Up-scale a small real model, start to end.",
 }
 
 
+class _PipeClosed(Exception):
+    """The reader of the output closed the pipe. Of the error itself, click makes exit code 1."""
+
+
 class _Lazy(click.Group):
     """A group that imports a command's module when the command is used."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **more)
+        except BrokenPipeError:
+            raise _PipeClosed from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _PipeClosed from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -76,7 +95,8 @@ def cli():
     \b
     deus-merge demo --tiny                              a small example, without a download
     deus-merge upscale ./model ./deeper                 make a model deeper
-    deus-merge merge recipes/mixed.yml ./out            run a recipe
+    deus-merge recipes                                  the recipes that ship with it
+    deus-merge merge opt_deus ./out --model ./model     run a recipe: a file, or one that ships
     """
 
 
@@ -86,6 +106,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_command(arguments: list[str] | None) -> int:
+    """Run the command line, and write all that it printed; a reader may stop to read (``| head``).
+
+    Args, Returns: As `_run_command`.
+    """
+    code = _run_command(arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+    return code
+
+
+def _run_command(arguments: list[str] | None) -> int:
     """Run the command line.
 
     Args:
@@ -111,8 +144,7 @@ def run_command(arguments: list[str] | None) -> int:
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo(f"\ninterrupted{_notes(stop.__cause__ or stop)}", err=True)  # click wraps the interrupt
         return 130
-    except BrokenPipeError:  # the reader of the output closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _PipeClosed:
         return 0
     except OSError as error:  # the machine: a full disk, a lost mount
         place = f"{printable(error.filename)}: " if error.filename else ""

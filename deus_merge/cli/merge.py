@@ -15,16 +15,16 @@ from .. import api
 from ..checkpoint.system import keep_freed_memory
 from ..core.errors import DeusMergeError
 from ..core.garbage import collector_paused
-from ..core.located import parse
 from ..core.units import parse_size
+from ..core.yaml_text import parse
 from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
 from ..plan.types import Plan
-from ..recipe.reader import read_recipe
 from ..recipe.types import Recipe
 from ..recipe.writer import dump_recipe
 from . import mergekit_options as mergekit
 from .failures import report_bus_errors
 from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, warn
+from .recipes import load_recipe, recipe_options
 
 
 class Size(click.ParamType):
@@ -109,15 +109,18 @@ def run_options(command: Callable) -> Callable:
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@recipe_options
 @run_options
-def merge(recipe: Path, out: Path, **options):
+def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str, ...], **options):
     """Run RECIPE and write the checkpoint to OUT.
+
+    RECIPE is a file, - for stdin, or a name that `deus-merge recipes` lists.
 
     \b
     Example:
-      deus-merge merge recipes/opt_deus.yml ./deeper --device cuda
+      deus-merge merge opt_deus ./deeper --model ./SmolLM2-135M --device cuda
     """
-    _run(read_recipe(recipe), out, **options)
+    _run(load_recipe(recipe, models, settings, options["quiet"]), out, **options)
 
 
 @click.command()
@@ -183,19 +186,30 @@ def upscale(
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
+@recipe_options
 @plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
 @training_options
 @collector_paused()
-def plan(recipe: Path, expand: bool, as_json: bool, training: TrainingSettings, **options):
+def plan(
+    recipe: Path,
+    models: tuple[str, ...],
+    settings: tuple[str, ...],
+    expand: bool,
+    as_json: bool,
+    training: TrainingSettings,
+    **options,
+):
     """Show the plan of RECIPE: layer map, bytes, memory, time, memory for training, warnings. Reads no tensor.
+
+    RECIPE is a file, - for stdin, or a name that `deus-merge recipes` lists.
 
     \b
     Example:
-      deus-merge plan recipes/opt_deus.yml --expand
+      deus-merge plan opt_deus --model ./SmolLM2-135M --set upscale.insert=all
     """
-    result = _plan(recipe, **options)
+    result = _plan(load_recipe(recipe, models, settings), **options)
     if expand and as_json:
         documents = list(yaml.safe_load_all(dump_recipe(result.recipe)))
         emit_json(documents if len(documents) > 1 else documents[0])
@@ -208,7 +222,7 @@ def plan(recipe: Path, expand: bool, as_json: bool, training: TrainingSettings, 
     warn(result.warnings)
 
 
-def _plan(recipe: Recipe | Path, *, allow_pickle: bool, cache_dir: Path | None, **options) -> Plan:
+def _plan(recipe: Recipe, *, allow_pickle: bool, cache_dir: Path | None, **options) -> Plan:
     return api.plan(recipe, load_options=api.LoadOptions(allow_pickle, cache_dir), **options)
 
 

@@ -65,8 +65,15 @@ def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[in
         grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text("\n".join(map(printable, str(cell).split("\n")))) for cell in row))
+
+    class Pipe(Console):
+        """A console that leaves a closed pipe to the command line; rich would end the process with exit code 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     terminal = sys.stdout.isatty()
-    Console(highlight=False, width=None if terminal else 160, soft_wrap=False).print(grid)
+    Pipe(highlight=False, width=None if terminal else 160, soft_wrap=False).print(grid)
 
 
 @contextmanager

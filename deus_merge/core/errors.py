@@ -117,8 +117,8 @@ def _brief(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """A hint with the known spelling closest to ``word``; None when none is close.
+def nearest(word: str, known: Iterable[str], most: int = 1) -> str | None:
+    """A hint with the known spelling closest to ``word``, or the ``most`` closest; None when none is close.
     The word itself is none: whatever is wrong, it is not its spelling."""
-    close = difflib.get_close_matches(str(word), sorted(set(known) - {str(word)}), n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else None
+    close = difflib.get_close_matches(str(word), sorted(set(known) - {str(word)}), n=most, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else None

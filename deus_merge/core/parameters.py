@@ -47,6 +47,8 @@ class Parameter:
         if self.kind == "boolean":
             if value in (0, 1):  # older recipes have the numbers
                 return bool(value)
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                return value.lower() == "true"
         elif self.kind == "choice":
             if value in self.choices:
                 return value

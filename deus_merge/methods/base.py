@@ -212,6 +212,7 @@ class MergeMethod(ABC):
         base: The role of the base model: ``required``; ``optional``, but one of the sources where a recipe names it;
             or ``ignored``: a source like the others.
         others: How many sources it takes besides the base model (all of them, where that is ignored): least and most.
+        copies_one: Whether a slice with a single source is a copy of it.
         inserts: Whether it makes new layers: from pairs of sources, or in the gaps of a single source's range.
         tensorwise: Whether it computes each output from the inputs of its role alone, so that several can be computed
             at the same time.
@@ -227,6 +228,7 @@ class MergeMethod(ABC):
     adds_base = False
     base = "ignored"
     others: tuple[int, int | None] = (1, None)
+    copies_one = False
     tensorwise = False
     inserts = False
     learns = False

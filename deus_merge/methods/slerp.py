@@ -7,7 +7,7 @@ import math
 from ..core.parameters import REQUIRED, Parameter
 from ._runs import TensorwiseMethod
 from ._spans import combined, gram
-from .base import Refusal
+from .base import COMPUTE, Refusal, copy_of
 
 _COLINEAR = 0.9995  # above this cosine the arc is a chord
 _EPSILON = 1e-8  # a norm at most this counts as 1: the directions of (nearly) nothing are at right angles to all
@@ -19,10 +19,18 @@ class Slerp(TensorwiseMethod):
     reference = "Shoemake, Animating rotation with quaternion curves, SIGGRAPH 1985"
     adds_base = True
     base = "optional"
+    copies_one = True
     parameters = (Parameter("t", "number", REQUIRED, "0 gives the base model, 1 the other source"),)
 
     def check(self, outputs, sources):
-        return None if sources == 2 else Refusal(f"slerp takes exactly two models, not {sources}")
+        return None if sources in (1, 2) else Refusal(f"slerp takes exactly two models, not {sources}")
+
+    def warning(self, output):
+        alone = len(output.inputs) == 1
+        return "a slice of slerp has one source: it is copied, and t has no effect there" if alone else None
+
+    def decide(self, output):
+        return copy_of(0) if len(output.inputs) == 1 else COMPUTE
 
     def compute(self, inputs):
         start = inputs.base or 0

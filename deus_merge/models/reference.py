@@ -14,10 +14,12 @@ class ModelRef:
     Attributes:
         text: A local folder, or ``org/name[@revision]`` on the hub; with a LoRA adapter, ``model+adapter``.
         place: The place in the recipe.
+        architecture: The class that config.json of an output with this model's config names; None for its own.
     """
 
     text: str
     place: Located = field(compare=False, repr=False, default=Located(None))
+    architecture: str | None = field(compare=False, default=None)
 
     def __str__(self) -> str:
         return self.text

@@ -89,7 +89,7 @@ class _Planner:
     def __init__(self, recipe: Recipe, known: dict[str, TensorSource], load_options: LoadOptions):
         models = _with_heads([SourceModel.open(ref, known, load_options) for ref in recipe.models()], recipe)
         self.donor = models[0]
-        warnings = [note for m in models for note in m.notes] + check_configs(models, self.donor)
+        warnings = [*recipe.notes, *(note for m in models for note in m.notes)] + check_configs(models, self.donor)
         vocabulary = plan_vocabulary(
             recipe.tokenizer, [(m.ref, m.checkpoint, m.view) for m in models], load_options.cache_dir
         )
@@ -102,6 +102,8 @@ class _Planner:
     def plan(self, max_shard_size: int, copy_tokenizer: bool = True) -> Plan:
         recipe, builder, donor, vocabulary = self.recipe, self.builder, self.donor, self.builder.vocabulary
         config = typed_config(donor.checkpoint.config, recipe.out_dtype or recipe.dtype)
+        if donor.ref.architecture:
+            config = {**config, "architectures": [donor.ref.architecture]}
         stacks = []
         for name, slices in self._modules():
             builder.begin(name)
@@ -151,6 +153,8 @@ class _Planner:
         if layers > MAX_LAYERS:  # those between layers are counted when they are planned
             self.recipe.source.fail("the output has too many layers", expected=f"at most {MAX_LAYERS}", got=layers)
         has_layers = bool(self.builder.view(self.donor.ref).layers)
+        if has_layers and not layers:
+            slices[0].place.fail("the output has no layers", expected="a layer_range with layers", got="none of them")
         self._add_outside("embeddings" if has_layers else "", "before", slices[0], 0.0)
         for slice_ in slices:
             self._add_slice(slice_)
@@ -196,13 +200,29 @@ class _Planner:
                 got=", ".join(f"{s.model}: {len(r)}" for s, r in zip(slice_.sources, ranges, strict=True)),
                 hint="give each source a layer_range" + (" (in slices)" if slice_.place.path == "models" else ""),
             )
+        length = len(ranges[0])
+        if not length and self.builder.view(slice_.sources[0].model).layers:
+            self._add_no_layers(slice_)
+            return
         if method.inserts:
             self._add_new_layers(slice_, ranges)
             return
-        length = len(ranges[0])
         for j in range(length):
             position = j / (length - 1) if length > 1 else 1.0
             self.builder.add_layers(slice_, [r[j] for r in ranges], position)
+
+    def _add_no_layers(self, slice_: OutputSlice) -> None:
+        """A slice whose layer_range is empty. As the first or last slice, it chooses what is next to the layers."""
+        source = slice_.sources[0]
+        if methods()[slice_.merge_method].inserts:
+            source.place.fail(
+                f"{slice_.merge_method} makes new layers, and the layer_range has no layers",
+                expected="a layer_range of at least two layers",
+                got=f"{list(source.layer_range or ())}",
+            )
+        self.builder.warnings.append(
+            f"{slice_.place.where}: the slice adds no layers: layer_range {list(source.layer_range or ())} is empty"
+        )
 
     def _add_new_layers(self, slice_: OutputSlice, ranges: list[range]) -> None:
         """A method of new layers: two sources give one per pair; one source keeps its layers and fills its gaps."""
@@ -268,12 +288,12 @@ class _Planner:
 
     def _add_outside(self, title: str, part: str, slice_: OutputSlice, position: float) -> None:
         """Embeddings follow the first slice, final norm and head the last, if these merge several models, or the same
-        layers of the donor; otherwise they are the donor's, copied. A model that is named twice counts twice, as it
-        does in the layers."""
+        layers of the donor, or no layers at all; otherwise they are the donor's, copied. A model that is named twice
+        counts twice, as it does in the layers."""
         refs = list(dict.fromkeys(s.model for s in slice_.sources))
         ranges = {s.layer_range for s in slice_.sources}
         own = len(ranges) == 1 and refs == [self.donor.ref]
-        merges = (own or len(refs) > 1) and not methods()[slice_.merge_method].inserts
+        merges = (own or len(refs) > 1 or slice_.empty) and not methods()[slice_.merge_method].inserts
         sources = slice_.sources if merges else (SliceSource(self.donor.ref, place=slice_.place),)
         names = [getattr(self.builder.view(s.model), part) for s in sources]
         if not names[0]:
@@ -313,11 +333,14 @@ class _Planner:
 
 
 def _with_heads(models: list[SourceModel], recipe: Recipe) -> list[SourceModel]:
-    """The models, with heads of their own where tied ones are merged with untied ones."""
+    """The models, with heads of their own where tied ones are merged with untied ones, or where embeddings come from a
+    tied one and the head from an untied one."""
     stacks = [module.slices for module in recipe.modules.values()] or [recipe.slices]
-    for slice_ in (slices[-1] for slices in stacks if slices):
+    for first, slice_ in ((slices[0], slices[-1]) for slices in stacks if slices):
         if not methods()[slice_.merge_method].inserts:
             merged = dict.fromkeys(s.model for s in slice_.sources)
+            if first.empty or slice_.empty:
+                merged |= dict.fromkeys([models[0].ref, *(s.model for s in first.sources)])
             found = {m.ref: m for m in with_heads([m for m in models if m.ref in merged])}
             models = [found.get(m.ref, m) for m in models]
     return models

@@ -141,6 +141,8 @@ def base_source(slice_: OutputSlice, ref: ModelRef | None) -> int | None:
     method, name, sources = methods()[slice_.merge_method], slice_.merge_method, slice_.sources
     base = next((i for i, s in enumerate(sources) if s.model == ref), None)
     models = " or ".join(dict.fromkeys(str(s.model) for s in sources))
+    if method.copies_one and len(sources) == 1:
+        return base
     if base is None and ref is not None and method.base != "ignored":
         ref.place.fail(f"{name} starts from the base model, but no source of the slice is it", expected=models)
     if base is None and method.base == "required":
@@ -162,7 +164,8 @@ def check_given(slice_: OutputSlice, base: int | None, outputs: Sequence[OutputT
         RecipeError: one is not.
     """
     method = methods()[slice_.merge_method]
-    needed = [p for p in method.parameters if p.default is REQUIRED]
+    copied = method.copies_one and len(slice_.sources) == 1
+    needed = [] if copied else [p for p in method.parameters if p.default is REQUIRED]
     for output in outputs if needed else ():
         holders = [(slice_.place, output.parameters)]
         for i, source in enumerate(slice_.sources):

@@ -58,7 +58,7 @@ def in_order(documents: Sequence[Document]) -> tuple[int, ...]:
             document.root.child("name").fail("two documents have one name", expected="each name once")
         index[document.name] = i
     if result is None:
-        hint = "remove the name of the result"
+        hint = "remove the name of the result: in a mergekit-mega recipe it has one, too"
         documents[-1].root.fail("every document has a name", expected=_ONE, got=some_of(index), hint=hint)
     done: list[int] = []
 

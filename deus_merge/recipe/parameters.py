@@ -72,6 +72,8 @@ def read_settings(node: Located | None) -> dict[str, Setting]:
 
 
 def _value(node: Located) -> Value:
+    if isinstance(node.value, dict) and "value" in node.value:  # a single filter
+        return Filtered((_filter(node),))
     if not isinstance(node.value, tuple):
         return node.plain()
     items = node.sequence("a value, a gradient or a list of filters")
@@ -106,7 +108,7 @@ def check_setting(parameter: Parameter, setting: Setting) -> None:
             place.fail(
                 f"{parameter.name} applies to a whole layer, so it takes no filters", expected=parameter.expected
             )
-        for entry, (_, inner) in zip(place.sequence(), value.entries, strict=True):
+        for entry, (_, inner) in zip(_entries(place), value.entries, strict=True):
             check_setting(parameter, Setting(inner, entry.child("value")))
         return
     if isinstance(value, Gradient) and parameter.kind not in ("number", "other"):
@@ -117,6 +119,11 @@ def check_setting(parameter: Parameter, setting: Setting) -> None:
         except ValueError as error:
             hint = nearest(plain, parameter.choices) if isinstance(plain, str) else None
             place.fail(f"not a value of {parameter.name}", expected=str(error), hint=hint)
+
+
+def _entries(place: Located) -> tuple[Located, ...]:
+    """The entries of a list of filters, or the single one."""
+    return (place,) if isinstance(place.value, dict) else place.sequence()
 
 
 def filters(value: Value) -> Iterator[str]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..align.parameters import PARAMETERS
 from ..checkpoint.hub import split_adapter
 from ..core.errors import DeusMergeError, RecipeError, nearest
-from ..core.located import MAX_BYTES, Located, Plain, parse_documents
+from ..core.located import Located, Plain
 from ..core.units import dtype_code
+from ..core.yaml_text import MAX_BYTES, parse_documents
 from ..methods.registry import methods
 from ..models.reference import ModelRef
 from ..models.tokenizer.settings import read_tokenizer
 from .calibrate import read_calibrate
 from .documents import Document, in_order
+from .mergekit import FORMS, ignored, top_level
 from .parameters import Setting, Settings, check_setting, read_settings
+from .references import read_model
 from .types import Align, Module, OutputSlice, Recipe, SliceSource, Upscale
 
-_TOP = (
+TOP = (
     "name", "slices", "models", "modules", "upscale", "merge_method", "base_model", "align", "parameters", "dtype",
     "out_dtype", "quantize_new", "calibrate", "tokenizer_source", "tokenizer", "chat_template",
 )  # fmt: skip
@@ -33,7 +36,6 @@ _NOT_WITH_UPSCALE = {
     "merge_method": "choose a preset inside upscale, or write slices",
     "parameters": "write them inside upscale",
 }
-_A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -44,16 +46,30 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     try:
         with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1).decode("utf-8")
+            text = recipe_text(file)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"the recipe cannot be read: {reason}", where=path) from None
     return parse_recipe(text, str(path))
 
 
+def recipe_text(file: BinaryIO) -> str:
+    """The text of a recipe's file, as much as `parse_documents` needs to see that it is too large.
+
+    Raises:
+        UnicodeDecodeError: not UTF-8.
+    """
+    return file.read(MAX_BYTES + 1).decode("utf-8")
+
+
 def parse_recipe(text: str, file: str = "recipe") -> Recipe:
     """Read a recipe's text; raises RecipeError as `read_recipe`."""
-    recipes = [recipe_from(root) for root in parse_documents(text, file)]
+    return recipe_of(parse_documents(text, file))
+
+
+def recipe_of(roots: Sequence[Located]) -> Recipe:
+    """Read a recipe's documents; raises RecipeError as `read_recipe`."""
+    recipes = [recipe_from(root) for root in roots]
     if len(recipes) == 1:
         return replace(recipes[0], name=None)
     uses = [{split_adapter(ref.text)[0]: ref.place for ref in recipe.models()} for recipe in recipes]
@@ -64,12 +80,12 @@ def parse_recipe(text: str, file: str = "recipe") -> Recipe:
 
 def recipe_from(root: Located) -> Recipe:
     """Read a recipe's values; raises RecipeError as `read_recipe`."""
-    top = root.mapping(_TOP, "a recipe")
-    form = [k for k in ("slices", "models", "modules", "upscale") if k in top]
+    top = top_level(root, TOP)
+    form = [key for key in FORMS if key in top]
     if len(form) != 1:
-        root.fail("a recipe has exactly one of slices, models, modules, upscale", got=", ".join(form) or "none of them")
+        root.fail(f"a recipe has exactly one of {', '.join(FORMS)}", got=", ".join(form) or "none of them")
     method = _method(top["merge_method"]) if "merge_method" in top else None
-    base = _model(top["base_model"]) if "base_model" in top else None
+    base = read_model(top["base_model"]) if "base_model" in top else None
     align = _align(top["align"]) if "align" in top else None
     parameters = read_settings(top.get("parameters"))
     common = {
@@ -79,7 +95,7 @@ def recipe_from(root: Located) -> Recipe:
         "out_dtype": _dtype(top.get("out_dtype")),
         "quantize_new": _boolean(top["quantize_new"]) if "quantize_new" in top else False,
         "calibrate": read_calibrate(top["calibrate"]) if "calibrate" in top else None,
-        "tokenizer": read_tokenizer(top, _model),
+        "tokenizer": read_tokenizer(top, read_model),
         "chat_template": _chat_template(top.get("chat_template")),
         "name": _name(top["name"]) if "name" in top else None,
         "source": root,
@@ -90,7 +106,8 @@ def recipe_from(root: Located) -> Recipe:
         for key, hint in _NOT_WITH_UPSCALE.items():
             if key in top:
                 top[key].fail(f"upscale and {key} exclude each other", hint=hint)
-        return Recipe(upscale=_upscale(top["upscale"]), **common)
+        recipe = Recipe(upscale=_upscale(top["upscale"]), **common)
+        return replace(recipe, notes=tuple(ignored(recipe)))
     if form == ["modules"]:
         recipe = Recipe(modules=_modules(top["modules"], method, base, align), **common)
     else:
@@ -100,9 +117,10 @@ def recipe_from(root: Located) -> Recipe:
         _check_names(module.parameters, [s.merge_method for s in module.slices])
     for part in recipe.all_slices():
         _check_names(part.parameters, [part.merge_method])
-        for source in part.sources:
-            _check_names(source.parameters, [part.merge_method], scope="source")
-    return recipe
+        for source in part.sources:  # mergekit ignores those of the whole slice
+            lenient = not methods()[part.merge_method].inserts
+            _check_names(source.parameters, [part.merge_method], "source", lenient=lenient)
+    return replace(recipe, notes=tuple(ignored(recipe)))
 
 
 def _modules(node: Located, method: str | None, base: ModelRef | None, align: Align | None) -> dict[str, Module]:
@@ -156,7 +174,7 @@ def _slice(node: Located, method: str | None) -> OutputSlice:
                 expected=f"{first.num_layers} layers, as in sources[0]",
                 got=f"{source.num_layers} layers: {list(source.layer_range)}",
             )
-    base = _model(keys["base_model"]) if "base_model" in keys else None
+    base = read_model(keys["base_model"]) if "base_model" in keys and keys["base_model"].value is not None else None
     align = _align(keys["align"]) if "align" in keys else None
     if align and methods()[name].inserts:
         align.place.fail(f"{name} has its own alignment", hint=f"parameters: {{alignment: {align.given['alignment']}}}")
@@ -184,7 +202,7 @@ def _source(node: Located) -> SliceSource:
     if "model" not in keys:
         node.fail("a source needs a model", expected="model: a folder or org/name")
     layers = _layer_range(keys["layer_range"]) if "layer_range" in keys else None
-    return SliceSource(_model(keys["model"]), layers, read_settings(keys.get("parameters")), node)
+    return SliceSource(read_model(keys["model"]), layers, read_settings(keys.get("parameters")), node)
 
 
 def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputSlice:
@@ -196,9 +214,11 @@ def _models(node: Located, method: str | None, base: ModelRef | None) -> OutputS
         keys = item.mapping(("model", "parameters"), "an entry of models")
         if "model" not in keys:
             item.fail("an entry of models needs a model", expected="model: a folder or org/name")
-        sources.append(SliceSource(_model(keys["model"]), None, read_settings(keys.get("parameters")), item))
+        sources.append(SliceSource(read_model(keys["model"]), None, read_settings(keys.get("parameters")), item))
     if base and methods()[method].adds_base and base not in [s.model for s in sources]:
         sources.append(SliceSource(base, place=base.place))
+    if len(sources) == 1 and methods()[method].copies_one:
+        node.fail(f"{method} takes exactly two models, not 1", expected="another model, or base_model")
     return OutputSlice(tuple(sources), method, place=node)
 
 
@@ -209,36 +229,16 @@ def _name(node: Located) -> str:
     return text
 
 
-def _model(node: Located) -> ModelRef:
-    return ModelRef(_reference(node), node)
-
-
-def _reference(node: Located) -> str:
-    """A model reference as text; mergekit's long forms are shortened."""
-    if not isinstance(node.value, dict):
-        return node.string(_A_MODEL)
-    if "model" in node.value:
-        parts = node.mapping(("model", "lora"), "a model reference")
-        adapter = parts.get("lora", Located(None))
-        return _reference(parts["model"]) + (f"+{_reference(adapter)}" if adapter.value is not None else "")
-    parts = node.mapping(("path", "revision"), "a model reference")
-    if "path" not in parts:
-        node.fail("a model reference needs a path", expected="path: a folder or org/name")
-    revision = parts.get("revision", Located(None))
-    at = f"@{revision.string('a branch, tag or commit')}" if revision.value is not None else ""
-    return parts["path"].string("a folder or org/name") + at
-
-
 def _layer_range(node: Located) -> tuple[int, int]:
     items = node.sequence("a layer_range", "[first, last + 1]")
     if len(items) != 2:
         node.fail("a layer_range has two numbers", expected="[first, last + 1]")
     start, end = (item.integer() for item in items)
-    if start >= end:
+    if start > end:
         node.fail(
-            "empty layer_range" if start == end else "reversed layer_range",
+            "reversed layer_range",
             expected="[first, last + 1] with first <= last",
-            hint=f"did you mean [{end}, {start}]?" if start > end else f"did you mean [{start}, {end + 1}]?",
+            hint=f"did you mean [{end}, {start}]?",
         )
     return start, end
 
@@ -272,10 +272,18 @@ def _upscale(node: Located) -> Upscale:
     return Upscale(preset, keys.get("insert"), read_settings(keys.get("parameters")), node)
 
 
-def _check_names(settings: Settings, names: list[str], scope: str | None = None) -> None:
-    """Raise a RecipeError unless every setting is a valid value of a parameter of one of the methods it applies to."""
+def _check_names(settings: Settings, names: list[str], scope: str | None = None, lenient: bool = False) -> None:
+    """Raise a RecipeError unless every setting is a valid value of a parameter of one of the methods it applies to.
+
+    Args:
+        settings: The settings.
+        names: The methods.
+        scope: The only scope that their parameters may have; None for any.
+        lenient: Whether parameters of other scopes are accepted, too, although they have no effect.
+    """
     for name, setting in settings.items():
-        known = [p for m in names for p in methods()[m].parameters if p.name == name and scope in (None, p.scope)]
+        of_name = [p for m in names for p in methods()[m].parameters if p.name == name]
+        known = [p for p in of_name if lenient or scope in (None, p.scope)]
         if not known:
             every = {p.name: p for m in names for p in methods()[m].parameters}
             here = sorted(n for n, p in every.items() if scope in (None, p.scope))

@@ -76,6 +76,11 @@ class OutputSlice:
     place: Located = field(compare=False, repr=False, default=Located(None))
     shared: Settings = field(default_factory=dict)
 
+    @property
+    def empty(self) -> bool:
+        """Whether it has no layers: it then only chooses embeddings (as the first slice) or the head (as the last)."""
+        return all(s.num_layers == 0 for s in self.sources)
+
 
 @dataclass(frozen=True)
 class Module:
@@ -127,6 +132,7 @@ class Recipe:
         chat_template: ``auto``, the name of a template, or a template.
         name: The name of a document whose result other documents use as a model.
         documents: The other documents of the recipe, each after the documents that it needs.
+        notes: Warnings about values that have no effect.
         source: The recipe as YAML.
     """
 
@@ -143,19 +149,24 @@ class Recipe:
     chat_template: str | None = None
     name: str | None = None
     documents: tuple[Recipe, ...] = ()
+    notes: tuple[str, ...] = field(compare=False, default=())
     source: Located = field(compare=False, repr=False, default=Located(None))
 
     def all_slices(self) -> tuple[OutputSlice, ...]:
         """Every slice, also those of modules."""
         return (*self.slices, *(part for module in self.modules.values() for part in module.slices))
 
-    def models(self) -> tuple[ModelRef, ...]:
-        """Every model that the recipe names, the base model first, each once."""
+    def references(self) -> tuple[ModelRef, ...]:
+        """Every place where the recipe names a model: the base model first, slices without layers last."""
         refs = [self.base_model] if self.base_model else []
-        for part in self.all_slices():
+        for part in sorted(self.all_slices(), key=lambda part: part.empty):
             refs += [s.model for s in part.sources]
             refs += [part.base_model] if part.base_model else []
-        return tuple(dict.fromkeys(refs))
+        return tuple(refs)
+
+    def models(self) -> tuple[ModelRef, ...]:
+        """Every model that the recipe names, the base model first, each once."""
+        return tuple(dict.fromkeys(self.references()))
 
     @property
     def donor(self) -> ModelRef:

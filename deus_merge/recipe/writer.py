@@ -47,7 +47,7 @@ def _document(recipe: Recipe, names: _Names) -> dict:
     if how := recipe.calibrate:
         data["calibrate"] = {"text": str(Path(how.text).absolute()), **how.settings}
     if recipe.tokenizer:
-        data |= recipe.tokenizer.plain(lambda ref: _model(ref, names))
+        data |= recipe.tokenizer.plain(lambda ref: _text(ref, names))
     if recipe.chat_template:
         data["chat_template"] = recipe.chat_template
     data |= _parameters(recipe.parameters)
@@ -66,7 +66,13 @@ def _document(recipe: Recipe, names: _Names) -> dict:
     return data
 
 
-def _model(ref: ModelRef, names: _Names) -> str:
+def _model(ref: ModelRef, names: _Names) -> Plain:
+    """A reference in the form of a recipe."""
+    text = _text(ref, names)
+    return {"model": text, "override_architecture": ref.architecture} if ref.architecture else text
+
+
+def _text(ref: ModelRef, names: _Names) -> str:
     parts = [part for part in split_adapter(ref.text) if part is not None]
     local = [part for part in parts if part not in names and Path(part).exists()]
     return "+".join(str(Path(part).absolute()) if part in local else part for part in parts)

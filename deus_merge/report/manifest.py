@@ -79,6 +79,7 @@ class Manifest:
         vocabulary: The outcome of the recipe's tokenizer settings, where it has any.
         lineage: The runs that added layers, the oldest first and this one last; missing where this is the first.
         trained: Whether the weights were trained after the run.
+        base_trained: Whether the base's weights were trained, too.
         calibration: How zeroed outputs of new layers were set in closed form, where they were.
     """
 
@@ -108,6 +109,7 @@ class Manifest:
     vocabulary: VocabularyRecord | None = None
     lineage: tuple[Growth, ...] = ()
     trained: bool = False
+    base_trained: bool = False
     calibration: Calibration | None = None
 
     @classmethod

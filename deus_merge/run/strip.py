@@ -133,7 +133,7 @@ def strip(
         _check_written(written, sources)
         equal, widened, different = _compare(written, base) if base else (None, 0, ())
         unchanged = equal is not None and not different and not widened
-        content = earlier.sealed(shards, files, written, unchanged)
+        content = earlier.sealed(shards, files, written, unchanged, record.base_trained)
         if content is not None:
             output.put(MANIFEST, content)
         output.finish()
@@ -201,7 +201,12 @@ class _EarlierGrowth:
         return cls(True, earlier, recipe if sha256(recipe) == growth.recipe else None)
 
     def sealed(
-        self, shards: Sequence[ShardLayout], files: Mapping[str, bytes], written: Checkpoint, unchanged: bool
+        self,
+        shards: Sequence[ShardLayout],
+        files: Mapping[str, bytes],
+        written: Checkpoint,
+        unchanged: bool,
+        base_trained: bool,
     ) -> bytes | None:
         """Its manifest's file for the weights that were written; None where it is not available, or where they were
         cast to a dtype that does not hold its tensors."""
@@ -216,6 +221,7 @@ class _EarlierGrowth:
             weights={s.filename: WeightFile(bytes=s.size, header_sha256=sha256(s.header)) for s in shards},
             files={name: sha256(content) for name, content in sorted(files.items())},
             trained=self.manifest.trained or not unchanged,
+            base_trained=self.manifest.base_trained or base_trained,
         )
         return manifest.sealed()
 

@@ -4,8 +4,9 @@
 
     from deus_merge import training
 
-    model = transformers.AutoModelForCausalLM.from_pretrained("deeper", dtype=torch.float32)
-    print(training.freeze_base(model, "deeper"))
+    prepared = training.prepare("deeper")  # frozen base in bfloat16, new layers in float32, autocast, checkpointing
+    print(prepared)
+    model, tokenizer = prepared
     lr = training.find_lr(model, "deeper", batches).suggestion
     optimizer = training.optimizer(model, "deeper", lr=lr)
     trainer = transformers.Trainer(model=model, ..., optimizers=(optimizer, None))
@@ -13,9 +14,9 @@
     trainer.train()
     training.save_trained(model, "deeper", "trained")  # the base keeps its bytes; it can be stripped, and grown again
 
-Where a trainer saves the model itself, `carry_manifest` copies the manifest to its folder.
-In your own training loop, use `Watch`. Only `NewLayersCallback` and `watch` need transformers, which is imported when
-one of them is first used.
+A model that you load yourself is frozen by `freeze_base`. Where a trainer saves the model itself, `carry_manifest`
+copies the manifest to its folder. In your own training loop, use `Watch`. Only `NewLayersCallback` and `watch` need
+transformers when they are imported, which is when one of them is first used.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .carry import carry_manifest
 from .freeze import Trainable, freeze_base, new_parameters, optimizer_groups
 from .lr_search import LrSearch, find_lr
 from .optimizers import optimizer
+from .prepared import Prepared, prepare
 from .saving import save_trained
 from .watching import Watch
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LrSearch",
     "NewLayersCallback",
+    "Prepared",
     "Trainable",
     "Watch",
     "carry_manifest",
@@ -43,6 +46,7 @@ __all__ = [
     "new_parameters",
     "optimizer",
     "optimizer_groups",
+    "prepare",
     "save_trained",
     "watch",
 ]

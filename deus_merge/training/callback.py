@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from ..core.errors import DeusMergeError, TrainingError
 from ..report.manifest import MANIFEST
 from .carry import carry_manifest
+from .checkpointing import spare_frozen
 from .freeze import UNSAVED
 from .watching import Watch
 
@@ -18,7 +19,8 @@ class NewLayersCallback(TrainerCallback):
     """Checks that frozen weights stay frozen: at the start, at every save, at the end, and every ``check_every`` steps.
 
     It logs norms of the new layers and of their gradients (after clipping) with the Trainer's losses, and puts the
-    manifest into every ``checkpoint-N`` folder. Add it with `watch`: given as ``callbacks=[...]`` it runs after
+    manifest into every ``checkpoint-N`` folder. Where the Trainer has enabled gradient checkpointing, nothing below the
+    lowest new layer is computed again. Add it with `watch`: given as ``callbacks=[...]`` it runs after
     TensorBoard's and similar callbacks, and its values reach only the console and ``trainer.state.log_history``.
 
     Args:
@@ -38,6 +40,7 @@ class NewLayersCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         assert model is not None  # the Trainer always passes it
         self._watch = Watch(model, self.path, self.generation)
+        spare_frozen(model)  # the Trainer has enabled checkpointing by now
         if self._watch.unsaved and args.save_strategy != "no":
             hint = "or train without checkpoints: save_strategy='no'"
             raise TrainingError(UNSAVED.format(list(self._watch.unsaved)), where=str(args.output_dir), hint=hint)

@@ -13,7 +13,7 @@ from ..core.errors import CheckpointError, TrainingError, VerifyError
 from ..report.manifest import MANIFEST, RECIPE, check_belongs, read_manifest
 
 
-def carry_manifest(source: Path | str, target: Path | str, *, replace: bool = False) -> None:
+def carry_manifest(source: Path | str, target: Path | str, *, replace: bool = False, all_layers: bool = False) -> None:
     """Copy a manifest to a folder that a trainer saved: the trained model can then be stripped, verified, and grown
     again with its lineage.
 
@@ -21,13 +21,15 @@ def carry_manifest(source: Path | str, target: Path | str, *, replace: bool = Fa
         source: The folder that was trained, or its manifest.
         target: The folder of the trained model. The manifest there says that it was trained.
         replace: Whether to overwrite the manifest of another model, which was in the folder before.
+        all_layers: Whether the base was trained, too: `verify` then does not compare it with the one that was grown.
 
     Raises:
         CheckpointError, ArchitectureError: there is no manifest in the source, or no model in the target.
         TrainingError: the target holds another model: of other layers, an adapter, or with a manifest of its own.
     """
     source, target = Path(source), Path(target)
-    manifest = dataclasses.replace(read_manifest(source), trained=True)
+    manifest = read_manifest(source)
+    manifest = dataclasses.replace(manifest, trained=True, base_trained=manifest.base_trained or all_layers)
     if not (target / "config.json").is_file():
         if (target / ADAPTER).is_file():
             raise TrainingError(

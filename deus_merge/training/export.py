@@ -5,9 +5,11 @@ compared with the manifest before anything is printed. The rules are those of:
 
 - axolotl 0.18.0 (``utils/freeze.py``, ``train.py``): a parameter trains when a pattern of ``unfrozen_parameters``
   matches the beginning of its name; dots in patterns are literal.
-- LLaMA-Factory 0.9.6.dev0 (``model/adapter.py``): ``use_llama_pro`` trains the last of every ``layers / trainable``
-  layers; without it the last n layers train, for negative n the first.
-- torchtune 0.7.0: full fine-tuning trains every parameter, LoRA adapters are in every layer: no setting chooses layers.
+- LLaMA-Factory 0.9.5 (``model/adapter.py``): ``use_llama_pro`` trains the last of every ``layers / trainable`` layers;
+  without it the last n layers train, for negative n the first.
+
+`VERSIONS` has the versions that the settings were written for; in ``tests/training/test_other_trainers.py`` these
+trainers read them.
 """
 
 from __future__ import annotations
@@ -23,11 +25,9 @@ from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.quantized import quantization
 from ..core.errors import TrainingError, nearest
 from ..models.family import families
-from ..models.tokenizer.files import TOKENIZER_FILES
 from ..report.manifest import Manifest
 from .export_optimizers import Exported, OptimizerSettings, for_axolotl, for_llama_factory
 from .freeze import new_layers, new_names, read_training
-from .quantized import DEQUANTIZING
 
 
 def export(out: Path | str, trainer: str, optimizer: OptimizerSettings | None = None) -> str:
@@ -55,33 +55,29 @@ def export(out: Path | str, trainer: str, optimizer: OptimizerSettings | None = 
     return TRAINERS[trainer](out, manifest, new_layers(manifest), optimizer)
 
 
-_STEPS = "  # bfloat16 loses small steps"
+#: Trainer -> what its settings were written for, and what that needs
+VERSIONS = {
+    "trainer": "the Trainer of transformers 5.0 or newer, and trl's from 1.0",
+    "axolotl": "axolotl 0.18.0, which needs transformers 5.14.1",
+    "llama-factory": "LLaMA-Factory 0.9.5, which needs transformers 4.55.0 to 5.6.0; without USE_V1",
+}
 
 
 def _trainer(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
-    given = load = made = note = ""
-    if any(name in TOKENIZER_FILES for name in manifest.files):
-        load = "tokenizer = transformers.AutoTokenizer.from_pretrained(path)\n"
-        given = ", processing_class=tokenizer"
-    options, cast, wide, wider = "path, dtype=torch.float32", "path", _STEPS, ""
-    if (section := _quantization(out)) is not None:
-        options, cast, wide, wider = "path", "path, dtype=torch.float32", "", _STEPS
-        if dequantizing := DEQUANTIZING.get(str(section.get("quant_method"))):
-            options += f", quantization_config=transformers.{dequantizing}(dequantize=True)"
+    given = made = note = ""
     if wanted is not None:
         made = f"optimizer = training.optimizer(model, path, {wanted.arguments})\n"
-        given += ", optimizers=(optimizer, None)"
-        note = "; its learning_rate and weight_decay have no effect"
+        given = ", optimizers=(optimizer, None)"
+        note = "; learning_rate and weight_decay in its arguments have no effect"
     return f"""\
-# transformers' Trainer and its subclasses in trl: {_new_layers(new)}
-import torch
-import transformers
+{_head("trainer", new)}import transformers
 from deus_merge import training
 
 path = {_absolute(out)!r}
-model = transformers.AutoModelForCausalLM.from_pretrained({options}){wide}
-{load}print(training.freeze_base(model, {cast})){wider}
-{made}trainer = transformers.Trainer(model=model{given})  # and your arguments and data{note}
+model, tokenizer = prepared = training.prepare(path)  # frozen base in bfloat16 (or as stored), new layers in float32
+print(prepared)
+# give it your arguments and data, too{note}
+{made}trainer = transformers.Trainer(model=model, processing_class=tokenizer{given})
 training.watch(trainer, path)  # checks that the base stays as it is; logs the new layers
 # after trainer.train(): new weights in the dtype that they had; all else, and the manifest, from file to file
 # training.save_trained(model, path, folder)
@@ -97,7 +93,7 @@ def _axolotl(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: Optimi
     settings: dict[str, object] = {"base_model": _absolute(out), "unfrozen_parameters": patterns}
     optimizer = for_axolotl(wanted, out, manifest) if wanted else Exported({})
     return (
-        f"# axolotl (checked against 0.18.0): {_new_layers(new)}\n"
+        _head("axolotl", new)
         + _yaml(settings, optimizer)
         + "# no adapter: peft puts base_model.model. before every name, and the patterns match nothing\n"
         + "# with gradient_checkpointing: true also\n"
@@ -132,25 +128,14 @@ def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: 
         )
     parts = [f".{layer}." for layer in chosen]
     _check_choice("LLaMA-Factory", manifest, lambda name: any(part in name for part in parts))
-    head = f"# LLaMA-Factory (checked against 0.9.6.dev0, without USE_V1): {_new_layers(new)}\n"
     optimizer = for_llama_factory(wanted, out, manifest) if wanted else Exported({})
-    return head + _yaml(settings, optimizer) + _after(out)
-
-
-def _torchtune(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
-    raise TrainingError(
-        "torchtune cannot train only the new layers",
-        expected="a setting that chooses layers; torchtune 0.7.0 has none",
-        got=_new_layers(new),
-        hint="--for trainer or axolotl",
-    )
+    return _head("llama-factory", new) + _yaml(settings, optimizer) + _after(out)
 
 
 TRAINERS: Mapping[str, Callable[[Path, Manifest, tuple[int, ...], OptimizerSettings | None], str]] = {
     "trainer": _trainer,
     "axolotl": _axolotl,
     "llama-factory": _llama_factory,
-    "torchtune": _torchtune,
 }
 
 
@@ -166,6 +151,11 @@ def _absolute(out: Path) -> str:
 def _after(out: Path) -> str:
     """A comment: the call that verify, strip and the next growth need."""
     return f"# then, in Python: deus_merge.training.carry_manifest({_absolute(out)!r}, FOLDER_OF_THE_TRAINED_MODEL)\n"
+
+
+def _head(trainer: str, new: tuple[int, ...]) -> str:
+    """The first comment."""
+    return f"# {VERSIONS[trainer]}: {_new_layers(new)}\n"
 
 
 def _new_layers(new: tuple[int, ...]) -> str:

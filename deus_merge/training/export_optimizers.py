@@ -7,7 +7,7 @@ Checked against
   ``lr_groups`` (``axolotl-contribs-mit`` 0.0.6, ``muon/muon.py``): it scales updates by 0.2 sqrt(max(m, n)), leaves out
   all parameters with one axis, and fails on those with three. With a device mesh (FSDP2) it is another Muon with
   another scale.
-- LLaMA-Factory 0.9.6.dev0: ``use_muon`` (``train/trainer_utils.py``, ``third_party/muon``) has the same scale, gives
+- LLaMA-Factory 0.9.5: ``use_muon`` (``train/trainer_utils.py``, ``third_party/muon``) has the same scale, gives
   parameters with two axes to Muon and all others to AdamW, and decays all of them. ``loraplus_lr_ratio`` raises the
   rate of adapters' B and of vectors: there is no setting for the rate of chosen weights.
 """

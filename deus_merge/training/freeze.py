@@ -208,11 +208,11 @@ def freeze_base(
         added_tensors=len(parameters.added),
         dtype=next((d for d in _COARSE if d in dtypes), ", ".join(sorted(dtypes))),
         unsaved=unsaved(parameters, new),
-        normed=_normed(model, manifest, new),
+        normed=is_normed(model, manifest, new),
     )
 
 
-def _normed(model: Module, manifest: Manifest, new: Iterable[str]) -> bool:
+def is_normed(model: Module, manifest: Manifest, new: Iterable[str]) -> bool:
     """Whether new tensors began as zeros and have norms behind them."""
     new = set(new)
     if not any(planned.action is Action.ZEROS for name, planned in manifest.model_tensors.items() if name in new):

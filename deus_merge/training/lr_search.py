@@ -105,7 +105,8 @@ def find_lr(
         loss: Computes the loss of a batch, a scalar; None for ``model(**batch).loss``.
         max_grad_norm: Gradients are clipped to this norm, as transformers' Trainer does.
         lowest, highest: The ends of the ramp.
-        **settings: More for `optimizer`: ``output_ratio``, ``weight_decay`` ...
+        **settings: More for `optimizer`: ``output_ratio``, ``weight_decay`` ... A ``zeroed_lr`` stays as it is,
+            whatever rate of the others is tried.
 
     Returns:
         The suggestion and what it rests on.
@@ -132,8 +133,8 @@ def find_lr(
             got=torch.distributed.get_world_size(),
             hint="search in one, and pass its suggestion on",
         )
-    if "lr" in settings or "zeroed_lr" in settings:
-        raise TrainingError("a rate that is searched for was given", where="lr, zeroed_lr", hint="use output_ratio")
+    if "lr" in settings:
+        raise TrainingError("the rate that is searched for was given", where="lr", hint="training.optimizer takes it")
 
     def compute(batch: Any) -> Tensor:
         found = loss(model, batch) if loss is not None else model(**batch).loss
@@ -154,7 +155,9 @@ def find_lr(
                 for parameter, value in zip(trained, start, strict=True):
                     parameter.copy_(value)
             steps = optimizer(model, path, lr=rates[0], kind=kind, **settings)
-            shares = [group["lr"] / rates[0] for group in steps.param_groups]
+            fixed = settings.get("zeroed_lr") is not None
+            searched = [group for group in steps.param_groups if not (fixed and group["name"].startswith("zeroed"))]
+            shares = [group["lr"] / rates[0] for group in searched]
             losses: list[float] = []
             for lr, batch, before in zip(rates, chosen, untrained, strict=True):
                 loss_now = compute(batch)
@@ -162,7 +165,7 @@ def find_lr(
                 if not loss_now.item() <= before + _RISE:  # or not a number
                     break
                 losses.append(loss_now.item())
-                for group, share in zip(steps.param_groups, shares, strict=True):
+                for group, share in zip(searched, shares, strict=True):
                     group["lr"] = lr * share
                 steps.zero_grad()
                 loss_now.backward()

@@ -50,7 +50,7 @@ def check_gradients_pass(model: Module) -> None:
                 where=name,
                 hint="load the model again, and call freeze_base before its first forward pass",
             )
-    for inner in _pretrained(model):
+    for inner in pretrained(model):
         quantizer = getattr(inner, "hf_quantizer", None)
         if quantizer is None:
             continue
@@ -96,7 +96,7 @@ def prepare(model: Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.__dict__["support_avx512bf16_for_cpu"] = False
-    for inner in _pretrained(model):
+    for inner in pretrained(model):
         quantizer: Any = getattr(inner, "hf_quantizer", None)
         if quantizer is not None and not getattr(quantizer, "is_qat_trainable", False):
             kind = type(quantizer)
@@ -120,7 +120,7 @@ def _of_quantizer(conversion: Any) -> bool:
     return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", None) or ())
 
 
-def _pretrained(model: Module) -> list[Any]:
+def pretrained(model: Module) -> list[Any]:
     """The models of transformers in a model, which may be wrapped."""
     return [module for module in model.modules() if hasattr(module, "base_model_prefix") and hasattr(module, "config")]
 

@@ -34,6 +34,7 @@ def save_trained(
     *,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    all_layers: bool = False,
 ) -> tuple[str, ...]:
     """Write the folder that a model was loaded from once more, with the weights that were trained.
 
@@ -42,11 +43,14 @@ def save_trained(
     they are stored in. The manifest comes with them, as by `carry_manifest`.
 
     Args:
-        model: The model, wrapped or not, with the new layers (and nothing else) trainable, as `freeze_base` leaves it.
+        model: The model, wrapped or not, with the new layers (and nothing else) trainable, as `freeze_base` leaves it;
+            with ``all_layers`` the base may be trainable, too.
         source: The folder that it was loaded from, with its manifest.
         target: The folder to write; it appears when it is complete.
         max_shard_size: Upper bound of an output file.
         overwrite: Replace an existing ``target``.
+        all_layers: Whether the base was trained, too. The manifest then says so: ``verify`` does not compare it with
+            the model that was grown, and ``strip`` writes it as it is now.
 
     Returns:
         The names of the tensors that the model's values were written to.
@@ -60,7 +64,7 @@ def save_trained(
     manifest = read_training(source)
     checkpoint = Checkpoint.open(source)
     check_belongs(manifest, checkpoint, hint="name the folder that the model was loaded from")
-    trained = _trained(model, manifest, checkpoint.tensors)
+    trained = _trained(model, manifest, checkpoint.tensors, all_layers)
     entries = [TensorEntry(name, stored.dtype, stored.shape) for name, stored in checkpoint.tensors.items()]
     shards = plan_shards([[entry] for entry in entries], parse_size(max_shard_size))
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in copied_files(checkpoint).items()}
@@ -76,15 +80,19 @@ def save_trained(
             writer.write_tensor(name, tensor.detach().to(torch_dtype(checkpoint.tensors[name].dtype)))
         for name, content in files.items():
             output.put(name, content)
-        carry_manifest(source, output.folder)
+        carry_manifest(source, output.folder, all_layers=all_layers)
         output.finish()
     return tuple(trained)
 
 
-def _trained(model: Module, manifest: Manifest, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+def _trained(
+    model: Module, manifest: Manifest, stored: Mapping[str, StoredTensor], all_layers: bool
+) -> dict[str, torch.Tensor]:
     """The trained tensors by the names that they are stored under."""
     parameters = parameters_of(model, manifest)
     trained = {name: parameter for name, parameter in parameters.base.items() if parameter.requires_grad}
+    kept = {id(parameter) for name, parameter in trained.items() if name in stored}
+    trained = {n: p for n, p in trained.items() if n in stored or id(p) not in kept}  # a tied one is stored once
     if parameters.added:
         raise TrainingError(
             "the model has adapters, which would be lost",
@@ -101,8 +109,12 @@ def _trained(model: Module, manifest: Manifest, stored: Mapping[str, StoredTenso
             values |= _split(model, name, trained.pop(names[0]), names)
     values |= trained
     for name, tensor in values.items():
-        if name not in manifest.grown_names:
-            raise TrainingError("a weight of the base trains", where=name, hint="call freeze_base before training")
+        if name not in manifest.grown_names and not all_layers:
+            raise TrainingError(
+                "a weight of the base trains",
+                where=name,
+                hint="call freeze_base before training; or all_layers=True, if the base was to train, too",
+            )
         if hasattr(tensor, "ds_tensor") or hasattr(tensor, "to_local"):
             raise TrainingError(
                 "a weight is split up between processes",

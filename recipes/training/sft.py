@@ -1,25 +1,25 @@
-"""Supervised fine-tuning of an up-scaled model on conversations, with trl: only its new layers train.
+"""Supervised fine-tuning of an up-scaled model on conversations, with trl.
 
     deus-merge upscale demo/SmolLM2-135M-Instruct deeper
     python recipes/training/sft.py deeper CONVERSATIONS.jsonl --out trained
 
-A line of the file is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}. The last
-message is the completion to learn, the ones before it are its prompt; the model's chat template joins them. Takes
-minutes on a CPU, with trl.
+Conversations are streamed, from JSON lines or Parquet files, or from a data set on the hub (org/name:config). A row has
+"messages", [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], of which the last is the
+completion to learn and the others are its prompt, joined by the model's chat template; or "prompt" and "completion".
+
+Only the new layers train. LLaMA-Pro's authors fine-tune all layers after the continued pre-training of the new ones:
+--all-layers, with a rate of about 2e-5. For one GPU (or a CPU, in minutes for a small model); needs Python 3.11 and
+pip install ".[train]".
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+import itertools
+from typing import Any
 
 import datasets
-import torch
-import transformers
+import shared
 import trl
-
-from deus_merge import training
 
 #: for models without a chat template
 PLAIN = (
@@ -29,76 +29,53 @@ PLAIN = (
 )
 
 
-def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="an output folder of deus-merge")
-    parser.add_argument("conversations", type=Path, help="a JSON lines file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="conversations per step")
-    parser.add_argument("--context", type=int, default=256, help="maximum number of tokens of a conversation")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--output-ratio", type=float, default=1.0, help="the rate of what began as zeros, over --lr")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.out.absolute() == options.model.absolute():
-        parser.error("--out must be another folder than the model's")
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN
-    dtype = transformers.AutoConfig.from_pretrained(options.model).dtype
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    print(training.freeze_base(model, options.model))
-    learn, held_out = conversations(options.conversations)
-    print(f"{len(learn)} conversations to learn from, {len(held_out)} held out")
-
-    optimizer = training.optimizer(
-        model, options.model, kind=options.optimizer, lr=options.lr, output_ratio=options.output_ratio
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = shared.parser(__doc__.splitlines()[0], "JSON lines or Parquet files; or a data set on the hub")
+    parser.add_argument(
+        "--packing", action="store_true", help="several conversations in a sequence, apart from another"
     )
+    options = shared.parse(parser, arguments)
+    prepared = shared.prepare(options)
+    tokenizer = prepared.tokenizer
+    without_template = tokenizer.chat_template is None
+    if without_template:
+        tokenizer.chat_template = PLAIN
+    learn, rest = shared.parts(pairs(shared.read(options)))
+    held_out = [*itertools.islice(rest, options.eval_size)]
+    if not held_out or next(iter(learn), None) is None:
+        raise SystemExit("at least two conversations are needed")
     trainer = trl.SFTTrainer(
-        model=model,
+        model=prepared.model,
         processing_class=tokenizer,
         args=trl.SFTConfig(
-            output_dir=str(options.out),
-            max_steps=options.steps,
-            max_length=options.context,
-            per_device_train_batch_size=options.batch,
-            per_device_eval_batch_size=options.batch,
-            lr_scheduler_type="cosine",
-            warmup_steps=options.steps // 20,
-            logging_steps=max(1, options.steps // 10),
-            save_strategy="no",
-            report_to="none",
-            bf16=False,
-            gradient_checkpointing=False,
-            seed=options.seed,
+            max_length=options.length,
+            packing=options.packing,
+            eval_packing=False,
+            shuffle_dataset=False,
+            bf16=False,  # the model's own forward pass runs under autocast
+            gradient_checkpointing=False,  # training.prepare has enabled it
+            **shared.trainer_settings(options),
         ),
-        train_dataset=learn,
-        eval_dataset=held_out,
-        optimizers=(optimizer, None),
+        train_dataset=learn.shuffle(seed=options.seed, buffer_size=1000).repeat(None),
+        eval_dataset=datasets.Dataset.from_list(held_out),
     )
-    training.watch(trainer, options.model)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    after = trainer.evaluate()["eval_loss"]
-    print(f"held-out loss: {before:.4f} before, {after:.4f} after {options.steps} steps")
-
-    model.to(dtype).save_pretrained(options.out)  # in the stored dtype, so that frozen tensors keep their bytes
-    tokenizer.save_pretrained(options.out)
-    training.carry_manifest(options.model, options.out)
-    return {"before": before, "after": after}
+    done = shared.run(trainer, prepared, options)
+    if without_template:
+        tokenizer.save_pretrained(options.out)
+    return done
 
 
-def conversations(file: Path) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Prompts and completions to learn from, and one in twenty held out. Only completions count for the loss."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    messages = [json.loads(line)["messages"] for line in lines if line.strip()]
-    if len(messages) < 2:
-        raise SystemExit(f"{file} has {len(messages)} conversations: at least two are needed")
-    pairs = [{"prompt": m[:-1], "completion": m[-1:]} for m in messages]
-    learn, held_out = [pair for i, pair in enumerate(pairs) if i % 20], pairs[::20]
-    return datasets.Dataset.from_list(learn), datasets.Dataset.from_list(held_out)
+def pairs(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Prompts and completions. Only completions count for the loss."""
+    names = {*next(iter(rows), {})}
+    if {"prompt", "completion"} <= names:
+        return rows.select_columns(["prompt", "completion"])
+    if "messages" not in names:
+        raise SystemExit(f"a row has {', '.join(sorted(names))}: neither messages, nor prompt and completion")
+    long = rows.filter(lambda row: len(row["messages"]) > 1)
+    return long.map(
+        lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, remove_columns=sorted(names)
+    )
 
 
 if __name__ == "__main__":

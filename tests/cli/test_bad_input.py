@@ -19,7 +19,8 @@ from support import make_model
 
 from deus_merge import api
 from deus_merge.core.errors import DeusMergeError
-from deus_merge.core.located import locate, parse
+from deus_merge.core.located import locate
+from deus_merge.core.yaml_text import parse
 from deus_merge.recipe.reader import parse_recipe, recipe_from
 
 PASS = "merge_method: passthrough\n"
@@ -59,6 +60,15 @@ _LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
+_MERGES = (
+    "x-a: &a {"
+    + ", ".join(f"k{i}: 0" for i in range(50))
+    + "}\n"
+    + "".join(
+        f"x-{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 10)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+)
+
 # fmt: off
 RECIPES = {
     # the file
@@ -70,13 +80,31 @@ RECIPES = {
     "not utf-8": (b"merge_method: passthrough # \xe9\n", "recipe.yml: the recipe cannot be read: not UTF-8 text"),
     "nul byte": (b"merge_method: a\0\n", "not valid YAML", "unacceptable character #x0000"),
     "tab": ("slices:\n\t- sources: []\n", "(line 2): not valid YAML", "hint:     indent with spaces, not tabs"),
-    "unclosed list": (f"{PASS}slices: [a\n", "(line 3): not valid YAML", "expected ',' or ']'"),
+    "unclosed list": (f"{PASS}slices: [a\n", "(line 3): not valid YAML", "expected: ',' or ']'",
+                      "got:      the end of the text", "the list that begins in line 2 does not end before"),
+    "unclosed text": (f'{PASS}slices: "a\n', "(line 3): not valid YAML", "unexpected end of stream",
+                      "the text that begins in line 2"),
+    "two keys in a line": ("merge_method: linear: base\n", "(line 1): not valid YAML", "quote text that contains ': '"),
+    "no colon": (f"{PASS}slices\n", "(line 3): not valid YAML", "expected: ':'"),
     "documents": ("a: 1\n---\nb: 2\n", "a (line 1): unknown key 'a'"),
     "undefined alias": ("slices: *all\n", "(line 1): not valid YAML", "undefined alias 'all'"),
     "double key": (PASS + SLICE + PASS, "(line 5): duplicate key 'merge_method'", "each key once"),
     "double inner key": (source("model: base, model: other"), "sources[0] (line 4): duplicate key 'model'"),
     "list as key": ("? [a, b]\n: c\n", "(line 1): a key must be text"),
-    "merge key": (f"x: &x {{a: 1}}\n<<: *x\n{PASS}", "(line 2): merge keys (<<) are not supported", "write the keys"),
+    "merge key": (f"x-c: &x {{a: 1}}\n<<: *x\n{PASS}", "a (line 1): unknown key 'a'"),
+    "merged text": (f"x-c: &x text\n<<: *x\n{PASS}", "(line 2): << merges mappings", "got:      !!str"),
+    "two merge keys": (f"x-c: &x {{}}\n<<: *x\n<<: *x\n{PASS}", "(line 3): duplicate key '<<'", "<<: [*one, *other]"),
+    "endless merge": ("slices: &a\n  - &b {<<: *b}\n", "the recipe is nested too deeply", "at most 32 levels"),
+    "merges of merges": (_MERGES, "the recipe's anchors make it too large", "at most 200000 values"),
+    "unused anchor": (f"common: &c 3\n{PASS}{SLICE}", "common (line 1): unknown key", "begins with x-"),
+    "anchor of a misspelt key": (f"parametres: &c {{scale: 2}}\n{PASS}{SLICE}parameters: *c\n",
+                                 "parametres (line 1): unknown key", "did you mean 'parameters'?"),
+    "mergekit-moe": ("base_model: base\ngate_mode: hidden\nexperts:\n  - source_model: other\n",
+                     "experts (line 4): this is a mergekit-moe recipe; not supported here", "with mergekit-moe"),
+    "mergekit-evolve": ("genome:\n  models: [base]\n", "genome (line 2): this is a mergekit-evolve recipe"),
+    "bakllama": ("layer_slices:\n  - {model: base, start: 0, end: 2}\n", "this is a bakllama recipe", "passthrough"),
+    "mergekit-mega": (f"name: a\n{PASS}{SLICE}---\nname: b\n{PASS}slices: [{{sources: [{{model: a}}]}}]\n",
+                      "every document has a name", "in a mergekit-mega recipe"),
     "billion laughs": (_LAUGHS, "the recipe's anchors make it too large", "at most 200000 values"),
     "endless anchor": ("slices: &a [*a]\n", "the recipe is nested too deeply", "at most 32 levels"),
     "nested": (f"slices: {'[' * 2000}{']' * 2000}\n", "the recipe is nested too deeply"),
@@ -116,7 +144,10 @@ RECIPES = {
     # layer ranges
     "reversed": (source("model: base, layer_range: [3, 1]"), "slices[0].sources[0].layer_range (line 4): reversed",
                  "[first, last + 1]", "got:      [3, 1]", "did you mean [1, 3]?"),
-    "empty": (source("model: base, layer_range: [2, 2]"), "empty layer_range", "did you mean [2, 3]?"),
+    "empty": (source("model: base, layer_range: [2, 2]"), "slices[0] (line 3): the output has no layers"),
+    "empty and new": (source("model: base, layer_range: [0, 4]") + "  - merge_method: ot_fuse\n    sources:"
+                      " [{model: base, layer_range: [2, 2]}]\n",
+                      "slices[1].sources[0] (line 6): ot_fuse makes new layers"),
     "beyond": (source("model: base, layer_range: [2, 9]"), "slices[0].sources[0].layer_range (line 4): layer_range goes"
                " beyond the 4 layers of base", "[first, last + 1] within [0, 4]", "got:      [2, 9]"),
     "one number": (source("model: base, layer_range: [2]"), "a layer_range has two numbers", "[first, last + 1]"),
@@ -135,7 +166,9 @@ RECIPES = {
                   " no parameter 'scal' of a source", "did you mean 'scale'?"),
     "another's parameter": (f"{PASS}{SLICE}parameters: {{t: 1}}\n", "parameters.t (line 5): passthrough has no"),
     "slice's parameter": (pair("model: base, parameters: {t: 1}", "model: other", "slerp"),
-                          "slices[0].sources[0].parameters.t (line 4)", "t is a parameter of the whole slice"),
+                          "slices[0] (line 3): slerp needs t, which has no default"),
+    "new layers' parameter": (source("model: base, parameters: {t: 1}", "merge_method: ot_fuse\n"),
+                              "slices[0].sources[0].parameters.t (line 4)", "t is a parameter of the whole slice"),
     "parameters a list": (f"{PASS}{SLICE}parameters: [scale]\n", "parameters (line 5): must be a mapping of"),
     "number": (scale("big"), "parameters.scale (line 6): not a value of scale", "a number", "got:      'big'"),
     "true": (scale("true"), "parameters.scale (line 6)", "expected: a number", "got:      true"),
@@ -300,7 +333,7 @@ COMMANDS = {
     "no model": (("upscale", "", "$out"), "base_model: wrong value", "a folder or org/name"),
     "preset": ((*UP, "--preset", "solr"), "upscale.preset: unknown preset", "did you mean 'solar'?"),
     "dtype": ((*UP, "--dtype", "bf16"), "dtype: unknown dtype", "did you mean 'bfloat16'?"),
-    "insert no YAML": ((*UP, "--insert", "{every: 2"), "--insert (line 1): not valid YAML", "expected ',' or '}'"),
+    "insert no YAML": ((*UP, "--insert", "{every: 2"), "--insert (line 1): not valid YAML", "expected: ',' or '}'"),
     "insert twice": ((*UP, "--insert", "all\n---\nall"), "--insert (line 3): a second document", "one YAML document"),
     "insert word": ((*UP, "--insert", "top"), "upscale.insert: unknown insert form", INSERT),
     "insert empty": ((*UP, "--insert", ""), "--insert: the text is empty"),
@@ -328,7 +361,8 @@ COMMANDS = {
     "OUT no model": (("upscale", "base", "$full", "--overwrite"), "holds no model: it will not be overwritten"),
     "verify": (("verify", "base"), "base/deus_merge.json: no manifest", "merge and upscale write one"),
     "inspect": (("inspect", "./bse"), "./bse: no such folder"),
-    "methods": (("methods", "ot_fues"), "unknown name 'ot_fues'", "did you mean 'ot_fuse'?"),
+    "methods": (("methods", "ot_fues"), "unknown name 'ot_fues'", "did you mean 'ot_fuse' or 'opt_deus'?"),
+    "methods far off": (("methods", "xyzzy"), "unknown name 'xyzzy'", "deus-merge methods without a name lists all"),
     "json": ((*UP, "--json", "--preset", "solr"), "upscale.preset: unknown preset"),
 }
 # fmt: on

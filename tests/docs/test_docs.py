@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -45,6 +48,19 @@ def test_commands_of_the_page_on_training_run(run, workplace, monkeypatch):
     assert commands(TRAINING)
     for command in commands(TRAINING):
         run(*command[1:])
+
+
+def test_commands_of_the_page_on_recipes_run(workplace):
+    """In a shell, since they write to files and read from pipes."""
+    make_model(workplace / "HuggingFaceTB/SmolLM2-135M", layers=30, tied=True, seed=1)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    script = "set -euo pipefail\n" + "".join(blocks).replace("deus-merge ", f"{sys.executable} -m deus_merge ")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", script], cwd=workplace, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "mine.yml").read_text() == (ROOT / "recipes/opt_deus.yml").read_text()
+    assert done.stdout.count("30 -> 45 layers, 15 new") == 2 and "30 -> 34 layers, 4 new" in done.stdout
 
 
 def test_readme_training_snippet(run, workplace, monkeypatch):

@@ -44,6 +44,81 @@ def plain(method: str, *models: str, settings: str = "", base: bool = True) -> s
 #: The same tensors from both tools.
 EQUAL = {
     "passthrough": plain("passthrough", "a", base=False),
+    "merge_keys": """
+x-weights: &weights {{weight: 0.5}}
+x-more: &more {{weight: 9, normalize: false}}
+merge_method: linear
+parameters: {{<<: [*weights, *more], weight: 3}}
+models:
+  - {{model: {a}, parameters: {{<<: *weights}}}}
+  - {{model: {b}, parameters: {{<<: [*weights, {{weight: 7}}]}}}}
+  - {{<<: &source {{model: {a}, parameters: {{weight: 1}}}}, model: {c}}}
+""",
+    "anchors": """
+common: [&lower [0, 2], &upper [2, 4]]
+merge_method: passthrough
+slices:
+  - sources: [{{model: {a}, layer_range: *lower}}]
+  - sources: [{{model: {a}, layer_range: *upper}}]
+""",
+    "empty_slices": """
+merge_method: passthrough
+slices:
+  - sources: [{{model: {b}, layer_range: [0, 0]}}]
+  - sources: [{{model: {a}, layer_range: [0, 2]}}]
+  - sources: [{{model: {b}, layer_range: [1, 1]}}]
+  - sources: [{{model: {a}, layer_range: [2, 4]}}]
+  - sources: [{{model: {c}, layer_range: [4, 4]}}]
+""",
+    "empty_slice_merged": """
+merge_method: linear
+base_model: {a}
+parameters: {{weight: 1}}
+slices:
+  - sources: [{{model: {a}, layer_range: [0, 4]}}, {{model: {b}, layer_range: [0, 4]}}]
+  - sources: [{{model: {b}, layer_range: [2, 2]}}, {{model: {c}, layer_range: [0, 0]}}]
+    parameters: {{weight: 2}}
+""",
+    "numbers_as_text": """
+merge_method: slerp
+base_model: {b}
+slices:
+  - sources: [{{model: {a}, layer_range: ["0", "4"]}}, {{model: {b}, layer_range: [0, 4.0]}}]
+parameters: {{t: [{{filter: mlp, value: ["0.5", "1e-1"]}}, {{value: "0.25"}}]}}
+""",
+    "booleans_as_text": plain("linear", "a", "b", base=False, settings="weight: '2', normalize: 'False'"),
+    "one_filter": """
+merge_method: linear
+models:
+  - {{model: {a}, parameters: {{weight: {{filter: mlp, value: 3}}}}}}
+  - {{model: {b}, parameters: {{weight: {{value: [1, 2]}}}}}}
+parameters: {{weight: 0.5}}
+""",
+    "ties_lambda_of_a_source": """
+merge_method: ties
+base_model: {base}
+models:
+  - {{model: {a}, parameters: {{weight: 1, density: 0.5, lambda: 0.2}}}}
+  - {{model: {b}, parameters: {{weight: 1, density: 0.5, lambda: 0.9}}}}
+parameters: {{lambda: 0.7}}
+""",
+    "override_architecture": """
+merge_method: linear
+base_model: {b}
+parameters: {{weight: 1}}
+models:
+  - model: {{model: {{path: {a}}}, override_architecture: YiForCausalLM}}
+  - model: {b}
+""",
+    "keys_without_a_value": """
+merge_method: linear
+base_model:
+slices: null
+tokenizer_source: ~
+chat_template:
+parameters:
+models: [{{model: {a}, parameters: {{weight: 1}}}}, {{model: {b}, parameters: {{weight: 2}}}}]
+""",
     "passthrough_scale": """
 merge_method: passthrough
 slices:
@@ -260,6 +335,10 @@ REFUSED = {
     "tokenizer twice": (
         plain("linear", "a", "b", settings="weight: 1") + "tokenizer_source: base\ntokenizer: {{source: union}}\n",
         "tokenizer or tokenizer_source, not both",
+    ),
+    "recipe of mergekit-moe": (
+        "base_model: {a}\ngate_mode: random\nexperts: [{{source_model: {a}}}, {{source_model: {b}}}]\n",
+        "this is a mergekit-moe recipe; not supported here",
     ),
     "base outside of the slice": (
         "merge_method: ties\nbase_model: {base}\nslices:\n  - sources: [{{model: {a}, layer_range: [0, 4]}}]\n"

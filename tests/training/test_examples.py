@@ -36,13 +36,24 @@ def texts(folder: Path) -> tuple[Path, Path]:
     return text, talks
 
 
-def check_example(run, script: str, base: Path, tmp_path: Path, *options: object) -> Path:
+@pytest.fixture
+def script(monkeypatch):
+    """Run a script of recipes/training in this process."""
+    pytest.importorskip("datasets")
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+    def call(name: str, *arguments: object) -> dict:
+        return runpy.run_path(str(RECIPES / f"{name}.py"))["main"]([*map(str, arguments)])
+
+    return call
+
+
+def check_example(run, script, name: str, base: Path, tmp_path: Path, *options: object) -> Path:
     """It learns, in the new layers alone; the result loads, and the base comes out of it, byte for byte."""
     out = grow(base, tmp_path / "deeper", "copy_next", {"count": 2, "where": "top"})
-    source = texts(tmp_path)[script == "sft"]
-    main = runpy.run_path(str(RECIPES / f"{script}.py"))["main"]
+    source = texts(tmp_path)[name == "sft"]
     trained = tmp_path / "trained"
-    losses = main([str(x) for x in (out, source, "--out", trained, *options)])
+    losses = script(name, out, source, "--out", trained, *options)
     assert losses["after"] < losses["before"] - 0.005
     new = set(training.new_parameters(trained))
     assert changed(weights(out), weights(trained)) == new  # the frozen ones have their bytes
@@ -55,9 +66,9 @@ def check_example(run, script: str, base: Path, tmp_path: Path, *options: object
     return trained
 
 
-def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
-    options = ("--steps", 12, "--context", 96, "--lr", 5e-3, "--output-ratio", 2)
-    trained = check_example(run, "continual", tiny, tmp_path, *options)  # new: 4 and 6
+def test_continual_pre_training_and_growing_on(run, script, tiny, tmp_path):
+    options = ("--steps", 12, "--length", 96, "--lr", 5e-3, "--output-ratio", 2)
+    trained = check_example(run, script, "pretrain", tiny, tmp_path, *options)  # new: 4 and 6
     again = grow(trained, tmp_path / "again", insert={"after": [0, 4]})  # 8 layers become 10, new: 1 and 6
     record = json.loads((again / "deus_merge.json").read_text())
     first, second = record["lineage"]
@@ -84,17 +95,17 @@ def test_continual_pre_training_and_growing_on(run, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_supervised_fine_tuning(run, tiny, tmp_path):
+def test_supervised_fine_tuning(run, script, tiny, tmp_path):
     pytest.importorskip("trl")
-    trained = check_example(
-        run, "sft", tiny, tmp_path, "--steps", 12, "--context", 96, "--lr", 1e-2, "--optimizer", "muon"
-    )
+    options = ("--steps", 12, "--length", 96, "--lr", 1e-2, "--optimizer", "muon")
+    trained = check_example(run, script, "sft", tiny, tmp_path, *options)
     assert "assistant:" in transformers.AutoTokenizer.from_pretrained(trained).chat_template
 
 
 @pytest.mark.slow
-def test_continual_pre_training_of_smollm2(run, real, tmp_path):
-    check_example(run, "continual", real, tmp_path, "--steps", 4, "--batch", 1, "--context", 64)
+def test_continual_pre_training_of_smollm2(run, script, real, tmp_path):
+    options = ("--steps", 4, "--batch", 1, "--length", 64, "--lr", 1e-3, "--eval-size", 8)
+    check_example(run, script, "pretrain", real, tmp_path, *options)
 
 
 def test_an_unreadable_past_is_told_and_does_no_harm(run, deeper, tmp_path):

@@ -16,6 +16,7 @@ from support import load
 
 from deus_merge import training
 from deus_merge.core.errors import TrainingError
+from deus_merge.training import lr_search
 from deus_merge.training.lr_search import _choose
 
 
@@ -107,11 +108,31 @@ REFUSED = {
     "no batch": ({"batches": []}, "there is no batch"),
     "no labels": ({"batches": [{"input_ids": torch.ones(1, 8, dtype=torch.long)}]}, "computed no loss"),
     "not a batch": ({"batches": ["text"]}, "not a batch"),
-    "a rate": ({"zeroed_lr": 1e-5}, "a rate that is searched for"),
+    "a rate": ({"lr": 1e-5}, "rate that is searched for"),
     "a loss that is not a number": ({"loss": lambda model, batch: model(**batch).loss * math.nan}, "not a number"),
     "an optimizer": ({"kind": "sgd"}, "unknown optimizer"),
 }
 # fmt: on
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_rate_of_zeroed_tensors_stays(deeper, monkeypatch, kind):
+    """While the others' rate is searched for: it is that of norms behind the outputs."""
+    made, used = lr_search.optimizer, []
+
+    def optimizer(*arguments, **settings):
+        steps = made(*arguments, **settings)
+        steps.register_step_pre_hook(
+            lambda steps, *_: used.append({group["name"]: group["lr"] for group in steps.param_groups})
+        )
+        return steps
+
+    monkeypatch.setattr(lr_search, "optimizer", optimizer)
+    batches = [torch.arange(3, 35).reshape(2, 16)]
+    training.find_lr(ready(deeper), deeper, batches, kind=kind, budget_tokens=84 * 32, zeroed_lr=2e-5)
+    zeroed = [name for name in used[0] if name.startswith("zeroed")]
+    assert zeroed and all(rates[name] == 2e-5 for rates in used for name in zeroed)
+    assert len({rates["matrices"] for rates in used}) > 5
 
 
 @pytest.mark.parametrize("case", REFUSED)

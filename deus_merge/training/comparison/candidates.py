@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...core.errors import TrainingError, nearest
-from ...core.located import Plain, locate, parse
+from ...core.located import Plain, locate
+from ...core.yaml_text import parse
 from ...recipe.presets import PRESETS
 from ...recipe.reader import read_recipe, recipe_from
 from ...recipe.types import Recipe
