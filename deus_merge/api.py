@@ -32,6 +32,7 @@ from .checkpoint.shards import ShardWriter
 from .checkpoint.storage import LoadOptions
 from .core.errors import DeusMergeError, PlanError, VerifyError
 from .core.located import Plain, locate
+from .core.typed_json import dump
 from .core.units import parse_size
 from .plan.blocks import BlockPlan
 from .plan.build import DEFAULT_SHARD_SIZE, build_plan
@@ -42,12 +43,15 @@ from .recipe.presets import PRESETS
 from .recipe.reader import read_recipe, recipe_from
 from .recipe.types import Recipe
 from .report.manifest import RECIPE, read_manifest
-from .report.manifest_parts import CalibratedLayer
+from .report.manifest_parts import CalibratedLayer, Calibration
 from .run.block_runner import run_blocks
 from .run.executor import execute
 from .run.preflight import RunOptions
+from .run.preflight import preflight as check_run
 from .run.strip import Stripped
 from .training.calibration import Calibrated, CalibrationOptions
+from .training.calibration.planned import calibrator_of
+from .training.calibration.scores import GapScore
 from .training.comparison import Budget, CompareOptions, Comparison
 from .verify import Verification
 
@@ -59,6 +63,7 @@ __all__ = [
     "Comparison",
     "DeusMergeError",
     "Fit",
+    "GapScore",
     "LoadOptions",
     "MergeResult",
     "RunOptions",
@@ -71,8 +76,10 @@ __all__ = [
     "fit",
     "merge",
     "plan",
+    "preflight",
     "report",
     "run_blocks",
+    "score_gaps",
     "strip",
     "upscale_recipe",
     "verify",
@@ -89,6 +96,7 @@ class MergeResult:
         verification: The verification's result; None when it was switched off.
         warnings: Warnings of the plan and of the run (transport plans that did not converge).
         seconds: Wall time.
+        calibration: The record of the calibration; None where the recipe has no ``calibrate``.
     """
 
     folder: Path
@@ -96,6 +104,7 @@ class MergeResult:
     verification: Verification | None
     warnings: tuple[str, ...]
     seconds: float
+    calibration: Calibration | None = None
 
     def describe(self) -> dict[str, Any]:
         """The result as JSON data."""
@@ -104,12 +113,18 @@ class MergeResult:
             "plan_hash": self.plan.hash,
             "num_layers": self.plan.num_layers,
             "new_layers": list(self.plan.new_layers),
-            "function_preserving": self.plan.function_preserving,
+            "function_preserving": self.plan.function_preserving and not self._is_set,
             "bytes_written": self.plan.bytes_written,
             "seconds": round(self.seconds, 3),
             "verification": self.verification and self.verification.describe(),
             "warnings": list(self.warnings),
+            **({"calibration": dump(self.calibration)} if self.calibration else {}),
         }
+
+    @property
+    def _is_set(self) -> bool:
+        """Whether a calibration has set outputs of new layers."""
+        return self.calibration is not None and any(layer.tensors for layer in self.calibration.layers)
 
 
 def plan(
@@ -147,8 +162,10 @@ def merge(
     load_options: LoadOptions | None = None,
     copy_tokenizer: bool = True,
     on_block: Callable[[BlockPlan, bool], None] | None = None,
+    on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
 ) -> MergeResult:
-    """Run a recipe and write the checkpoint.
+    """Run a recipe and write the checkpoint. With ``calibrate`` in the recipe, the outputs of the new layers are set in
+    the unfinished folder before it gets its name.
 
     Args:
         recipe: A recipe, its file, or a plan from `plan`.
@@ -156,6 +173,7 @@ def merge(
         options: Device, resume, overwrite, verification.
         max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
         on_block: Called after each block with the block and whether an earlier run had finished it.
+        on_layer: Called after each calibrated layer, with whether an earlier run had finished it.
 
     Returns:
         The finished run.
@@ -168,10 +186,29 @@ def merge(
     started = time.monotonic()
     if not isinstance(recipe, Plan):
         recipe = plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
-    verification, warnings = execute(
-        recipe, Path(out), options or RunOptions(), on_block or (lambda block, resumed: None)
-    )
-    return MergeResult(Path(out), recipe, verification, warnings, time.monotonic() - started)
+    options = options or RunOptions()
+    calibrator = calibrator_of(recipe, options, on_layer)
+    done = execute(recipe, Path(out), options, on_block or (lambda block, resumed: None), calibrator)
+    seconds = time.monotonic() - started
+    return MergeResult(Path(out), recipe, done.verification, done.warnings, seconds, done.calibration)
+
+
+def preflight(plan: Plan, out: str | Path, options: RunOptions | None = None) -> tuple[str, ...]:
+    """Check everything that can be known to go wrong with a run, a calibration included; writes nothing.
+
+    Args:
+        plan: A plan from `plan`.
+        out: The output folder.
+        options: As for `merge`.
+
+    Returns:
+        Warnings about this machine and the text of a calibration.
+
+    Raises:
+        DeusMergeError: the run is impossible.
+    """
+    options = options or RunOptions()
+    return check_run(plan, Path(out), options, calibrator_of(plan, options)).warnings
 
 
 def upscale_recipe(
@@ -182,6 +219,7 @@ def upscale_recipe(
     dtype: str | None = None,
     parameters: Mapping[str, Plain] | None = None,
     quantize_new: bool = False,
+    calibrate: str | Path | Mapping[str, Plain] | None = None,
 ) -> Recipe:
     """The recipe that `deus-merge upscale` runs.
 
@@ -192,6 +230,7 @@ def upscale_recipe(
         dtype: The output's dtype; None for the model's.
         parameters: Parameters of the preset's method, which take precedence over the preset's own.
         quantize_new: Write new layers in the format of a quantised base, not in floating point.
+        calibrate: A text file that sets the zeroed outputs of new layers, or a recipe's whole ``calibrate`` section.
 
     Raises:
         RecipeError: a value that a recipe file could not have either.
@@ -206,6 +245,8 @@ def upscale_recipe(
         data["dtype"] = dtype
     if quantize_new:
         data["quantize_new"] = True
+    if calibrate is not None:
+        data["calibrate"] = dict(calibrate) if isinstance(calibrate, Mapping) else {"text": str(calibrate)}
     return recipe_from(locate(data))
 
 
@@ -354,6 +395,34 @@ def calibrate(
     from .training.calibration import calibrate as run
 
     return run(out, new, text, options, on_layer)
+
+
+def score_gaps(
+    model: str | Path,
+    text: str,
+    options: CalibrationOptions | None = None,
+    *,
+    load_options: LoadOptions | None = None,
+    on_gap: Callable[[GapScore], None] | None = None,
+) -> tuple[GapScore, ...]:
+    """Score every gap between two layers of a model: how much of the loss's gradient a new layer there could follow.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        text: The text itself, like that of the training.
+        options: Tokens, damping, device ...
+        load_options: As for `plan`.
+        on_gap: Called after each gap, from the highest to the lowest.
+
+    Returns:
+        The scores, from the lowest gap to the highest.
+
+    Raises:
+        DeusMergeError: the model or the text cannot be used.
+    """
+    from .training.calibration.scores import score_gaps as run
+
+    return run(model, text, options, load_options, on_gap)
 
 
 def compare(

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from .. import api
-from ..report.manifest_parts import CalibratedLayer
+from ..recipe.calibrate import read_text
 from .failures import report_bus_errors
 from .merge import Size
-from .output import emit_json, note, quiet_transformers, table
+from .output import emit_json, layer_notes, note, quiet_transformers, table
 
 
 @click.command()
@@ -58,13 +58,8 @@ def calibrate(out: Path, new: Path, text: Path, as_json: bool, **options):
     """
     quiet_transformers()
     report_bus_errors()
-    content = text.read_text(encoding="utf-8", errors="replace")
-
-    def on_layer(layer: CalibratedLayer, resumed: bool) -> None:
-        step = f"{layer.loss_before:.4f} -> {layer.loss_after:.4f}" if layer.tensors else "no step lowers the loss"
-        note(f"layer {layer.layer}: {'finished by the earlier run, ' if resumed else ''}{step}")
-
-    done = api.calibrate(out, new, content, api.CalibrationOptions(**options), on_layer=on_layer)
+    content = read_text(text, "--text")
+    done = api.calibrate(out, new, content, api.CalibrationOptions(**options), on_layer=layer_notes())
     if as_json:
         emit_json(done.describe())
         return

@@ -87,12 +87,17 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the similarity into a file (png, svg, pdf)."
 )
+@click.option("--scores", is_flag=True, help="How much a new layer in each gap could learn from the text.")
+@click.option("--text", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Scores: the text.")
+@click.option("--tokens", default=16_384, show_default=True, help="Scores: tokens of the text that are used at most.")
+@click.option("--damping", default=0.3, show_default=True, help="Scores: as for calibrate.")
 @click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
 @training_options
 def inspect(
-    model: str, similarity: bool, plot: Path | None, allow_pickle: bool, as_json: bool, training: TrainingSettings
-):
+    model: str, similarity: bool, plot: Path | None, scores: bool, text: Path | None, tokens: int, damping: float,
+    allow_pickle: bool, as_json: bool, training: TrainingSettings,
+):  # fmt: skip
     """Show MODEL's family, layers, heads and sizes; of a deeper model also the memory that training its new layers
     takes.
 
@@ -112,12 +117,14 @@ def inspect(
             rows.append(row)
             note(f"layers {row['layers'][0]} and {row['layers'][1]} done")
         facts["similarity"] = rows
+    if scores:
+        facts["scores"] = _scores(model, text, tokens, damping, api.LoadOptions(allow_pickle))
     if plot:
         plot_similarity(facts["similarity"], plot)
     if as_json:
         emit_json(facts)
         return
-    shown = {k: v for k, v in facts.items() if k not in ("similarity", "roles", "layouts", "layer_kinds")}
+    shown = {k: v for k, v in facts.items() if k not in ("similarity", "scores", "roles", "layouts", "layer_kinds")}
     shown["bytes"] = format_size(shown["bytes"])
     if memory := shown.get("training_memory"):
         shown["training_memory"] = training_text(parse(TrainingMemory, memory))
@@ -133,6 +140,35 @@ def inspect(
     if "similarity" in facts:
         click.echo()
         _similarity_table(facts["similarity"])
+    if scores:
+        click.echo()
+        _score_table(facts["scores"])
+
+
+def _scores(model: str, text: Path | None, tokens: int, damping: float, load: api.LoadOptions) -> list[dict]:
+    """The score of each gap, as JSON data."""
+    from ..recipe.calibrate import read_text
+
+    if text is None:
+        raise click.UsageError("--scores needs --text FILE")
+    quiet_transformers()
+    options = api.CalibrationOptions(tokens=tokens, length=min(256, max(2, tokens // 2)), damping=damping)
+    found = api.score_gaps(
+        model,
+        read_text(text, "--text"),
+        options,
+        load_options=load,
+        on_gap=lambda gap: note(f"gap behind layer {gap.after}: {gap.score:.4f}"),
+    )
+    return [gap.describe() for gap in found]
+
+
+def _score_table(rows: list[dict]) -> None:
+    top = max(row["score"] for row in rows) or 1.0
+    body = [
+        [str(r["after"]), f"{r['score']:.4f}", f"{r['gradient']:.3g}", "█" * round(20 * r["score"] / top)] for r in rows
+    ]
+    table("expansion scores of the gaps", ["after", "score", "gradient", ""], body, right=(0, 1, 2))
 
 
 def _layout_table(layout: Mapping[str, Any]) -> None:

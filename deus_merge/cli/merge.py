@@ -21,10 +21,9 @@ from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
 from ..plan.types import Plan
 from ..recipe.types import Recipe
 from ..recipe.writer import dump_recipe
-from ..run.preflight import preflight
 from . import mergekit_options as mergekit
 from .failures import report_bus_errors
-from .output import emit_json, fit_text, note, progress, show_plan, warn
+from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, warn
 from .recipes import load_recipe, recipe_options
 
 
@@ -134,6 +133,11 @@ def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str,
 @click.option("--quantize-new", is_flag=True, help="Write new layers in the format of a quantised MODEL.")
 @click.option("--fit", type=Size(), metavar="SIZE",
               help="Put in as many layers as can be trained with this much memory, e.g. 24GB.")  # fmt: skip
+@click.option(
+    "--calibrate",
+    metavar="FILE",
+    help="Set the zeroed outputs of new layers from this text, as calibrate does; or '{text: FILE, tokens: 4096}'.",
+)
 @training_options
 @run_options
 def upscale(
@@ -145,6 +149,7 @@ def upscale(
     dtype: str | None,
     quantize_new: bool,
     fit: int | None,
+    calibrate: str | None,
     **options,
 ):
     """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT.
@@ -168,11 +173,15 @@ def upscale(
     settings: dict[str, Any] = {"preset": preset, "dtype": dtype, "parameters": parameters}
     settings["quantize_new"] = quantize_new
     fitted = None
+    section: Any = calibrate
+    if calibrate is not None and calibrate.lstrip().startswith("{"):
+        section = parse(calibrate, "--calibrate").plain()
     if fit is not None:
         load = api.LoadOptions(options["allow_pickle"], options["cache_dir"])
         fitted = api.fit(model, fit, options["training"], insert=where, load_options=load, **settings)
         where = fitted.insert
-    _run(api.upscale_recipe(model, insert=where, **settings), out, fitted=fitted, **options)
+    recipe = api.upscale_recipe(model, insert=where, calibrate=section, **settings)
+    _run(recipe, out, fitted=fitted, **options)
 
 
 @click.command()
@@ -233,25 +242,32 @@ def _run(
         allow_pickle=allow_pickle,
         cache_dir=cache_dir,
     )
+    if planned.calibration:
+        quiet_transformers()
     if dry_run:
-        ready = preflight(planned, out, run)
+        warnings = api.preflight(planned, out, run)
         if as_json:
             emit_json(planned.describe(training) | ({"fit": fitted.describe()} if fitted else {}))
         else:
             show_plan(planned, training)
             if fitted:
                 click.echo(fit_text(fitted))
-        warn(planned.warnings + ready.warnings)
+        warn(planned.warnings + warnings)
         return
     if fitted:
         note(fit_text(fitted), quiet)
     keep_freed_memory()
     with progress(planned, quiet) as on_block:
-        result = api.merge(planned, out, run, on_block=on_block)
+        result = api.merge(planned, out, run, on_block=on_block, on_layer=layer_notes(quiet))
     warn(result.warnings)
     if as_json:
         emit_json(result.describe())
     elif not quiet:
         depth = planned.donor.view.num_layers
         checked = f"{len(result.verification.checks)} checks passed" if result.verification else "not verified"
+        if record := result.calibration:
+            note(
+                f"calibrated: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on {record.held_out_tokens}"
+                f" tokens that chose the steps; {record.tokens} tokens were fitted"
+            )
         note(f"{out}: {depth} -> {planned.num_layers} layers in {result.seconds:.1f} s, {checked}")

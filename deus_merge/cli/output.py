@@ -18,6 +18,7 @@ from ..plan.blocks import BlockPlan
 from ..plan.fit import Fit
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from ..plan.types import Plan, quantized_of
+from ..report.manifest_parts import CalibratedLayer
 from ..verify import Verification
 
 
@@ -97,6 +98,16 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[BlockPlan, bool], No
         yield line
 
 
+def layer_notes(quiet: bool = False) -> Callable[[CalibratedLayer, bool], None]:
+    """The ``on_layer`` callback: one line for each calibrated layer."""
+
+    def line(layer: CalibratedLayer, resumed: bool) -> None:
+        step = f"{layer.loss_before:.4f} -> {layer.loss_after:.4f}" if layer.tensors else "no step lowers the loss"
+        note(f"layer {layer.layer}: {'finished by the earlier run, ' if resumed else ''}{step}", quiet)
+
+    return line
+
+
 def show_plan(plan: Plan, training: TrainingSettings | None = None) -> None:
     """Print the layer map and the totals, after those of the documents that the plan needs.
 
@@ -116,8 +127,10 @@ def show_plan(plan: Plan, training: TrainingSettings | None = None) -> None:
     if plan.vocabulary:
         click.echo("tokenizer {tokenizer}: {tokens} tokens, {rows} rows".format(**plan.vocabulary))
     layers = f"{plan.donor.view.num_layers} -> {plan.num_layers} layers, {len(plan.new_layers)} new"
-    same = "; computes the same function as the base" if plan.function_preserving else ""
+    same = "; computes the same function as the base" if plan.function_preserving and not plan.calibration else ""
     click.echo(f"{layers}{same}")
+    if plan.calibration:
+        echo(str(plan.calibration))
     if any(map(quantized_of, plan.models)):
         dtypes = sorted({dtype_name(o.dtype) for _, o in plan.outputs if not o.quantization})
         written = f"{quantized_text(plan.quantized)}, byte for byte" if plan.quantized else "nothing quantised"

@@ -131,6 +131,15 @@ class Part:
             self._held -= 1
             self.drop()
 
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Do not load the weights when the module is called, since something else is run in its place."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
 
 @contextmanager
 def all_held(parts: Sequence[Part]) -> Iterator[None]:

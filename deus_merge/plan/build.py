@@ -26,6 +26,7 @@ from ..recipe.presets import MAX_LAYERS, expand
 from ..recipe.types import OutputSlice, Recipe, SliceSource
 from .block_builder import BlockBuilder
 from .blocks import BlockPlan, file_groups, join_learned, mark_repeats
+from .calibration import plan_calibration
 from .compatibility import check_configs
 from .documents import PlannedResult, document_plans
 from .dtypes import dtyped_config
@@ -66,12 +67,16 @@ def _planned(recipe: Recipe, size: int, load_options: LoadOptions, copy_tokenize
         if document.quantize_new:
             place = document.source.child("quantize_new")
             place.fail("only the last document is written", expected="quantize_new in the last document", got="true")
+        if document.calibrate:
+            place = document.calibrate.place
+            place.fail("only the last document is written", expected="calibrate in the last document, without a name")
         results.append(PlannedResult(_Planner(document, known, load_options).plan(size)))
         known[results[-1].name] = results[-1]
     plan = _Planner(recipe, known, load_options).plan(size, copy_tokenizer)
     warnings = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
     return replace(
         plan,
+        calibration=plan_calibration(plan),
         recipe=replace(plan.recipe, documents=tuple(r.plan.recipe for r in results)),
         warnings=(*warnings, *plan.warnings),
         documents=document_plans(plan, results),

@@ -30,6 +30,7 @@ from .training_memory import ModelShape, TrainingMemory, TrainingSettings, train
 from .training_shape import shape_of_plan
 
 if TYPE_CHECKING:
+    from .calibration import PlannedCalibration
     from .documents import PlannedResult
 
 #: raised when the meaning of a plan changes, so that old journals and manifests are not mistaken for new ones;
@@ -77,6 +78,7 @@ class Plan:
         warnings: Messages for the user.
         documents: Those whose results it takes, directly or not, each after the ones that it needs itself.
         vocabulary: The outcome of the recipe's tokenizer settings, as JSON data; None without them.
+        calibration: What sets the zeroed outputs of new layers once all blocks are finished; None where nothing does.
     """
 
     recipe: Recipe
@@ -88,6 +90,7 @@ class Plan:
     warnings: tuple[str, ...]
     documents: tuple[DocumentPlan, ...] = ()
     vocabulary: Mapping | None = None
+    calibration: PlannedCalibration | None = None
 
     @property
     def donor(self) -> SourceModel:
@@ -149,7 +152,8 @@ class Plan:
 
     @cached_property
     def function_preserving(self) -> bool:
-        """Whether the output computes what the base computes: its layers in order, and new ones that add nothing."""
+        """Whether the output computes what the base computes: its layers in order, and new ones that add nothing.
+        A calibration comes after that."""
         if self.vocabulary and not self.vocabulary["kept"]:
             return False
         base = self.donor
@@ -288,7 +292,8 @@ class Plan:
             "donor": str(self.donor.ref),
             "num_layers": self.num_layers,
             "new_layers": list(self.new_layers),
-            "function_preserving": self.function_preserving,
+            "function_preserving": self.function_preserving and self.calibration is None,
+            **({"calibrate": self.calibration.describe()} if self.calibration else {}),
             **({"quantized": self.quantized} if self.quantized else {}),
             "layers": self.layer_map(),
             **({"modules": maps} if (maps := self.module_maps()) else {}),
@@ -318,6 +323,7 @@ class Plan:
             "config": self.config,
             "files": files,
             **({"vocabulary": {**self.vocabulary, "tokenizer": None}} if self.vocabulary else {}),
+            **({"calibrate": self.calibration.identity} if self.calibration else {}),
         }
 
 

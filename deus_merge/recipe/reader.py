@@ -16,6 +16,7 @@ from ..core.yaml_text import MAX_BYTES, parse_documents
 from ..methods.registry import methods
 from ..models.reference import ModelRef
 from ..models.tokenizer.settings import read_tokenizer
+from .calibrate import read_calibrate
 from .documents import Document, in_order
 from .mergekit import FORMS, ignored, top_level
 from .parameters import Setting, Settings, check_setting, read_settings
@@ -24,7 +25,7 @@ from .types import Align, Module, OutputSlice, Recipe, SliceSource, Upscale
 
 TOP = (
     "name", "slices", "models", "modules", "upscale", "merge_method", "base_model", "align", "parameters", "dtype",
-    "out_dtype", "quantize_new", "tokenizer_source", "tokenizer", "chat_template",
+    "out_dtype", "quantize_new", "calibrate", "tokenizer_source", "tokenizer", "chat_template",
 )  # fmt: skip
 _SLICE = ("sources", "merge_method", "base_model", "align", "parameters")
 _SOURCE = ("model", "layer_range", "parameters")
@@ -93,6 +94,7 @@ def recipe_from(root: Located) -> Recipe:
         "dtype": _dtype(top.get("dtype")),
         "out_dtype": _dtype(top.get("out_dtype")),
         "quantize_new": _boolean(top["quantize_new"]) if "quantize_new" in top else False,
+        "calibrate": read_calibrate(top["calibrate"]) if "calibrate" in top else None,
         "tokenizer": read_tokenizer(top, read_model),
         "chat_template": _chat_template(top.get("chat_template")),
         "name": _name(top["name"]) if "name" in top else None,

@@ -15,6 +15,7 @@ from ..core.parameters import Parameter
 from ..core.units import FLOAT_DTYPES
 from ..methods.base import MergeMethod
 from ..methods.registry import methods
+from .calibrate import METHODS
 from .mergekit import FORMS, OPTIONAL, PREFIXES
 from .presets import PRESETS
 from .reader import TOP
@@ -217,7 +218,7 @@ def _calibrate() -> Schema:
         "tokens": whole_number(4),
         "length": whole_number(2),
         "held_out": number(exclusiveMinimum=0, exclusiveMaximum=1),
-        "method": {"enum": ["ridge", "kfac"]},
+        "method": {"enum": list(METHODS)},
         "damping": number(exclusiveMinimum=0, maximum=1e6),
         "batch": whole_number(1),
         "seed": whole_number(0, 2**63 - 1),

@@ -13,6 +13,7 @@ from typing import Any
 from ..core.located import Located, Plain
 from ..models.reference import ModelRef
 from ..models.tokenizer.settings import TokenizerSettings
+from .calibrate import Calibrate
 from .parameters import Settings
 
 
@@ -126,6 +127,7 @@ class Recipe:
         dtype: safetensors code of the dtype of arithmetic and output.
         out_dtype: safetensors code of the output's dtype, where it differs from ``dtype``.
         quantize_new: Whether new layers are written in the format of a quantised base, not in floating point.
+        calibrate: How the zeroed outputs of new layers are set from a text; None to leave them at zero.
         tokenizer: Settings of the output's tokenizer; None to copy the donor's.
         chat_template: ``auto``, the name of a template, or a template.
         name: The name of a document whose result other documents use as a model.
@@ -142,6 +144,7 @@ class Recipe:
     dtype: str | None = None
     out_dtype: str | None = None
     quantize_new: bool = False
+    calibrate: Calibrate | None = None
     tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
     name: str | None = None

@@ -44,6 +44,8 @@ def _document(recipe: Recipe, names: _Names) -> dict:
             data[key] = dtype_name(code)
     if recipe.quantize_new:
         data["quantize_new"] = True
+    if how := recipe.calibrate:
+        data["calibrate"] = {"text": str(Path(how.text).absolute()), **how.settings}
     if recipe.tokenizer:
         data |= recipe.tokenizer.plain(lambda ref: _text(ref, names))
     if recipe.chat_template:

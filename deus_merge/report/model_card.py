@@ -33,6 +33,8 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -
     names = ["+".join(parts) for parts in sources]
     for folder in (f for m in plan.models for f in m.checkpoint.folders):
         recipe_yaml = recipe_yaml.replace(str(folder), folder.name)  # a card does not name its author's folders
+    if how := plan.recipe.calibrate:
+        recipe_yaml = recipe_yaml.replace(str(Path(how.text).absolute()), Path(how.text).name)
     front = {
         "base_model": list(dict.fromkeys(part for parts in sources for part in parts)),
         "library_name": "transformers",

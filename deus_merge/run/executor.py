@@ -5,31 +5,50 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.layout import index_json
 from ..checkpoint.output_folder import OutputFolder
-from ..core.errors import CheckpointError, DeusMergeError, SolverError, VerifyError, json_text
+from ..core.errors import CheckpointError, DeusMergeError, SolverError, TrainingError, VerifyError, json_text
 from ..core.text import some_of
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
 from ..report.lineage import ancestors
-from ..report.manifest import MANIFEST, RECIPE
-from ..report.manifest_parts import Growth
+from ..report.manifest import MANIFEST, RECIPE, read_manifest
+from ..report.manifest_parts import Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
 from .block_runner import run_blocks
-from .preflight import RunOptions, preflight
+from .preflight import Calibrator, RunOptions, preflight
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A plan that was carried out.
+
+    Attributes:
+        verification: The result of the checks; None if they were switched off.
+        warnings: All warnings.
+        calibration: The record of the calibration; None where the plan has none.
+    """
+
+    verification: Verification | None
+    warnings: tuple[str, ...]
+    calibration: Calibration | None = None
 
 
 def execute(
-    plan: Plan, out: Path, options: RunOptions, on_block: Callable[[BlockPlan, bool], None]
-) -> tuple[Verification | None, tuple[str, ...]]:
+    plan: Plan,
+    out: Path,
+    options: RunOptions,
+    on_block: Callable[[BlockPlan, bool], None],
+    calibrator: Calibrator | None = None,
+) -> Outcome:
     """Carry out a plan.
 
     Args:
@@ -37,15 +56,16 @@ def execute(
         out: The output folder; it appears when it is whole and verified.
         options: Device, resume, overwrite, verification.
         on_block: Called after every block, with whether an earlier run had already finished it.
+        calibrator: What calibrates the output, where the plan has a calibration.
 
     Returns:
-        The verification (None if switched off), and all warnings.
+        The verification, all warnings, and the record of the calibration.
 
     Raises:
         DeusMergeError: as `preflight`; or a tensor that cannot be merged; VerifyError when the result is wrong.
     """
     began = time.monotonic()
-    ready = preflight(plan, out, options)
+    ready = preflight(plan, out, options, calibrator)
     output = ready.output
     if ready.complete:
         output.tidy()
@@ -53,11 +73,12 @@ def execute(
             on_block(block, True)
         hint = "write it again with --overwrite"
         verification = _passed(verify(output.out, quick=True), out, hint) if options.verify else None
-        return verification, plan.warnings + ready.warnings
+        record = read_manifest(output.out).calibration if calibrator else None
+        return Outcome(verification, plan.warnings + ready.warnings, record)
     past, unknown_past = ancestors(plan)
     with _resume_hints(output), output:
         writer = output.shards(plan.shards)
-        diagnostics = {int(index): line["tensors"] for index, line in output.finished.items()}
+        diagnostics = {int(index): line["tensors"] for index, line in output.finished.items() if index.isdigit()}
         resumed = frozenset(diagnostics)
 
         def finished(block: BlockPlan, lines: list[dict]) -> None:
@@ -90,6 +111,9 @@ def execute(
         run_record = ready.run_record | {"seconds": round(time.monotonic() - began, 3)}
         files = _write_files(plan, output, past, options.model_card)
         manifest = manifest_of(plan, files, diagnostics, run_record, past)
+        if calibrator is not None:
+            output.flush()  # every block is on the disk before one of them is changed
+            manifest = calibrator.run(output, writer, manifest)
         verification = None
         if options.verify:
             found = verify(output.folder, quick=True, manifest=manifest, sources=list(plan_sources(plan)))
@@ -97,7 +121,7 @@ def execute(
             manifest = manifest.with_checksums(verification.checksums)
         output.put(MANIFEST, manifest.sealed())
         output.finish()
-    return verification, (
+    warnings = (
         *plan.warnings,
         *ready.warnings,
         *unknown_past,
@@ -105,6 +129,7 @@ def execute(
         *_convergence(plan, diagnostics),
         *_scale_warnings(diagnostics),
     )
+    return Outcome(verification, warnings, manifest.calibration)
 
 
 def _passed(verification: Verification, out: Path, hint: str) -> Verification:
@@ -159,7 +184,8 @@ def _resume_hints(output: OutputFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if output.resumable and isinstance(error, CheckpointError | SolverError):  # a resumed run would meet it again
+        # a resumed run would meet these again
+        if output.resumable and isinstance(error, CheckpointError | SolverError | TrainingError):
             start_over = "then start over with --overwrite"
             error.hint = f"{error.hint}; {start_over}" if error.hint else start_over
         elif hint := output.resume_hint:

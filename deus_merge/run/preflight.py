@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .. import __version__
 from ..checkpoint.output_folder import OutputFolder
 from ..checkpoint.reader import TensorSource
+from ..checkpoint.shards import ShardWriter
 from ..checkpoint.system import existing
 from ..core.errors import DeusMergeError, PlanError
 from ..core.units import format_size
 from ..plan.types import Plan
-from ..report.manifest import MANIFEST, read_manifest
+from ..report.manifest import MANIFEST, Manifest, read_manifest
 from ..report.plan_manifest import plan_sources, planned_source
 from .device import check_device_name, choose_device, machine_identity, set_threads
 from .limits import allow_open_files, memory
@@ -53,6 +54,36 @@ class RunOptions:
     model_card: bool = True
 
 
+class Calibrator(Protocol):
+    """What sets the zeroed outputs of new layers once all blocks of a plan are finished: it passed its own checks.
+
+    Attributes:
+        identity: What decides its result besides the plan, by name: JSON values.
+        disk: Bytes that it needs next to the output while it runs.
+        warnings: Messages for the user.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, object]: ...
+    @property
+    def disk(self) -> int: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
+    def run(self, output: OutputFolder, writer: ShardWriter, manifest: Manifest) -> Manifest:
+        """Change the tensors of the unfinished folder, and continue where an interrupted run ended.
+
+        Args:
+            output: The folder: blocks, and all files but the manifest, are complete.
+            writer: Its tensors.
+            manifest: As it would be without this.
+
+        Returns:
+            The manifest of what the folder holds now; it lacks checksums of the tensors that were changed.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Ready:
     """A run that passed every check.
@@ -72,8 +103,14 @@ class Ready:
     complete: bool
 
 
-def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
+def preflight(plan: Plan, out: Path, options: RunOptions, calibrator: Calibrator | None = None) -> Ready:
     """Check everything that can be known to go wrong; nothing on the disk is touched.
+
+    Args:
+        plan: The plan.
+        out: The output folder.
+        options: Device, resume, overwrite.
+        calibrator: What calibrates the output, where the plan has a calibration.
 
     Raises:
         PlanError: no room on the disk, too little memory, OUT in the way or in or around a source, another run at work
@@ -83,7 +120,7 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
     check_device_name(options.device)
     plan.check_sources()
     warnings = _check_memory(plan, options)
-    computes = any(b.computes for b in plan.blocks)
+    computes = any(b.computes for b in plan.blocks) or calibrator is not None
     device = choose_device(options.device) if computes else None
     run_record = {
         "device": device.type if device else "none",
@@ -92,6 +129,9 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
     }
     sources = [m.stamp for m in plan.models]
     identity = {"deus_merge": __version__, **run_record, **machine_identity(device), "sources": sources}
+    if calibrator is not None:
+        identity["calibrate"] = dict(calibrator.identity)
+        warnings += calibrator.warnings
     output = OutputFolder(
         out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
     )
@@ -101,7 +141,7 @@ def preflight(plan: Plan, out: Path, options: RunOptions) -> Ready:
         warnings += ("the output is already complete: nothing was left to do",)
     else:
         output.check()
-        _check_disk(plan, output)
+        _check_disk(plan, output, calibrator.disk if calibrator else 0)
     return Ready(output, device, run_record, warnings, complete)
 
 
@@ -148,7 +188,7 @@ def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
     # fine-tunes of one model have the same headers, so the plan's hash does not tell them apart
     planned = [planned_source(source, name) for source, name in plan_sources(plan).items()]
     recorded, wanted = ([(s.folder, s.adapter, s.document) for s in both] for both in (manifest.sources, planned))
-    untouched = manifest.calibration is None and not manifest.trained
+    untouched = (manifest.calibration is None) == (plan.calibration is None) and not manifest.trained
     return (
         same
         and untouched
@@ -187,7 +227,7 @@ def _megabytes(size: int) -> str:
     return f"{-(-size // 10**6)}MB"
 
 
-def _check_disk(plan: Plan, output: OutputFolder) -> None:
+def _check_disk(plan: Plan, output: OutputFolder, more: int) -> None:
     """Check that there is room for the new folder next to the old one. The leftovers of an interrupted run count as
     room: they are used again or removed."""
     sizes = [s.size for s in plan.shards]
@@ -195,7 +235,7 @@ def _check_disk(plan: Plan, output: OutputFolder) -> None:
     system = os.statvfs(existing(output.out.parent))
     left = [os.lstat(p) for p in output.area.new.rglob("*")]
     needed = sum(-(-size // system.f_frsize) * system.f_frsize for size in sizes)
-    needed += _SLACK + _RECORD_BYTES * sum(len(b.outputs) for b in plan.blocks)
+    needed += more + _SLACK + _RECORD_BYTES * sum(len(b.outputs) for b in plan.blocks)
     free = system.f_bavail * system.f_frsize + sum(s.st_blocks * 512 for s in left)
     if needed > free:
         raise PlanError(

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from closed_form import Whole, near
 from grown import grow
+from prose import PROSE, WORDS
 from safetensors.torch import load_file, save_file
 from support import load, make_model, save_tokenizer, train_tokenizer, weights
 
@@ -29,14 +31,6 @@ from deus_merge.training.calibration.options import Windows, read_windows
 from deus_merge.training.calibration.passes import Passes
 from deus_merge.training.calibration.writers import find_writers
 
-#: prose that the tiny model has not seen, as different from its own text as English is
-SENTENCES = (
-    "the ship left its harbour before dawn and sailed along a cold coast where small white houses stood between dark"
-    " rocks; an old captain counted gulls while his crew mended nets, cooked fish soup and talked about weather, money"
-    " and home. when rain came they sang quietly below deck until morning light returned over calm grey water."
-)
-WORDS = SENTENCES.split()
-PROSE = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(4000))
 QUICK = api.CalibrationOptions(tokens=640, length=32, batch=5, device="cpu")
 
 
@@ -71,45 +65,6 @@ def speaking(folder: Path, family: str = "llama", **settings) -> Path:
 
 
 # the closed form -----------------------------------------------------------------------------------------------------
-
-
-class Whole:
-    """The oracle: the whole model in float64, and autograd."""
-
-    def __init__(self, folder: Path):
-        self.model = load(folder).double()
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-
-    def statistics(self, layer: int, names: list[str], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the writers read (n, m) and the negative gradient behind the layer (n, d)."""
-        read, behind = {}, []
-
-        def keep(module, arguments, output):
-            hidden = output[0] if isinstance(output, tuple) else output
-            behind.append(hidden.detach().requires_grad_())
-            return (behind[0], *output[1:]) if isinstance(output, tuple) else behind[0]
-
-        hooks = [self.layers[layer].register_forward_hook(keep)]
-        for name in names:
-            module = self.model.get_submodule(name.removesuffix(".weight"))
-            hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: read.__setitem__(n, a[0])))
-        logits = self.model(ids).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, behind[0])
-        for hook in hooks:
-            hook.remove()
-        phi = torch.cat([read[name].flatten(0, 1) for name in names], dim=1)
-        return phi.detach(), -gradient.flatten(0, 1)
-
-    @property
-    def layers(self):
-        return self.model.base_model.layers
-
-
-def near(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal but for the norms, which transformers computes in float32."""
-    return bool((one - other).abs().max() < 2e-5 * other.abs().max())
 
 
 def formula(phi: torch.Tensor, g: torch.Tensor, method: str, damping: float) -> torch.Tensor:
@@ -148,7 +103,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_closed_form_is_that_of_autograd(tmp_path, kind, method, monkeypatch):
     """phi, g, A, B, S and W of the first new layer, and of the second once the first is set; uneven batches."""
-    monkeypatch.setattr("deus_merge.training.calibration.fit.ROWS", 20)
+    for module in ("fit", "triangle"):
+        monkeypatch.setattr(f"deus_merge.training.calibration.{module}.ROWS", 20)
     folder = grow(KINDS[kind](tmp_path / "base"), tmp_path / "out", "opt_deus", {"after": [0, 1]})
     ids = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(1))
     windows, whole = Windows(ids, 5, ""), Whole(folder)
@@ -167,8 +123,8 @@ def test_streamed_closed_form_is_that_of_autograd(tmp_path, kind, method, monkey
             passes.advance(layer)
             got = steps.layer_statistics(passes, found, with_gradients=True)
             assert got.tokens == len(phi) == 5 * 24 and g.abs().max() > 1e-3
-            assert near(got.a.tril(), (phi.T @ phi).tril()) and near(got.b, g.T @ phi)
-            assert near(got.s.tril(), (g.T @ g).tril())
+            assert near(got.a.lower(), (phi.T @ phi).tril()) and near(got.b, g.T @ phi)
+            assert near(got.s.lower(), (g.T @ g).tril())
             solved, size = got.solve(method, 0.3, layer)
             wanted = formula(phi, g, method, 0.3)
             written = (phi @ wanted.T).square().sum(1).mean().sqrt()
@@ -478,8 +434,9 @@ def test_refused_outputs(run, deeper, calibrated, text, tmp_path):
 # memory --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "limit"), [("ridge", 6e9), ("kfac", 6.2e9)])
-def test_an_8b_model_fits_into_6_gb(method, limit):
+@pytest.mark.parametrize("method", ["ridge", "kfac"])
+def test_an_8b_model_fits_into_6_gb(method):
+    """benchmarks/calibration_memory.py measures it."""
     config = transformers.LlamaConfig(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=48, num_attention_heads=32,
         num_key_value_heads=8,
@@ -491,5 +448,5 @@ def test_an_8b_model_fits_into_6_gb(method, limit):
     view = view_model(data, tuple(tensors), "here")
     options = api.CalibrationOptions(method=method)
     needs = estimate(view, tensors, data, options, 4096 + 14_336, (48, 16))
-    assert 4e9 < needs.memory < limit
+    assert 3.5e9 < needs.memory < 5e9
     assert needs.disk < 20e9

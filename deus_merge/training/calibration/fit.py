@@ -16,16 +16,15 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import TrainingError
+from .triangle import ROWS, Triangle
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-ROWS = 2048  # of A that are multiplied at once
-
 
 class Statistics:
-    """Sums over tokens, in float64; of A and S only the lower triangle.
+    """Sums over tokens, in float64.
 
     Args:
         columns: What the writers read together, m.
@@ -38,9 +37,9 @@ class Statistics:
         import torch
 
         settings: Any = {"dtype": torch.float64, "device": device}
-        self.a = torch.zeros((columns, columns), **settings)  # (m, m)
+        self.a = Triangle(columns, device)  # (m, m)
         self.b = torch.zeros((width, columns), **settings)  # (d, m)
-        self.s = torch.zeros((width, width), **settings) if with_gradients else None  # (d, d)
+        self.s = Triangle(width, device) if with_gradients else None  # (d, d)
         self.tokens = 0
         self._norms: list[Tensor] = []
 
@@ -52,11 +51,11 @@ class Statistics:
             g: The negative gradients, (n, d).
             hidden: The hidden states that the layer adds to, (n, d).
         """
-        _add_products(self.a, phi)
+        self.a.add_products(phi)
         for start in range(0, len(self.b), ROWS):
-            self.b[start : start + ROWS] += (g[:, start : start + ROWS].T @ phi).double()
+            self.b[start : start + ROWS] += g[:, start : start + ROWS].T @ phi
         if self.s is not None:
-            _add_products(self.s, g)
+            self.s.add_products(g)
         self._norms.append(hidden.norm(dim=1).double().cpu())  # (n,)
         self.tokens += len(phi)
 
@@ -97,64 +96,64 @@ class Statistics:
         Raises:
             TrainingError: rounding makes a matrix indefinite.
         """
-        for part in (self.a, self.b) + ((self.s,) if self.s is not None else ()):
-            part /= self.tokens
-        target = self.b  # (d, m)
-        try:
-            if method == "kfac":
-                assert self.s is not None
-                _damp(self.s, damping)
-                target = _solve(self.s, target)
-            ridge = _damp(self.a, damping)
-            weights = _solve(self.a, target.T).T  # (d, m)
-        except ArithmeticError:
-            hint = "raise --damping, or use more --tokens"
-            raise TrainingError(f"layer {layer}: the statistics cannot be inverted", hint=hint) from None
-        # E|W phi|^2 = tr(W A W^T), and W (A + ridge I) is the target
-        energy = float((weights * target).sum() - ridge * weights.square().sum())
+        import torch
+
+        ridge = self._factorise(damping, layer, with_gradients=method == "kfac")
+        if method == "kfac":
+            assert self.s is not None
+            self.s.divide_by_transposed_factor(self.b.T)  # B becomes S^-1 B
+            self.s.divide_by_factor(self.b.T)
+        weights = self.b  # (d, m)
+        # E|W phi|^2 = tr(W A W^T) = |W L|^2 - ridge |W|^2, where L is the factor of A + ridge I
+        self.a.divide_by_transposed_factor(weights)
+        energy = float(torch.linalg.vector_norm(weights)) ** 2
+        self.a.divide_by_factor(weights)
+        energy -= ridge * float(torch.linalg.vector_norm(weights)) ** 2
         return weights, math.sqrt(max(energy, 0.0))
 
+    def score(self, damping: float, layer: int) -> float:
+        """The expansion score tr(S^-1 B A^-1 B^T) / d, with A and S damped as in `solve`. A, B and S are used up.
 
-def _add_products(total: Tensor, values: Tensor) -> None:
-    """Add the lower triangle of values^T values."""
-    for start in range(0, len(total), ROWS):
-        stop = min(start + ROWS, len(total))
-        total[start:stop, :stop] += (values[:, start:stop].T @ values[:, :stop]).double()
+        Without damping it is the mean of the squared canonical correlations of g with phi: 0 to 1.
 
+        Args:
+            damping: Multiple of the mean diagonal entry.
+            layer: For messages.
 
-def _damp(matrix: Tensor, damping: float) -> float:
-    """Add to a diagonal, in place. A matrix of zeros becomes the identity.
+        Raises:
+            TrainingError: rounding makes a matrix indefinite.
 
-    Returns:
-        What was added.
-    """
-    mean = float(matrix.diagonal().mean())
-    added = damping * mean if mean > 0 else 1.0
-    matrix.diagonal().add_(added)
-    return added
+        Reference: Mitchell et al., Self-Expanding Neural Networks, arXiv 2307.04526.
+        """
+        import torch
 
+        assert self.s is not None
+        self._factorise(damping, layer, with_gradients=True)
+        self.s.divide_by_transposed_factor(self.b.T)
+        self.a.divide_by_transposed_factor(self.b)
+        return float(torch.linalg.vector_norm(self.b)) ** 2 / len(self.b)
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix^-1 right``, the matrix given by its lower triangle, (n, n); right (n, k). On the CPU the factorisation
-    takes the place of the matrix.
+    def _factorise(self, damping: float, layer: int, *, with_gradients: bool) -> float:
+        """Turn sums into means, damp A and S and factorise them, in place.
 
-    Raises:
-        ArithmeticError: the matrix is not positive definite.
-    """
-    import torch
+        Returns:
+            What was added to the diagonal of A.
 
-    if matrix.device.type != "cpu":
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info):
-            raise ArithmeticError
-        return torch.cholesky_solve(right, factor)
-    import numpy
-    import scipy.linalg
-
-    upper: Any = matrix.numpy().T  # in Fortran's order, which LAPACK needs to work in place
-    columns = numpy.array(right.numpy(), order="F")
-    try:
-        factor = scipy.linalg.cho_factor(upper, lower=False, overwrite_a=True, check_finite=False)
-    except scipy.linalg.LinAlgError:
-        raise ArithmeticError from None
-    return torch.from_numpy(scipy.linalg.cho_solve(factor, columns, overwrite_b=True, check_finite=False))
+        Raises:
+            TrainingError: rounding makes a matrix indefinite.
+        """
+        factor = 1 / self.tokens
+        self.b *= factor
+        self.a.scale(factor)
+        ridge = self.a.damp(damping)
+        try:
+            self.a.factorise()
+            if with_gradients:
+                assert self.s is not None
+                self.s.scale(factor)
+                self.s.damp(damping)
+                self.s.factorise()
+        except ArithmeticError:
+            hint = "raise the damping, or use more tokens"
+            raise TrainingError(f"layer {layer}: the statistics cannot be inverted", hint=hint) from None
+        return ridge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ class LayerRunner:
         if self._unembedding is None:
             raise CannotStream("it has no language model's head")
         self._layers = [part.module for part in self._streamed.layers]
+        self._bottom = [part for part in self._streamed.others if part.module is self._embeddings]
         self._head = [part for part in self._streamed.others if part.module is not self._embeddings]
         self._streamed.load_when_called(self._streamed.others)
         self._calls: dict[int, list[_Call]] = {}  # by the number of windows in a batch
@@ -101,7 +102,7 @@ class LayerRunner:
 
     def embedding(self) -> AbstractContextManager[None]:
         """Keep the embeddings in memory."""
-        return all_held([part for part in self._streamed.others if part.module is self._embeddings])
+        return all_held(self._bottom)
 
     def head(self) -> AbstractContextManager[None]:
         """Keep everything outside of the layers but the embeddings in memory."""
@@ -153,7 +154,10 @@ class LayerRunner:
         output = (hidden,) if self._in_tuple else hidden
         functions: dict[Any, Callable] = {module: lambda *_, **__: output for module in self._layers}
         functions[self._embeddings] = lambda *_, **__: hidden.detach()
-        with _replaced(functions):
+        with ExitStack() as stack:
+            for part in self._bottom:
+                stack.enter_context(part.idle())
+            stack.enter_context(_replaced(functions))
             logits = self._model(ids.to(self._device), use_cache=False).logits  # (b, t, v)
         targets = ids.to(self._device).roll(-1, 1)  # (b, t)
         targets[:, -1] = -100  # of the last token nothing is known

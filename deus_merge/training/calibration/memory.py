@@ -14,8 +14,8 @@ from ...core.units import format_size
 from ...models.config_json import section
 from ...models.view import ModelView
 from ...run.limits import memory
-from .fit import ROWS
 from .options import CalibrationOptions
+from .triangle import ROWS
 
 PROCESS = 450 << 20  # bytes of Python, torch and transformers themselves
 _FLOAT, _DOUBLE = 4, 8  # bytes
@@ -51,8 +51,6 @@ def estimate(
     options: CalibrationOptions,
     columns: int,
     windows: tuple[int, int],
-    *,
-    in_place: bool = True,
 ) -> Needs:
     """What a calibration takes.
 
@@ -63,7 +61,6 @@ def estimate(
         options: Length, batch, method.
         columns: What the writers of a layer read together, m.
         windows: The numbers of windows that are fitted and held out.
-        in_place: Whether A is factorised in place: on the CPU.
     """
     size = {name: _FLOAT * prod(tensor.shape) for name, tensor in tensors.items()}
     layer = max(sum(size[name] for name in names.values()) for names in view.layers)
@@ -75,16 +72,20 @@ def estimate(
     heads = section(config, view.layers_path).get("num_attention_heads")
     heads = heads if isinstance(heads, int) and not isinstance(heads, bool) else width // 64
     scores = 3 * options.batch * heads * options.length**2
-    run = layer + _FLOAT * (3 * tokens * (outputs + 4 * width) + scores)
-    a, b = _DOUBLE * columns**2, _DOUBLE * width * columns
-    s = _DOUBLE * width**2 if options.method == "kfac" else 0
-    product = _FLOAT * 2 * min(ROWS, columns) * columns
+    forward = layer + _FLOAT * (tokens * (outputs + 4 * width) + scores)
+    gradient = layer + _FLOAT * (3 * tokens * (outputs + 4 * width) + scores)
+    # of A and S the lower triangle, and half a diagonal block more for each block of rows
+    a, b = _triangle(columns), _DOUBLE * width * columns
+    s = _triangle(width) if options.method == "kfac" else 0
+    read = _FLOAT * tokens * (columns + 2 * width)
+    product = _FLOAT * min(ROWS, columns) * columns
     phases = {
-        "the embeddings": max(outer, default=0) + 2 * _FLOAT * tokens * width,
-        "the head and its logits": max(outer, default=0) + 4 * _FLOAT * tokens * vocabulary,
-        "the statistics of a layer": run + a + b + s + product,
-        "solving for the weights of a layer": (a if in_place else 2 * a) + 3 * b + (s if in_place else 2 * s),
-        "trying step sizes": run + b + 3 * _FLOAT * width * columns,
+        "the embeddings": max(outer, default=0) + forward,
+        "the head and its logits": max(outer, default=0) + 4 * _FLOAT * options.length * vocabulary + b // 2,
+        "the gradient of a layer": gradient,
+        "the statistics of a layer": forward + a + b + s + read + product,
+        "solving for the weights of a layer": a + 2 * b + s,
+        "trying step sizes": forward + b + 3 * _FLOAT * width * columns,
     }
     fitted, held_out = windows
     states = fitted * (view.num_layers + 2) + held_out * (1 + CANDIDATES) + fitted
@@ -151,6 +152,11 @@ def _available(device: str) -> int | None:
         return torch.cuda.mem_get_info(torch.device(device))[0]
     found = memory()
     return found[1] if found else None
+
+
+def _triangle(size: int) -> int:
+    """Bytes of a `Triangle`."""
+    return _DOUBLE * size * (size + min(ROWS, size)) // 2
 
 
 def _rows(tensor: StoredTensor) -> int:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import PlanError, TrainingError
 from ...models.tokenizer.files import TOKENIZER_FILES
+from ...recipe.calibrate import misfit
 from ...run.device import check_device_name
 
 if TYPE_CHECKING:
     import torch
 
-METHODS = ("ridge", "kfac")
 _CHARACTERS = 32  # of text a token at most, nearly always
 
 
@@ -57,19 +57,10 @@ class CalibrationOptions:
         Raises:
             PlanError: one is out of range.
         """
-        wanted = {
-            "length": ("at least 2", self.length >= 2),
-            "tokens": ("at least two windows: 2 x --length", self.tokens >= 2 * self.length),
-            "held_out": ("more than 0 and less than 1", 0 < self.held_out < 1),
-            "method": (" or ".join(METHODS), self.method in METHODS),
-            "damping": ("more than 0, at most 1e6", 0 < self.damping <= 1e6),
-            "batch": ("at least 1", self.batch >= 1),
-            "seed": ("0 to 2**63 - 1", 0 <= self.seed < 2**63),
-        }
-        for name, (expected, fits) in wanted.items():
-            if not fits:
-                option = "--" + name.replace("_", "-")
-                raise PlanError("not a possible value", where=option, expected=expected, got=getattr(self, name))
+        if wrong := misfit(self, "--length"):
+            name, expected = wrong
+            option = "--" + name.replace("_", "-")
+            raise PlanError("not a possible value", where=option, expected=expected, got=getattr(self, name))
         check_device_name(self.device)
 
     @property
@@ -102,14 +93,24 @@ class Windows:
         return self.ids.shape[1]
 
 
-def read_windows(folder: Path, text: str, options: CalibrationOptions, vocabulary: int) -> Windows:
+def read_windows(
+    folder: Path,
+    text: str,
+    options: CalibrationOptions,
+    vocabulary: int,
+    *,
+    model: object = None,
+    where: object = "--text",
+) -> Windows:
     """Windows of a text, spread over all of it, by a model's own tokenizer.
 
     Args:
-        folder: The model.
+        folder: A folder with the tokenizer and config of the model.
         text: The text.
         options: Tokens, length, share that is held out, seed.
         vocabulary: The number of tokens that the model has rows for.
+        model: The name of the model in messages; None for the folder.
+        where: The place of the text in messages.
 
     Raises:
         TrainingError: there is no tokenizer, or the text has too few tokens, or tokens that the model lacks.
@@ -117,14 +118,15 @@ def read_windows(folder: Path, text: str, options: CalibrationOptions, vocabular
     import torch
     import transformers
 
+    model = folder if model is None else model
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         hint = "tokenizer.save_pretrained(folder) puts one there"
-        raise TrainingError("the folder has no tokenizer to read the text with", where=folder, hint=hint)
+        raise TrainingError("there is no tokenizer to read the text with", where=model, hint=hint)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, ValueError, OSError) as error:  # it may need a package that is not installed
         why = " ".join(str(error).split())
-        raise TrainingError("transformers cannot load the tokenizer", where=folder, got=why) from None
+        raise TrainingError("transformers cannot load the tokenizer", where=model, got=why) from None
 
     def tokens(part: str) -> list[int]:
         return tokenizer(part, verbose=False)["input_ids"]
@@ -133,16 +135,16 @@ def read_windows(folder: Path, text: str, options: CalibrationOptions, vocabular
     if len(ids) < 2:
         raise TrainingError(
             "the text is too short",
-            where="--text",
+            where=where,
             expected=f"at least two windows of {options.length} tokens",
             got=f"{len(tokens(text))} tokens",
-            hint="give more text, or shorter windows with --length",
+            hint="give more text, or shorter windows (length)",
         )
     windows, count = torch.tensor(ids), len(ids)  # (w, t)
     if (largest := int(windows.max())) >= vocabulary:
         raise TrainingError(
             "the text has tokens that the model has no row for",
-            where=folder,
+            where=model,
             expected=f"token ids below {vocabulary}",
             got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
         )

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,7 +125,7 @@ class CalibratedOutput:
         """How to continue after an error or an interrupt; None when nothing is saved."""
         return self._output.resume_hint if self._output.resumable else None
 
-    @cached_property
+    @property
     def finished(self) -> tuple[CalibratedLayer, ...]:
         """The layers that an earlier run finished, in their order."""
         lines = (diagnostics for block, diagnostics in self._output.finished.items() if block != _COPIES)
@@ -135,6 +134,10 @@ class CalibratedOutput:
     def written(self) -> Checkpoint:
         """The new folder as it is now; only where an earlier run finished a layer."""
         return Checkpoint.open(self._output.folder)
+
+    def unfinished(self) -> Checkpoint:
+        """The checkpoint with the layers that are not finished yet."""
+        return self._checkpoint
 
     def write_layer(self, layer: CalibratedLayer, values: Mapping[str, Tensor]) -> None:
         """Write a layer, and bring it to the disk.
@@ -182,28 +185,40 @@ class CalibratedOutput:
             self._output.put(_CARD, calibrated_card(card, record).encode())
         with self.written() as written:
             found = examine((TensorCheck(written[name], None) for name in sorted(names)), finite=False)
-        tensors = dict(self.manifest.tensors)
-        for name in names:
-            known = found[name].checksum if tensors[name].xxh3_128 is not None else None
-            tensors[name] = replace(tensors[name], action=Action.COMPUTE, xxh3_128=known)
-        manifest = replace(
-            self.manifest,
-            tensors=tensors,
-            function_preserving=self.manifest.function_preserving and not names,
-            layers=tuple(self._layer(layer, tensors, names) for layer in self.manifest.layers),
-            files={name: sha256(self._files[name]) for name in sorted(self._files.keys() - USER_FILES)},
-            calibration=record,
-        )
-        return manifest.sealed()
+        known = {name: found[name].checksum for name in names if self.manifest.tensors[name].xxh3_128 is not None}
+        files = {name: sha256(self._files[name]) for name in sorted(self._files.keys() - USER_FILES)}
+        return replace(calibrated_manifest(self.manifest, record, known), files=files).sealed()
 
-    def _layer(self, layer: ManifestLayer, tensors: Mapping, names: set[str]) -> ManifestLayer:
-        """A layer with the actions that it has now."""
-        own = [name for name in tensors if name.startswith(self.manifest.prefix_of(layer.layer))]
-        if names.isdisjoint(own):
-            return layer
-        found = {*layer.actions, Action.COMPUTE} - {Action.ZEROS}
-        found |= {Action.ZEROS} & {tensors[name].action for name in own}
-        return replace(layer, actions=tuple(action for action in Action if action in found))
+
+def calibrated_manifest(manifest: Manifest, record: Calibration, checksums: Mapping[str, str]) -> Manifest:
+    """The manifest of a model whose zeroed outputs were set.
+
+    Args:
+        manifest: The manifest before that.
+        record: What was done.
+        checksums: Of the tensors that were set, as far as they are known.
+    """
+    names = {name for layer in record.layers for name in layer.tensors}
+    tensors = dict(manifest.tensors)
+    for name in names:
+        tensors[name] = replace(tensors[name], action=Action.COMPUTE, xxh3_128=checksums.get(name))
+    return replace(
+        manifest,
+        tensors=tensors,
+        function_preserving=manifest.function_preserving and not names,
+        layers=tuple(_calibrated_layer(manifest, layer, tensors, names) for layer in manifest.layers),
+        calibration=record,
+    )
+
+
+def _calibrated_layer(manifest: Manifest, layer: ManifestLayer, tensors: Mapping, names: set[str]) -> ManifestLayer:
+    """A layer with the actions that it has now."""
+    own = [name for name in tensors if name.startswith(manifest.prefix_of(layer.layer))]
+    if names.isdisjoint(own):
+        return layer
+    found = {*layer.actions, Action.COMPUTE} - {Action.ZEROS}
+    found |= {Action.ZEROS} & {tensors[name].action for name in own}
+    return replace(layer, actions=tuple(action for action in Action if action in found))
 
 
 def _files(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, bytes]:

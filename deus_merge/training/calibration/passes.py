@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,12 +138,29 @@ class Passes:
         Yields:
             The gradients, (w, t, d), and the mean loss in nats a token.
         """
+        layers = self._above()
+        with closing(self.backward(layers)) as steps:
+            *_, (_, _, found, loss) = islice(steps, 1 + len(layers))
+            yield found, loss
+
+    def backward(self, layers: Sequence[int]) -> Generator[tuple[int | None, States, States, float], None, None]:
+        """One forward pass of the fitted windows from the kept hidden states on, and one backward pass.
+
+        Args:
+            layers: The layers on the way, in their order; the others are the identity.
+
+        Yields:
+            First for the head, as None, and then for each layer from the highest to the lowest: its number, the hidden
+            states in front of it, the gradients of the summed loss with respect to these, each (w, t, d), and the mean
+            loss in nats a token. The files are used again: each pair is valid until the next one. Closing the iterator
+            removes them.
+        """
         import torch
 
         runner, inputs, total = self.runner, {}, 0.0
         here = self._kept
         with torch.no_grad():
-            for index in self._above():
+            for index in layers:
                 inputs[index], behind = here, self._states(f"behind-{index}")
                 with runner.layers[index].held():
                     for start, stop in self.fitted:
@@ -151,12 +169,14 @@ class Passes:
         found = self._states("gradients")
         try:
             with runner.head():
-                for start, stop in self.fitted:
-                    hidden = here.read(start, stop).requires_grad_()  # (b, t, d)
-                    losses = runner.losses(hidden, self.windows.ids[start:stop])  # (b,)
+                for at in range(self.windows.fitted):  # one by one: logits are large
+                    hidden = here.read(at, at + 1).requires_grad_()  # (1, t, d)
+                    losses = runner.losses(hidden, self.windows.ids[at : at + 1])  # (1,)
                     total += float(losses.detach().double().sum())
-                    found.write(start, torch.autograd.grad(losses.sum(), hidden)[0])
-            for index in reversed(self._above()):
+                    found.write(at, torch.autograd.grad(losses.sum(), hidden)[0])
+            loss = self._mean(total, self.windows.fitted)
+            yield None, here, found, loss
+            for index in reversed(layers):
                 with runner.layers[index].held():
                     for start, stop in self.fitted:
                         hidden = inputs[index].read(start, stop).requires_grad_()
@@ -165,7 +185,7 @@ class Passes:
                 if here is not self._kept:
                     here.remove()
                 here = inputs[index]
-            yield found, self._mean(total, self.windows.fitted)
+                yield index, here, found, loss
         finally:
             found.remove()
 
@@ -200,10 +220,10 @@ class Passes:
                             states.write(at, runner.layer(index, states.read(at, at + stop - start)))
                 sums = [0.0] * count
                 with runner.head():
-                    for offset, start, stop in places:
-                        at = offset + start - first
-                        losses = runner.losses(states.read(at, at + stop - start), self.windows.ids[start:stop])
-                        sums[offset // width] += float(losses.double().sum())
+                    for at in range(count * width):
+                        window = first + at % width
+                        losses = runner.losses(states.read(at, at + 1), self.windows.ids[window : window + 1])
+                        sums[at // width] += float(losses.double().sum())
         finally:
             states.remove()
         return [self._mean(total, width) for total in sums]

@@ -8,34 +8,22 @@ does not lower their loss stays zero, so that loss never rises.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...checkpoint.dequantized import dequantized
 from ...checkpoint.reader import Checkpoint
-from ...core.errors import DeusMergeError, TrainingError
-from ...models.built import CannotBuild
-from ...models.streamed import CannotStream
-from ...models.view import ModelView
-from ...report.manifest import Manifest, check_belongs
-from ...report.manifest_parts import CalibratedLayer, Calibration
-from ...run.device import choose_device, machine_identity, set_threads
+from ...core.errors import DeusMergeError
+from ...report.manifest import check_belongs
+from ...report.manifest_parts import Calibration
 from ..freeze import read_training
-from .layer_runner import LayerRunner
-from .memory import Needs, check_memory, estimate
-from .options import CalibrationOptions, Windows, read_windows
+from .job import OnLayer, calibrate_layers, prepare
+from .options import CalibrationOptions, read_windows
 from .output import CalibratedOutput
-from .passes import Passes
-from .steps import calibrate_layer
-from .writers import Writers, check_untrained, find_writers
-
-if TYPE_CHECKING:
-    import torch
-
-OnLayer = Callable[[CalibratedLayer, bool], None]
+from .writers import check_untrained
 
 
 @dataclass(frozen=True)
@@ -92,131 +80,20 @@ def calibrate(
     manifest = read_training(folder)
     with Checkpoint.open(folder) as checkpoint:
         view = check_belongs(manifest, checkpoint, hint="name the folder of the manifest")
-        job = _prepared(manifest, checkpoint, view, text, options)
+        windows = partial(read_windows, checkpoint.folder, text, options)
+        new = check_untrained(manifest, checkpoint)
+        job = prepare(manifest, dequantized(checkpoint), view, windows, options, new)
         output = CalibratedOutput(
             Path(out), manifest, checkpoint, job.identity, resume=options.resume, overwrite=options.overwrite
         )
-        notes = (*job.writers.notes, *job.notes)
+        notes = job.notes
         if found := output.earlier(job.record(())):
             return Calibrated(Path(out), found, (*notes, "the output was complete already"), time.monotonic() - began)
         output.check(job.needs)
         with _resume_hints(output), output:
-            record = job.record(_run(job, output, on_layer or (lambda layer, resumed: None)))
+            record = job.record(calibrate_layers(job, output, on_layer or (lambda layer, resumed: None)))
             notes += output.finish(record)
     return Calibrated(Path(out), record, notes, time.monotonic() - began)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A calibration that passed every check."""
-
-    checkpoint: Checkpoint
-    view: ModelView
-    new_layers: tuple[int, ...]
-    runner: LayerRunner
-    windows: Windows
-    writers: Writers
-    options: CalibrationOptions
-    device: torch.device
-    threads: int
-    needs: Needs
-    notes: tuple[str, ...]
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """What decides the result besides the model."""
-        run = {"device": self.device.type, "threads": self.threads, **machine_identity(self.device)}
-        return {**self.options.identity, **run, "text": self.windows.text_sha256}
-
-    def record(self, layers: Sequence[CalibratedLayer]) -> Calibration:
-        """The manifest's record; without losses where no layer is given."""
-        windows, options = self.windows, self.options
-        return Calibration(
-            method=options.method,
-            text_sha256=windows.text_sha256,
-            tokens=windows.fitted * windows.length,
-            held_out_tokens=windows.held_out * windows.length,
-            length=windows.length,
-            damping=options.damping,
-            seed=options.seed,
-            loss_before=layers[0].loss_before if layers else 0.0,
-            loss_after=layers[-1].loss_after if layers else 0.0,
-            layers=tuple(layers),
-        )
-
-
-def _prepared(
-    manifest: Manifest, checkpoint: Checkpoint, view: ModelView, text: str, options: CalibrationOptions
-) -> _Job:
-    """Check all that can be known to go wrong, before anything is written.
-
-    Raises:
-        PlanError, TrainingError: as `calibrate`.
-    """
-    new = check_untrained(manifest, checkpoint)
-    device = choose_device(options.device)
-    threads = set_threads(options.threads)
-    source = dequantized(checkpoint)
-    try:
-        runner = LayerRunner(source, view, device)
-    except (CannotBuild, CannotStream) as error:
-        raise _refusal(view, checkpoint, str(error)) from None
-    writers = find_writers(manifest, view, source, runner)
-    windows = read_windows(checkpoint.folder, text, options, runner.vocabulary)
-    columns = max(sum(writer.columns for writer in found) for found in writers.layers.values())
-    shape = (windows.fitted, windows.held_out)
-    needs = estimate(view, source.tensors, checkpoint.config, options, columns, shape, in_place=device.type == "cpu")
-    check_memory(needs, options.max_memory, str(device))
-    notes = []
-    tokens, fitted = windows.ids.numel(), windows.fitted * windows.length
-    if tokens <= options.tokens - options.length:
-        notes.append(f"the text has only {tokens} tokens in whole windows")
-    if fitted < columns:
-        notes.append(f"{fitted} fitted tokens for {columns} inputs: more tokens, or more damping, fit better")
-    return _Job(checkpoint, view, new, runner, windows, writers, options, device, threads, needs, tuple(notes))
-
-
-def _refusal(view: ModelView, checkpoint: Checkpoint, reason: str) -> TrainingError:
-    return TrainingError(
-        f"models of {view.model_type!r} cannot be calibrated: they cannot be run one layer at a time",
-        where=checkpoint.folder,
-        got=reason,
-    )
-
-
-def _run(job: _Job, output: CalibratedOutput, on_layer: OnLayer) -> list[CalibratedLayer]:
-    """Calibrate the layers that an earlier run has not finished."""
-    done = output.finished
-    new = list(job.writers.layers)
-    try:
-        if done:  # the layers of the earlier run are in the new folder
-            job.runner.read_from(dequantized(output.written()))
-        passes = Passes(job.runner, job.windows, output.scratch, job.options.batch, job.device)
-    except CannotStream as error:
-        raise _refusal(job.view, job.checkpoint, str(error)) from None
-    # new layers are the identity until their step is kept
-    passes.skipped |= set(job.new_layers) - {layer.layer for layer in done if layer.alpha}
-    for layer in done:
-        on_layer(layer, True)
-    found = list(done)
-    if done:
-        passes.advance(done[-1].layer + 1)
-        job.runner.read_from(dequantized(job.checkpoint))
-    for index in new[len(done) :]:
-        passes.advance(index)
-        before = found[-1].loss_after if found else None
-        step = calibrate_layer(passes, job.writers.layers[index], before, job.options)
-        output.write_layer(step.layer, step.weights)
-        if step.weights:
-            passes.skipped.discard(index)
-            with job.runner.layers[index].held():
-                step.set_weights()
-                passes.run_here()
-        passes.position = index + 1
-        found.append(step.layer)
-        on_layer(step.layer, False)
-    passes.close()
-    return found
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from .fit import Statistics
 from .layer_runner import LayerRunner
 from .memory import CANDIDATES
 from .options import CalibrationOptions
-from .passes import Passes, States
+from .passes import Passes
 from .writers import Writer
 
 if TYPE_CHECKING:
@@ -137,24 +137,35 @@ def layer_statistics(passes: Passes, writers: Sequence[Writer], *, with_gradient
         columns = sum(writer.columns for writer in writers)
         device = gradients.read(0, 1).device
         found = Statistics(columns, runner.width, with_gradients=with_gradients, device=device)
-        with runner.layers[index].held(), torch.no_grad(), _read_by(runner, writers) as read:
+        with runner.layers[index].held(), torch.no_grad(), read_by(runner, writers) as read:
             for start, stop in passes.fitted:
-                _add(found, passes, gradients, start, stop, read)
+                hidden, g = passes.kept(start, stop), gradients.read(start, stop)  # (b, t, d)
+                add_batch(found, runner, index, hidden, g, read)
     return found
 
 
-def _add(found: Statistics, passes: Passes, gradients: States, start: int, stop: int, read: dict[str, Tensor]) -> None:
-    """Add a batch of windows."""
+def add_batch(
+    found: Statistics, runner: LayerRunner, index: int, hidden: Tensor, gradients: Tensor, read: dict[str, Tensor]
+) -> None:
+    """Add a batch of windows to the statistics of a layer, which is in memory.
+
+    Args:
+        found: The statistics.
+        runner: The model.
+        index: The layer.
+        hidden: The hidden states in front of it, (b, t, d).
+        gradients: Of the loss with respect to those behind it, (b, t, d).
+        read: As `read_by` yields it.
+    """
     import torch
 
-    hidden = passes.kept(start, stop)  # (b, t, d)
-    passes.runner.layer(passes.position, hidden)
+    runner.layer(index, hidden)
     phi = torch.cat([part.flatten(0, -2) for part in read.values()], dim=1)  # (b t, m)
-    found.add(phi, -gradients.read(start, stop).flatten(0, 1), hidden.flatten(0, 1))
+    found.add(phi, -gradients.flatten(0, 1), hidden.flatten(0, 1))
 
 
 @contextmanager
-def _read_by(runner: LayerRunner, writers: Sequence[Writer]) -> Iterator[dict[str, Tensor]]:
+def read_by(runner: LayerRunner, writers: Sequence[Writer]) -> Iterator[dict[str, Tensor]]:
     """What each writer read last, by the name of its tensor, in their order."""
     read: dict[str, Tensor] = {}
 

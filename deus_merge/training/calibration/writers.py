@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,34 @@ class Writers:
     layers: dict[int, tuple[Writer, ...]] = field(default_factory=dict)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
+    def add(self, layer: int, names: Sequence[str], view: ModelView, source: TensorSource, runner: LayerRunner) -> None:
+        """Add those writers of a layer whose values have a closed form.
+
+        Args:
+            layer: The layer.
+            names: Its writers.
+            view: The model by layer and role.
+            source: Its tensors.
+            runner: Its modules.
+        """
+        import torch
+
+        writers = []
+        roles = {name: role for role, name in view.layers[layer].items()}
+        for name in names:
+            stored, spec = source.tensors[name], view.spec(roles[name], layer)
+            reason = _obstacle(spec, view.specs[layer]) if spec else "it is not described"
+            if reason is None and (stored.quantization or stored.dtype not in FLOAT_DTYPES.values()):
+                reason = "it is quantised"
+            if reason is None and not isinstance(runner.module(name.removesuffix(".weight")), torch.nn.Linear):
+                reason = "it is not a linear layer in transformers"
+            if reason is not None:
+                self.skipped.setdefault(reason, []).append(name)
+                continue
+            writers.append(Writer(name, stored.dtype, *stored.shape))
+        if writers:
+            self.layers[layer] = tuple(writers)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What stays zero, and why."""
@@ -103,33 +131,22 @@ def check_untrained(manifest: Manifest, checkpoint: Checkpoint) -> tuple[int, ..
     return layers
 
 
+def residual_writers(view: ModelView, layer: int) -> list[str]:
+    """The tensors of a layer that write to the residual stream, biases included."""
+    found = ((name, view.spec(role, layer)) for role, name in view.layers[layer].items())
+    return [name for name, spec in found if spec is not None and spec.writes_residual]
+
+
 def find_writers(manifest: Manifest, view: ModelView, source: TensorSource, runner: LayerRunner) -> Writers:
     """The tensors of the new layers that are calibrated.
 
     Raises:
         TrainingError: there is none.
     """
-    import torch
-
     found = Writers()
     for layer in new_layers(manifest):
-        writers = []
-        for role, name in view.layers[layer].items():
-            spec = view.spec(role, layer)
-            if spec is None or not spec.writes_residual or _planned(manifest, name) is not Action.ZEROS:
-                continue
-            stored = source.tensors[name]
-            reason = _obstacle(spec, view.specs[layer])
-            if reason is None and (stored.quantization or stored.dtype not in FLOAT_DTYPES.values()):
-                reason = "it is quantised"
-            if reason is None and not isinstance(runner.module(name.removesuffix(".weight")), torch.nn.Linear):
-                reason = "it is not a linear layer in transformers"
-            if reason is not None:
-                found.skipped.setdefault(reason, []).append(name)
-                continue
-            writers.append(Writer(name, stored.dtype, *stored.shape))
-        if writers:
-            found.layers[layer] = tuple(writers)
+        zeroed = [name for name in residual_writers(view, layer) if _planned(manifest, name) is Action.ZEROS]
+        found.add(layer, zeroed, view, source, runner)
     if not found.layers:
         reasons = "; ".join(found.notes) or "no zeroed matrix"
         raise TrainingError(f"no output of {view.model_type!r} can be calibrated", where=source.where, got=reasons)
