@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,14 @@ def commands(page: str = README) -> list[list[str]]:
 
 
 @pytest.fixture
-def workplace(tmp_path):
+def workplace(tmp_path, tiny):
     """A folder as a user has it after ``make demo``, with small models under the names the README uses."""
     folder = tmp_path
     (folder / "recipes").symlink_to(ROOT / "recipes")
     for name in ("demo/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"):
-        make_model(folder / name, layers=30, tied=True)
+        make_model(folder / name, layers=30, tied=True, vocab_size=2048)
+        for file in tiny.glob("token*"):
+            shutil.copy(file, folder / name)
     (folder / "corpus.txt").write_text("\n".join(f"Line {i} of some text, number {i % 13}." for i in range(30_000)))
     return folder
 
