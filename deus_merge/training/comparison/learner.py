@@ -1,7 +1,8 @@
 """One run of a comparison: a model is trained on a text, and its held-out loss is measured on the way.
 
-Losses are means over the predictions of a window, in nats a token. The rate rises in the first steps and is constant
-then, so that every point of a curve is what a run of that length would reach.
+Losses are means over the predictions of a window, in nats a token: without the terms that mixtures of experts add, and
+without dropout, which would hide what candidates differ by. The rate rises in the first steps and is constant then, so
+that every point of a curve is what a run of that length would reach.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
 _WARM_UP = 8
+_AT_ONCE = 4  # windows of a forward pass where losses are measured
 _POINTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)  # of a run: where losses are measured
 
 
@@ -73,7 +75,7 @@ def run(job: Job, device: str) -> dict[str, Any]:
         **dict(zip(("base_before", "base_after"), (round(loss, 5) for loss in base), strict=False)),
         "trained": sum(p.numel() for p in learner.trained),
         "memory": memory,
-        "tflop": round(flop * steps / 1e12, 4),
+        "tflop": float(f"{flop * steps / 1e12:.6g}"),
         "seconds": round(time.monotonic() - began, 1),
         "device": learner.device.type,
     }
@@ -116,7 +118,10 @@ class _Learner:
         self.trained: list[Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         if self.fixed.precision == "bfloat16":
             narrow(self.model)
-        self.model.to(self.device).train()
+        self.model.to(self.device).eval()
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            if getattr(config, "output_router_logits", False):
+                config.output_router_logits = False
         self.optimizer = make_optimizer()
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._prefix: FrozenPrefix | None = None
@@ -129,9 +134,12 @@ class _Learner:
 
     def loss(self, windows: Tensor) -> Tensor:
         """The mean loss of windows (b, t)."""
+        from torch.nn.functional import cross_entropy
+
         windows = windows.to(self.device)
         with self.arithmetic():
-            return self.model(input_ids=windows, labels=windows, use_cache=False).loss
+            logits = self.model(input_ids=windows, use_cache=False).logits
+        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten())
 
     def cost(self, windows: Tensor) -> tuple[int, float]:
         """The memory that training takes, in bytes (weights, gradients, states of the optimizer, what the backward pass
@@ -174,17 +182,18 @@ class _Learner:
         if count == 0 or not 0 < size <= _largest_file(self.job.work):
             return
         prefix = FrozenPrefix(self.model, layers, count, self.arithmetic)
-        kind = f"{self.fixed.precision}-{prefix.digest()}-{self.job.seed}"
+        with torch.no_grad():
+            if not prefix.fits(data.held_out[:1].to(self.device), self.loss):
+                return
+        kind = f"{self.device.type}-{self.fixed.precision}-{prefix.digest()}-{self.job.seed}"
         parts = {"training": data.training, "held_out": data.held_out, "base": data.base}
-        folder = self.job.work / "hidden"
-        hidden = {}
         for part, windows in parts.items():
             if len(windows):
-                file = folder / f"{kind}-{part}.npy"
-                hidden[part] = prefix.hidden(windows.to(self.device), self.fixed.batch, file)
-        with torch.no_grad():
-            if prefix.replace(data.held_out[:1], self.loss):
-                self._prefix, data.hidden = prefix, hidden
+                file = self.job.work / "hidden" / f"{kind}-{part}.npy"
+                at_once = self.fixed.batch if part == "training" else _AT_ONCE  # as they will be used
+                data.hidden[part] = prefix.hidden(windows.to(self.device), at_once, file)
+        prefix.replace()
+        self._prefix = prefix
 
     def step(self, step: int, data: Windows) -> float:
         """Take one step; the loss before it."""
@@ -206,8 +215,8 @@ class _Learner:
         import torch
 
         windows, total = getattr(data, part), 0.0
-        for start in range(0, len(windows), 4):
-            rows = slice(start, start + 4)
+        for start in range(0, len(windows), _AT_ONCE):
+            rows = slice(start, start + _AT_ONCE)
             self._use(data, part, rows)
             with torch.no_grad():
                 total += self.loss(windows[rows]).item() * len(windows[rows])

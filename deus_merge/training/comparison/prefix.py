@@ -66,30 +66,30 @@ class FrozenPrefix:
                 os.replace(part, file)
         return np.load(file, mmap_mode="r")
 
-    def replace(self, window: Tensor, loss: Callable[[Tensor], Tensor]) -> bool:
-        """Put stand-ins in the place of the layers, if the loss is the same with them.
+    def fits(self, window: Tensor, loss: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the loss is the same, bit for bit, with stand-ins in the place of the layers. They stay.
 
         Args:
             window: Token ids, (1, t).
             loss: Computes the loss of windows.
-
-        Returns:
-            Whether the layers were replaced, so that each forward pass needs `use` before it.
         """
         import torch
 
         kept, whole = list(self._layers), loss(window)
-        self._states = self._output(window)
         try:
-            for index in range(self._count):
-                self._layers[index] = self._stand_in(index)
-            same = torch.equal(loss(window), whole)
-        except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):  # the model asks more of its layers
-            same = False
-        if not same:
+            self._states = self._output(window)
+            self.replace()
+            return torch.equal(loss(window), whole)
+        except (AttributeError, TypeError, RuntimeError, ValueError, LookupError, NameError):  # it asks more of layers
+            return False
+        finally:
             for index in range(self._count):
                 self._layers[index] = kept[index]
-        return same
+
+    def replace(self) -> None:
+        """Put stand-ins in the place of the layers, so that each forward pass needs `use` before it."""
+        for index in range(self._count):
+            self._layers[index] = self._stand_in(index)
 
     def use(self, states: np.ndarray) -> None:
         """Set the hidden states of the next forward pass, (b, t, d)."""

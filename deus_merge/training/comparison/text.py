@@ -87,15 +87,20 @@ def split(sources: Sequence[Path]) -> Pieces:
     """
     digest, size = hashlib.sha256(), 0
     sides: tuple[list[str], list[str]] = ([], [])
-    for source in sources:
-        for piece in pieces(source):
+    for file in _files(sources):
+        for piece in pieces(file):
             digest.update(piece.encode())
             sides[zlib.crc32(piece.encode()) % _HELD_OUT == 0].append(piece)
             size += len(piece)
             if size > _MOST:
                 raise TrainingError("the text is too long", where="--text", expected=f"at most {_MOST} characters")
     if not size:
-        raise TrainingError("there is no text", where="--text", expected=f"a file, or a folder of {SUFFIXES}")
+        raise TrainingError(
+            "there is no text",
+            where="--text",
+            expected=f"a file with text, or a folder with files that end in {', '.join(SUFFIXES)}",
+            got=", ".join(map(str, sources)),
+        )
     return Pieces(*sides, digest.hexdigest()[:8])
 
 
@@ -154,9 +159,13 @@ def tokens(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
     return torch.tensor([token for row in rows for token in (*start, *row)], dtype=torch.int64)
 
 
-def pieces(source: Path) -> Iterator[str]:
-    """A text in pieces of about 16 000 characters that end with a line, in a fixed order."""
-    for text in _documents(source):
+def pieces(file: Path) -> Iterator[str]:
+    """A file's text in pieces of about 16 000 characters that end with a line.
+
+    Raises:
+        TrainingError: it cannot be read, or is no text.
+    """
+    for text in _documents(file):
         piece: list[str] = []
         size = 0
         for line in text.splitlines(keepends=True):
@@ -170,18 +179,35 @@ def pieces(source: Path) -> Iterator[str]:
             yield "".join(piece)
 
 
-def _documents(source: Path) -> Iterator[str]:
-    files = [source]
-    if source.is_dir():
-        files = sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    for file in files:
-        text = file.read_text(encoding="utf-8", errors="replace")
-        if file.suffix != ".jsonl":
-            yield text
+def _files(sources: Sequence[Path]) -> Iterator[Path]:
+    """The files of texts in a fixed order, each once, however often it is named."""
+    seen: set[Path] = set()
+    for source in sources:
+        files = [source]
+        if source.is_dir():
+            files = sorted(file for file in source.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        for file in files:
+            if (real := file.resolve()) not in seen:
+                seen.add(real)
+                yield file
+
+
+def _documents(file: Path) -> Iterator[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise TrainingError("the text cannot be read", where=file, got=error.strerror) from None
+    if "\0" in text:
+        raise TrainingError("not a text file", where=file, expected="text in UTF-8", got="bytes that are 0")
+    if file.suffix.lower() != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # strings may have other line ends, like U+2028
+        if not line.strip():
             continue
-        for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
-            try:
-                yield json.loads(line)["text"] + "\n"
-            except (ValueError, TypeError, KeyError):
-                where = f"{file}, line {number}"
-                raise TrainingError("not a line of text", where=where, expected='{"text": "..."}') from None
+        try:
+            found = json.loads(line)["text"] + "\n"
+        except (ValueError, TypeError, KeyError, RecursionError):
+            where = f"{file}, line {number}"
+            raise TrainingError("not a line of text", where=where, expected='{"text": "..."}', got=line[:80]) from None
+        yield found.encode(errors="replace").decode()  # half of a character, written as an escape, is none
