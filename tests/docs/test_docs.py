@@ -106,8 +106,10 @@ def test_paths_in_pages_exist():
     assert {path for path in arguments if not (ROOT / path).exists()} == set()
 
 
-def test_every_page_is_linked_from_the_readme():
+def test_every_page_is_linked_from_the_readme_and_the_site():
     assert [file.name for file in (ROOT / "docs").glob("*.md") if f"](docs/{file.name}" not in README] == []
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [file.name for file in (ROOT / "docs").glob("*.md") if f": {file.name}\n" not in navigation] == []
 
 
 def test_page_on_quantised_models_names_every_format():
