@@ -66,7 +66,7 @@ class Suite:
 
 
 def _grid(model: Model) -> api.CompareOptions:
-    return _options(model, inits=INITS, seeds=5)
+    return _options(model, inits=INITS, without_growing=("all", "top", "lora"), seeds=5)
 
 
 def _near(model: Model) -> api.CompareOptions:
@@ -82,22 +82,16 @@ def _places(model: Model) -> api.CompareOptions:
     return _options(model, inits=("llama_pro", "opt_deus"), inserts=inserts, optimizers=("adamw", "muon"))
 
 
-def _growing(model: Model) -> api.CompareOptions:
-    ungrown = ("all", "top", "lora")
-    return _options(
-        model, inits=("llama_pro",), optimizers=("adamw", "muon"), without_growing=ungrown, tokens=2 * model.tokens
-    )
-
-
 def _options(model: Model, **more) -> api.CompareOptions:
     usual = {"inserts": (model.insert,), "optimizers": OPTIMIZERS, "tokens": model.tokens, "held_out": model.held_out}
     return api.CompareOptions(**(usual | more))
 
 
 SUITES = {
-    "grid": Suite("Every init with every optimizer, on a text unlike the base's", _grid),
+    "grid": Suite(
+        "Every init with every optimizer, and the base trained without growing, on a text unlike the base's", _grid
+    ),
     "near": Suite("The same for the main inits, on a text like the base's", _near, near=True),
     "long": Suite("The main inits on more than half a million tokens", _long),
     "places": Suite("Where new layers go", _places),
-    "growing": Suite("Growing, or training what is there", _growing),
 }

@@ -154,6 +154,9 @@ def upscale(
 ):
     """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT.
 
+    Copies with zeroed outputs (llama_pro, copy_next) learn as fast as opt_deus in our measurements; deus-merge compare
+    measures it on your model and text.
+
     With --fit the new layers are put in from the top down, at most in the top half; with --insert too, it is only
     checked that they fit. An error says what would have to change.
 
