@@ -16,6 +16,7 @@ from ..core.yaml_text import parse
 from ..training.comparison import parse_budget
 from ..training.comparison.candidates import insert_text
 from ..training.comparison.options import PRECISIONS
+from ..training.comparison.store import RUNS
 from .failures import report_bus_errors
 from .output import emit_json, note, quiet_transformers, table
 
@@ -143,14 +144,16 @@ def compare(
             on_stage=lambda stage: note(f"{stage} ..."),
         )
     except KeyboardInterrupt:
-        note(f"finished runs are in {out}: the same command goes on")
+        if (out / RUNS).exists():
+            note(f"finished runs are in {out}: the same command goes on")
         raise
     files = done.write() if done.runs else []
     if as_json:
         emit_json(done.describe())
         return
-    columns, rows = done.table()
-    table("", columns, rows, right=tuple(range(3, len(columns))))
+    if done.runs:
+        columns, rows = done.table()
+        table("", columns, rows, right=tuple(range(3, len(columns))))
     if not done.complete:
         note("the budget ended before all runs: the same command with another --budget goes on")
     if files:

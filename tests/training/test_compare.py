@@ -118,15 +118,15 @@ def test_first_losses_are_those_of_the_base(run, tiny, text, tmp_path):
 def test_stored_hidden_states_change_nothing(run, tiny, text, tmp_path, monkeypatch):
     from deus_merge.training.comparison import learner, prefix
 
-    replaced = []
-    replace = prefix.FrozenPrefix.replace
-    monkeypatch.setattr(prefix.FrozenPrefix, "replace", lambda *a: replaced.append(replace(*a)) or replaced[-1])
+    fitted = []
+    fits = prefix.FrozenPrefix.fits
+    monkeypatch.setattr(prefix.FrozenPrefix, "fits", lambda *a: fitted.append(fits(*a)) or fitted[-1])
     command = ["compare", tiny, "--text", text, *SMALL, *RATE, *PLACE, "--seeds", 1, "--init", "copy_next"]
     run(*command, "--without-growing", "top:2", "--out", tmp_path / "stored")
-    assert replaced == [True, True]
+    assert fitted == [True, True]
     monkeypatch.setattr(learner, "_largest_file", lambda work: 0)
     run(*command, "--without-growing", "top:2", "--out", tmp_path / "whole")
-    assert len(replaced) == 2
+    assert len(fitted) == 2
     assert timeless(lines_of(tmp_path / "stored")) == timeless(lines_of(tmp_path / "whole"))
 
 

@@ -36,9 +36,10 @@ def run(job: Job, device: str) -> dict[str, Any]:
         device: Where the arithmetic is done.
 
     Returns:
-        The job's key, ``new_layers``, ``initial`` and ``final`` (held-out losses), ``curve`` of (tokens, held-out
-        loss), ``online`` (the training loss of every step, before it), with a text of the base ``base_before`` and
-        ``base_after`` (losses on it), ``trained`` (parameters), ``memory`` (bytes), ``tflop``, ``seconds``, ``device``.
+        The job's key, ``new_layers``, ``checkpoint`` (the name of its folder), ``initial`` and ``final`` (held-out
+        losses), ``curve`` of (tokens, held-out loss), ``online`` (the training loss of every step, before it), with a
+        text of the base ``base_before`` and ``base_after`` (losses on it), ``trained`` (parameters), ``memory``
+        (bytes), ``tflop``, ``seconds``, ``device``.
     """
     import torch
 
@@ -54,25 +55,24 @@ def run(job: Job, device: str) -> dict[str, Any]:
     steps = fixed.steps - -(-offset // (fixed.batch * fixed.length))  # the last windows are not trained on
     offset = (fixed.steps - steps) * fixed.batch * fixed.length
     points = sorted({max(1, round(steps * point)) for point in _POINTS})
-    curve, online = [(offset, round(initial, 5))], []
+    curve, online = [(offset, initial)], []
     for step in range(steps):
         online.append(round(learner.step(step, data), 5))
         if not math.isfinite(online[-1]):  # it diverged
             curve += [(offset + p * fixed.batch * fixed.length, math.inf) for p in points if p > step]
             break
         if step + 1 in points:
-            loss = learner.measured("held_out", data)
-            loss = round(loss, 5) if math.isfinite(loss) else math.inf
-            curve.append((offset + (step + 1) * fixed.batch * fixed.length, loss))
+            curve.append((offset + (step + 1) * fixed.batch * fixed.length, learner.measured("held_out", data)))
     base += [learner.measured("base", data)] if fixed.base_text else []
     return {
         **job.key,
         "new_layers": list(job.new_layers),
-        "initial": round(initial, 5),
+        "checkpoint": job.folder.name,
+        "initial": initial,
         "final": curve[-1][1],
         "curve": curve,
         "online": online,
-        **dict(zip(("base_before", "base_after"), (round(loss, 5) for loss in base), strict=False)),
+        **dict(zip(("base_before", "base_after"), base, strict=False)),
         "trained": sum(p.numel() for p in learner.trained),
         "memory": memory,
         "tflop": float(f"{flop * steps / 1e12:.6g}"),
@@ -211,7 +211,7 @@ class _Learner:
         return loss.item()
 
     def measured(self, part: str, data: Windows) -> float:
-        """The mean loss of held-out windows, or of those of the base's text."""
+        """The mean loss of held-out windows, or of those of the base's text; infinite where it is no number."""
         import torch
 
         windows, total = getattr(data, part), 0.0
@@ -220,7 +220,7 @@ class _Learner:
             self._use(data, part, rows)
             with torch.no_grad():
                 total += self.loss(windows[rows]).item() * len(windows[rows])
-        return total / len(windows)
+        return round(total / len(windows), 5) if math.isfinite(total) else math.inf
 
     def _use(self, data: Windows, part: str, rows: slice) -> None:
         if self._prefix is not None:

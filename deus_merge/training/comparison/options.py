@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ class CompareOptions:
             "tokens": (f"at least 8 steps: {8 * window}", self.tokens >= 8 * window),
             "held_out": ("at least 1", self.held_out >= 1),
             "seeds": ("at least 1", self.seeds >= 1),
-            "rates": ("positive numbers", self.rates is None or (len(self.rates) > 0 and min(self.rates) > 0)),
+            "lr": ("positive numbers", self.rates is None or (bool(self.rates) and all(map(_positive, self.rates)))),
             "rates_per_decade": ("1 to 16", 1 <= self.rates_per_decade <= 16),
             "calibration_tokens": (
                 f"two windows to half of the tokens: {2 * self.length} to {self.tokens // 2}",
@@ -126,17 +127,22 @@ class CompareOptions:
             "precision": (" | ".join(PRECISIONS), self.precision in PRECISIONS),
             "workers": ("at least 1", self.workers >= 1),
             "threads": ("at least 1", self.threads is None or self.threads >= 1),
+            "budget": (
+                f"the tokens of one run at least: {self.steps * window if window > 0 else 0}",
+                self.budget.tokens is None or self.budget.tokens >= self.steps * window,
+            ),
         }
+        got = {**vars(self), "lr": self.rates, "budget": f"{self.budget.tokens} tokens"}
         for name, (expected, fits) in wanted.items():
             if not fits:
                 option = "--" + name.replace("_", "-")
-                raise TrainingError("not a possible value", where=option, expected=expected, got=getattr(self, name))
+                raise TrainingError("not a possible value", where=option, expected=expected, got=got[name])
         check_device_name(self.device)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of a run."""
-        return self.tokens // (self.batch * self.length)
+        return self.tokens // max(1, self.batch * self.length)
 
     def grown(self) -> list[Candidate]:
         """The candidates that grow, the reference first."""
@@ -154,14 +160,22 @@ class CompareOptions:
             layers: The number of ``top`` layers, where none is given.
             rank: The rank of ``lora``, where none is given.
         """
-        usual = {"top": f"top:{layers}", "lora": f"lora:{rank}"}
+        usual = {"top": layers, "lora": rank}
+        inits = []
+        for text in self.without_growing:
+            kind, _, amount = text.partition(":")
+            inits.append(f"{kind}:{int(amount or usual[kind])}" if kind in usual else kind)
         kinds = dict.fromkeys(parse_optimizer(text).kind for text in self.optimizers)  # nothing there began as zeros
-        return [Candidate(usual.get(init, init), "", kind) for kind in kinds for init in self.without_growing]
+        return list(dict.fromkeys(Candidate(init, "", kind) for kind in kinds for init in inits))
+
+
+def _positive(rate: float) -> bool:
+    return math.isfinite(rate) and rate > 0
 
 
 def _check_ungrown(text: str) -> None:
     kind, colon, amount = text.partition(":")
-    fits = kind in UNGROWN and (not colon or (kind != "all" and amount.isdigit() and int(amount) > 0))
+    fits = kind in UNGROWN and (not colon or (kind != "all" and amount.isdecimal() and int(amount) > 0))
     if not fits:
         expected = "all | top | top:LAYERS | lora | lora:RANK"
         raise TrainingError(

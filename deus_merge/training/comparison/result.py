@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from ...core.units import format_size
 from .candidates import Candidate, insert_text
-from .search import best_lr, best_runs, by_candidate
+from .search import SEED, best_lr, best_runs, by_candidate
 from .statistics import Interval, Run, Runs, at_compute, difference, interval, mean, token_ratio
 
 TABLE, PLOT, PAGE = "table.md", "curves.svg", "report.html"
@@ -56,17 +57,22 @@ class Row:
     def describe(self) -> dict[str, Any]:
         """The row as JSON data."""
 
+        def finite(value: float, digits: int = 5) -> float | None:  # JSON has no infinity
+            return round(value, digits) if math.isfinite(value) else None
+
         def ends(value: Interval | None) -> list[float] | None:
-            return None if value is None else [round(float(x), 6) for x in value if x == x]
+            if value is None or not math.isfinite(value.mean):
+                return None
+            return [round(float(x), 6) for x in value if x == x]
 
         return {
             **vars(self.candidate),
             "lr": self.lr,
             "bracketed": self.bracketed,
-            "rates": {f"{lr:g}": loss for lr, loss in sorted(self.rates.items())},
+            "rates": {f"{lr:g}": finite(loss) for lr, loss in sorted(self.rates.items())},
             "seeds": len(self.runs),
-            "initial": round(mean(self.runs, "initial"), 5),
-            "final": round(mean(self.runs, "final"), 5),
+            "initial": finite(mean(self.runs, "initial")),
+            "final": finite(mean(self.runs, "final")),
             "difference": ends(self.difference),
             "tokens": ends(self.tokens),
             "equal_compute": ends(self.equal_compute),
@@ -86,13 +92,13 @@ class Row:
             str(len(self.runs)),
             f"{mean(self.runs, 'initial'):.4f}",
             f"{mean(self.runs, 'final'):.4f}",
-            "" if self.difference is None else format(self.difference, form),
-            "" if self.tokens is None else format(self.tokens, ".2f"),
-            "" if self.equal_compute is None else format(self.equal_compute, form),
-            "" if self.forgotten is None else format(self.forgotten, "+.3f"),
+            _cell(self.difference, form),
+            "" if self.tokens is None else _times(self.tokens),
+            _cell(self.equal_compute, form),
+            _cell(self.forgotten, "+.3f"),
             f"{one['trained'] / 1e6:.2f} M",
             format_size(one["memory"]),
-            f"{one['tflop']:.2f}",
+            f"{one['tflop']:.3g}",
             f"{mean(self.runs, 'seconds'):.0f}",
         ]
 
@@ -122,7 +128,7 @@ class Comparison:
         done = [c for c in self.candidates if best_lr(found[c]) is not None]
         reference = best_runs(found[done[0]]) if done else {}
         rows = [_row(c, found[c], {} if c == done[0] else reference) for c in done]
-        return rows[:1] + sorted(rows[1:], key=lambda row: row.difference.mean if row.difference else 0.0)
+        return rows[:1] + sorted(rows[1:], key=_place)
 
     def describe(self) -> dict[str, Any]:
         """The results as JSON data."""
@@ -202,6 +208,26 @@ def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div><table>{line('th', columns)}{''.join(line('td', row) for row in rows)}</table></div>"
 
 
+def _cell(value: Interval | None, form: str) -> str:
+    """An interval as text; nothing where both of two runs diverged."""
+    return "" if value is None or math.isnan(value.mean) else format(value, form)
+
+
+def _times(value: Interval) -> str:
+    """A factor as text: what is far from 1 is an extrapolation, of which no digits are known."""
+
+    def one(x: float) -> str:
+        return "<0.01" if x < 0.01 else ">100" if x > 100 else f"{x:.2f}"
+
+    return one(value.mean) if math.isnan(value.low) else f"{one(value.mean)} [{one(value.low)}, {one(value.high)}]"
+
+
+def _place(row: Row) -> float:
+    """What rows are sorted by: the difference; runs that diverged are last."""
+    apart = row.difference.mean if row.difference else 0.0
+    return math.inf if math.isnan(apart) else apart
+
+
 def _row(candidate: Candidate, rates: Mapping[float, Runs], reference: Runs) -> Row:
     lr = best_lr(rates)
     assert lr is not None
@@ -211,7 +237,7 @@ def _row(candidate: Candidate, rates: Mapping[float, Runs], reference: Runs) -> 
         candidate,
         lr,
         tried[0] < lr < tried[-1],
-        {lr: min(run["final"] for run in of.values()) for lr, of in rates.items()},
+        {lr: of[SEED]["final"] for lr, of in rates.items() if SEED in of},
         runs,
         difference(runs, reference),
         token_ratio(runs, reference) if reference else None,

@@ -6,26 +6,24 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import CheckpointError, TrainingError
+from ...core.errors import MachineError, TrainingError
 from ...plan.build import build_plan
 from ...plan.types import Plan
-from ...report.manifest import read_manifest
 from ...run.device import choose_device, set_threads
-from ...run.executor import execute
-from ...run.preflight import RunOptions
-from ..calibration import CalibrationOptions, calibrate
+from ...run.preflight import check_apart
 from ..reading import load_tokenizer
-from .candidates import Candidate, Fixed, Job, insert_text, recipe_of
+from .candidates import Candidate, Fixed, Job, recipe_of
+from .growing import Checkpoints, Grown
 from .learner import run
 from .options import CompareOptions, check_texts
 from .result import Comparison
 from .search import Search
-from .setup import lora_rank
+from .setup import check_length, check_ungrown, lora_rank
 from .store import WORK, Results, alone, check_settings
 from .text import Tokens, read_tokens, split, tokens_file, tokens_of, write_tokens
 
@@ -73,14 +71,6 @@ def compare(
     return job.run(sources, base_sources, on_run or (lambda result, left, seconds: None))
 
 
-@dataclass(frozen=True)
-class _Grown:
-    """A candidate's checkpoint, and the layers of it that train."""
-
-    folder: Path
-    new_layers: tuple[int, ...]
-
-
 class _Comparing:
     """One call of `compare`."""
 
@@ -98,13 +88,19 @@ class _Comparing:
             if candidate.calibrated and not plan.function_preserving:
                 raise TrainingError("only outputs that begin as zeros are calibrated", where=str(candidate))
         first = next(iter(plans.values()))
+        check_apart(self.out, [model.checkpoint for plan in plans.values() for model in plan.models])
         folder = _base_folder(first, needed=bool(self.options.without_growing))
-        candidates = [*plans, *self._ungrown(first)]
+        ungrown = self._ungrown(first)
+        check_ungrown(ungrown, folder)
+        check_length(self.options.length, folder)
+        candidates = [*plans, *ungrown]
         fixed, fresh = self._fixed(first, folder, text, base_text)
         with alone(self.out):
             results = Results(self.out, fixed)
             if fresh:
                 results.begin()
+            for candidate, plan in plans.items():
+                results.check_recipe(candidate, plan.hash)
             complete = self._train(plans, candidates, folder, text, results, on_run)
         return Comparison(self.out, tuple(candidates), tuple(results.of(candidates)), vars(fixed), complete)
 
@@ -119,12 +115,13 @@ class _Comparing:
     ) -> bool:
         """Run what is due until the budget ends; whether nothing is left."""
         search = Search(candidates, self.options.seeds, self.options.rates, self.options.rates_per_decade)
-        began, grown = time.monotonic(), dict[Candidate, _Grown]()
+        checkpoints = Checkpoints(self.work / "models", results.fixed, text, self.device, self.on_stage)
+        began, grown = time.monotonic(), dict[Candidate, Grown]()
 
         def job(candidate: Candidate, lr: float, seed: int) -> Job:
             if candidate not in grown:
                 plan = plans.get(candidate)
-                grown[candidate] = self._grow(candidate, plan, text, results.fixed) if plan else _Grown(base, ())
+                grown[candidate] = checkpoints.grown(candidate, plan) if plan else Grown(base)
             made = grown[candidate]
             return Job(candidate, lr, seed, made.folder, made.new_layers, results.fixed, self.work)
 
@@ -139,7 +136,7 @@ class _Comparing:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     running.pop(future)
-                    results.add(future.result())
+                    results.add(_result(future))
                     left = search.left(results.of(candidates))
                     on_run(results.runs[-1], left, left * results.usual_seconds() / self.options.workers)
         return not search.next_jobs(results.of(candidates))
@@ -211,34 +208,6 @@ class _Comparing:
             return tokens_of(self.work, model, pieces.fingerprint)
         return read_tokens(load_tokenizer(folder), pieces, plan.shape.vocabulary)
 
-    def _grow(self, candidate: Candidate, plan: Plan, text: tuple[Path, ...], fixed: Fixed) -> _Grown:
-        """The checkpoint of a candidate, made when it is first needed."""
-        folder = self.work / "models" / plan.hash[:16]
-        if not folder.exists():
-            self.on_stage(f"growing {candidate.init} {insert_text(candidate.places)}")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            options = RunOptions(device=self.device, model_card=False, resume=True)
-            try:
-                execute(plan, folder, options, lambda block, resumed: None)
-            except CheckpointError:  # an earlier attempt that does not fit this one
-                execute(plan, folder, replace(options, resume=False, overwrite=True), lambda block, resumed: None)
-        if candidate.calibrated:
-            folder = self._calibrated(candidate, folder, text, fixed)
-        return _Grown(folder, read_manifest(folder).new_layers)
-
-    def _calibrated(self, candidate: Candidate, folder: Path, text: tuple[Path, ...], fixed: Fixed) -> Path:
-        from .text import pieces
-
-        out = folder.with_name(f"{folder.name}-{fixed.text}-{fixed.calibration_tokens}")
-        if not out.exists():
-            self.on_stage(f"calibrating {candidate.init} {insert_text(candidate.places)}")
-            settings = CalibrationOptions(
-                tokens=fixed.calibration_tokens, length=fixed.length, device=self.device, resume=True
-            )
-            content = "".join(piece for source in text for piece in pieces(source))
-            calibrate(folder, out, content, settings)
-        return out
-
 
 @contextmanager
 def _pool(options: CompareOptions) -> Iterator[Callable[[Job, str], Future]]:
@@ -248,7 +217,10 @@ def _pool(options: CompareOptions) -> Iterator[Callable[[Job, str], Future]]:
 
         def here(job: Job, device: str) -> Future:
             future: Future = Future()
-            future.set_result(run(job, device))
+            try:
+                future.set_result(run(job, device))
+            except Exception as error:  # as another process would report it
+                future.set_exception(error)
             return future
 
         yield here
@@ -268,6 +240,24 @@ def _pool(options: CompareOptions) -> Iterator[Callable[[Job, str], Future]]:
             process.terminate()
         raise
     pool.shutdown()
+
+
+def _result(future: Future) -> dict[str, Any]:
+    """The result of a run.
+
+    Raises:
+        MachineError: the memory was too small.
+    """
+    import torch
+
+    hint = "fewer --workers or a smaller --batch or --length; finished runs are kept, the same command goes on"
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise MachineError("a worker process was killed", expected="enough memory for all of them", hint=hint) from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        got = str(error).split("\n")[0]
+        raise MachineError("the memory is too small for a run", got=got or None, hint=hint) from None
 
 
 def _begin(threads: int) -> None:

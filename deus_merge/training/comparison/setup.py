@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...core.errors import TrainingError
 from ..freeze import freeze_base, new_parameters
 from ..matrices import linear_splits
 from ..optimizers import optimizer as new_layers_optimizer
 from ..quantized import is_codes
-from .candidates import RANDOM, Job
+from .candidates import RANDOM, Candidate, Job
 
 if TYPE_CHECKING:
     import torch
@@ -24,22 +26,70 @@ def prepare(model: Any, job: Job) -> tuple[Any, Callable[[], torch.optim.Optimiz
     chosen = job.candidate.parsed_optimizer
     if job.candidate.grown:
         trainable = freeze_base(model, job.folder)
-        if job.candidate.init.endswith(RANDOM):
-            _draw(model, new_parameters(job.folder), job.seed)
+        if job.candidate.init == RANDOM:
+            draw(model, new_parameters(job.folder), job.seed)
         settings: dict[str, Any] = {"lr": job.lr, "kind": chosen.kind, "betas": _BETAS}
         settings |= {"zeroed_lr": _NORMED_LR} if trainable.normed else {"output_ratio": chosen.output_ratio}
         return model, lambda: new_layers_optimizer(model, job.folder, **settings)
-    kind, _, amount = job.candidate.init.partition(":")
+    model = _ungrown(model, job.candidate.init)
+    return model, lambda: _plain_optimizer(model, chosen.kind, job.lr)
+
+
+def _ungrown(model: Any, init: str) -> Any:
+    """The base with what trains without growing."""
+    kind, _, amount = init.partition(":")
     if kind == "lora":
         import peft
 
         config = peft.LoraConfig(r=int(amount), lora_alpha=int(amount), target_modules="all-linear")
-        model = peft.get_peft_model(model, config)
-    elif kind == "top":
+        return peft.get_peft_model(model, config)
+    if kind == "top":
         prefixes = _top_layers(model, int(amount))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(prefixes))
-    return model, lambda: _plain_optimizer(model, chosen.kind, job.lr)
+    return model
+
+
+def check_ungrown(candidates: Sequence[Candidate], folder: Path) -> None:
+    """Check that a base can train as it is, on a model without weights.
+
+    Raises:
+        TrainingError: it cannot.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for candidate in candidates:
+        where = f"--without-growing {candidate.init}"
+        config = AutoConfig.from_pretrained(folder)
+        quantized = getattr(config, "quantization_config", None) is not None
+        if quantized and not candidate.init.startswith("lora"):
+            message, hint = "weights that are stored quantised do not train", "--without-growing lora trains an adapter"
+            raise TrainingError(message, where=where, hint=hint)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+        try:
+            _ungrown(model, candidate.init)
+        except ImportError as error:
+            hint = 'pip install "deus-merge[train]"'
+            raise TrainingError("a package is missing", where=where, got=str(error), hint=hint) from None
+        except ValueError as error:
+            message = "peft has no adapter for all linear layers of this model"
+            raise TrainingError(message, where=where, got=" ".join(str(error).split())) from None
+
+
+def check_length(length: int, folder: Path) -> None:
+    """Check that a window is not longer than a base's positions.
+
+    Raises:
+        TrainingError: it is.
+    """
+    from transformers import AutoConfig
+
+    positions = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < length:
+        expected = f"at most {positions}, the positions of the model"
+        raise TrainingError("the windows are too long", where="--length", expected=expected, got=length)
 
 
 def _plain_optimizer(model: Module, kind: str, lr: float) -> torch.optim.Optimizer:
@@ -64,26 +114,32 @@ def _plain_optimizer(model: Module, kind: str, lr: float) -> torch.optim.Optimiz
 def _top_layers(model: Module, count: int) -> tuple[str, ...]:
     """The prefixes of the names of the top layers."""
     name, layers = main_layers(model)
+    if count > len(layers):
+        expected = f"at most {len(layers)} layers"
+        raise TrainingError("the model has fewer layers", where="--without-growing", expected=expected, got=count)
     return tuple(f"{name}.{index}." for index in range(len(layers) - count, len(layers)))
 
 
 def main_layers(model: Module) -> tuple[str, Any]:
-    """The longest list of modules of a model, with its name: its layers."""
+    """The layers of a model, with the name of their list: outermost, and as many as its configuration says."""
     from torch import nn
 
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda pair: (len(pair[1]), -len(pair[0])))
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    fitting = [pair for pair in lists if len(pair[1]) == depth]
+    return min(fitting or lists, key=lambda pair: (-len(pair[1]), pair[0].count(".")))
 
 
-def _draw(model: Module, names: Iterable[str], seed: int) -> None:
-    """Draw matrices of new layers that are not zero anew, with the deviation of what they replace."""
+def draw(model: Module, names: Iterable[str], seed: int) -> None:
+    """Draw matrices of new layers that are not zero anew, those of experts, too, with the deviation of what they
+    replace."""
     import torch
 
-    parameters = dict(model.named_parameters())
+    parameters, matrices = dict(model.named_parameters()), linear_splits(model)
     generator = torch.Generator().manual_seed(1000 + seed)
     for name in names:
         parameter = parameters.get(name)
-        if parameter is not None and parameter.ndim == 2 and parameter.any():
+        if parameter is not None and parameter in matrices and parameter.any():
             parameter.data.normal_(0.0, float(parameter.data.std()), generator=generator)
 
 

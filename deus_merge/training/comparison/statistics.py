@@ -24,12 +24,12 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values; without ends for a single one."""
+    """The mean of independent values; without ends for a single one, and where a run diverged."""
     import numpy as np
     from scipy import stats
 
-    mean = float(np.mean(values))
-    if len(values) < 2:
+    mean = sum(values) / len(values)
+    if len(values) < 2 or not math.isfinite(mean):
         return Interval(mean, math.nan, math.nan)
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return Interval(mean, mean - half, mean + half)
@@ -37,7 +37,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 def mean(runs: Runs, key: str) -> float:
     """The mean of a value over seeds."""
-    return math.fsum(run[key] for run in runs.values()) / len(runs)
+    return sum(run[key] for run in runs.values()) / len(runs)
 
 
 def difference(runs: Runs, reference: Runs, key: str = "final") -> Interval | None:
@@ -68,7 +68,7 @@ def token_ratio(runs: Runs, reference: Runs) -> Interval | None:
     the reference's mean curve. None where that curve does not fall.
     """
     apart, falls = difference(runs, reference), slope(reference)
-    if apart is None or not falls > 0:
+    if apart is None or not falls > 0 or not math.isfinite(apart.mean):
         return None
     return Interval(*(math.exp(min(d / falls, 50.0)) for d in apart))
 
@@ -83,5 +83,7 @@ def at_compute(run: Run, tflop: float) -> float:
     import numpy as np
 
     points = [(math.log(t), loss) for t, loss in run["curve"] if t > 0]
+    if not 0 < tflop < run["tflop"]:
+        return points[-1][1]
     tokens = math.log(run["curve"][-1][0] * tflop / run["tflop"])
     return float(np.interp(tokens, [t for t, _ in points], [loss for _, loss in points]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import TrainingError
-from .candidates import Candidate, Fixed
+from .candidates import CALIBRATED, Candidate, Fixed, is_recipe
 
 RUNS, SETTINGS, WORK = "runs.jsonl", "comparison.json", "work"
 
@@ -58,6 +58,19 @@ class Results:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(_line(result) + "\n")
 
+    def check_recipe(self, candidate: Candidate, plan_hash: str) -> None:
+        """Check that earlier results are those of the recipe as it is now.
+
+        Raises:
+            TrainingError: its file was changed.
+        """
+        if is_recipe(candidate.init.removeprefix(CALIBRATED)):
+            for run in self.of([candidate]):
+                if not run.get("checkpoint", plan_hash).startswith(plan_hash[:16]):
+                    hint = "give the changed recipe another name, or choose another folder with --out"
+                    message = "the recipe changed since it ran"
+                    raise TrainingError(message, where=candidate.init, got=f"results in {self._folder}", hint=hint)
+
     def of(self, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
         """The results of some candidates."""
         wanted = {(c.init, c.insert, c.optimizer) for c in candidates}
@@ -82,7 +95,9 @@ def _line(result: dict[str, Any]) -> str:
 def _read(line: str) -> dict[str, Any]:
     result = json.loads(line)
     result["curve"] = [(tokens, math.inf if loss is None else loss) for tokens, loss in result["curve"]]
-    result["final"] = result["curve"][-1][1]
+    for name in ("initial", "final", "base_before", "base_after"):
+        if name in result and result[name] is None:
+            result[name] = math.inf
     return result
 
 
