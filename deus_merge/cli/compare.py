@@ -40,8 +40,8 @@ _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
     multiple=True,
     default=api.CompareOptions.inits,
     show_default=True,
-    help="How new layers begin: a preset, also like 'lesa{zero_init: true}', random_zero, these with calibrated: in"
-    " front, or a recipe's file. The first one is the reference.",
+    help="How new layers begin: a preset, also like 'lesa{zero_init: true}', or a recipe's file, either of them with"
+    " calibrated: in front, or random_zero. The first one is the reference.",
 )
 @click.option(
     "--insert",

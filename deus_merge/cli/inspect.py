@@ -108,6 +108,8 @@ def inspect(
     from ..report.inspection import adjacent_similarity, check_plotting, plot_similarity, summary
 
     report_bus_errors()
+    if text and not scores:
+        raise click.UsageError("--text is for --scores")
     if plot:
         check_plotting()
     facts = summary(model, api.LoadOptions(allow_pickle), training)

@@ -129,7 +129,7 @@ def read_text(path: str | Path, where: object) -> str:
         where: Its place in messages.
 
     Raises:
-        PlanError: it cannot be read, or it is empty.
+        PlanError: it cannot be read, is empty, or is no text.
     """
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
@@ -138,6 +138,9 @@ def read_text(path: str | Path, where: object) -> str:
         raise PlanError(
             "the text cannot be read", where=where, expected="a text file", got=f"{path}: {reason}"
         ) from None
+    if "\0" in text:
+        expected = "a text file in UTF-8"
+        raise PlanError("not a text file", where=where, expected=expected, got=f"{path}: bytes that are 0")
     if not text.strip():
         raise PlanError("the text is empty", where=where, expected="a text file", got=path)
     return text

@@ -72,6 +72,7 @@ def transposed(folder: Path) -> Path:
 
 
 REFUSED = {
+    "a text without scores": (lambda f: tiny_model(), ("--text", "none.txt"), ["--text is for --scores"]),
     "no text": (lambda f: tiny_model(), ("--scores",), ["--scores needs --text"]),
     "one layer": (single, (), ["no gap between layers"]),
     "transposed": (transposed, (), ["the gaps of 'gpt2' cannot be scored", "transposed"]),

@@ -98,12 +98,27 @@ def calibrator_of(plan: Plan, options: RunOptions, on_layer: OnLayer | None = No
     text = _unchanged_text(planned)
     run = {"device": options.device, "max_memory": options.max_memory, "threads": options.threads}
     chosen = CalibrationOptions(**how.settings, **run)  # type: ignore[arg-type]
+    job = planned_job(plan, text, chosen, how.at("text").where)
+    return PlannedCalibrator(job, on_layer or (lambda layer, resumed: None))
+
+
+def planned_job(plan: Plan, text: str, options: CalibrationOptions, where: str) -> Job:
+    """What `calibrate` would do with a plan's output. Reads no tensor.
+
+    Args:
+        plan: The plan.
+        text: The text.
+        options: How.
+        where: The text's place in messages.
+
+    Raises:
+        PlanError, TrainingError: as `calibrator_of`.
+    """
     manifest = manifest_of(plan, {}, {}, {"device": "", "threads": 0})
     source = _PlannedOutput(plan)
     view = view_model(source.config, tuple(source.tensors), source.where)
-    read = partial(_windows, plan, text, chosen, how.at("text").where)
-    job = prepare(manifest, source, view, read, chosen, plan.new_layers)
-    return PlannedCalibrator(job, on_layer or (lambda layer, resumed: None))
+    read = partial(_windows, plan, text, options, where)
+    return prepare(manifest, source, view, read, options, plan.new_layers)
 
 
 def _unchanged_text(planned: PlannedCalibration) -> str:

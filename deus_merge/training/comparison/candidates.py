@@ -43,8 +43,8 @@ class Candidate:
     """One thing that is compared; it runs at several learning rates, and with several seeds.
 
     Attributes:
-        init: A preset, also with parameters as in ``lesa{zero_init: true}``, ``random_zero``, any of these with
-            ``calibrated:`` in front, or a recipe's file; or, without growing, ``all``, ``top:N`` or ``lora:R``.
+        init: A preset, also with parameters as in ``lesa{zero_init: true}``, a recipe's file, either of them with
+            ``calibrated:`` in front, or ``random_zero``; or, without growing, ``all``, ``top:N`` or ``lora:R``.
         insert: The places of new layers, in a recipe's form as JSON; empty for recipes and models that do not grow.
         optimizer: The optimizer.
     """
@@ -111,12 +111,15 @@ def check_init(text: str) -> str:
         TrainingError: there is no such init.
     """
     plain = text.removeprefix(CALIBRATED).partition("{")[0]
+    if plain == RANDOM and text != RANDOM:
+        expected = f"{RANDOM}: it has no parameters, and what is drawn anew for each seed is not calibrated"
+        raise TrainingError("not an init", where="--init", expected=expected, got=text)
     if plain not in (*PRESETS, RANDOM) and not is_recipe(plain):
         known = [*PRESETS, RANDOM]
         raise TrainingError(
             "unknown init",
             where="--init",
-            expected=f"{' | '.join(known)}, one of these with {CALIBRATED} in front, or a recipe's file",
+            expected=f"{' | '.join(known)}, a preset with {CALIBRATED} in front, or a recipe's file",
             got=text,
             hint=nearest(plain, known),
         )

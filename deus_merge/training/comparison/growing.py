@@ -1,11 +1,10 @@
-"""The checkpoints that a comparison trains: grown, drawn at random, calibrated. Each is made when first needed."""
+"""The checkpoints that a comparison trains: grown, and calibrated. Each is made when first needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ...core.errors import CheckpointError
 from ...plan.types import Plan
@@ -13,11 +12,26 @@ from ...report.manifest import read_manifest
 from ...run.executor import execute
 from ...run.preflight import RunOptions
 from ..calibration import CalibrationOptions, calibrate
-from ..freeze import freeze_base, new_parameters
-from ..saving import save_trained
-from .candidates import CALIBRATED, RANDOM, Candidate, Fixed, insert_text
-from .setup import draw
+from ..calibration.planned import planned_job
+from .candidates import Candidate, Fixed, insert_text
+from .options import CompareOptions
 from .text import split
+
+
+def check_calibrations(
+    plans: Mapping[Candidate, Plan], text: Sequence[Path], options: CompareOptions, device: str
+) -> None:
+    """Check calibrated candidates before a byte is written.
+
+    Raises:
+        PlanError, TrainingError: an output cannot be calibrated, or not with the text.
+    """
+    calibrated = [plan for candidate, plan in plans.items() if candidate.calibrated]
+    if calibrated:
+        settings = CalibrationOptions(tokens=options.tokens_of_calibration, length=options.length, device=device)
+        content = "".join(split(text).training)
+        for plan in {plan.hash: plan for plan in calibrated}.values():
+            planned_job(plan, content, settings, "--text")
 
 
 @dataclass(frozen=True)
@@ -58,22 +72,8 @@ class Checkpoints:
             except CheckpointError:  # an earlier attempt that does not fit this one
                 execute(plan, folder, replace(options, resume=False, overwrite=True), lambda block, resumed: None)
         if candidate.calibrated:
-            if candidate.init.removeprefix(CALIBRATED) == RANDOM:
-                folder = self._drawn(folder)
             folder = self._calibrated(candidate, folder)
         return Grown(folder, read_manifest(folder).new_layers)
-
-    def _drawn(self, folder: Path) -> Path:
-        """With new matrices that are drawn at random: outputs are calibrated for what they read."""
-        from transformers import AutoModelForCausalLM
-
-        out = folder.with_name(f"{folder.name}-{RANDOM}")
-        if not out.exists():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-            freeze_base(model, folder)
-            draw(model, new_parameters(folder), seed=0)
-            save_trained(model, folder, out, overwrite=True)
-        return out
 
     def _calibrated(self, candidate: Candidate, folder: Path) -> Path:
         fixed = self.fixed

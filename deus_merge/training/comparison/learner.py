@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...core.errors import TrainingError
+from ...core.text import some_of
 from .candidates import Job
 from .prefix import FrozenPrefix, layer_list
 from .setup import narrow, prepare
@@ -113,7 +115,19 @@ class _Learner:
         from transformers import AutoModelForCausalLM
 
         self.job, self.device, self.fixed = job, torch.device(device), job.fixed
-        model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32)
+        try:
+            model: Any
+            model, info = AutoModelForCausalLM.from_pretrained(
+                job.folder, dtype=torch.float32, output_loading_info=True
+            )
+        except (ImportError, OSError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise TrainingError("transformers cannot load the model", where=job.folder, got=why) from None
+        lost = {*info["missing_keys"], *(name for name in info["unexpected_keys"] if "weight_scale" in name)}
+        if lost:  # weights that would be drawn at random, or codes that would be taken for weights
+            hint = "write the base in floating point (merge_method: passthrough, dtype: bfloat16), and compare it"
+            message = "transformers cannot load all weights of the model"
+            raise TrainingError(message, where=job.folder, got=some_of(sorted(lost)), hint=hint)
         self.model, make_optimizer = prepare(model, job)
         self.trained: list[Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         if self.fixed.precision == "bfloat16":
@@ -141,6 +155,20 @@ class _Learner:
             logits = self.model(input_ids=windows, use_cache=False).logits
         return cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten())
 
+    def _first_loss(self, windows: Tensor) -> Tensor:
+        """The loss of windows (b, t), by a model that may not compute so."""
+        import torch
+
+        try:
+            return self.loss(windows)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            why = str(error).partition("\n")[0]
+            hint = "--precision float32" if self.fixed.precision == "bfloat16" else None
+            message = f"the model does not compute in {self.fixed.precision} over float32 weights"
+            raise TrainingError(message, where=self.job.folder, got=why, hint=hint) from error
+
     def cost(self, windows: Tensor) -> tuple[int, float]:
         """The memory that training takes, in bytes (weights, gradients, states of the optimizer, what the backward pass
         keeps), and the floating-point operations of a step. Nothing is changed."""
@@ -158,9 +186,12 @@ class _Learner:
 
         counter = FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.loss(windows)
+            loss = self._first_loss(windows)
             activations = sum(kept.values())
             loss.backward()
+        if not any(p.grad is not None and p.grad.any() for p in self.trained):
+            hint = "transformers may not compute with these weights: write the base in floating point, and grow that"
+            raise TrainingError("nothing would train: all gradients are zero", where=self.job.folder, hint=hint)
         for parameter in self.trained:
             parameter.grad = None
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())

@@ -56,8 +56,8 @@ class CompareOptions:
     rates with one seed until the best of them has a worse one on both sides, and at that one with the other seeds.
 
     Attributes:
-        inits: How new layers begin: presets (``lesa{zero_init: true}`` sets parameters), ``random_zero``, these with
-            ``calibrated:`` in front, files of recipes. The first one is the reference.
+        inits: How new layers begin: presets (``lesa{zero_init: true}`` sets parameters), files of recipes, either of
+            them with ``calibrated:`` in front, or ``random_zero``. The first one is the reference.
         inserts: Places of new layers, as in a recipe.
         optimizers: ``adamw`` or ``muon``, each also with an output ratio: ``adamw:3``.
         without_growing: What trains in models that do not grow: ``all`` parameters, the ``top`` layers, a ``lora``
@@ -143,6 +143,11 @@ class CompareOptions:
     def steps(self) -> int:
         """Optimizer steps of a run."""
         return self.tokens // max(1, self.batch * self.length)
+
+    @property
+    def tokens_of_calibration(self) -> int:
+        """Tokens of calibrated inits that go to calibration."""
+        return self.calibration_tokens or max(2 * self.length, self.tokens // 8 // self.length * self.length)
 
     def grown(self) -> list[Candidate]:
         """The candidates that grow, the reference first."""

@@ -61,6 +61,7 @@ class FrozenPrefix:
                     if states is None:
                         shape = (len(windows), *found.shape[1:])
                         states = np.lib.format.open_memmap(part, "w+", dtype=np.float32, shape=shape)
+                        _reserve(part)
                     states[start : start + len(found)] = found.float().cpu().numpy()
                 del states  # flushes it
                 os.replace(part, file)
@@ -150,6 +151,16 @@ def layer_list(model: Module, names: Sequence[str]) -> tuple[str, ModuleList] | 
         if isinstance(module, nn.ModuleList) and names and all(n.startswith(f"{name}.") for n in names):
             return name, module
     return None
+
+
+def _reserve(file: Path) -> None:
+    """Take a file's space now: a full disk is an error here, and would end the process when a page is written."""
+    try:
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
+    except OSError:
+        file.unlink()
+        raise
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ...run.device import choose_device, set_threads
 from ...run.preflight import check_apart
 from ..reading import load_tokenizer
 from .candidates import Candidate, Fixed, Job, recipe_of
-from .growing import Checkpoints, Grown
+from .growing import Checkpoints, Grown, check_calibrations
 from .learner import run
 from .options import CompareOptions, check_texts
 from .result import Comparison
@@ -93,6 +93,7 @@ class _Comparing:
         ungrown = self._ungrown(first)
         check_ungrown(ungrown, folder)
         check_length(self.options.length, folder)
+        check_calibrations(plans, text, self.options, self.device)
         candidates = [*plans, *ungrown]
         fixed, fresh = self._fixed(first, folder, text, base_text)
         with alone(self.out):
@@ -179,7 +180,6 @@ class _Comparing:
         model = _digest(plan)
         texts = [self._tokens(sources, folder, plan, model) for sources in (text, base_text) if sources]
         o = self.options
-        calibration = o.calibration_tokens or max(2 * o.length, o.tokens // 8 // o.length * o.length)
         prints = [read.fingerprint for read in texts]
         fixed = Fixed(
             model=model,
@@ -189,7 +189,7 @@ class _Comparing:
             batch=o.batch,
             length=o.length,
             held_out=o.held_out,
-            calibration_tokens=calibration,
+            calibration_tokens=o.tokens_of_calibration,
             precision=o.precision,
         )
         draw = torch.Generator()
@@ -274,6 +274,9 @@ def _begin(threads: int) -> None:
 def _base_folder(plan: Plan, needed: bool) -> Path:
     """The folder of the base model, which has its tokenizer."""
     folders = plan.donor.checkpoint.folders
+    if not folders[0].is_dir():
+        hint = "write it as a folder first (merge_method: passthrough), and compare with that"
+        raise TrainingError("transformers does not train a model in one file", where=str(plan.donor.ref), hint=hint)
     if needed and len(folders) != 1:
         raise TrainingError("only a model in one folder is trained without growing", where=str(plan.donor.ref))
     return folders[0]

@@ -27,7 +27,7 @@ def prepare(model: Any, job: Job) -> tuple[Any, Callable[[], torch.optim.Optimiz
     if job.candidate.grown:
         trainable = freeze_base(model, job.folder)
         if job.candidate.init == RANDOM:
-            draw(model, new_parameters(job.folder), job.seed)
+            _draw(model, new_parameters(job.folder), job.seed)
         settings: dict[str, Any] = {"lr": job.lr, "kind": chosen.kind, "betas": _BETAS}
         settings |= {"zeroed_lr": _NORMED_LR} if trainable.normed else {"output_ratio": chosen.output_ratio}
         return model, lambda: new_layers_optimizer(model, job.folder, **settings)
@@ -130,7 +130,7 @@ def main_layers(model: Module) -> tuple[str, Any]:
     return min(fitting or lists, key=lambda pair: (-len(pair[1]), pair[0].count(".")))
 
 
-def draw(model: Module, names: Iterable[str], seed: int) -> None:
+def _draw(model: Module, names: Iterable[str], seed: int) -> None:
     """Draw matrices of new layers that are not zero anew, those of experts, too, with the deviation of what they
     replace."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -133,8 +134,15 @@ def write_tokens(work: Path, model: str, text: Tokens) -> None:
 
     work.mkdir(parents=True, exist_ok=True)
     file = tokens_file(work, model, text.fingerprint)
-    torch.save({"training": text.training, "held_out": text.held_out}, f"{file}.part")
-    os.replace(f"{file}.part", file)
+    content = io.BytesIO()
+    torch.save({"training": text.training, "held_out": text.held_out}, content)  # to a full disk it would crash
+    part = Path(f"{file}.part")
+    try:
+        part.write_bytes(content.getbuffer())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, file)
 
 
 def tokens_of(work: Path, model: str, fingerprint: str) -> Tokens:
