@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.system import keep_freed_memory
 from ...core.errors import CheckpointError, TrainingError
 from ...plan.build import build_plan
 from ...plan.types import Plan
@@ -278,6 +279,7 @@ def _begin(threads: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     set_threads(threads)
+    keep_freed_memory()
     logging.disable_progress_bar()
 
 
