@@ -30,6 +30,7 @@ class Model:
     Attributes:
         summary: What it is.
         far, near: Texts unlike and like its own: ``code``, ``prose`` or ``docs``.
+        own: Whether it was trained on the near one, so that what it forgets of that is measured.
         insert: Where its new layers go.
         tokens: Training tokens of a run.
         held_out: Windows on which losses are measured.
@@ -38,15 +39,16 @@ class Model:
     summary: str
     far: str
     near: str
+    own: bool
     insert: object
     tokens: int
     held_out: int
 
 
 MODELS = {
-    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", "top_half", 49_152, 16),
-    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", "top_half", 32_768, 16),
-    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", {"count": 4, "where": "top"}, 20_480, 8),
+    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", True, "top_half", 49_152, 16),
+    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", True, "top_half", 32_768, 16),
+    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", False, {"count": 4, "where": "top"}, 20_480, 8),
 }
 
 

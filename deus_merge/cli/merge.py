@@ -256,6 +256,7 @@ def _run(
             if fitted:
                 click.echo(fit_text(fitted))
         warn(planned.warnings + warnings)
+        note("checked, nothing written", quiet)
         return
     if fitted:
         note(fit_text(fitted), quiet)

@@ -230,7 +230,9 @@ REFUSED = {
     "another method": (lambda t, f: recipe(t, method="newton"), (), ["calibrate.method", "kfac | ridge"]),
     "a missing file": (lambda t, f: recipe(f / "none"), (), ["calibrate.text (line 2): the text cannot be read"]),
     "a folder": (lambda t, f: recipe(f), (), ["calibrate.text", "cannot be read", "directory"]),
-    "a file of weights": (lambda t, f: recipe(tiny_model() / "model.safetensors"), (), ["calibrate.text", "not a text file"]),
+    "a file of weights": (
+        lambda t, f: recipe(tiny_model() / "model.safetensors"), (), ["calibrate.text", "not a text file"],
+    ),
     "an empty file": (lambda t, f: recipe("/dev/null"), (), ["calibrate.text", "the text is empty"]),
     "an inner document": (lambda t, f: DOCUMENTS.format(tiny_model(), t), (), ["calibrate (line 4)", "last document"]),
     "no new layers": (lambda t, f: COPY.format(tiny_model(), t), (), ["calibrate (line 3)", "no new layers"]),

@@ -85,6 +85,7 @@ def test_from_the_command_to_the_page(run, tiny, text, tmp_path):
     assert len(more["rows"]) == 3 and lines_of(tmp_path)[:4] == runs and len(lines_of(tmp_path)) == 6
     table = (tmp_path / "table.md").read_text()
     assert table.count("\n| ") == 4 and "random_zero" in table
+    assert all(row["rates"] == {"0.003": by[row["init"], 0]["final"]} for row in done["rows"])  # of the search's seed
     page = (tmp_path / "report.html").read_text()
     assert "<table>" in page and not re.search(r'(src|href)="http', page)
 

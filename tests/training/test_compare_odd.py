@@ -27,23 +27,7 @@ from deus_merge.training.comparison.text import split
 SMALL = ["--tokens", 512, "--batch", 2, "--length", 32, "--held-out", 3, "--threads", 1, "--device", "cpu"]
 ONE = [*SMALL, "--insert", "{count: 1, where: top}", "--init", "copy_next", "--seeds", 1, "--lr", 1e-3]
 CALIBRATED = "calibrated:copy_next"
-WORDS = ("the", "ship", "sailed", "past", "a", "quiet", "harbour", "while", "old", "captains", "argued", "about", "salt")
-    "the",
-    "ship",
-    "sailed",
-    "past",
-    "a",
-    "quiet",
-    "harbour",
-    "while",
-    "old",
-    "captains",
-    "argued",
-    "about",
-    "salt",
-    "and",
-    "weather",
-]
+WORDS = ("the", "ship", "sailed", "past", "a", "quiet", "harbour", "while", "captains", "argued", "about", "salt")
 SHAPE = {"vocab_size": 2048, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
 
 

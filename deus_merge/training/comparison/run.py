@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.system import keep_freed_memory
 from ...core.errors import MachineError, TrainingError
 from ...plan.build import build_plan
 from ...plan.types import Plan
@@ -268,6 +269,7 @@ def _begin(threads: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     set_threads(threads)
+    keep_freed_memory()
     logging.disable_progress_bar()
 
 

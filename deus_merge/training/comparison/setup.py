@@ -61,7 +61,7 @@ def check_ungrown(candidates: Sequence[Candidate], folder: Path) -> None:
 
     for candidate in candidates:
         where = f"--without-growing {candidate.init}"
-        config = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder)
         quantized = getattr(config, "quantization_config", None) is not None
         if quantized and not candidate.init.startswith("lora"):
             message, hint = "weights that are stored quantised do not train", "--without-growing lora trains an adapter"
@@ -125,7 +125,8 @@ def main_layers(model: Module) -> tuple[str, Any]:
     from torch import nn
 
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    config: Any = model.config
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     fitting = [pair for pair in lists if len(pair[1]) == depth]
     return min(fitting or lists, key=lambda pair: (-len(pair[1]), pair[0].count(".")))
 

@@ -85,5 +85,6 @@ def at_compute(run: Run, tflop: float) -> float:
     points = [(math.log(t), loss) for t, loss in run["curve"] if t > 0]
     if not 0 < tflop < run["tflop"]:
         return points[-1][1]
-    tokens = math.log(run["curve"][-1][0] * tflop / run["tflop"])
+    first, last = run["curve"][0][0], run["curve"][-1][0]  # calibration used the first tokens
+    tokens = math.log(first + (last - first) * tflop / run["tflop"])
     return float(np.interp(tokens, [t for t, _ in points], [loss for _, loss in points]))
