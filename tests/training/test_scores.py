@@ -72,7 +72,6 @@ def transposed(folder: Path) -> Path:
 
 
 REFUSED = {
-    "a text without scores": (lambda f: tiny_model(), ("--text", "none.txt"), ["--text is for --scores"]),
     "no text": (lambda f: tiny_model(), ("--scores",), ["--scores needs --text"]),
     "one layer": (single, (), ["no gap between layers"]),
     "transposed": (transposed, (), ["the gaps of 'gpt2' cannot be scored", "transposed"]),
@@ -91,3 +90,7 @@ def test_refused(run, tmp_path, case):
         options = ("--scores", "--text", text, *options)
     error = run("inspect", build(tmp_path / "model"), "--tokens", 256, *options, expect=2).err
     assert all(part in error for part in reported), error
+
+
+def test_a_text_is_for_scores(run):
+    assert "--text is for --scores" in run("inspect", tiny_model(), "--text", "none.txt", expect=2).err

@@ -116,10 +116,10 @@ class _Learner:
 
         self.job, self.device, self.fixed = job, torch.device(device), job.fixed
         try:
-            model: Any
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 job.folder, dtype=torch.float32, output_loading_info=True
             )
+            model, info = loaded
         except (ImportError, OSError, ValueError) as error:
             why = " ".join(str(error).split())
             raise TrainingError("transformers cannot load the model", where=job.folder, got=why) from None
