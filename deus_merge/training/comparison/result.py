@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...core.tables import html_table
 from ...core.units import format_size
 from .candidates import Candidate, insert_text
 from .search import best_lr, best_runs, by_candidate
@@ -148,9 +149,13 @@ class Comparison:
     def __str__(self) -> str:
         return self.markdown()
 
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "not complete"
+        return f"Comparison({self.folder}: {len(self.candidates)} candidates, {len(self.runs)} runs, {state})"
+
     def _repr_html_(self) -> str:
         plot = self.plot() or ""
-        return f"{plot[plot.find('<svg') :]}{_html_table(*self.table())}"
+        return f"{plot[plot.find('<svg') :]}{html_table(*self.table())}"
 
     def plot(self) -> str | None:
         """Held-out loss against tokens, and differences to the reference with 95 % bands, as SVG. None without
@@ -179,7 +184,7 @@ class Comparison:
         state = "" if self.complete else "<p>The budget ended before all runs: continue with the same command.</p>"
         figure = plot[plot.find("<svg") :] if plot else ""
         legend = html.escape(LEGEND).replace("\n", " ")
-        body = f"<p>{html.escape(fixed)}</p>{state}{figure}{_html_table(*self.table())}<p>{legend}</p>"
+        body = f"<p>{html.escape(fixed)}</p>{state}{figure}{html_table(*self.table())}<p>{legend}</p>"
         return _PAGE.replace("{body}", body)
 
 
@@ -193,13 +198,6 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .7rem .3rem 0; text-align: left; border-top: 1px solid #8884; white-space: nowrap; }
 </style></head><body><h1>Comparison</h1>{body}</body></html>
 """
-
-
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-    return f"<div><table>{line('th', columns)}{''.join(line('td', row) for row in rows)}</table></div>"
 
 
 def _row(candidate: Candidate, rates: Mapping[float, Runs], reference: Runs) -> Row:
