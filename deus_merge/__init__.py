@@ -134,14 +134,16 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES or name in _BOTH:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in __all__:
-        value = getattr(importlib.import_module(f"{__name__}.api"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker knows the names from the imports above
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES or name in _BOTH:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in __all__:
+            value = getattr(importlib.import_module(f"{__name__}.api"), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

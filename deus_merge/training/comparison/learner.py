@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...models.silence import no_progress_bars
 from .candidates import Job
 from .prefix import FrozenPrefix, layer_list
 from .setup import narrow, prepare
@@ -111,7 +112,8 @@ class _Learner:
         from transformers import AutoModelForCausalLM
 
         self.job, self.device, self.fixed = job, torch.device(device), job.fixed
-        model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32)
+        with no_progress_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32)
         self.model, make_optimizer = prepare(model, job)
         self.trained: list[Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         if self.fixed.precision == "bfloat16":
