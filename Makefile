@@ -18,12 +18,12 @@ FACTORY_PINS := llamafactory==0.9.5 transformers==5.6.0 tokenizers==0.22.2 huggi
   antlr4-python3-runtime==4.9.3
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint bench gpu inits oracle trainers clean
+.PHONY: demo test fast lint docs site bench gpu inits oracle trainers clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
 
-test: $(VENV)/.test oracle trainers lint  ## the whole test suite, with the real model, beside mergekit and other trainers
+test: $(VENV)/.test oracle trainers lint site  ## the whole test suite, with the real model, beside mergekit and other trainers
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 fast: $(VENV)/.test  ## the tests that take seconds
@@ -59,6 +59,16 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --editable ".[test,lora,train]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.test
+	$(PIP) --editable ".[docs]"
+	touch $@
+
+site: $(VENV)/.docs  ## the pages of docs/ as a site, in .site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir .site
+
+docs: $(VENV)/.docs  ## the same, served on this machine
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 oracle: $(ORACLE)/.ready  ## the environment of tests/parity
 
 # It sees the packages of the main environment (torch above all) and adds what that lacks.
@@ -86,4 +96,4 @@ $(AXOLOTL)/.ready $(FACTORY)/.ready: $(VENV)/.test Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) demo .bench
+	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) demo .bench .site

@@ -9,11 +9,16 @@ import click
 from deus_merge.cli.main import cli
 
 PAGE = Path(__file__).parent / "cli.md"
+_HEAD = """Generated from `--help` by `python docs/make_cli.py`.
+
+Exit codes: 0 success, 2 the input is wrong, 3 the result failed verification, 130 interrupted (the message says how to
+resume), 1 a bug or a failure of the machine (a full or failing disk, too little memory; finished blocks remain and the
+run can be resumed)."""
 
 
 def render() -> str:
     """Every command's help, as Markdown."""
-    lines = ["# Command line", "", "Generated from `--help` by `python docs/make_cli.py`.", ""]
+    lines = ["# Command line", "", _HEAD, ""]
     settings = {**cli.context_settings, "terminal_width": 100}
     root = click.Context(cli, info_name="deus-merge", **settings)
     lines += ["```", cli.get_help(root), "```", ""]

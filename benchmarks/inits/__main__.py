@@ -53,7 +53,8 @@ def main(models, suites, inits, optimizers, seeds, tokens, budget, workers, devi
                 workers=workers,
                 device=device,
             )
-            learned, known = (model.near, model.far) if suite.near else (model.far, model.near)
+            learned = model.near if suite.near else model.far
+            known = texts[model.near] if model.own and not suite.near else ()
             work, kept = scratch / f"{name}-{suite_name}", out / f"{name}-{suite_name}"
             _copy(kept, work)
             found = api.compare(
@@ -61,7 +62,7 @@ def main(models, suites, inits, optimizers, seeds, tokens, budget, workers, devi
                 work,
                 text_files(texts[learned], scratch),
                 options,
-                base_text=text_files(texts[known], scratch),
+                base_text=text_files(known, scratch),
                 on_run=_progress,
                 on_stage=click.echo,
             )

@@ -30,6 +30,7 @@ class Model:
     Attributes:
         summary: What it is.
         far, near: Texts unlike and like its own: ``code``, ``prose`` or ``docs``.
+        own: Whether it was trained on the near one, so that what it forgets of that is measured.
         insert: Where its new layers go.
         tokens: Training tokens of a run.
         held_out: Windows on which losses are measured.
@@ -38,15 +39,16 @@ class Model:
     summary: str
     far: str
     near: str
+    own: bool
     insert: object
     tokens: int
     held_out: int
 
 
 MODELS = {
-    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", "top_half", 49_152, 16),
-    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", "top_half", 32_768, 16),
-    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", {"count": 4, "where": "top"}, 20_480, 8),
+    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", True, "top_half", 49_152, 16),
+    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", True, "top_half", 32_768, 16),
+    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", False, {"count": 4, "where": "top"}, 20_480, 8),
 }
 
 
@@ -66,7 +68,7 @@ class Suite:
 
 
 def _grid(model: Model) -> api.CompareOptions:
-    return _options(model, inits=INITS, seeds=5)
+    return _options(model, inits=INITS, without_growing=("all", "top", "lora"), seeds=5)
 
 
 def _near(model: Model) -> api.CompareOptions:
@@ -82,22 +84,16 @@ def _places(model: Model) -> api.CompareOptions:
     return _options(model, inits=("llama_pro", "opt_deus"), inserts=inserts, optimizers=("adamw", "muon"))
 
 
-def _growing(model: Model) -> api.CompareOptions:
-    ungrown = ("all", "top", "lora")
-    return _options(
-        model, inits=("llama_pro",), optimizers=("adamw", "muon"), without_growing=ungrown, tokens=2 * model.tokens
-    )
-
-
 def _options(model: Model, **more) -> api.CompareOptions:
     usual = {"inserts": (model.insert,), "optimizers": OPTIMIZERS, "tokens": model.tokens, "held_out": model.held_out}
     return api.CompareOptions(**(usual | more))
 
 
 SUITES = {
-    "grid": Suite("Every init with every optimizer, on a text unlike the base's", _grid),
+    "grid": Suite(
+        "Every init with every optimizer, and the base trained without growing, on a text unlike the base's", _grid
+    ),
     "near": Suite("The same for the main inits, on a text like the base's", _near, near=True),
     "long": Suite("The main inits on more than half a million tokens", _long),
     "places": Suite("Where new layers go", _places),
-    "growing": Suite("Growing, or training what is there", _growing),
 }

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .. import api
+from ..checkpoint.system import keep_freed_memory
 from ..core.units import format_seconds
 from ..core.yaml_text import parse
 from ..training.comparison import parse_budget
@@ -126,6 +127,7 @@ def compare(
     """
     quiet_transformers()
     report_bus_errors()
+    keep_freed_memory()
     settings = api.CompareOptions(
         inserts=tuple(parse(insert, "--insert").plain() for insert in inserts),
         rates=rates or None,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import click
 
 from ..core.errors import json_text, printable
-from ..core.units import dtype_name, format_size
+from ..core.units import dtype_name, format_count, format_seconds, format_size
 from ..methods.registry import methods
 from ..plan.blocks import BlockPlan
 from ..plan.fit import Fit
@@ -138,9 +138,10 @@ def show_plan(plan: Plan, training: TrainingSettings | None = None) -> None:
     files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     click.echo(
         f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in {files}; "
-        f"about {format_size(plan.peak_memory)} of memory, {plan.seconds:.0f} s"
+        f"about {format_size(plan.peak_memory)} of memory, {format_seconds(plan.seconds)}"
     )
-    click.echo(f"{plan.shape.parameters:,} parameters, {plan.shape.new_parameters:,} new")
+    old, new = plan.shape.parameters - plan.shape.new_parameters, plan.shape.new_parameters
+    click.echo(f"{format_count(old)} -> {format_count(old + new)} parameters, {format_count(new)} new")
     if memory := plan.training_memory(training):
         click.echo(f"training the new layers: {training_text(memory)}")
     click.echo(f"plan {plan.hash}")

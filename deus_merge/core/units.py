@@ -62,6 +62,16 @@ def format_size(size: int | float) -> str:
     return f"{size:.2f} TB"
 
 
+def format_count(count: int) -> str:
+    """``7_240_000_000`` -> ``"7.24 B"``: thousands, millions, billions."""
+    number = float(count)
+    for unit in ("", " k", " M", " B"):
+        if number < 1000:
+            return f"{number:.0f}" if not unit else f"{number:.2f}{unit}"
+        number /= 1000
+    return f"{number:.2f} T"
+
+
 def format_seconds(seconds: float) -> str:
     """``4000`` -> ``"1 h 7 min"``."""
     if seconds < 100:

@@ -1,4 +1,4 @@
-"""The README's commands run, its tables are complete, and the command-line page is up to date."""
+"""Commands of README and docs run, links lead somewhere, tables are complete, and generated pages are up to date."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 from support import make_model
 
@@ -19,12 +18,17 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+#: pages whose commands run in a test, in order and in one folder
+PAGES = ("README.md", "docs/recipes.md", "docs/training.md")
 
 
-def commands(page: str = README) -> list[list[str]]:
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("deus-merge")]
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [line for line in lines if re.search(r"(^|\| )deus-merge ", line)]
 
 
 @pytest.fixture
@@ -40,31 +44,16 @@ def workplace(tmp_path, tiny):
     return folder
 
 
-def test_readme_commands_run_in_order(run, workplace, monkeypatch):
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_run_in_order(run, workplace, monkeypatch, name):
     monkeypatch.chdir(workplace)
-    assert len(commands()) >= 5
-    for command in commands():
-        run(*command[1:])
-
-
-def test_commands_of_the_page_on_training_run(run, workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
-    assert commands(TRAINING)
-    for command in commands(TRAINING):
-        run(*command[1:])
-
-
-def test_commands_of_the_page_on_recipes_run(workplace):
-    """In a shell, since they write to files and read from pipes."""
-    make_model(workplace / "HuggingFaceTB/SmolLM2-135M", layers=30, tied=True, seed=1)
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
-    script = "set -euo pipefail\n" + "".join(blocks).replace("deus-merge ", f"{sys.executable} -m deus_merge ")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", script], cwd=workplace, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (workplace / "mine.yml").read_text() == (ROOT / "recipes/opt_deus.yml").read_text()
-    assert done.stdout.count("30 -> 45 layers, 15 new") == 2 and "30 -> 34 layers, 4 new" in done.stdout
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert commands(page(name))
+    for line in commands(page(name)):
+        if {">", "|"} & set(shlex.split(line, comments=True)):
+            subprocess.run(["bash", "-eo", "pipefail", "-c", line], check=True)
+        else:
+            run(*shlex.split(line, comments=True)[1:])
 
 
 def test_readme_training_snippet(run, workplace, monkeypatch):
@@ -84,20 +73,43 @@ def test_readme_recipe_is_one(workplace, monkeypatch):
     assert [s.merge_method for s in recipe.slices] == ["slerp", "ot_fuse"]
 
 
-def test_readme_names_every_preset_and_command():
-    from deus_merge.cli.main import cli
+def test_every_preset_has_a_row():
     from deus_merge.recipe.presets import PRESETS
 
-    assert [name for name in PRESETS if f"`{name}`" not in README] == []
-    assert [name for name in cli.list_commands(click.Context(cli)) if f"| `deus-merge {name}" not in README] == []
+    assert [name for name in PRESETS if f"`{name}`" not in page("docs/recipes.md")] == []
 
 
-def test_paths_in_the_readme_exist():
-    """Folders and files that it links or passes to pytest and python."""
-    links = re.findall(r"\]\(((?!http|#)[^)]+)\)", README)
-    arguments = re.findall(r"\b((?:tests|benchmarks|recipes|docs)/[\w/.-]*\w)", README)
-    missing = {path for path in links + arguments if not (ROOT / path).exists()}
-    assert not missing
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 7000
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("file", pages(), ids=lambda file: file.name)
+def test_links_lead_somewhere(file):
+    """Files that a page links are there, and headings in pages that it links."""
+    for target in re.findall(r"\]\(((?!http)[^)\s]+)\)", file.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        linked = file.parent / path if path else file
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", t.lower()).strip().replace(" ", "-") for t in titles}, target
+
+
+def test_paths_in_pages_exist():
+    """Folders and files that pages pass to pytest and python."""
+    named = re.compile(r"(?:pytest|python) ((?:tests|benchmarks|docs)/[\w/.-]*\w)")
+    arguments = {argument for file in pages() for argument in named.findall(file.read_text(encoding="utf-8"))}
+    assert {path for path in arguments if not (ROOT / path).exists()} == set()
+
+
+def test_every_page_is_linked_from_the_readme_and_the_site():
+    assert [file.name for file in (ROOT / "docs").glob("*.md") if f"](docs/{file.name}" not in README] == []
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [file.name for file in (ROOT / "docs").glob("*.md") if f": {file.name}\n" not in navigation] == []
 
 
 def test_page_on_quantised_models_names_every_format():

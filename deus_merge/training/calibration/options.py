@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import PlanError, TrainingError
-from ...models.tokenizer.files import TOKENIZER_FILES
 from ...recipe.calibrate import misfit
 from ...run.device import check_device_name
+from ..reading import check_rows, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -116,17 +116,9 @@ def read_windows(
         TrainingError: there is no tokenizer, or the text has too few tokens, or tokens that the model lacks.
     """
     import torch
-    import transformers
 
     model = folder if model is None else model
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        hint = "tokenizer.save_pretrained(folder) puts one there"
-        raise TrainingError("there is no tokenizer to read the text with", where=model, hint=hint)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ImportError, ValueError, OSError) as error:  # it may need a package that is not installed
-        why = " ".join(str(error).split())
-        raise TrainingError("transformers cannot load the tokenizer", where=model, got=why) from None
+    tokenizer = load_tokenizer(folder, model)
 
     def tokens(part: str) -> list[int]:
         return tokenizer(part, verbose=False)["input_ids"]
@@ -141,13 +133,7 @@ def read_windows(
             hint="give more text, or shorter windows (length)",
         )
     windows, count = torch.tensor(ids), len(ids)  # (w, t)
-    if (largest := int(windows.max())) >= vocabulary:
-        raise TrainingError(
-            "the text has tokens that the model has no row for",
-            where=model,
-            expected=f"token ids below {vocabulary}",
-            got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
-        )
+    check_rows(windows, vocabulary, tokenizer, model)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed))
     fitted = count - min(count - 1, max(1, round(options.held_out * count)))
     order = torch.cat([order[:fitted].sort().values, order[fitted:].sort().values])  # (w,)

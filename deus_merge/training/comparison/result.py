@@ -12,7 +12,7 @@ from typing import Any
 from ...core.tables import html_table
 from ...core.units import format_size
 from .candidates import Candidate, insert_text
-from .search import best_lr, best_runs, by_candidate
+from .search import SEED, best_lr, best_runs, by_candidate
 from .statistics import Interval, Run, Runs, at_compute, difference, interval, mean, token_ratio
 
 TABLE, PLOT, PAGE = "table.md", "curves.svg", "report.html"
@@ -209,7 +209,7 @@ def _row(candidate: Candidate, rates: Mapping[float, Runs], reference: Runs) -> 
         candidate,
         lr,
         tried[0] < lr < tried[-1],
-        {lr: min(run["final"] for run in of.values()) for lr, of in rates.items()},
+        {lr: of[SEED]["final"] for lr, of in rates.items() if SEED in of},
         runs,
         difference(runs, reference),
         token_ratio(runs, reference) if reference else None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.system import keep_freed_memory
 from ...core.errors import CheckpointError, TrainingError
 from ...plan.build import build_plan
 from ...plan.types import Plan
@@ -19,6 +20,7 @@ from ...run.device import choose_device, set_threads
 from ...run.executor import execute
 from ...run.preflight import RunOptions
 from ..calibration import CalibrationOptions, calibrate
+from ..reading import load_tokenizer
 from .candidates import Candidate, Fixed, Job, insert_text, recipe_of
 from .learner import run
 from .options import CompareOptions, check_texts
@@ -208,7 +210,7 @@ class _Comparing:
         pieces = split(sources)
         if tokens_file(self.work, model, pieces.fingerprint).exists():
             return tokens_of(self.work, model, pieces.fingerprint)
-        return read_tokens(_tokenizer(folder), pieces, plan.shape.vocabulary)
+        return read_tokens(load_tokenizer(folder), pieces, plan.shape.vocabulary)
 
     def _grow(self, candidate: Candidate, plan: Plan, text: tuple[Path, ...], fixed: Fixed) -> _Grown:
         """The checkpoint of a candidate, made when it is first needed."""
@@ -277,6 +279,7 @@ def _begin(threads: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     set_threads(threads)
+    keep_freed_memory()
     logging.disable_progress_bar()
 
 
@@ -286,16 +289,6 @@ def _base_folder(plan: Plan, needed: bool) -> Path:
     if needed and len(folders) != 1:
         raise TrainingError("only a model in one folder is trained without growing", where=str(plan.donor.ref))
     return folders[0]
-
-
-def _tokenizer(folder: Path) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ImportError, ValueError, OSError) as error:
-        why = " ".join(str(error).split())
-        raise TrainingError("transformers cannot load the tokenizer", where=folder, got=why) from None
 
 
 def _digest(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from .statistics import Run, Runs
 Rates = Mapping[float, Runs]  # learning rate -> seed -> run
 _FIRST = {"adamw": 1e-3, "muon": 1e-3, "all": 1e-4, "top": 3e-4, "lora": 1e-3}
 _MOST_RATES = 9  # of a candidate
-_SEED = 0  # of the search
+SEED = 0  # of the search
 
 
 def by_candidate(runs: Iterable[Run]) -> dict[Candidate, dict[float, dict[int, Run]]]:
@@ -26,7 +26,7 @@ def by_candidate(runs: Iterable[Run]) -> dict[Candidate, dict[float, dict[int, R
 
 def best_lr(rates: Rates) -> float | None:
     """The rate with the lowest final loss in the search; None before its first run."""
-    searched = [(runs[_SEED]["final"], lr) for lr, runs in rates.items() if _SEED in runs]
+    searched = [(runs[SEED]["final"], lr) for lr, runs in rates.items() if SEED in runs]
     return min(searched)[1] if searched else None
 
 
@@ -67,10 +67,10 @@ class Search:
         for candidate in self._candidates:
             leader = leaders.setdefault(f"{_kind(candidate)} {candidate.optimizer}", candidate)
             if leader is candidate:
-                jobs += [(candidate, lr, _SEED) for lr in self._due(candidate, found[candidate], None)]
+                jobs += [(candidate, lr, SEED) for lr in self._due(candidate, found[candidate], None)]
             elif not self._due(leader, found[leader], None):
                 start = best_lr(found[leader])
-                jobs += [(candidate, lr, _SEED) for lr in self._due(candidate, found[candidate], start)]
+                jobs += [(candidate, lr, SEED) for lr in self._due(candidate, found[candidate], start)]
         if jobs:
             return jobs
         for seed in range(self._seeds):
@@ -85,14 +85,14 @@ class Search:
         found = by_candidate(runs)
         left = 0
         for candidate in self._candidates:
-            searched = sum(_SEED in of for of in found[candidate].values())
+            searched = sum(SEED in of for of in found[candidate].values())
             seeds = len(best_runs(found[candidate]))
             left += max(0, len(self._rates or "123") - searched) + max(0, self._seeds - max(1, seeds))
         return max(left, len(self.next_jobs(runs)))
 
     def _due(self, candidate: Candidate, rates: Rates, start: float | None) -> list[float]:
         """The rates to try next: those that were given, or until the best one has a worse one on both sides."""
-        tried = sorted(lr for lr, runs in rates.items() if _SEED in runs)
+        tried = sorted(lr for lr, runs in rates.items() if SEED in runs)
         if self._rates is not None:
             return [lr for lr in self._rates if lr not in tried]
         middle = start if start is not None else _FIRST[_kind(candidate)]

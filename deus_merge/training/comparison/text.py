@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...core.errors import TrainingError
+from ..reading import check_rows
 
 if TYPE_CHECKING:
     import torch
@@ -111,14 +112,8 @@ def read_tokens(tokenizer: Any, text: Pieces, vocabulary: int) -> Tokens:
         TrainingError: it has tokens that the model has no rows for.
     """
     training, held_out = tokens(tokenizer, text.training), tokens(tokenizer, text.held_out)
-    largest = max(int(ids.max()) for ids in (training, held_out) if len(ids))
-    if largest >= vocabulary:
-        raise TrainingError(
-            "the text has tokens that the model has no row for",
-            where="--text",
-            expected=f"token ids below {vocabulary}",
-            got=f"{largest}, {tokenizer.convert_ids_to_tokens(largest)!r}",
-        )
+    for ids in (training, held_out):
+        check_rows(ids, vocabulary, tokenizer, "--text")
     return Tokens(training, held_out, text.fingerprint)
 
 
