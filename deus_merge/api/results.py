@@ -11,7 +11,7 @@ from typing import Any
 from ..core.tables import html_titled
 from ..core.text import plural
 from ..core.typed_json import dump
-from ..core.units import format_seconds, format_size
+from ..core.units import format_count, format_seconds, format_size
 from ..plan.types import Plan
 from ..report.manifest_parts import Calibration
 from ..verify import Verification
@@ -102,7 +102,7 @@ class Inspection(Mapping[str, Any]):
     def _title(self) -> str:
         """The model in one line."""
         facts = self.facts
-        size = f"{facts['parameters']:,} parameters, {format_size(facts['bytes'])}"
+        size = f"{format_count(facts['parameters'])} parameters, {format_size(facts['bytes'])}"
         return f"{facts['model']}: {facts['family']}, {plural(facts['layers'], 'layer')}; {size}"
 
     def describe(self) -> dict[str, Any]:

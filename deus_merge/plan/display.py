@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..core.tables import html_titled
 from ..core.text import plural
-from ..core.units import format_size
+from ..core.units import format_count, format_size
 
 if TYPE_CHECKING:
     from .types import Plan
@@ -18,7 +18,7 @@ def short_text(plan: Plan) -> str:
     shape, new = plan.shape, len(plan.new_layers)
     return (
         f"{plan.donor.view.num_layers} -> {plan.num_layers} layers, {new} new; "
-        f"{shape.parameters:,} parameters, {shape.new_parameters:,} new; "
+        f"{format_count(shape.parameters)} parameters, {format_count(shape.new_parameters)} new; "
         f"writes {format_size(plan.bytes_written)} in {plural(len(plan.shards), 'file')}"
     )
 

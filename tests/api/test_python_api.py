@@ -147,9 +147,7 @@ def test_results_are_short_in_a_terminal_and_tables_in_a_notebook(tiny, tmp_path
     recipe = dm.upscale_recipe(tiny, preset="copy_next")
     plan = dm.plan(recipe)
     assert repr(recipe) == f"Recipe(upscale copy_next of {tiny})"
-    assert repr(plan).startswith(
-        "Plan(6 -> 9 layers, 3 new; 1,083,168 parameters, 295,488 new; writes 2.18 MB in 1 file"
-    )
+    assert repr(plan) == ("Plan(6 -> 9 layers, 3 new; 1.08 M parameters, 295.49 k new; writes 2.18 MB in 1 file)")
     page = plan._repr_html_()
     assert "<td>0–2</td>" in page and page.count("<td>new</td>") == 3 and page.count("<tr>") == 1 + 7
     result = dm.merge(plan, tmp_path / "<b>")
@@ -159,7 +157,7 @@ def test_results_are_short_in_a_terminal_and_tables_in_a_notebook(tiny, tmp_path
     found = dm.verify(tmp_path / "<b>", quick=True)
     assert "FAILED other files" in repr(found) and "<td>FAILED</td>" in found._repr_html_()
     facts = dm.inspect(tiny)
-    assert repr(facts) == f"Inspection({tiny}: llama, 6 layers; 787,680 parameters, 1.58 MB)"
+    assert repr(facts) == f"Inspection({tiny}: llama, 6 layers; 787.68 k parameters, 1.58 MB)"
     assert "<td>hidden size</td><td>96</td>" in facts._repr_html_() and dict(facts) == facts.describe()
     assert repr(dm.methods("solar")) == "Catalog(1 presets)"
     assert "<td>ot_fuse</td>" in dm.methods()._repr_html_()
