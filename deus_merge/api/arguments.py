@@ -33,7 +33,7 @@ def model_of(value: Any, name: str = "model") -> str:
     Raises:
         DeusMergeError: neither text nor a path.
     """
-    if isinstance(value, str | os.PathLike) and str(value):
+    if isinstance(value, str | os.PathLike):
         return str(value)
     raise DeusMergeError("not a model", where=name, expected="a folder or org/name[@revision]", got=_shown(value))
 
