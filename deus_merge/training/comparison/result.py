@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.tables import html_table
+from ...core.text import plural
 from ...core.units import format_size
 from .candidates import Candidate, insert_text
 from .search import SEED, best_lr, best_runs, by_candidate
@@ -151,7 +152,8 @@ class Comparison:
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "not complete"
-        return f"Comparison({self.folder}: {len(self.candidates)} candidates, {len(self.runs)} runs, {state})"
+        counts = f"{plural(len(self.candidates), 'candidate')}, {plural(len(self.runs), 'run')}"
+        return f"Comparison({self.folder}: {counts}, {state})"
 
     def _repr_html_(self) -> str:
         plot = self.plot() or ""
