@@ -38,6 +38,17 @@ def model_of(value: Any, name: str = "model") -> str:
     raise DeusMergeError("not a model", where=name, expected="a folder or org/name[@revision]", got=_shown(value))
 
 
+def name_of(value: Any) -> str:
+    """The name of a method, a family ...
+
+    Raises:
+        DeusMergeError: not text.
+    """
+    if not isinstance(value, str):
+        raise DeusMergeError("not a name", where="name", expected="text", got=_shown(value))
+    return value
+
+
 def instance(value: Any, kind: type[T], name: str) -> T:
     """The value, where it is of this type; a new one with its defaults for None.
 

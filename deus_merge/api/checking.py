@@ -6,15 +6,14 @@ from pathlib import Path
 
 from ..checkpoint.header import read_small
 from ..checkpoint.storage import LoadOptions
-from ..core.errors import DeusMergeError, VerifyError, nearest
-from ..models.view import family_of
+from ..core.errors import DeusMergeError, VerifyError
 from ..plan.training_memory import TrainingSettings
-from ..recipe.catalog import catalog
+from ..recipe.catalog import catalog, entries_of
 from ..report.inspection import adjacent_similarity, summary
 from ..report.manifest import RECIPE, read_manifest
 from ..verify import Check, Verification
 from ..verify import verify as run_checks
-from .arguments import instance, model_of, path_of, text_of
+from .arguments import instance, model_of, name_of, path_of, text_of
 from .progress import Counter, OnProgress
 from .results import Catalog, Inspection
 
@@ -131,17 +130,4 @@ def methods(name: str | None = None) -> Catalog:
     Raises:
         DeusMergeError: nothing has this name.
     """
-    everything = catalog()
-    if name is None:
-        return Catalog(everything)
-    family = family_of(name) if isinstance(name, str) else None
-    names = {name, family.name} if family else {name}
-    found = {kind: {n: e for n, e in entries.items() if n in names} for kind, entries in everything.items()}
-    if not any(found.values()):
-        known = [n for entries in everything.values() for n in entries]
-        raise DeusMergeError(
-            f"unknown name {name!r}",
-            expected="a name in deus_merge.methods(), or a model_type of a described family",
-            hint=nearest(str(name), known, 3),
-        )
-    return Catalog({kind: entries for kind, entries in found.items() if entries})
+    return Catalog(catalog() if name is None else entries_of(name_of(name)))
