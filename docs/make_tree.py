@@ -14,6 +14,7 @@ PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- tree -->\n", "<!-- end of tree -->"
 FOLDERS = {  # in the order in which imports run, from the command line down
     "cli": "the command line, the only part that prints",
+    "api": "the functions for notebooks and the command line",
     "training": "the way into training, and back",
     "run": "runs a plan: checks, blocks, the finished folder",
     "verify": "checks of a finished checkpoint",
@@ -33,7 +34,7 @@ WIDTH, LENGTH = 26, 92  # characters of a name and of its description
 def render() -> str:
     """The tree: one line a file, in the words of its docstring's first sentence."""
     package = ROOT / "deus_merge"
-    lines = ["```", "deus_merge/", *_line(package / "api.py", 1)]
+    lines = ["```", "deus_merge/", *_line(package / "__init__.py", 1)]
     for name, about in FOLDERS.items():
         lines += ["", f"  {name + '/':<{WIDTH}}{about}", *_folder(package / name, 2)]
     return "\n".join([*lines, "```", ""])

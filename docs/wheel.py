@@ -10,7 +10,8 @@ from pathlib import Path
 
 from setuptools.command.build_py import build_py
 
-RECIPES = ("recipes/*.yml", "recipes/training/*.py")
+RECIPES = ("recipes/*.yml", "recipes/*.ipynb", "recipes/training/*.py")
+SOURCES = ("docs/*", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "constraints.txt", "mkdocs.yml")
 
 
 class BuildPy(build_py):
@@ -37,5 +38,6 @@ class BuildPy(build_py):
         return super().get_output_mapping() | ({} if self.editable_mode else self.recipes())
 
     def get_source_files(self) -> list[str]:
-        """What the sdist takes along: a wheel can be built from it."""
-        return [*super().get_source_files(), *self.recipes().values(), "docs/wheel.py"]
+        """What the sdist takes along: docs and changelog, and all that a wheel is built from."""
+        more = (path for pattern in SOURCES for path in sorted(Path().glob(pattern)) if path.is_file())
+        return [*super().get_source_files(), *self.recipes().values(), *(path.as_posix() for path in more)]

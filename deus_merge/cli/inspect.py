@@ -243,11 +243,8 @@ def methods(name: str | None, as_json: bool):
     Example:
       deus-merge methods ot_fuse
     """
-    from ..models.view import family_of
-    from ..recipe.catalog import catalog
-
-    everything = catalog()
     if name is None:
+        everything = api.methods()
         if as_json:
             emit_json(everything)
             return
@@ -255,22 +252,11 @@ def methods(name: str | None, as_json: bool):
             table(kind, ["name", "description"], [[n, e["summary"]] for n, e in entries.items()])
             click.echo()
         return
-    if family := family_of(name):  # a model type of a family of another name
-        name = name if name in everything["families"] else family.name
-    found = {kind: entries[name] for kind, entries in everything.items() if name in entries}
-    if not found:
-        from ..core.errors import DeusMergeError, nearest
-
-        known = [n for entries in everything.values() for n in entries]
-        raise DeusMergeError(
-            f"unknown name {name!r}",
-            expected="a name that deus-merge methods lists, or a model_type of a described family",
-            hint=nearest(name, known, 3) or "deus-merge methods without a name lists all",
-        )
+    found = {kind: next(iter(entries.items())) for kind, entries in api.methods(name).items()}
     if as_json:
-        emit_json(found)
+        emit_json({kind: entry for kind, (_, entry) in found.items()})
         return
-    for kind, entry in found.items():
+    for kind, (name, entry) in found.items():
         click.echo(f"{name} ({_SINGULAR[kind]}): {entry['summary']}\nreference: {entry['reference']}\n")
         if parameters := entry.get("parameters"):
             columns = ["parameter", "values", "default", "description"]

@@ -18,3 +18,8 @@ def some_of(items: Iterable[object], limit: int = 5) -> str:
     texts = [str(item) for item in items]
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
+
+
+def plural(count: int, noun: str) -> str:
+    """``1, "layer"`` -> ``"1 layer"``; ``3, "layer"`` -> ``"3 layers"``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -26,6 +26,7 @@ from ..methods.registry import methods
 from ..models.source import SourceModel, stamp
 from ..recipe.types import Recipe
 from .blocks import BlockPlan, in_output_order
+from .display import html_text, short_text
 from .training_memory import ModelShape, TrainingMemory, TrainingSettings, training_memory
 from .training_shape import shape_of_plan
 
@@ -194,6 +195,12 @@ class Plan:
             return _PYTHON_BYTES
         blocks = (b.workspace(minimum) + self.reading_memory(b, minimum) for b in self.blocks)
         return self._baseline_memory + max(planning, *blocks)
+
+    def __repr__(self) -> str:
+        return f"Plan({short_text(self)})"
+
+    def _repr_html_(self) -> str:
+        return html_text(self)
 
     def check_sources(self) -> None:
         """Whether all sources are as they were when the plan was made.

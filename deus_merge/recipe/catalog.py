@@ -7,10 +7,12 @@ from typing import Any
 
 from ..align.options import ALIGNMENTS
 from ..checkpoint.formats.registry import formats
+from ..core.errors import DeusMergeError, nearest
 from ..methods.base import MergeMethod
 from ..methods.registry import methods
 from ..models.abilities import abilities, writers
 from ..models.family import families
+from ..models.view import family_of
 from ..ot.registry import solvers
 from ..ot.solver import OTSolver
 from .presets import PRESETS
@@ -51,6 +53,26 @@ def catalog() -> dict[str, dict[str, dict[str, Any]]]:
             for n, p in PRESETS.items()
         },
     }
+
+
+def entries_of(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The entries of the catalogue that have a name, which may be a model_type of a family of another name.
+
+    Raises:
+        DeusMergeError: there is none.
+    """
+    everything = catalog()
+    if name not in everything["families"] and (family := family_of(name)):
+        name = family.name
+    found = {kind: {name: entries[name]} for kind, entries in everything.items() if name in entries}
+    if not found:
+        known = [n for entries in everything.values() for n in entries]
+        raise DeusMergeError(
+            f"unknown name {name!r}",
+            expected="a name that deus-merge methods lists, or a model_type of a described family",
+            hint=nearest(name, known, 3) or "deus-merge methods without a name lists all",
+        )
+    return found
 
 
 def _with_parameters(entry: MergeMethod | OTSolver) -> dict[str, Any]:

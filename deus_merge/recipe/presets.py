@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..core.errors import nearest
 from ..core.located import Located, Plain, locate
@@ -110,6 +111,7 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 _FORMS = "top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
+_NAMED = ("top_half", "bottom_half", "all")
 MAX_LAYERS = 5000  # of an output
 _WHERE = ("top", "middle", "bottom", "even", "sandwich")
 
@@ -125,6 +127,24 @@ def expand(upscale: Upscale, base: ModelRef, num_layers: int) -> tuple[OutputSli
     Raises:
         RecipeError: an unknown preset, parameter or insert form, or a place that the base does not have.
     """
+    check_upscale(upscale)
+    preset = PRESETS[upscale.preset]
+    if preset.parameters is None:
+        ranges = (_solar if upscale.preset == "solar" else _stack)(upscale, num_layers)
+        return tuple(_copy(base, start, end, upscale.place) for start, end in ranges if start < end)
+    presets = {name: Setting(value, upscale.place) for name, value in preset.parameters.items()}
+    settings = {**presets, **upscale.parameters}
+    insert = upscale.insert or locate(preset.insert, "upscale.insert")
+    places = _places(insert, num_layers, preset.after_last)
+    return tuple(_filled_slices(base, places, num_layers, preset.method, settings, upscale.place))
+
+
+def check_upscale(upscale: Upscale) -> None:
+    """Check what can be checked of an ``upscale:`` section without a model: preset, parameters, form of insert.
+
+    Raises:
+        RecipeError: an unknown preset, parameter or insert form, or a value out of range.
+    """
     if upscale.preset not in PRESETS:
         upscale.place.child("preset").fail(
             "unknown preset", expected=" | ".join(PRESETS), hint=nearest(upscale.preset, PRESETS)
@@ -133,34 +153,35 @@ def expand(upscale: Upscale, base: ModelRef, num_layers: int) -> tuple[OutputSli
     if preset.parameters is None:
         if upscale.parameters:
             upscale.place.child("parameters").fail(f"{upscale.preset} has no parameters", expected="none")
-        ranges = (_solar if upscale.preset == "solar" else _stack)(upscale, num_layers)
-        return tuple(_copy(base, start, end, upscale.place) for start, end in ranges if start < end)
+        return
     known = {p.name: p for p in methods()[preset.method].parameters}
     for name, setting in upscale.parameters.items():
         if name not in known:
             names, message = ", ".join(sorted(known)), f"{preset.method} has no parameter {name!r}"
             setting.place.fail(message, expected=names, got=name, hint=nearest(name, known))
         check_setting(known[name], setting)
-    presets = {name: Setting(value, upscale.place) for name, value in preset.parameters.items()}
-    settings = {**presets, **upscale.parameters}
-    insert = upscale.insert or locate(preset.insert, "upscale.insert")
-    places = _places(insert, num_layers, preset.after_last)
-    return tuple(_filled_slices(base, places, num_layers, preset.method, settings, upscale.place))
+    if upscale.insert is not None:
+        _check_form(upscale.insert)
+
+
+def _check_form(insert: Located) -> None:
+    """Check the form of ``insert``, whatever the model's depth."""
+    form = insert.value
+    if isinstance(form, str):
+        if form not in _NAMED:
+            insert.fail("unknown insert form", expected=_FORMS, got=form, hint=nearest(form, _NAMED))
+    elif not isinstance(form, dict):
+        insert.fail("not an insert form", expected=_FORMS)
+    elif len({"every", "after", "count"} & set(insert.mapping(("every", "after", "count", "where")))) != 1:
+        insert.fail("an insert form has one of every, after, count", expected=_FORMS)
 
 
 def _places(insert: Located, n: int, after_last: bool) -> list[int]:
     """The base layers that a new layer follows, ascending. Gap i is between layers i and i+1."""
     gaps = list(range(n - 1))
-    form = insert.value
+    form: Any = insert.value  # `_check_form` has seen it
     if isinstance(form, str):
-        named = {"all": gaps, "top_half": gaps[n - 1 - n // 2 :], "bottom_half": gaps[: n // 2]}
-        if form not in named:
-            insert.fail("unknown insert form", expected=_FORMS, got=form, hint=nearest(form, named))
-        places = named[form]
-    elif not isinstance(form, dict):
-        insert.fail("not an insert form", expected=_FORMS)
-    elif len({"every", "after", "count"} & set(insert.mapping(("every", "after", "count", "where")))) != 1:
-        insert.fail("an insert form has one of every, after, count", expected=_FORMS)
+        places = {"all": gaps, "top_half": gaps[n - 1 - n // 2 :], "bottom_half": gaps[: n // 2]}[form]
     elif "every" in form:
         step = insert.mapping(("every",))["every"].integer(1)
         places = [i for i in range(step - 1, n, step) if after_last or i < n - 1]

@@ -7,6 +7,7 @@ to it.
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,9 +22,9 @@ class Shipped:
     """A file in recipes/.
 
     Attributes:
-        name: The name of a recipe, without its suffix; of a script for training, its path in the folder.
+        name: The name of a recipe, without its suffix; of a script for training or a notebook, its path in the folder.
         path: The file.
-        summary: The first sentence of its head comment, or of its docstring.
+        summary: The first sentence of its head comment, its docstring or, without the title, its first cell.
     """
 
     name: str
@@ -38,15 +39,16 @@ class Shipped:
 
 @cache
 def shipped() -> Mapping[str, Shipped]:
-    """Every recipe and every script, by name; the recipes first."""
+    """Every recipe, script and notebook, by name; the recipes first."""
     folder = next((f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if f.is_dir()), _PACKAGE)
     recipes = [(path.stem, path) for path in sorted(folder.glob("*.yml"))]
     scripts = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.glob("training/*.py"))]
-    return {name: Shipped(name, path, _summary(path)) for name, path in recipes + scripts}
+    notebooks = [(path.name, path) for path in sorted(folder.glob("*.ipynb"))]
+    return {name: Shipped(name, path, _summary(path)) for name, path in recipes + scripts + notebooks}
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes, without the scripts."""
+    """The names of the recipes, without scripts and notebooks."""
     return [name for name, entry in shipped().items() if entry.path.suffix == ".yml"]
 
 
@@ -55,6 +57,8 @@ def _summary(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         paragraph = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
+    elif path.suffix == ".ipynb":
+        paragraph = "".join(json.loads(text)["cells"][0]["source"]).split("\n\n")[1]
     else:
         lines = []
         for line in text.splitlines():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.located import Located, Plain
+from ..core.text import plural
 from ..models.reference import ModelRef
 from ..models.tokenizer.settings import TokenizerSettings
 from .calibrate import Calibrate
@@ -151,6 +152,11 @@ class Recipe:
     documents: tuple[Recipe, ...] = ()
     notes: tuple[str, ...] = field(compare=False, default=())
     source: Located = field(compare=False, repr=False, default=Located(None))
+
+    def __repr__(self) -> str:
+        models = ", ".join(dict.fromkeys(str(ref.text) for ref in self.references()))
+        what = f"upscale {self.upscale.preset}" if self.upscale else plural(len(self.all_slices()), "slice")
+        return f"Recipe({what} of {models})"
 
     def all_slices(self) -> tuple[OutputSlice, ...]:
         """Every slice, also those of modules."""

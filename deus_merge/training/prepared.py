@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint import Checkpoint
 from ..checkpoint.quantized import quantization
 from ..core.errors import TrainingError, nearest
+from ..models.silence import no_progress_bars
 from ..models.tokenizer.files import TOKENIZER_FILES
 from ..report.manifest import Manifest
 from .checkpointing import enable_checkpointing
@@ -118,7 +119,8 @@ def prepare(
         options["quantization_config"] = _bitsandbytes(held, _left_out(loader, path, manifest, generation))
     elif dequantizing := DEQUANTIZING.get(held):
         options["quantization_config"] = getattr(transformers, dequantizing)(dequantize=True)
-    model = loader.from_pretrained(path, **options)
+    with no_progress_bars():
+        model = loader.from_pretrained(path, **options)
     if all_layers:
         trainable = _train_all(model, manifest)
     else:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..checkpoint.reader import TensorSource
 from ..core.errors import DeusMergeError, VerifyError, printable
+from ..core.tables import html_titled
+from ..core.text import plural, some_of
 from ..report.manifest import Manifest, read_manifest
 from .checks import CHECKS, CheckResult, Output, Skipped
 
@@ -58,6 +60,22 @@ class Verification:
     def passed(self) -> bool:
         return not self.failed
 
+    def __repr__(self) -> str:
+        return f"Verification({self._title})"
+
+    def _repr_html_(self) -> str:
+        words = {True: "ok", False: "FAILED", None: "skipped"}
+        rows = [[check.name, words[check.passed], check.detail] for check in self.checks]
+        return html_titled(self._title, ["check", "result", "detail"], rows)
+
+    @property
+    def _title(self) -> str:
+        """The result in one line."""
+        failed, count = self.failed, sum(c.passed is True for c in self.checks)
+        skipped = sum(c.passed is None for c in self.checks)
+        result = f"FAILED {some_of(c.name for c in failed)}; " if failed else ""
+        return f"{self.folder}: {result}{plural(count, 'check')} passed" + (f", {skipped} skipped" if skipped else "")
+
     def describe(self) -> dict:
         """As JSON data."""
         checks = [{**vars(c), "facts": dict(c.facts), "seconds": round(c.seconds, 4)} for c in self.checks]
@@ -72,6 +90,7 @@ def verify(
     strict: bool = False,
     manifest: Manifest | None = None,
     sources: Sequence[TensorSource] | None = None,
+    on_check: Callable[[Check, int], None] | None = None,
 ) -> Verification:
     """Check an output folder.
 
@@ -82,6 +101,7 @@ def verify(
         strict: Count a skipped check as failed.
         manifest: The manifest of an output that has none yet: the checksums of its tensors are computed, not compared.
         sources: With ``manifest``: the models it was made from.
+        on_check: Called after each check, with the number of all checks.
 
     Returns:
         The results of all checks.
@@ -91,22 +111,28 @@ def verify(
     """
     folder = Path(folder)
     checks: list[Check] = []
+    wanted = [(name, check) for name, check, slow in CHECKS if not (quick and slow)]
+    if logits_text is not None:
+        wanted.append(("logits", lambda output, /: output.logits(logits_text)))
+    total = len(wanted) + (manifest is None)
+
+    def finished(check: Check) -> None:
+        checks.append(check)
+        if on_check is not None:
+            on_check(check, total)
 
     if manifest is None:
         try:
             manifest = read_manifest(folder)
-            checks.append(Check("manifest", True, f"format {manifest.format}"))
+            finished(Check("manifest", True, f"format {manifest.format}"))
         except VerifyError as error:
-            checks.append(Check("manifest", False, str(error)))
+            finished(Check("manifest", False, str(error)))
     output = Output(folder, manifest, sources, finite=not quick) if manifest else None
-    wanted = [(name, check) for name, check, slow in CHECKS if not (quick and slow)]
-    if logits_text is not None:
-        wanted.append(("logits", lambda output, /: output.logits(logits_text)))
     for name, check in wanted:
         began = time.monotonic()
         result = _run(check, output) if output else (None, "no manifest to compare with")
         facts = result[2] if len(result) == 3 else {}
-        checks.append(Check(name, result[0], result[1], facts, time.monotonic() - began))
+        finished(Check(name, result[0], result[1], facts, time.monotonic() - began))
     return Verification(folder, tuple(checks), strict, output.computed if output else {})
 
 

@@ -140,3 +140,17 @@ def test_command_line_page_is_up_to_date():
     for name in ("make_cli", "make_families"):
         page = runpy.run_path(str(ROOT / f"docs/{name}.py"))
         assert page["PAGE"].read_text(encoding="utf-8") == page["render"](), f"run: python docs/{name}.py"
+
+
+def test_the_benchmark_of_the_inits_needs_no_file():
+    """Its command as it stands: models and suites exist, and no option names a file."""
+    from benchmarks.inits.__main__ import main
+    from benchmarks.inits.suites import SUITES
+
+    text = page("docs/does-it-help.md")
+    (line,) = [line for line in text.splitlines() if line.startswith("python -m benchmarks.inits")]
+    command, _, comment = line.partition("#")
+    found = main.make_context("inits", shlex.split(command)[3:]).params
+    assert found["models"] and not {"prose", "code", "docs"} & {word.lstrip("-") for word in shlex.split(command)[3:]}
+    assert found["prose"] == ("stdlib-docs",) and found["code"] == ("stdlib",)
+    assert set(re.findall(r"--suite (\w+)", comment)) <= SUITES.keys()

@@ -1,16 +1,21 @@
-"""The wheel and the sdist have the recipes, and a package from the wheel finds them."""
+"""The wheel and the sdist have what they should, and what a newcomer installs from the wheel works."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import deus_merge
 
 ROOT = Path(__file__).parents[2]
 FILES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*") if path.is_file()}
@@ -22,8 +27,9 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     for name in ("deus_merge", "recipes", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    for path in ROOT.iterdir():
+        if path.is_file() and path.suffix != ".log":
+            shutil.copy(path, folder)
     return folder
 
 
@@ -50,7 +56,7 @@ def test_a_wheel_has_the_recipes_and_finds_them(sources, tmp_path):
         archive.extractall(site)
         record = next(archive.read(name).decode() for name in names if name.endswith("/RECORD"))
     inside = {name.removeprefix("deus_merge/") for name in names if name.startswith("deus_merge/recipes/")}
-    assert inside == {name for name in FILES if name.endswith((".yml", ".py"))}
+    assert inside == {name for name in FILES if name.endswith((".yml", ".py", ".ipynb"))}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"deus_merge"}
     assert all(f"deus_merge/{name}," in record for name in inside)
     script = "from deus_merge.cli import main; main()"
@@ -66,6 +72,90 @@ def test_a_wheel_has_the_recipes_and_finds_them(sources, tmp_path):
             assert {Path(name).stem for name in FILES} == {Path(name).stem for name in json.loads(done.stdout)}
 
 
+@pytest.fixture(scope="module")
+def fresh(sources, tmp_path_factory) -> Path:
+    """The ``bin`` of an environment in which the wheel is installed, and whose other packages are those of this one."""
+    folder = tmp_path_factory.mktemp("fresh")
+    wheel = build(sources, "wheel", folder / "wheel")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    python = folder / "venv/bin/python"
+    script = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    Path(site, "main.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    options = ["--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)], check=True)
+    return folder / "venv/bin"
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_wheel_in_an_empty_folder(fresh, tmp_path):
+    environment = {"PATH": str(fresh), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path / "home")}
+
+    def say(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stdout
+
+    package = Path(say(str(fresh / "python"), "-c", "import deus_merge; print(deus_merge.__file__)").strip()).parent
+    assert package.is_relative_to(fresh.parent), "the package of the wheel, not that of the sources"
+    out = say(str(fresh / "deus-merge"), "demo", "--tiny")
+    assert "6 -> 9 layers" in out and "FAILED" not in out
+    said = {line.partition(":")[0].strip(): line.partition(":")[2] for line in out.splitlines()}
+    assert said["base"] == said["up-scaled"], "both models continue the sentence in the same way"
+    assert (tmp_path / "demo/tiny-opt_deus/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_metadata_and_licences(fresh, tmp_path):
+    script = """
+import importlib.metadata, json
+found = importlib.metadata.distribution("deus-merge")
+print(json.dumps({"meta": found.metadata.json, "files": [str(file) for file in found.files]}))
+"""
+    done = subprocess.run(
+        [fresh / "python", "-c", script], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    meta, files = found["meta"], found["files"]
+    assert meta["version"] == deus_merge.__version__ and meta["license_expression"] == "Apache-2.0"
+    assert meta["author"] == "deus_merge contributors" and "mergekit" in ",".join(meta["keywords"]).split(",")
+    minor = {int(number) for number in re.findall(r":: 3\.(\d+)", "\n".join(meta["classifier"]))}
+    workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
+    tested = {int(number) for number in re.findall(r'"3\.(\d+)"', workflow)}
+    assert minor == tested and meta["requires_python"] == f">=3.{min(minor)}"
+    assert "deus_merge/py.typed" in files and "deus_merge/models/tiny/TRAINING.md" in files
+    licences = {Path(name).name for name in files if "/licenses/" in name}
+    assert licences == {"LICENSE", "NOTICE"}
+
+
+def test_the_notice_names_all_data():
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    package = ROOT / "deus_merge"
+    code = {".py", ".pyc", ".typed", ".html"}
+    data = {path.parent for path in package.rglob("*") if path.is_file() and path.suffix not in code}
+    assert data and all(f"- {folder.relative_to(ROOT).as_posix()}:" in notice for folder in data - {package})
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    released = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert released[0] == "Unreleased" and released[1] == deus_merge.__version__ == citation["version"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and citation["license"] == "Apache-2.0"
+
+
+def test_forms_and_the_workflow_are_valid():
+    """The keys that the forms of issues need, and a workflow that runs the tests as CONTRIBUTING.md says."""
+    forms = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) == 4
+    for form in (yaml.safe_load(file.read_text(encoding="utf-8")) for file in forms if file.stem != "config"):
+        assert form["name"] and form["description"] and form["body"]
+        ids = [field["id"] for field in form["body"]]
+        assert len(set(ids)) == len(ids)
+        assert all(field["type"] in ("input", "textarea") and field["attributes"]["label"] for field in form["body"])
+    job = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))["jobs"]["test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test PYTHON=python"]
+
+
 @pytest.mark.slow
 def test_a_wheel_from_the_sdist_is_the_same(sources, tmp_path):
     sdist = build(sources, "sdist", tmp_path / "sdist")
@@ -73,7 +163,9 @@ def test_a_wheel_from_the_sdist_is_the_same(sources, tmp_path):
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     names = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
-    assert names >= {name for name in FILES if name.endswith((".yml", ".py"))}
+    assert names >= {name for name in FILES if name.endswith((".yml", ".py", ".ipynb"))}
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").iterdir() if path.is_file()}
+    assert names >= pages | {"CHANGELOG.md", "README.md", "LICENSE", "NOTICE", "CONTRIBUTING.md", "deus_merge/py.typed"}
     from_sdist = build(unpacked, "wheel", tmp_path / "from_sdist")
     direct = build(sources, "wheel", tmp_path / "direct")
     with zipfile.ZipFile(from_sdist) as one, zipfile.ZipFile(direct) as other:

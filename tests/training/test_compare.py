@@ -260,7 +260,8 @@ def test_a_result_in_a_notebook(tiny, text, tmp_path):
     assert seen == [2, 1, 0] and found.complete
     (row,) = found.rows
     assert row.lr == 3e-3 and row.bracketed and row.rates[1e38] == math.inf  # a run that diverged is a result
-    assert "copy_next" in str(found) and "<table>" in found._repr_html_() and "runs" not in repr(found)
+    assert "copy_next" in str(found) and "<table>" in found._repr_html_()
+    assert repr(found).endswith(": 1 candidate, 3 runs, complete)")
     assert json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
 
 

@@ -8,7 +8,7 @@ does not lower their loss stays zero, so that loss never rises.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from pathlib import Path
 from ...checkpoint.dequantized import dequantized
 from ...checkpoint.reader import Checkpoint
 from ...core.errors import DeusMergeError
+from ...core.text import plural
 from ...report.manifest import check_belongs
 from ...report.manifest_parts import Calibration
 from ..freeze import read_training
@@ -42,6 +43,11 @@ class Calibrated:
     notes: tuple[str, ...]
     seconds: float
 
+    def __repr__(self) -> str:
+        found = self.record
+        change = f"loss {found.loss_before:.4f} -> {found.loss_after:.4f} on {found.held_out_tokens} held-out tokens"
+        return f"Calibrated({self.folder}: {change}; {plural(len(found.layers), 'layer')})"
+
     def describe(self) -> dict:
         """As JSON data."""
         layers = [{**vars(layer), "tensors": list(layer.tensors)} for layer in self.record.layers]
@@ -55,6 +61,7 @@ def calibrate(
     text: str,
     options: CalibrationOptions | None = None,
     on_layer: OnLayer | None = None,
+    on_start: Callable[[int], None] | None = None,
 ) -> Calibrated:
     """Set the zeroed outputs of an output's new layers from a text. Everything else is copied.
 
@@ -64,6 +71,7 @@ def calibrate(
         text: The text. Its tokens count as training tokens wherever results are compared.
         options: Tokens, method, damping, device ...
         on_layer: Called after each new layer, with whether an earlier run had finished it.
+        on_start: Called once before them, with their number.
 
     Returns:
         The losses before and after, and each layer's step.
@@ -90,6 +98,8 @@ def calibrate(
         if found := output.earlier(job.record(())):
             return Calibrated(Path(out), found, (*notes, "the output was complete already"), time.monotonic() - began)
         output.check(job.needs)
+        if on_start is not None:
+            on_start(len(job.writers.layers))
         with _resume_hints(output), output:
             record = job.record(calibrate_layers(job, output, on_layer or (lambda layer, resumed: None)))
             notes += output.finish(record)

@@ -55,7 +55,7 @@ def score_gaps(
     text: str,
     options: CalibrationOptions | None = None,
     load_options: LoadOptions | None = None,
-    on_gap: Callable[[GapScore], None] | None = None,
+    on_gap: Callable[[GapScore, int], None] | None = None,
 ) -> tuple[GapScore, ...]:
     """Score every gap between two layers of a model on a text.
 
@@ -64,7 +64,7 @@ def score_gaps(
         text: The text. All of its windows are used, so ``held_out`` and ``seed`` have no effect.
         options: Tokens, length, damping, batch, device, memory, threads.
         load_options: Whether pickled weights may be read, and where downloads are stored.
-        on_gap: Called after each gap, from the highest to the lowest.
+        on_gap: Called after each gap, from the highest to the lowest, with how many there are.
 
     Returns:
         The scores, from the lowest gap to the highest.
@@ -110,7 +110,7 @@ def score_gaps(
                     score = _scored(passes, view, layer, writers.layers[layer], hidden, gradients, options.damping)
                     scores.append(score)
                     if on_gap is not None:
-                        on_gap(score)
+                        on_gap(score, runner.depth - 1)
         passes.close()
     return tuple(reversed(scores))
 

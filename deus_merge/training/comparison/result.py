@@ -23,9 +23,10 @@ _COLUMNS = (
 LEGEND = """Losses in nats a token on held-out text, means over seeds. *Difference*: of the last loss to that of the
 first row, the reference, seed by seed (the same windows in the same order), with its 95 % interval. *Tokens*: those
 needed to reach the reference's last loss, over the reference's; the difference becomes tokens by the slope of the
-reference's curve. *At equal FLOPs*: the difference where both have computed as much as the cheaper one does in all; calibration is not
-counted. *Base's text*: the change of the loss on the other text. *Memory*: weights, gradients, optimizer states, and what the
-backward pass keeps. A rate in brackets is the lowest or highest that was tried: a better one may lie beyond."""
+reference's curve. *At equal FLOPs*: the difference where both have computed as much as the cheaper one does in all
+(calibration not counted). *Base's text*: the change of the loss on the other text. *Memory*: weights, gradients,
+optimizer states, and what the backward pass keeps. A rate in brackets is the lowest or highest that was tried: a
+better one may lie beyond."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,283 @@
+"""From a recipe to a checkpoint, and back: plan, merge, up-scale, fit, strip."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.storage import LoadOptions
+from ..core.errors import PlanError
+from ..core.located import Plain, locate
+from ..core.units import parse_size
+from ..plan.blocks import BlockPlan
+from ..plan.build import DEFAULT_SHARD_SIZE, build_plan
+from ..plan.fit import Fit, check, choose
+from ..plan.training_memory import TrainingSettings
+from ..plan.types import Plan
+from ..recipe.presets import PRESETS, check_upscale
+from ..recipe.reader import recipe_from
+from ..recipe.types import Recipe
+from ..report.manifest_parts import CalibratedLayer
+from ..run.executor import execute
+from ..run.preflight import RunOptions
+from ..run.preflight import preflight as check_run
+from ..run.strip import Stripped
+from ..training.calibration.planned import calibrator_of
+from .arguments import instance, model_of, path_of, recipe_of
+from .progress import Counter, OnProgress
+from .results import MergeResult
+
+#: a recipe, its values, its YAML, or its file
+AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+
+
+def plan(
+    recipe: AnyRecipe,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    load_options: LoadOptions | None = None,
+    copy_tokenizer: bool = True,
+) -> Plan:
+    """Plan a recipe. Reads configs and headers, no tensor.
+
+    Args:
+        recipe: A recipe, its values as a dict, its YAML (text of several lines), or its file.
+        max_shard_size: Upper bound of an output file's size, in bytes or like ``"5GB"``.
+        load_options: Whether pickled weights may be read, and the folder for downloads.
+        copy_tokenizer: Whether the output gets the tokenizer.
+
+    Returns:
+        The plan, which `merge` runs.
+
+    Raises:
+        DeusMergeError: the recipe or one of its models is invalid, or they do not fit together.
+    """
+    load_options = instance(load_options, LoadOptions, "load_options")
+    return build_plan(
+        recipe_of(recipe), max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer
+    )
+
+
+def merge(
+    recipe: Plan | AnyRecipe,
+    out: str | Path,
+    options: RunOptions | None = None,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    load_options: LoadOptions | None = None,
+    copy_tokenizer: bool = True,
+    on_block: Callable[[BlockPlan, bool], None] | None = None,
+    on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
+    progress: OnProgress | None = None,
+) -> MergeResult:
+    """Run a recipe and write the checkpoint. With ``calibrate`` in the recipe, the outputs of the new layers are set in
+    the unfinished folder before it gets its name.
+
+    Args:
+        recipe: A plan from `plan`, or whatever `plan` takes.
+        out: The output folder.
+        options: Device, resume, overwrite, verification.
+        max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
+        on_block: Called after each block with the block and whether an earlier run had finished it.
+        on_layer: Called after each calibrated layer, with whether an earlier run had finished it.
+        progress: Called after each of these steps, with how many there are.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        DeusMergeError: the run is impossible; nothing has been written.
+        MachineError: the machine failed during the run, which can be resumed.
+        VerifyError: the result failed verification; it is not renamed to ``out``.
+    """
+    started, target = time.monotonic(), path_of(out, "out")
+    options = instance(options, RunOptions, "options")
+    if not isinstance(recipe, Plan):
+        recipe = plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
+    counter = Counter(progress)
+
+    def block_finished(block: BlockPlan, resumed: bool) -> None:
+        if on_block is not None:
+            on_block(block, resumed)
+        counter.step(f"{block.title}: {block.how}", resumed)
+
+    def layer_finished(layer: CalibratedLayer, resumed: bool) -> None:
+        if on_layer is not None:
+            on_layer(layer, resumed)
+        counter.step(f"calibrated layer {layer.layer}", resumed)
+
+    calibrator = calibrator_of(recipe, options, layer_finished)
+    counter.total = len(recipe.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
+    done = execute(recipe, target, options, block_finished, calibrator)
+    seconds = time.monotonic() - started
+    return MergeResult(target, recipe, done.verification, done.warnings, seconds, done.calibration)
+
+
+def upscale(
+    model: str | Path,
+    out: str | Path,
+    options: RunOptions | None = None,
+    *,
+    preset: str = "opt_deus",
+    insert: Plain = None,
+    memory: int | str | None = None,
+    dtype: str | None = None,
+    parameters: Mapping[str, Plain] | None = None,
+    quantize_new: bool = False,
+    calibrate: str | Path | Mapping[str, Plain] | None = None,
+    training: TrainingSettings | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    load_options: LoadOptions | None = None,
+    copy_tokenizer: bool = True,
+    progress: OnProgress | None = None,
+) -> MergeResult:
+    """Make a model deeper: the main job, without a recipe.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        out: The output folder.
+        options: Device, resume, overwrite, verification.
+        preset, insert, dtype, parameters, quantize_new, calibrate: As for `upscale_recipe`.
+        memory: Put in as many layers as can be trained with this much memory, in bytes or like ``"24GB"``: see `fit`.
+        training: With ``memory``: how the new layers are trained; None for the defaults.
+        max_shard_size, load_options, copy_tokenizer: See `plan`.
+        progress: Called after each step, with how many there are.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        DeusMergeError: as `upscale_recipe`, `fit` and `merge`.
+    """
+    target, more = path_of(out, "out"), {"dtype": dtype, "parameters": parameters, "quantize_new": quantize_new}
+    if memory is not None:
+        insert = fit(model, memory, training, preset=preset, insert=insert, load_options=load_options, **more).insert
+    recipe = upscale_recipe(model, preset=preset, insert=insert, calibrate=calibrate, **more)
+    planned = plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
+    return merge(planned, target, options, progress=progress)
+
+
+def preflight(plan: Plan, out: str | Path, options: RunOptions | None = None) -> tuple[str, ...]:
+    """Check everything that can be known to go wrong with a run, a calibration included; writes nothing.
+
+    Args:
+        plan: A plan from `plan`.
+        out: The output folder.
+        options: As for `merge`.
+
+    Returns:
+        Warnings about this machine and the text of a calibration.
+
+    Raises:
+        DeusMergeError: the run is impossible.
+    """
+    options = instance(options, RunOptions, "options")
+    if not isinstance(plan, Plan):
+        raise PlanError("not a plan", where="plan", expected="the result of deus_merge.plan", got=type(plan).__name__)
+    return check_run(plan, path_of(out, "out"), options, calibrator_of(plan, options)).warnings
+
+
+def upscale_recipe(
+    model: str | Path,
+    *,
+    preset: str = "opt_deus",
+    insert: Plain = None,
+    dtype: str | None = None,
+    parameters: Mapping[str, Plain] | None = None,
+    quantize_new: bool = False,
+    calibrate: str | Path | Mapping[str, Plain] | None = None,
+) -> Recipe:
+    """The recipe that `deus-merge upscale` runs.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        preset: A name in `presets.PRESETS`.
+        insert: The places of new layers, as in a recipe: ``"top_half"``, ``{"every": 4}`` ...; None for the preset's.
+        dtype: The output's dtype; None for the model's.
+        parameters: Parameters of the preset's method, which take precedence over the preset's own.
+        quantize_new: Write new layers in the format of a quantised base, not in floating point.
+        calibrate: A text file that sets the zeroed outputs of new layers, or a recipe's whole ``calibrate`` section.
+
+    Raises:
+        RecipeError: an unknown preset, parameter or form of ``insert``, or another value that a recipe cannot have.
+    """
+    section: dict[str, Plain] = {"preset": preset}
+    if insert is not None:
+        section["insert"] = insert
+    if parameters:
+        section["parameters"] = dict(parameters)
+    data: dict[str, Plain] = {"base_model": model_of(model), "upscale": section}
+    if dtype:
+        data["dtype"] = dtype
+    if quantize_new:
+        data["quantize_new"] = True
+    if calibrate is not None:
+        data["calibrate"] = dict(calibrate) if isinstance(calibrate, Mapping) else {"text": str(calibrate)}
+    recipe = recipe_from(locate(data))
+    assert recipe.upscale is not None
+    check_upscale(recipe.upscale)
+    return recipe
+
+
+def fit(
+    model: str | Path,
+    memory: int | str,
+    training: TrainingSettings | None = None,
+    *,
+    preset: str = "opt_deus",
+    insert: Plain = None,
+    load_options: LoadOptions | None = None,
+    **more: Any,
+) -> Fit:
+    """Choose as many new layers as can be trained on a card, from the top of the model down to its middle.
+
+    Args:
+        model: A folder or ``org/name[@revision]``.
+        memory: The memory of the card, in bytes or like ``"24GB"``.
+        training: How the new layers are trained; None for the defaults.
+        preset: As for `upscale_recipe`.
+        insert: Places of new layers, which are then only checked; None to choose them.
+        load_options: As for `plan`.
+        more: ``dtype``, ``parameters`` and ``quantize_new``, as for `upscale_recipe`.
+
+    Returns:
+        The choice; its ``insert`` is that of `upscale_recipe`.
+
+    Raises:
+        PlanError: no new layer fits, or those of ``insert`` do not. The message says what would have to change.
+        DeusMergeError: as `plan`.
+    """
+    training, limit = instance(training, TrainingSettings, "training"), parse_size(memory)
+    if preset in PRESETS and PRESETS[preset].parameters is None:
+        raise PlanError(f"preset {preset} repeats layers", where="--fit", expected="a preset that puts in new layers")
+    recipe = upscale_recipe(model, preset=preset, insert="top_half" if insert is None else insert, **more)
+    planned = plan(recipe, load_options=load_options)
+    if insert is not None:
+        return check(planned.shape, limit, training, insert)
+    return choose(planned.shape, limit, training, planned.donor.view.num_layers // 2)
+
+
+def strip(
+    out: str | Path,
+    base: str | Path,
+    *,
+    manifest: str | Path | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+) -> Stripped:
+    """Remove the layers that the last growth added.
+
+    Args:
+        out: An output folder, which may have been trained.
+        base: The new folder for the base model.
+        manifest, max_shard_size, overwrite: See `deus_merge.run.strip.strip`.
+
+    Raises:
+        DeusMergeError: there are no new layers, or the base cannot be separated or written.
+    """
+    from ..run.strip import strip as run
+
+    source, target = path_of(out, "out"), path_of(base, "base")
+    return run(source, target, manifest=manifest, max_shard_size=max_shard_size, overwrite=overwrite)
