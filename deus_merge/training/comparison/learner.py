@@ -13,12 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
 from ...core.errors import TrainingError
 from ...core.text import some_of
-=======
 from ...models.silence import no_progress_bars
->>>>>>> main
 from .candidates import Job
 from .prefix import FrozenPrefix, layer_list
 from .setup import narrow, prepare
@@ -119,11 +116,11 @@ class _Learner:
         from transformers import AutoModelForCausalLM
 
         self.job, self.device, self.fixed = job, torch.device(device), job.fixed
-<<<<<<< HEAD
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                job.folder, dtype=torch.float32, output_loading_info=True
-            )
+            with no_progress_bars():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    job.folder, dtype=torch.float32, output_loading_info=True
+                )
             model, info = loaded
         except (ImportError, OSError, ValueError) as error:
             why = " ".join(str(error).split())
@@ -133,10 +130,6 @@ class _Learner:
             hint = "write the base in floating point (merge_method: passthrough, dtype: bfloat16), and compare it"
             message = "transformers cannot load all weights of the model"
             raise TrainingError(message, where=job.folder, got=some_of(sorted(lost)), hint=hint)
-=======
-        with no_progress_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32)
->>>>>>> main
         self.model, make_optimizer = prepare(model, job)
         self.trained: list[Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         if self.fixed.precision == "bfloat16":
