@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...core.tables import html_table
+from ...core.text import plural
 from ...core.units import format_size
 from .candidates import Candidate, insert_text
 from .search import SEED, best_lr, best_runs, by_candidate
@@ -155,9 +157,14 @@ class Comparison:
     def __str__(self) -> str:
         return self.markdown()
 
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "not complete"
+        counts = f"{plural(len(self.candidates), 'candidate')}, {plural(len(self.runs), 'run')}"
+        return f"Comparison({self.folder}: {counts}, {state})"
+
     def _repr_html_(self) -> str:
         plot = self.plot() or ""
-        return f"{plot[plot.find('<svg') :]}{_html_table(*self.table())}"
+        return f"{plot[plot.find('<svg') :]}{html_table(*self.table())}"
 
     def plot(self) -> str | None:
         """Held-out loss against tokens, and differences to the reference with 95 % bands, as SVG. None without
@@ -186,7 +193,7 @@ class Comparison:
         state = "" if self.complete else "<p>The budget ended before all runs: continue with the same command.</p>"
         figure = plot[plot.find("<svg") :] if plot else ""
         legend = html.escape(LEGEND).replace("\n", " ")
-        body = f"<p>{html.escape(fixed)}</p>{state}{figure}{_html_table(*self.table())}<p>{legend}</p>"
+        body = f"<p>{html.escape(fixed)}</p>{state}{figure}{html_table(*self.table())}<p>{legend}</p>"
         return _PAGE.replace("{body}", body)
 
 
