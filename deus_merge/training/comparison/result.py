@@ -209,13 +209,6 @@ th, td { padding: .3rem .7rem .3rem 0; text-align: left; border-top: 1px solid #
 """
 
 
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-    return f"<div><table>{line('th', columns)}{''.join(line('td', row) for row in rows)}</table></div>"
-
-
 def _cell(value: Interval | None, form: str) -> str:
     """An interval as text; nothing where both of two runs diverged."""
     return "" if value is None or math.isnan(value.mean) else format(value, form)
