@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from deus_merge.training.comparison.result import LEGEND
@@ -45,4 +46,6 @@ def write(results: Path, file: Path) -> None:
                 f"![Losses and differences](results/{folder.name}/curves.svg)",
                 "",
             ]
+            if (folder / "curves.svg").exists() and suite == "grid" and (pictures := file.parents[2] / "docs").is_dir():
+                shutil.copy(folder / "curves.svg", pictures / f"inits-{model}.svg")
     file.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
