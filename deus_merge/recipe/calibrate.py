@@ -5,51 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..core.errors import PlanError
-from ..core.located import Located, Plain
+from ..core.located import Located
 from ..core.parameters import as_number
 
 METHODS = ("ridge", "kfac")
 
 
-class Settings(Protocol):
-    """The settings of a calibration that decide its result."""
-
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def held_out(self) -> float: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def damping(self) -> float: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
 @dataclass(frozen=True)
-class Calibrate:
-    """A ``calibrate:`` section. The attributes but ``text`` and ``place`` are those of `CalibrationOptions`.
+class CalibrationSettings:
+    """The settings of a calibration that decide its result, besides model and text.
 
     Attributes:
-        text: The path of the text.
-        tokens: Tokens of the text that are used at most.
-        length: Tokens of a window.
-        held_out: The share of the windows that chooses the step size.
+        tokens: Tokens of the text that are used at most, fitted and held out together.
+        length: Tokens of a window; nothing is read across windows.
+        held_out: The share of the windows that is not fitted: their loss chooses the step size.
         method: ``ridge`` or ``kfac``.
         damping: Multiple of the mean diagonal entry that is added to the diagonals.
         batch: Windows that are computed at once.
         seed: Decides which windows are held out.
-        place: The place in the recipe.
     """
 
-    text: str
     tokens: int = 16_384
     length: int = 256
     held_out: float = 0.25
@@ -57,22 +35,35 @@ class Calibrate:
     damping: float = 0.3
     batch: int = 4
     seed: int = 0
-    place: Located = field(compare=False, repr=False, default=Located(None))
 
     @property
-    def settings(self) -> dict[str, Plain]:
-        """Everything but the text, by key."""
-        return {name: getattr(self, name) for name in _KEYS if name != "text"}
+    def settings(self) -> dict[str, Any]:
+        """These values, by name."""
+        return {name: getattr(self, name) for name in _SETTINGS}
+
+
+_SETTINGS = tuple(f.name for f in fields(CalibrationSettings))
+_KEYS = ("text", *_SETTINGS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(CalibrationSettings):
+    """A ``calibrate:`` section.
+
+    Attributes:
+        text: The path of the text.
+        place: The place in the recipe.
+    """
+
+    text: str
+    place: Located = field(compare=False, repr=False, default=Located(None))
 
     def at(self, key: str) -> Located:
         """The place of a key, or of the section where the recipe does not set it."""
         return self.place.value.get(key, self.place) if isinstance(self.place.value, dict) else self.place
 
 
-_KEYS = tuple(f.name for f in fields(Calibrate) if f.name != "place")
-
-
-def misfit(settings: Settings, window: str = "length") -> tuple[str, str] | None:
+def misfit(settings: CalibrationSettings, window: str = "length") -> tuple[str, str] | None:
     """The first setting that is out of range.
 
     Args:

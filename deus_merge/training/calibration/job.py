@@ -96,7 +96,7 @@ class Job:
     def identity(self) -> dict[str, object]:
         """What decides the result besides the model."""
         run = {"device": self.device.type, "threads": self.threads, **machine_identity(self.device)}
-        return {**self.options.identity, **run, "text": self.windows.text_sha256}
+        return {**self.options.settings, **run, "text": self.windows.text_sha256}
 
     def record(self, layers: Sequence[CalibratedLayer]) -> Calibration:
         """The manifest's record; without losses where no layer is given."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import PlanError, TrainingError
-from ...recipe.calibrate import misfit
+from ...recipe.calibrate import CalibrationSettings, misfit
 from ...run.device import check_device_name
 from ..reading import check_rows, load_tokenizer
 
@@ -20,17 +20,10 @@ _CHARACTERS = 32  # of text a token at most, nearly always
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
-    """How to calibrate.
+class CalibrationOptions(CalibrationSettings):
+    """How to calibrate: the settings that a recipe has, too, and those of the run.
 
     Attributes:
-        tokens: Tokens of the text that are used at most, fitted and held out together.
-        length: Tokens of a window; nothing is read across windows.
-        held_out: The share of the windows that is not fitted: their loss chooses the step size.
-        method: ``ridge`` or ``kfac``.
-        damping: Multiple of the mean diagonal entry that is added to the diagonals.
-        batch: Windows that are computed at once.
-        seed: Decides which windows are held out.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         max_memory: Bytes the process may take; None for those of the machine.
         threads: CPU threads for arithmetic; None for torch's own choice.
@@ -38,13 +31,6 @@ class CalibrationOptions:
         overwrite: Replace an existing output, once the new one is complete.
     """
 
-    tokens: int = 16_384
-    length: int = 256
-    held_out: float = 0.25
-    method: str = "kfac"
-    damping: float = 0.3
-    batch: int = 4
-    seed: int = 0
     device: str = "auto"
     max_memory: int | None = None
     threads: int | None = None
@@ -62,12 +48,6 @@ class CalibrationOptions:
             option = "--" + name.replace("_", "-")
             raise PlanError("not a possible value", where=option, expected=expected, got=getattr(self, name))
         check_device_name(self.device)
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """The values that decide the result, by name."""
-        others = {"device", "max_memory", "threads", "resume", "overwrite"}
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
 
 
 @dataclass(frozen=True)

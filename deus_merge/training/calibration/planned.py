@@ -97,7 +97,7 @@ def calibrator_of(plan: Plan, options: RunOptions, on_layer: OnLayer | None = No
     how = planned.how
     text = _unchanged_text(planned)
     run = {"device": options.device, "max_memory": options.max_memory, "threads": options.threads}
-    chosen = CalibrationOptions(**how.settings, **run)  # type: ignore[arg-type]
+    chosen = CalibrationOptions(**how.settings, **run)
     job = planned_job(plan, text, chosen, how.at("text").where)
     return PlannedCalibrator(job, on_layer or (lambda layer, resumed: None))
 

@@ -166,15 +166,15 @@ def add_batch(
 
 @contextmanager
 def read_by(runner: LayerRunner, writers: Sequence[Writer]) -> Iterator[dict[str, Tensor]]:
-    """What each writer read last, by the name of its tensor, in their order."""
-    read: dict[str, Tensor] = {}
+    """What each writer read last, by the name of its tensor, in the order of the writers."""
+    import torch
+
+    read = {writer.tensor: torch.empty(0) for writer in writers}
 
     def keep(name: str, _module: object, arguments: tuple) -> None:
         read[name] = arguments[0]
 
     hooks = [w.module(runner).register_forward_pre_hook(partial(keep, w.tensor)) for w in writers]
-    order = [writer.tensor for writer in writers]
-    read.update(dict.fromkeys(order))  # type: ignore[arg-type]
     try:
         yield read
     finally:

@@ -25,7 +25,7 @@ class FrozenPrefix:
         arithmetic: Makes the context of a forward pass.
     """
 
-    def __init__(self, model: Module, layers: ModuleList, count: int, arithmetic: Callable[[], AbstractContextManager]):
+    def __init__(self, model: Any, layers: ModuleList, count: int, arithmetic: Callable[[], AbstractContextManager]):
         self._model, self._layers, self._count, self._arithmetic = model, layers, count, arithmetic
         self._states: Tensor | None = None
 
@@ -35,7 +35,7 @@ class FrozenPrefix:
         import xxhash
 
         digest = xxhash.xxh3_64()
-        for module in (self._model.get_input_embeddings(), *self._layers[: self._count]):  # type: ignore[operator]
+        for module in (self._model.get_input_embeddings(), *self._layers[: self._count]):
             for parameter in module.parameters():
                 digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
