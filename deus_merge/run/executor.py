@@ -119,7 +119,7 @@ def execute(
             found = verify(output.folder, quick=True, manifest=manifest, sources=list(plan_sources(plan)))
             verification = _passed(found, out, "the output was not put in place")
             manifest = manifest.with_checksums(verification.checksums)
-        output.put(MANIFEST, manifest.sealed())
+        output.put(MANIFEST, manifest.sealed(output.out))
         output.finish()
     warnings = (
         *plan.warnings,
