@@ -51,7 +51,8 @@ def shared_path(path: Path | str, folder: Path) -> str:
     home = Path(os.path.abspath(os.path.expanduser("~")))
     if common == Path(common.anchor) or common in home.parents:
         return PRIVATE + path.name
-    return Path(os.path.relpath(path, folder)).as_posix()
+    text = Path(os.path.relpath(path, folder)).as_posix()
+    return text if text.startswith("..") else f"./{text}"
 
 
 def found_path(text: str, folder: Path) -> str:
