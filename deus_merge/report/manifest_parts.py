@@ -18,10 +18,11 @@ class ManifestSource:
     """A model that the output was made from, or a checkpoint that copied tensors are stored in.
 
     Attributes:
-        model: The reference in the recipe: a folder, ``org/name[@revision]``, either with ``+adapter``, or the name of
-            a document.
+        model: The model in the recipe: a folder's name, ``org/name[@revision]``, either with ``+adapter``, or the name
+            of a document.
         fingerprint: sha256 over its config and its headers.
-        folder: The folder of a checkpoint, or a GGUF file; None where the tensors are derived from other sources.
+        folder: The folder of a checkpoint, or a GGUF file, relative to the output, ``org/name@revision``, or
+            ``<private>/name``; None where the tensors are derived from other sources.
         layers: The number of its layers; None for checkpoints that the recipe does not name.
         adapter: The folder of an adapter.
         base: The source that the adapter was applied to.

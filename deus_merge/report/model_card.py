@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 
 import yaml
 
@@ -17,6 +17,7 @@ from ..core.tensors import Action
 from ..core.typed_json import parse
 from ..plan.types import Plan
 from .manifest_parts import Calibration, Growth, ManifestLayer
+from .shareable import shared_name
 
 _SAME = re.compile(r"^It computes exactly what .* computes: the new layers add nothing until they are trained\.$", re.M)
 
@@ -26,15 +27,11 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -
 
     Args:
         plan: The plan that was run.
-        recipe_yaml: The resolved recipe.
+        recipe_yaml: The resolved recipe, without folders of this machine.
         ancestors: Earlier growths of the sources (`lineage.ancestors`).
     """
     sources = _sources(plan)
     names = ["+".join(parts) for parts in sources]
-    for folder in (f for m in plan.models for f in m.checkpoint.folders):
-        recipe_yaml = recipe_yaml.replace(str(folder), folder.name)  # a card does not name its author's folders
-    if how := plan.recipe.calibrate:
-        recipe_yaml = recipe_yaml.replace(str(Path(how.text).absolute()), Path(how.text).name)
     front = {
         "base_model": list(dict.fromkeys(part for parts in sources for part in parts)),
         "library_name": "transformers",
@@ -57,7 +54,7 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -
         lines.append(f"It computes exactly what {base} computes: the new layers add nothing until they are trained.")
     elif plan.new_layers:
         lines.append(f"It does not compute what {base} computes: expect a worse loss until it is trained.")
-    lines += [f"\nNote: {_markdown(warning)}." for warning in plan.warnings]
+    lines += [f"\nNote: {_markdown(_without_folders(warning, plan))}." for warning in plan.warnings]
     if ancestors:
         history = "; ".join(f"{_grown(a)} by plan {_markdown(a.plan_hash[:8])}" for a in ancestors)
         lines += ["", f"Earlier growths, oldest first (layers as numbered here): {history}."]
@@ -138,9 +135,18 @@ def _layer_rows(layer_map: Sequence[Mapping]) -> Iterator[tuple[str, str, str]]:
 
 def _name(ref: str) -> str:
     """A model's name without the folders of the person who ran the merge."""
-    parts = [part for part in split_adapter(ref) if part is not None]
-    name = "+".join(Path(part).name if Path(part).exists() else part for part in parts)
-    return printable(name)
+    return printable(shared_name(ref))
+
+
+def _without_folders(text: str, plan: Plan) -> str:
+    """A warning with models by their names."""
+    plans = (plan, *(document.plan for document in plan.documents))
+    models = [model for part in plans for model in part.models]
+    paths = {part for m in models for part in split_adapter(str(m.ref)) if part is not None}
+    paths |= {str(folder) for m in models for folder in m.checkpoint.folders}
+    for path in sorted(filter(os.path.isabs, paths), key=len, reverse=True):
+        text = text.replace(path, shared_name(path))
+    return text
 
 
 def _markdown(text: str) -> str:

@@ -22,6 +22,7 @@ from ..report.manifest import MANIFEST, RECIPE, read_manifest
 from ..report.manifest_parts import Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
+from ..report.shareable import shared_name, shared_path
 from ..verify import Verification, verify
 from .block_runner import run_blocks
 from .preflight import Calibrator, RunOptions, preflight
@@ -119,7 +120,7 @@ def execute(
             found = verify(output.folder, quick=True, manifest=manifest, sources=list(plan_sources(plan)))
             verification = _passed(found, out, "the output was not put in place")
             manifest = manifest.with_checksums(verification.checksums)
-        output.put(MANIFEST, manifest.sealed())
+        output.put(MANIFEST, manifest.sealed(output.out))
         output.finish()
     warnings = (
         *plan.warnings,
@@ -165,14 +166,14 @@ def _unchanged_sources(plan: Plan) -> Iterator[None]:
 
 def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], card: bool) -> dict[str, bytes]:
     """Write all files but the weights and the manifest."""
-    recipe = dump_recipe(plan.recipe)
+    recipe = dump_recipe(plan.recipe, lambda path: shared_path(path, output.out))
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json_text(plan.config, indent=2) + "\n").encode()
     files[RECIPE] = recipe.encode()
     if card:
-        files["README.md"] = model_card(plan, recipe, past).encode()
+        files["README.md"] = model_card(plan, dump_recipe(plan.recipe, shared_name), past).encode()
     for name, content in files.items():
         output.put(name, content)
     return files

@@ -133,7 +133,7 @@ def strip(
         _check_written(written, sources)
         equal, widened, different = _compare(written, base) if base else (None, 0, ())
         unchanged = equal is not None and not different and not widened
-        content = earlier.sealed(shards, files, written, unchanged, record.base_trained)
+        content = earlier.sealed(shards, files, written, unchanged, record.base_trained, output.out)
         if content is not None:
             output.put(MANIFEST, content)
         output.finish()
@@ -207,6 +207,7 @@ class _EarlierGrowth:
         written: Checkpoint,
         unchanged: bool,
         base_trained: bool,
+        out: Path,
     ) -> bytes | None:
         """Its manifest's file for the weights that were written; None where it is not available, or where they were
         cast to a dtype that does not hold its tensors."""
@@ -223,7 +224,7 @@ class _EarlierGrowth:
             trained=self.manifest.trained or not unchanged,
             base_trained=self.manifest.base_trained or base_trained,
         )
-        return manifest.sealed()
+        return manifest.sealed(out)
 
 
 def _base_layers(manifest: Manifest, view: ModelView, config: Config) -> list[int]:

@@ -27,7 +27,18 @@ def carry_manifest(source: Path | str, target: Path | str, *, replace: bool = Fa
         CheckpointError, ArchitectureError: there is no manifest in the source, or no model in the target.
         TrainingError: the target holds another model: of other layers, an adapter, or with a manifest of its own.
     """
-    source, target = Path(source), Path(target)
+    carry(Path(source), Path(target), replace=replace, all_layers=all_layers)
+
+
+def carry(
+    source: Path, target: Path, *, replace: bool = False, all_layers: bool = False, home: Path | None = None
+) -> None:
+    """`carry_manifest` to a folder that gets its name later.
+
+    Args:
+        source, target, replace, all_layers: As of `carry_manifest`.
+        home: The folder's name once it is finished: the manifest names its sources from there.
+    """
     manifest = read_manifest(source)
     manifest = dataclasses.replace(manifest, trained=True, base_trained=manifest.base_trained or all_layers)
     if not (target / "config.json").is_file():
@@ -51,7 +62,7 @@ def carry_manifest(source: Path | str, target: Path | str, *, replace: bool = Fa
     recipe = (source.parent if source.is_file() else source) / RECIPE
     if recipe.is_file():
         _write(target / RECIPE, recipe.read_bytes())
-    _write(file, manifest.sealed())
+    _write(file, manifest.sealed(home or target))
 
 
 def _write(path: Path, content: bytes) -> None:

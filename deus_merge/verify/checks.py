@@ -26,6 +26,7 @@ from ..models.layer_facts import expand, plain
 from ..models.modules import view_modules
 from ..models.view import ModelView, view_model
 from ..report.manifest import MANIFEST, USER_FILES, Manifest
+from ..report.shareable import PRIVATE
 from . import logits
 from . import transformers_model as model
 from .weights import ALGORITHM, ZEROS, TensorCheck, TensorResult, examine
@@ -369,6 +370,9 @@ def _reopened(manifest: Manifest) -> list[TensorSource | str]:
     for source in manifest.sources:
         if source.folder is None:
             found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
+            continue
+        if source.folder.startswith(PRIVATE):
+            found.append(f"source {source.model} is elsewhere: the manifest does not name its folder")
             continue
         try:
             gguf = is_gguf(source.folder)

@@ -187,7 +187,7 @@ class CalibratedOutput:
             found = examine((TensorCheck(written[name], None) for name in sorted(names)), finite=False)
         known = {name: found[name].checksum for name in names if self.manifest.tensors[name].xxh3_128 is not None}
         files = {name: sha256(self._files[name]) for name in sorted(self._files.keys() - USER_FILES)}
-        return replace(calibrated_manifest(self.manifest, record, known), files=files).sealed()
+        return replace(calibrated_manifest(self.manifest, record, known), files=files).sealed(self._output.out)
 
 
 def calibrated_manifest(manifest: Manifest, record: Calibration, checksums: Mapping[str, str]) -> Manifest:

@@ -1,0 +1,129 @@
+"""The rule for paths in files that people share: no absolute path, and no folder above one that the output is in, too.
+
+A source is written as ``org/name@revision`` where it lies in the hub's cache; as a path relative to the output's folder
+where both lie in one folder below the root (and not above the user's home); else as `PRIVATE` and its name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.hub import split_adapter
+
+#: Begins a path whose folder is not written.
+PRIVATE = "<private>/"
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
+_HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/([\w.-]*\w)@([0-9a-f]{40})", re.ASCII)
+#: Parts of a manifest without a path of this machine: too large to search for nothing, or the base's own.
+_PLAIN = frozenset({"tensors", "files", "weights", "layer_facts", "donor_config", "new_parameters", "versions"})
+
+
+def hub_cache() -> Path:
+    """The folder of the hub's cache, as huggingface_hub finds it."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    found = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.abspath(os.path.expanduser(found)))
+
+
+def shared_path(path: Path | str, folder: Path) -> str:
+    """A path as files in an output's folder give it.
+
+    Args:
+        path: A folder or a file.
+        folder: The output's folder, which need not exist.
+    """
+    if str(path).startswith(PRIVATE):
+        return str(path)
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    cache = hub_cache()
+    if path.is_relative_to(cache) and (match := _CACHED.fullmatch(path.relative_to(cache).as_posix())):
+        return f"{match[1]}/{match[2]}@{match[3]}"
+    try:
+        common = Path(os.path.commonpath((path, folder)))
+    except ValueError:  # another drive
+        return PRIVATE + path.name
+    home = Path(os.path.abspath(os.path.expanduser("~")))
+    if common == Path(common.anchor) or common in home.parents:
+        return PRIVATE + path.name
+    text = Path(os.path.relpath(path, folder)).as_posix()
+    return text if text.startswith("..") else f"./{text}"
+
+
+def found_path(text: str, folder: Path) -> str:
+    """A path of a file in an output's folder, as this machine has it: the inverse of `shared_path`. One that is
+    private, absolute, or not in the hub's cache stays as it is."""
+    if text.startswith(("../", "./")) or text in ("..", "."):
+        return os.path.normpath(os.path.join(os.path.abspath(folder), text))
+    if match := _HUB.fullmatch(text):
+        cached = hub_cache() / f"models--{match[1]}--{match[2]}" / "snapshots" / match[3]
+        return str(cached) if cached.is_dir() else text
+    return text
+
+
+def shared_name(reference: str) -> str:
+    """A reference to a model without folders: a local one by its name, one of the hub by its id."""
+    return "+".join(_name(part) for part in split_adapter(reference) if part is not None)
+
+
+def _name(part: str) -> str:
+    if not (os.path.isabs(part) or os.path.exists(part)):
+        return part
+    path = Path(os.path.abspath(part))
+    match = _CACHED.search(path.as_posix())
+    return f"{match[1]}/{match[2]}@{match[3]}" if match else path.name or "model"
+
+
+def shared_manifest(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A manifest's JSON data as it is written to an output's folder: `folder` and `adapter` by `shared_path`, `model`
+    by `shared_name` (with a number where two sources have one name), and no folder of a source in any other text."""
+    records = [*data["sources"], *(s for growth in data.get("lineage", ()) for s in growth["sources"])]
+    names: dict[str, str] = {}
+    for text in dict.fromkeys(record["model"] for record in records):
+        name, number = shared_name(text), 2
+        while name in names.values():
+            name, number = f"{shared_name(text)} ({number})", number + 1
+        names[text] = name
+    secret = {text: name for text, name in names.items() if os.path.isabs(text)}
+    for record in records:
+        for place in _places(record):
+            if os.path.isabs(place):
+                secret.setdefault(place, shared_name(place))
+    replaced = sorted(secret.items(), key=lambda item: -len(item[0]))
+
+    def text_of(key: str, text: str) -> str:
+        if key == "model":
+            return names.get(text, text)
+        if key in ("folder", "adapter"):
+            return shared_path(text, folder)
+        for path, name in replaced:
+            text = text.replace(path, name)
+        return text
+
+    return _mapped(data, text_of)
+
+
+def found_manifest(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A manifest's JSON data with the folders of its sources as this machine has them."""
+    return _mapped(data, lambda key, text: found_path(text, folder) if key in ("folder", "adapter") else text)
+
+
+def _places(record: Mapping[str, Any]) -> list[str]:
+    own = [record[key] for key in ("folder", "adapter") if isinstance(record.get(key), str)]
+    return own + (_places(record["base"]) if isinstance(record.get("base"), Mapping) else [])
+
+
+def _mapped(value: Any, text_of: Callable[[str, str], str], key: str = "") -> Any:
+    """JSON data with each text replaced, given the last key above it."""
+    if isinstance(value, str):
+        return text_of(key, value)
+    if isinstance(value, Mapping):
+        return {k: v if k in _PLAIN else _mapped(v, text_of, k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(item, text_of, key) for item in value]
+    return value

@@ -1,0 +1,111 @@
+"""Files that people share do not name the folders of the machine that wrote them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from support import TEXT, make_model, save_tokenizer, train_tokenizer, write_recipe
+
+from deus_merge import training
+from deus_merge.report.manifest import read_manifest
+from deus_merge.report.shareable import PRIVATE, found_path, shared_path
+
+SECRET = "alices-secret-folder"
+
+
+def texts_with_secret(root: Path) -> list[str]:
+    """Text files below a folder that name it; the folders' own names do not count."""
+    files = (f for f in root.rglob("*") if f.is_file() and f.suffix in (".json", ".yml", ".md", ".html", ".jsonl"))
+    return [f.relative_to(root).as_posix() for f in files if SECRET in f.read_text(encoding="utf-8", errors="replace")]
+
+
+@pytest.fixture
+def secret(tmp_path, monkeypatch) -> Path:
+    root = tmp_path / SECRET
+    make_model(root / "base", seed=0)
+    save_tokenizer(root / "base", train_tokenizer(size=100), bos_token="<s>", eos_token="</s>")
+    make_model(root / "other", seed=1)
+    (root / "text.txt").write_text(TEXT * 40)
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def test_no_command_writes_the_name_of_a_folder(secret, run, tmp_path):
+    """Every path is given absolutely, as the command line of somebody who does not think of it."""
+    base, other = secret / "base", secret / "other"
+    recipes = {
+        "linear": f"merge_method: linear\nmodels:\n- {{model: {base}, parameters: {{weight: 1}}}}\n"
+        f"- {{model: {other}, parameters: {{weight: 1}}}}\n",
+        "ties": f"merge_method: ties\nbase_model: {base}\n"
+        f"models: [{{model: {other}, parameters: {{weight: 1, density: 0.5}}}}]\n",
+        "slices": f"merge_method: passthrough\nslices:\n- sources: [{{model: {base}, layer_range: [0, 3]}}]\n"
+        f"- sources: [{{model: {other}, layer_range: [1, 4]}}]\n",
+        "documents": f"name: mean\nmerge_method: linear\nmodels: [{{model: {base}, parameters: {{weight: 1}}}}]\n---\n"
+        "base_model: mean\nupscale: {preset: opt_deus, insert: {after: [1]}}\n",
+        "calibrated": f"base_model: {base}\nupscale: {{preset: opt_deus, insert: {{after: [1]}}}}\n"
+        f"calibrate: {{text: {secret / 'text.txt'}, length: 32}}\n",
+    }
+    for name, text in recipes.items():
+        recipe = write_recipe(tmp_path / f"{name}.yml", text)
+        run("merge", recipe, secret / f"out-{name}")
+    deeper, trained = secret / "deeper", secret / "trained"
+    run("upscale", base, deeper, "--insert", "{after: [1]}")
+    run("upscale", deeper, secret / "twice", "--insert", "{after: [2]}")
+    run("calibrate", deeper, secret / "set", "--text", secret / "text.txt", "--length", "32")
+    run("report", deeper)
+    run("report", deeper, "--html", secret / "page.html")
+    run("strip", secret / "twice", secret / "stripped")
+    prepared = training.prepare(deeper)
+    training.save_trained(prepared.model, deeper, trained)
+    prepared.model.save_pretrained(secret / "carried")
+    training.carry_manifest(deeper, secret / "carried")
+
+    assert len(list(secret.rglob("deus_merge.json"))) == 11
+    assert texts_with_secret(secret) == []
+    for out in ("deeper", "twice", "out-slices", "out-documents", "set", "stripped", "trained"):
+        found = run("verify", secret / out, "--json").json()
+        skipped = {check["name"]: check["detail"] for check in found["checks"] if check["passed"] is None}
+        assert "copied tensors" not in skipped, (out, skipped)  # the sources are found again
+
+
+def test_an_output_moves_together_with_its_base(secret, run, tmp_path):
+    run("upscale", secret / "base", secret / "deeper")
+    recipe = (secret / "deeper/deus_merge.yml").read_text()
+    assert "../base" in recipe
+    os.rename(secret, tmp_path / "moved")
+    deeper = tmp_path / "moved/deeper"
+    assert read_manifest(deeper).sources[0].folder == str(tmp_path / "moved/base")
+    run("verify", deeper, "--strict")
+    run("merge", deeper / "deus_merge.yml", tmp_path / "again")  # from another working directory
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (deeper / "model.safetensors").read_bytes()
+
+
+def test_paths(tmp_path, monkeypatch):
+    home, cache = tmp_path / "homes/alice", tmp_path / "homes/alice/cache"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--org--name/snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    rows = [
+        (home / "models/base", home / "out", "../models/base"),
+        (home / "out/base", home / "out", "./base"),
+        (tmp_path / "homes/bob/base", home / "out", f"{PRIVATE}base"),  # what they share lies above the home
+        (snapshot, home / "out", "org/name@" + "0" * 40),
+        (Path("/base"), home / "out", f"{PRIVATE}base"),
+    ]
+    for path, out, text in rows:
+        assert shared_path(path, out) == text
+        assert shared_path(text, out) == text if text.startswith(PRIVATE) else found_path(text, out) == str(path)
+
+
+def test_a_source_whose_folder_is_not_written(secret, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "elsewhere/alice"))  # so that what both share lies above it
+    (tmp_path / "elsewhere/alice").mkdir(parents=True)
+    run("upscale", secret / "base", tmp_path / "out")
+    data = json.loads((tmp_path / "out/deus_merge.json").read_text())
+    assert data["sources"][0]["folder"] == f"{PRIVATE}base" and texts_with_secret(tmp_path / "out") == []
+    found = run("verify", tmp_path / "out").err + run("verify", tmp_path / "out").out
+    assert "source base is elsewhere: the manifest does not name its folder" in " ".join(found.split())
