@@ -11,6 +11,7 @@ from ..plan.training_memory import TrainingSettings
 from ..recipe.catalog import catalog, entries_of
 from ..report.inspection import adjacent_similarity, summary
 from ..report.manifest import RECIPE, read_manifest
+from ..report.shareable import shared_record
 from ..verify import Check, Verification
 from ..verify import verify as run_checks
 from .arguments import instance, model_of, name_of, path_of, text_of
@@ -76,7 +77,8 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     page = path_of(html, "html") if html is not None else out / REPORT
     manifest = read_manifest(out)
     recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
-    text = render_page(manifest, recipe, (verification or verify(out, quick=True)).describe())
+    record = shared_record({"recipe": recipe, **(verification or verify(out, quick=True)).describe()}, manifest, out)
+    text = render_page(manifest, record.pop("recipe"), record)
     try:
         page.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -20,7 +20,8 @@ from ..core.yaml_text import parse
 from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
 from ..plan.types import Plan
 from ..recipe.types import Recipe
-from ..recipe.writer import dump_recipe
+from ..recipe.writer import absolute_path, dump_recipe
+from ..report.shareable import shared_path
 from . import mergekit_options as mergekit
 from .failures import report_bus_errors
 from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, warn
@@ -54,6 +55,9 @@ plan_options = _all([
 ])  # fmt: skip
 
 
+private_paths_option = click.option(
+    "--private-paths", is_flag=True, help="Write absolute paths of this machine: not for sharing."
+)
 _training_options = [
     click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
                  help="Training: sequences in a forward pass."),
@@ -99,6 +103,7 @@ def run_options(command: Callable) -> Callable:
                      help="CPU threads for arithmetic."),
         click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
                      help="Write a README.md into the output."),
+        private_paths_option,
         click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Print errors and warnings only."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
         *mergekit.options(),
@@ -192,6 +197,7 @@ def upscale(
 @recipe_options
 @plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
+@private_paths_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
 @training_options
 @collector_paused()
@@ -200,6 +206,7 @@ def plan(
     models: tuple[str, ...],
     settings: tuple[str, ...],
     expand: bool,
+    private_paths: bool,
     as_json: bool,
     training: TrainingSettings,
     **options,
@@ -213,11 +220,11 @@ def plan(
       deus-merge plan opt_deus --model ./SmolLM2-135M --set upscale.insert=all
     """
     result = _plan(load_recipe(recipe, models, settings), **options)
-    if expand and as_json:
-        documents = list(yaml.safe_load_all(dump_recipe(result.recipe)))
-        emit_json(documents if len(documents) > 1 else documents[0])
-    elif expand:
-        click.echo(dump_recipe(result.recipe), nl=False)
+    if expand:
+        place = absolute_path if private_paths else lambda path: shared_path(path, Path.cwd())
+        text = dump_recipe(result.recipe, place)
+        documents = list(yaml.safe_load_all(text)) if as_json else []
+        emit_json(documents if len(documents) > 1 else documents[0]) if as_json else click.echo(text, nl=False)
     elif as_json:
         emit_json(result.describe(training))
     else:

@@ -8,8 +8,10 @@ from ..checkpoint.hub import split_adapter
 from ..core.located import Located
 from ..models.reference import ModelRef
 
-#: The recipe that a run writes to its output.
+#: The recipe that a run writes to its output: expanded to slices, with paths that this file is the start of.
 WRITTEN = "deus_merge.yml"
+#: The recipe as its user wrote it, next to that one.
+ORIGINAL = "deus_merge.original.yml"
 _A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
 
 

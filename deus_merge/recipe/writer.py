@@ -18,11 +18,12 @@ _Names = frozenset[str]  # names of documents, which are not folders
 _Place = Callable[[str], str]  # a local path -> how the text gives it
 
 
-def _absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
+    """A path as it is valid in any working directory of this machine."""
     return str(Path(path).absolute())
 
 
-def dump_recipe(recipe: Recipe, place: _Place = _absolute) -> str:
+def dump_recipe(recipe: Recipe, place: _Place = absolute_path) -> str:
     """The recipe as YAML that reads back as the same recipe.
 
     Args:
@@ -33,7 +34,18 @@ def dump_recipe(recipe: Recipe, place: _Place = _absolute) -> str:
     return "---\n".join(_dump(_document(r, names, place)) for r in (*recipe.documents, recipe))
 
 
-def _dump(data: dict) -> str:
+def as_written(recipe: Recipe) -> str:
+    """The recipe as its user wrote it: its text, or the values that it was made from as YAML.
+
+    Args:
+        recipe: A recipe; of a plan's, presets are as they were before they were expanded.
+    """
+    if recipe.text is not None:
+        return recipe.text
+    return "---\n".join(_dump(r.source.plain()) for r in (*recipe.documents, recipe))
+
+
+def _dump(data: Plain) -> str:
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
     if not text.replace("\n", "").isprintable():  # escape characters that would control a terminal
         text = yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)

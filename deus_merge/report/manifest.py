@@ -21,7 +21,7 @@ from ..core.errors import CheckpointError, VerifyError, json_text
 from ..core.tensors import Action
 from ..core.typed_json import Misfit, Range, dump, parse, step
 from ..models.view import ModelView, prefix_of, view_model
-from ..recipe.references import WRITTEN
+from ..recipe.references import ORIGINAL, WRITTEN
 from .manifest_parts import (
     Calibration,
     Count,
@@ -40,6 +40,7 @@ from .shareable import found_manifest, shared_manifest
 
 MANIFEST = "deus_merge.json"
 RECIPE = WRITTEN
+RECIPES = (WRITTEN, ORIGINAL)
 #: 1: the first. 2: weights, dtype, layer_lists, checksums, dtype and shape of tensors, the seal. 3: `Action` words.
 FORMAT = 3
 #: Files that the run writes for the user to edit: they have no checksum.

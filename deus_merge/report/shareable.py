@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.hub import split_adapter
+from ..plan.types import Plan
 
 #: Begins a path whose folder is not written.
 PRIVATE = "<private>/"
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/([\w.-]*\w)@([0-9a-f]{40})", re.ASCII)
+#: An absolute path in text for people: after a space, a quote or a bracket, not inside a word or an address.
+_ABSOLUTE = re.compile(r"""(?<![\w.~:/<>+@-])/[^\s'"`,;()\[\]{}#]*[^\s'"`,;()\[\]{}#.:]""")
 #: Parts of a manifest without a path of this machine: too large to search for nothing, or the base's own.
 _PLAIN = frozenset({"tensors", "files", "weights", "layer_facts", "donor_config", "new_parameters", "versions"})
 
@@ -79,6 +82,43 @@ def _name(part: str) -> str:
     return f"{match[1]}/{match[2]}@{match[3]}" if match else path.name or "model"
 
 
+def recipe_paths(plan: Plan) -> list[str]:
+    """The absolute paths that a plan's recipe names, and the folders that they led to."""
+    plans = (plan, *(document.plan for document in plan.documents))
+    models = [model for part in plans for model in part.models]
+    paths = [part for model in models for part in split_adapter(str(model.ref)) if part is not None]
+    paths += [str(folder) for model in models for folder in model.checkpoint.folders]
+    paths += [part.recipe.calibrate.text for part in plans if part.recipe.calibrate]
+    return list(dict.fromkeys(filter(os.path.isabs, paths)))
+
+
+def shared_text(text: str, paths: Iterable[str] = (), name: Callable[[str], str] | None = None) -> str:
+    """Text for people without absolute paths of this machine: these ones, and whatever looks like one and is here.
+
+    Args:
+        text: A recipe as its user wrote it, comments included, or a message.
+        paths: Absolute paths that the text may have.
+        name: What a path becomes; by default the hub's id, or `PRIVATE` and the last part of the path.
+    """
+    name = name or _private
+    for path in sorted(paths, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.~/-]){re.escape(path)}(?![\w-])", lambda match: name(match[0]), text)
+
+    def found(match: re.Match) -> str:
+        path = Path(match[0])
+        here = path.is_relative_to(home) or os.path.lexists(path) or (len(path.parts) > 3 and path.parent.is_dir())
+        return name(match[0]) if here and len(path.parts) > 1 else match[0]
+
+    home = Path(os.path.abspath(os.path.expanduser("~")))
+    text = _ABSOLUTE.sub(found, text)
+    return text.replace(f"{home}/", "~/") if home.parts[1:] else text
+
+
+def _private(path: str) -> str:
+    name = _name(path)
+    return name if _HUB.fullmatch(name) else PRIVATE + name
+
+
 def shared_manifest(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A manifest's JSON data as it is written to an output's folder: `folder` and `adapter` by `shared_path`, `model`
     by `shared_name` (with a number where two sources have one name), and no folder of a source in any other text."""
@@ -106,6 +146,21 @@ def shared_manifest(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return text
 
     return _mapped(data, text_of)
+
+
+def shared_record(record: Mapping[str, Any], manifest: Any, out: Path) -> dict[str, Any]:
+    """JSON data about an output, for people, without absolute paths of this machine.
+
+    Args:
+        record: The data.
+        manifest: The output's manifest.
+        out: The output's folder, which becomes its name.
+    """
+    sources = [s for growth in manifest.growths for s in growth.sources]
+    known = {str(out): out.name, os.path.abspath(out): out.name, os.path.realpath(out): out.name}
+    known |= {place: shared_name(place) for s in sources for place in _places(vars(s)) if os.path.isabs(place)}
+    known = {path: name for path, name in known.items() if os.path.isabs(path)}
+    return _mapped(record, lambda key, text: shared_text(text, known, lambda path: known.get(path) or _private(path)))
 
 
 def found_manifest(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from ..core.errors import CheckpointError, DeusMergeError, SolverError, Training
 from ..core.text import some_of
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
-from ..recipe.writer import dump_recipe
+from ..recipe.references import ORIGINAL
+from ..recipe.writer import as_written, dump_recipe
 from ..report.lineage import ancestors
 from ..report.manifest import MANIFEST, RECIPE, read_manifest
 from ..report.manifest_parts import Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
-from ..report.shareable import shared_name, shared_path
+from ..report.shareable import recipe_paths, shared_path, shared_text
 from ..verify import Verification, verify
 from .block_runner import run_blocks
 from .preflight import Calibrator, RunOptions, preflight
@@ -110,7 +111,7 @@ def execute(
             on_block(block, True)
         output.flush(wait=False)  # while the result is checked
         run_record = ready.run_record | {"seconds": round(time.monotonic() - began, 3)}
-        files = _write_files(plan, output, past, options.model_card)
+        files = _write_files(plan, output, past, options)
         manifest = manifest_of(plan, files, diagnostics, run_record, past)
         if calibrator is not None:
             output.flush()  # every block is on the disk before one of them is changed
@@ -120,7 +121,7 @@ def execute(
             found = verify(output.folder, quick=True, manifest=manifest, sources=list(plan_sources(plan)))
             verification = _passed(found, out, "the output was not put in place")
             manifest = manifest.with_checksums(verification.checksums)
-        output.put(MANIFEST, manifest.sealed(output.out))
+        output.put(MANIFEST, manifest.sealed(None if options.private_paths else output.out))
         output.finish()
     warnings = (
         *plan.warnings,
@@ -164,16 +165,20 @@ def _unchanged_sources(plan: Plan) -> Iterator[None]:
     check()
 
 
-def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], card: bool) -> dict[str, bytes]:
+def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], options: RunOptions) -> dict[str, bytes]:
     """Write all files but the weights and the manifest."""
-    recipe = dump_recipe(plan.recipe, lambda path: shared_path(path, output.out))
+    written = shared_text(as_written(plan.recipe), recipe_paths(plan))
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json_text(plan.config, indent=2) + "\n").encode()
-    files[RECIPE] = recipe.encode()
-    if card:
-        files["README.md"] = model_card(plan, dump_recipe(plan.recipe, shared_name), past).encode()
+    if options.private_paths:
+        files[RECIPE], files[ORIGINAL] = dump_recipe(plan.recipe).encode(), as_written(plan.recipe).encode()
+    else:
+        recipe = dump_recipe(plan.recipe, lambda path: shared_path(path, output.out))
+        files[RECIPE], files[ORIGINAL] = recipe.encode(), written.encode()
+    if options.model_card:
+        files["README.md"] = model_card(plan, written, past).encode()
     for name, content in files.items():
         output.put(name, content)
     return files

@@ -42,6 +42,7 @@ class RunOptions:
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic; None for torch's own choice.
         model_card: Write a README.md.
+        private_paths: Write absolute paths of this machine into the manifest and the recipes beside the output.
     """
 
     device: str = "auto"
@@ -52,6 +53,7 @@ class RunOptions:
     seed: int = 0
     threads: int | None = None
     model_card: bool = True
+    private_paths: bool = False
 
 
 class Calibrator(Protocol):

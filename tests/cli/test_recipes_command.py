@@ -80,7 +80,7 @@ def test_old_and_new_models(run, models):
     pairs = [
         part for name, folder in zip(names, models.values(), strict=True) for part in ("--model", f"{name}={folder}")
     ]
-    expanded = yaml.safe_load(run("plan", "ties", *pairs, "--expand").out)
+    expanded = yaml.safe_load(run("plan", "ties", *pairs, "--expand", "--private-paths").out)
     assert expanded["base_model"] == str(models["b"])
     assert [s["model"] for s in expanded["slices"][0]["sources"]] == [str(models["a"]), str(models["b"])]
 
