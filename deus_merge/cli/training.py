@@ -10,7 +10,7 @@ from .. import api
 from ..core.text import some_of
 from ..training.export import TRAINERS
 from ..training.optimizers import KINDS
-from .merge import Size
+from .merge import Size, private_paths_option
 from .output import echo, emit_json, note
 
 
@@ -24,7 +24,10 @@ from .output import echo, emit_json, note
 @click.option("--lr", type=float, help="The learning rate; deus_merge.training.find_lr suggests one.")
 @click.option("--output-ratio", type=float, default=1.0, show_default=True,
               help="The learning rate of what began as zeros, in units of --lr.")  # fmt: skip
-def export_training(out: Path, trainer: str, optimizer: str | None, lr: float | None, output_ratio: float):
+@private_paths_option
+def export_training(
+    out: Path, trainer: str, optimizer: str | None, lr: float | None, output_ratio: float, private_paths: bool
+):
     """Print settings with which a trainer trains the new layers of OUT and nothing else.
 
     The effect of the settings is checked on the model's tensor names; a trainer that cannot express this is refused.
@@ -34,7 +37,9 @@ def export_training(out: Path, trainer: str, optimizer: str | None, lr: float | 
     Example:
       deus-merge export-training ./deeper --for axolotl --lr 3e-4 --output-ratio 2 >> axolotl.yml
     """
-    text = api.export_training(out, trainer, optimizer=optimizer, lr=lr, output_ratio=output_ratio)
+    text = api.export_training(
+        out, trainer, optimizer=optimizer, lr=lr, output_ratio=output_ratio, private_paths=private_paths
+    )
     echo(text.removesuffix("\n"))
 
 

@@ -69,6 +69,12 @@ def found_path(text: str, folder: Path) -> str:
     return text
 
 
+def hub_id_of(folder: Path) -> str | None:
+    """The id on the hub of a folder in a cache of it; None for all others."""
+    match = _CACHED.search(Path(os.path.abspath(folder)).as_posix())
+    return f"{match[1]}/{match[2]}" if match else None
+
+
 def shared_name(reference: str) -> str:
     """A reference to a model without folders: a local one by its name, one of the hub by its id."""
     return "+".join(_name(part) for part in split_adapter(reference) if part is not None)

@@ -23,7 +23,7 @@ def test_settings_for_the_trainer_run(run, deeper, tmp_path, monkeypatch):
 
 def test_settings_for_axolotl(run, deeper):
     """Its patterns match the beginning of names, and their dots are literal."""
-    done = run("export-training", deeper, "--for", "axolotl")
+    done = run("export-training", deeper, "--for", "axolotl", "--private-paths")
     settings = yaml.safe_load(done.out)
     assert settings["unfrozen_parameters"] == ["^model.layers.2.", "^model.layers.4."]
     assert settings["base_model"] == str(deeper)
@@ -55,7 +55,7 @@ def test_settings_for_llama_factory(run, tmp_path, case):
         settings = yaml.safe_load(run("export-training", again, "--for", "llama-factory").out)
         assert settings["use_llama_pro"] is True and settings["freeze_trainable_layers"] == 12 // every["every"]
         return
-    settings = yaml.safe_load(run("export-training", out, "--for", "llama-factory").out)
+    settings = yaml.safe_load(run("export-training", out, "--for", "llama-factory", "--private-paths").out)
     common = {"model_name_or_path": str(out), "finetuning_type": "freeze", "freeze_trainable_modules": "all"}
     assert settings == common | expected
 

@@ -19,9 +19,9 @@ from ...core.errors import DeusMergeError, VerifyError
 from ...core.tensors import Action
 from ...core.typed_json import dump, parse
 from ...models.side_files import copied_files
+from ...report.card_edits import calibrated_card
 from ...report.manifest import MANIFEST, USER_FILES, Manifest, read_manifest
 from ...report.manifest_parts import CalibratedLayer, Calibration, ManifestLayer
-from ...report.model_card import calibrated_card
 from ...report.plan_manifest import sha256
 from ...run.preflight import check_apart
 from ...verify import verify
