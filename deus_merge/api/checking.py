@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..checkpoint.header import read_small
@@ -25,6 +26,7 @@ def verify(
     quick: bool = False,
     logits_text: str | Path | None = None,
     strict: bool = False,
+    sources: Mapping[str, str | Path] | None = None,
     check: bool = False,
     progress: OnProgress | None = None,
 ) -> Verification:
@@ -35,6 +37,7 @@ def verify(
         quick: Leave out finite values and the checks that need transformers.
         logits_text: Also compare the logits of base and output on this text, or on that of the file of a `Path`.
         strict: Count a skipped check as failed.
+        sources: Folders of sources that the manifest does not name, or that have moved, by their names there.
         check: Whether a failed check raises an error.
         progress: Called after each check, with how many there are.
 
@@ -43,6 +46,7 @@ def verify(
 
     Raises:
         VerifyError: a check failed, with ``check``.
+        PlanError: ``sources`` names a model that is no source.
     """
     text = None if logits_text is None else text_of(logits_text, "logits_text")
     folder, counter = path_of(out, "out"), Counter(progress)
@@ -50,7 +54,7 @@ def verify(
     def finished(result: Check, total: int) -> None:
         counter.step(result.name, total=total)
 
-    result = run_checks(folder, quick=quick, logits_text=text, strict=strict, on_check=finished)
+    result = run_checks(folder, quick=quick, logits_text=text, strict=strict, places=sources, on_check=finished)
     if check and not result.passed:
         failed = result.failed[0]
         raise VerifyError(f"{failed.name}: {failed.detail}", where=folder)

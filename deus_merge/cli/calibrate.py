@@ -10,6 +10,7 @@ from .. import api
 from ..recipe.calibrate import read_text
 from .failures import report_bus_errors
 from .merge import Size
+from .next_steps import show_next
 from .output import emit_json, layer_notes, note, quiet_transformers, table
 
 
@@ -75,3 +76,4 @@ def calibrate(out: Path, new: Path, text: Path, as_json: bool, **options):
         f"{new}: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on {record.held_out_tokens} tokens that chose"
         f" the steps; {record.tokens} tokens were fitted; {done.seconds:.0f} s"
     )
+    show_next(new)

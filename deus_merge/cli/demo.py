@@ -10,6 +10,7 @@ import click
 
 from .. import api
 from ..checkpoint.staging import check_local
+from .next_steps import show_next
 from .output import note, progress, quiet_transformers, show_verification
 
 _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # by --tiny; number of new tokens
@@ -53,6 +54,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     if not checked.passed:
         note("the result failed verification")
         raise click.exceptions.Exit(3)
+    show_next(target, new_layers=bool(plan.new_layers))
 
 
 def _continue(folder: Path, prompt: str, tokens: int) -> str:

@@ -24,6 +24,7 @@ from ..recipe.writer import absolute_path, dump_recipe
 from ..report.shareable import shared_path
 from . import mergekit_options as mergekit
 from .failures import report_bus_errors
+from .next_steps import show_next
 from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, warn
 from .recipes import load_recipe, recipe_options
 
@@ -282,3 +283,4 @@ def _run(
                 f" tokens that chose the steps; {record.tokens} tokens were fitted"
             )
         note(f"{out}: {depth} -> {planned.num_layers} layers in {result.seconds:.1f} s, {checked}")
+        show_next(out, new_layers=bool(planned.new_layers))

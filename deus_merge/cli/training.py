@@ -11,6 +11,7 @@ from ..core.text import some_of
 from ..training.export import TRAINERS
 from ..training.optimizers import KINDS
 from .merge import Size, private_paths_option
+from .next_steps import show_next
 from .output import echo, emit_json, note
 
 
@@ -87,3 +88,4 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
         note("the manifest of the previous growth was copied: the result can be stripped again")
     elif done.has_manifest is False:
         note("no manifest of the previous growth fits: to strip the result again, name one with --manifest")
+    show_next(base, manifest=bool(done.has_manifest), new_layers=bool(done.has_manifest))

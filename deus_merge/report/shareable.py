@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..checkpoint.hub import split_adapter
 from ..plan.types import Plan
+from ..recipe.writer import as_written
 
 #: Begins a path whose folder is not written.
 PRIVATE = "<private>/"
@@ -118,6 +121,21 @@ def shared_text(text: str, paths: Iterable[str] = (), name: Callable[[str], str]
     home = Path(os.path.abspath(os.path.expanduser("~")))
     text = _ABSOLUTE.sub(found, text)
     return text.replace(f"{home}/", "~/") if home.parts[1:] else text
+
+
+def shared_recipe(plan: Plan) -> str:
+    """A plan's recipe as its user wrote it, without absolute paths of this machine. Where they are written in a way
+    that a search of the text does not find, the values are written anew, without comments."""
+    text, paths = as_written(plan.recipe), recipe_paths(plan)
+    shared = shared_text(text, paths)
+    try:
+        values = list(yaml.safe_load_all(shared))
+    except yaml.YAMLError:
+        return shared
+    again = [_mapped(value, lambda key, text: shared_text(text, paths)) for value in values]
+    if again == values:
+        return shared
+    return "---\n".join(yaml.safe_dump(v, sort_keys=False, allow_unicode=True) for v in again)
 
 
 def _private(path: str) -> str:

@@ -23,7 +23,7 @@ from ..report.manifest import MANIFEST, RECIPE, read_manifest
 from ..report.manifest_parts import Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
-from ..report.shareable import recipe_paths, shared_path, shared_text
+from ..report.shareable import shared_path, shared_recipe
 from ..verify import Verification, verify
 from .block_runner import run_blocks
 from .preflight import Calibrator, RunOptions, preflight
@@ -167,7 +167,7 @@ def _unchanged_sources(plan: Plan) -> Iterator[None]:
 
 def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], options: RunOptions) -> dict[str, bytes]:
     """Write all files but the weights and the manifest."""
-    written = shared_text(as_written(plan.recipe), recipe_paths(plan))
+    written = shared_recipe(plan)
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)

@@ -1,0 +1,35 @@
+"""What can be done with an output that was just written: commands to paste."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from .output import note
+
+
+def show_next(out: Path, *, manifest: bool = True, new_layers: bool = True, quiet: bool = False) -> None:
+    """Print the next steps on stderr.
+
+    Args:
+        out: The output, as the user named it.
+        manifest: Whether it has a manifest: without one there is nothing to verify or report.
+        new_layers: Whether it has layers to train.
+        quiet: Whether nothing is printed.
+    """
+    place = str(out) if not str(out).startswith("-") else f"./{out}"
+    folder = shlex.quote(place)
+    steps = [("verify", f"deus-merge verify {folder}"), ("report", f"deus-merge report {folder}")] if manifest else []
+    steps += [("train", f"deus-merge export-training {folder}")] if new_layers else []
+    steps.append(("upload", f"hf upload {repository_name(out)} {folder}"))
+    note("next:", quiet)
+    for name, command in steps:
+        note(f"  {name:<8}{command}", quiet)
+
+
+def repository_name(out: Path) -> str:
+    """A name on the hub for an output: the folder's, with what the hub does not allow replaced."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name)
+    name = re.sub(r"-{2,}|\.{2,}", "-", name).strip("-.")[:96].rstrip("-.")
+    return f"{name.removesuffix('.git')}" or "model"
