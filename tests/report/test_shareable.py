@@ -14,12 +14,15 @@ from deus_merge.report.manifest import read_manifest
 from deus_merge.report.shareable import PRIVATE, found_path, shared_path
 
 SECRET = "alices-secret-folder"
+COMPARE = ("--tokens", 512, "--batch", 2, "--length", 32, "--held-out", 2, "--threads", 1, "--device", "cpu", "--lr",
+           3e-3, "--seeds", 1, "--precision", "float32")  # fmt: skip
 
 
-def texts_with_secret(root: Path) -> list[str]:
-    """Text files below a folder that name it; the folders' own names do not count."""
-    files = (f for f in root.rglob("*") if f.is_file() and f.suffix in (".json", ".yml", ".md", ".html", ".jsonl"))
-    return [f.relative_to(root).as_posix() for f in files if SECRET in f.read_text(encoding="utf-8", errors="replace")]
+def files_with_secret(root: Path) -> list[str]:
+    """Files below a folder that name it, its path, or the home of whoever ran this; folders' own names do not count."""
+    marks = [mark.encode() for mark in (SECRET, f"{root.parent}/", f"{Path.home()}/")]
+    files = [f for f in root.rglob("*") if f.is_file()]
+    return [f.relative_to(root).as_posix() for f in files if any(mark in f.read_bytes() for mark in marks)]
 
 
 @pytest.fixture
@@ -35,10 +38,11 @@ def secret(tmp_path, monkeypatch) -> Path:
 
 def test_no_command_writes_the_name_of_a_folder(secret, run, tmp_path):
     """Every path is given absolutely, as the command line of somebody who does not think of it."""
-    base, other = secret / "base", secret / "other"
+    base, other, text = secret / "base", secret / "other", secret / "text.txt"
+    escaped = str(base).replace("secret", "\\u0073ecret")  # no search of the text finds it
     recipes = {
-        "linear": f"merge_method: linear\nmodels:\n- {{model: {base}, parameters: {{weight: 1}}}}\n"
-        f"- {{model: {other}, parameters: {{weight: 1}}}}\n",
+        "linear": f"# in {secret}/notes.txt, see {Path.home()}/more\nmerge_method: linear\nmodels:\n"
+        f"- {{model: '{base}', parameters: {{weight: 1}}}}\n- {{model: {other}, parameters: {{weight: 1}}}}\n",
         "ties": f"merge_method: ties\nbase_model: {base}\n"
         f"models: [{{model: {other}, parameters: {{weight: 1, density: 0.5}}}}]\n",
         "slices": f"merge_method: passthrough\nslices:\n- sources: [{{model: {base}, layer_range: [0, 3]}}]\n"
@@ -46,29 +50,54 @@ def test_no_command_writes_the_name_of_a_folder(secret, run, tmp_path):
         "documents": f"name: mean\nmerge_method: linear\nmodels: [{{model: {base}, parameters: {{weight: 1}}}}]\n---\n"
         "base_model: mean\nupscale: {preset: opt_deus, insert: {after: [1]}}\n",
         "calibrated": f"base_model: {base}\nupscale: {{preset: opt_deus, insert: {{after: [1]}}}}\n"
-        f"calibrate: {{text: {secret / 'text.txt'}, length: 32}}\n",
+        f"calibrate: {{text: {text}, length: 32}}\n",
+        "escaped": f'base_model: "{escaped}"\nupscale: {{insert: {{after: [1]}}}}\n',
     }
-    for name, text in recipes.items():
-        recipe = write_recipe(tmp_path / f"{name}.yml", text)
-        run("merge", recipe, secret / f"out-{name}")
+    printed = []
+    for name, recipe in recipes.items():
+        file = write_recipe(tmp_path / f"{name}.yml", recipe)
+        run("merge", file, secret / f"out-{name}")
+        printed += [run("plan", file, "--expand").out, run("plan", file, "--expand", "--json").out]
+    run("merge", "opt_deus", secret / "out-shipped", "--model", base, "--set", "upscale.insert={after: [1]}")
     deeper, trained = secret / "deeper", secret / "trained"
     run("upscale", base, deeper, "--insert", "{after: [1]}")
     run("upscale", deeper, secret / "twice", "--insert", "{after: [2]}")
-    run("calibrate", deeper, secret / "set", "--text", secret / "text.txt", "--length", "32")
+    run("calibrate", deeper, secret / "set", "--text", text, "--length", "32")
     run("report", deeper)
-    run("report", deeper, "--html", secret / "page.html")
     run("strip", secret / "twice", secret / "stripped")
+    run("inspect", base, "--plot", secret / "similarity.svg")
+    (secret / "long.txt").write_text("\n".join(f"line {i} of the module reads {i * i} bytes" for i in range(12_000)))
+    compared = (
+        "--text",
+        secret / "long.txt",
+        "--init",
+        "copy_next",
+        "--init",
+        _recipe_of(secret, base),
+        "--insert",
+        "{after: [1]}",
+    )
+    run("compare", base, *compared, "--out", secret / "compared", *COMPARE)
     prepared = training.prepare(deeper)
     training.save_trained(prepared.model, deeper, trained)
     prepared.model.save_pretrained(secret / "carried")
     training.carry_manifest(deeper, secret / "carried")
+    printed += [run("export-training", secret / "carried", "--for", name).out for name in ("trainer", "axolotl")]
+    os.rename(base, secret / "moved")  # what cannot be checked is said without the folder, too
+    run("report", deeper, "--html", secret / "page.html")
 
-    assert len(list(secret.rglob("deus_merge.json"))) == 11
-    assert texts_with_secret(secret) == []
+    assert len(list(secret.rglob("deus_merge.json"))) >= 13
+    assert files_with_secret(secret) == []
+    assert not [text for text in printed if str(tmp_path) in text or f"{Path.home()}/" in text]
+    os.rename(secret / "moved", base)
     for out in ("deeper", "twice", "out-slices", "out-documents", "set", "stripped", "trained"):
-        found = run("verify", secret / out, "--json").json()
+        found = run("verify", secret / out, "--json", "--quick").json()
         skipped = {check["name"]: check["detail"] for check in found["checks"] if check["passed"] is None}
         assert "copied tensors" not in skipped, (out, skipped)  # the sources are found again
+
+
+def _recipe_of(secret: Path, base: Path) -> Path:
+    return write_recipe(secret.parent / "init.yml", f"base_model: {base}\nupscale: {{insert: {{after: [1]}}}}\n")
 
 
 def test_an_output_moves_together_with_its_base(secret, run, tmp_path):
@@ -106,6 +135,8 @@ def test_a_source_whose_folder_is_not_written(secret, run, tmp_path, monkeypatch
     (tmp_path / "elsewhere/alice").mkdir(parents=True)
     run("upscale", secret / "base", tmp_path / "out")
     data = json.loads((tmp_path / "out/deus_merge.json").read_text())
-    assert data["sources"][0]["folder"] == f"{PRIVATE}base" and texts_with_secret(tmp_path / "out") == []
-    found = run("verify", tmp_path / "out").err + run("verify", tmp_path / "out").out
-    assert "source base is elsewhere: the manifest does not name its folder" in " ".join(found.split())
+    assert data["sources"][0]["folder"] == f"{PRIVATE}base" and files_with_secret(tmp_path / "out") == []
+    found = run("verify", tmp_path / "out", "--quick").out
+    assert "the manifest does not name the folder of source base: --source base=FOLDER says where it is" in " ".join(
+        found.split()
+    )
