@@ -25,6 +25,7 @@ def _pattern(line: str) -> re.Pattern:
     return re.compile(rf"^{re.escape(before)}.*{re.escape(after)}$", re.MULTILINE)
 
 
+_TRAINED = re.compile(r"^Its new layers [\d, ]+( and all others)? were trained after that.*$", re.MULTILINE)
 _SAME, _OTHER, _UNTRAINED = map(_pattern, (SAME, OTHER, UNTRAINED))
 
 
@@ -67,14 +68,14 @@ def trained_card(card: str, theirs: str | None, new_layers: Sequence[int], *, ba
         return None
     ours, body = split_card(theirs if theirs and _OURS in run else card)
     text = _trained_text(new_layers, base_trained)
-    for pattern in (_SAME, _OTHER):
+    for pattern in (_SAME, _OTHER, _TRAINED):
         body, found = pattern.subn(lambda _: text, body, count=1)
         if found:
             break
     else:
-        if text not in body:
-            title, rest = re.match(r"\s*((?:# .*\n)?)(.*)", body, re.DOTALL).groups()  # type: ignore[union-attr]
-            body = f"{title}\n{text}\n\n{rest.lstrip()}"
+        title, newline, rest = body.lstrip().partition("\n")
+        title, rest = (title, rest) if title.startswith("# ") else ("", f"{title}{newline}{rest}")
+        body = f"{title}\n\n{text}\n\n{rest.lstrip()}"
     body = _UNTRAINED.sub("- How well it was trained is not known here.", body)
     more: dict[str, Any] = {key: front[key] for key in _OF_TRAINER if generated and key in front}
     relation = {"base_model_relation": "finetune"} if "base_model" in ours else {}
@@ -85,8 +86,9 @@ def trained_card(card: str, theirs: str | None, new_layers: Sequence[int], *, ba
 
 def _trained_text(new_layers: Sequence[int], base_trained: bool) -> str:
     layers = ", ".join(map(str, new_layers))
-    rest = "and all others with them" if base_trained else "all others are as they were"
-    return f"Its new layers {layers} were trained after that; {rest}."
+    if base_trained:
+        return f"Its new layers {layers} and all others were trained after that."
+    return f"Its new layers {layers} were trained after that; all others are as they were."
 
 
 def _plain_headings(body: str) -> str:

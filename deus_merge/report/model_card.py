@@ -22,11 +22,12 @@ from ..plan.types import Plan
 from .card_metadata import front_matter, join_card, licenses, unnamed
 from .manifest import MANIFEST, RECIPE
 from .manifest_parts import Growth, ManifestLayer
-from .shareable import shared_name
+from .shareable import PRIVATE, shared_name
 
 #: The card is for Markdown of the hub; `card_edits` finds these lines again once a model is calibrated or trained.
 SAME = "It computes exactly what {base} computes: the new layers add nothing until they are trained."
 OTHER = "It does not compute what {base} computes: expect a worse loss until it is trained."
+_IN_TITLE = 3  # models
 UNTRAINED = "- Its new layers are not trained: it is a start for training, not better than {base}."
 
 
@@ -38,10 +39,11 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -
         recipe_yaml: The recipe as its user wrote it, without folders of this machine.
         ancestors: Earlier growths of the sources (`lineage.ancestors`).
     """
-    names = ["+".join(parts) for parts in _sources(plan)]
+    names, private = ["+".join(parts) for parts in _sources(plan)], PRIVATE in recipe_yaml
     base = _markdown(_name(str(plan.donor.ref)))
     depth = plan.donor.view.num_layers
-    lines = [f"# {base}, {plan.num_layers} layers", ""]
+    title = _markdown(" + ".join(names)) if 1 < len(names) <= _IN_TITLE else base
+    lines = [f"# {title}, {plan.num_layers} layers", ""]
     lines.append(
         f"Written by deus_merge {__version__} from {_markdown(', '.join(names))}: {depth} → {plan.num_layers} layers,"
         f" {_parameters(plan)}."
@@ -63,8 +65,9 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -
     for title, entries in ((t, e) for t, e in maps if e):
         lines += ["", f"## {_markdown(title)}", "", "| layer | from | how |", "|---|---|---|"]
         lines += [f"| {layers} | {_markdown(origin)} | {how} |" for layers, origin, how in _layer_rows(entries)]
-    lines += ["", "## Recipe", "", f"As it was written. `{RECIPE}` is the same, expanded, and runs again:"]
-    lines += [f"`deus-merge merge {RECIPE} NEW_FOLDER`.", ""]
+    lines += ["", "## Recipe", "", "As it was written" + (", without folders of its author." if private else ".")]
+    lines += [f"`{RECIPE}` is the same, expanded, with local models as seen from this folder:"]
+    lines += [f"`deus-merge merge {RECIPE} NEW_FOLDER` runs it again.", ""]
     text = "\n".join(map(printable, recipe_yaml.strip().splitlines()))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lines += [f"{fence}yaml", text, fence, ""]
@@ -92,7 +95,7 @@ def _loading(plan: Plan) -> list[str]:
     tokenizer = any(is_tokenizer_file(name) for name in plan.files)
     return [
         "```python",
-        f"from transformers import {'AutoTokenizer, ' if tokenizer else ''}{kind}",
+        f"from transformers import {', '.join(sorted([kind, *(['AutoTokenizer'] if tokenizer else [])]))}",
         "",
         'path = "."  # this folder, or its name on the hub',
         f'model = {kind}.from_pretrained(path, dtype="auto"{code})',
