@@ -11,7 +11,7 @@ from ..checkpoint.adapter import CONFIG as ADAPTER
 from ..checkpoint.reader import Checkpoint
 from ..core.errors import CheckpointError, TrainingError, VerifyError
 from ..report.card_edits import trained_card
-from ..report.card_metadata import CARD
+from ..report.card_metadata import CARD, split_card
 from ..report.manifest import MANIFEST, RECIPES, Manifest, check_belongs, read_manifest
 
 
@@ -73,6 +73,9 @@ def carry(
             _write(target / name, (folder / name).read_bytes())
     if (card := _card(folder, target, manifest)) is not None:
         _write(target / CARD, card.encode())
+        link = str(split_card(card)[0].get("license_link", ""))
+        if Path(link).name == link and (folder / link).is_file() and not (target / link).exists():
+            _write(target / link, (folder / link).read_bytes())  # the licence that the card names
     _write(file, manifest.sealed(home or target))
 
 
