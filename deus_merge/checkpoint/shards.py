@@ -146,6 +146,11 @@ class ShardWriter:
             shard, (begin, end) = self._find(name)
             self._wrote(shard, (name,), end - begin)
 
+    @property
+    def layouts(self) -> tuple[ShardLayout, ...]:
+        """The layout of each file."""
+        return tuple(self._shards.values())
+
     def __contains__(self, name: object) -> bool:
         """Whether one of the files has a tensor of this name."""
         return name in self._shard_of

@@ -68,7 +68,9 @@ class _Crew:
         self._batch_seconds = sum(self._seconds.values()) / (count * _BATCHES)
         self._deaths: Counter[int | None] = Counter()
         self._workers: list[_Worker] = []
-        self._setup = pickle.dumps((job.plan, job.writer.folder, job.seed, job.threads, _part(job.max_memory, count)))
+        self._setup = pickle.dumps(
+            (job.plan, job.writer.folder, job.writer.layouts, job.seed, job.threads, _part(job.max_memory, count))
+        )
 
     def __enter__(self) -> _Crew:
         try:

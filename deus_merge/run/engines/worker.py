@@ -23,16 +23,16 @@ from ..limits import allow_open_files
 def main() -> None:
     """Make the blocks that come through the socket whose descriptor is the last argument."""
     connection = Connection(int(sys.argv[-1]))
-    plan, folder, seed, threads, max_memory = pickle.loads(connection.recv_bytes())
+    plan, folder, layouts, seed, threads, max_memory = pickle.loads(connection.recv_bytes())
     name = connection.recv()
     batches: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, batches), daemon=True).start()
     try:
         keep_freed_memory()
-        allow_open_files(len(plan.shards) + sum(len(m.checkpoint.files) for m in plan.models))
+        allow_open_files(len(layouts) + sum(len(m.checkpoint.files) for m in plan.models))
         device = choose_device(name) if name else None
         set_threads(threads if name else None)
-        writer = ShardWriter(folder, plan.shards, resume=True)
+        writer = ShardWriter(folder, layouts, resume=True)
         while True:
             connection.send(("ready",))
             _make(plan, batches.get(), writer, connection, device=device, seed=seed, max_memory=max_memory)
