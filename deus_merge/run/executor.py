@@ -101,6 +101,8 @@ def execute(
         run_record = ready.run_record | {"seconds": round(seconds, 3)}
         files = _write_files(plan, output, past, options.model_card)
         manifest = manifest_of(plan, files, diagnostics, run_record, past)
+        if made:
+            manifest = replace(manifest, warnings=(*manifest.warnings, *made.warnings))
         if calibrator is not None:
             output.flush()  # every block is on the disk before one of them is changed
             manifest = calibrator.run(output, writer, manifest)

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..checkpoint.piece_store import FORMAT, PieceRecord, PieceStore
 from ..checkpoint.shards import ShardWriter
 from ..checkpoint.staging import StagingArea
-from ..core.errors import PlanError
+from ..core.errors import DeusMergeError, PlanError
 from ..core.tensors import StoredTensor
 from ..core.text import plural, some_of
 from ..plan.blocks import BlockPlan
@@ -90,7 +90,12 @@ def make_share(
     made = []
     for piece in mine:
         if piece.name not in done:
-            job.make(piece, on_block)
+            try:
+                job.make(piece, on_block)
+            except DeusMergeError:
+                if is_complete(plan, job.store.out, None):  # others have made this piece, and finished the output
+                    return Share(tuple(made), mine, 0, plan.warnings, complete=True)
+                raise
             made.append(piece)
         else:
             for block in piece.blocks:
