@@ -22,7 +22,7 @@ from ..plan.types import Plan
 from .card_metadata import front_matter, join_card, licenses, unnamed
 from .manifest import MANIFEST, RECIPE
 from .manifest_parts import Growth, ManifestLayer
-from .shareable import PRIVATE, shared_name
+from .shareable import PRIVATE, shared_name, shared_text
 
 #: The card is for Markdown of the hub; `card_edits` finds these lines again once a model is calibrated or trained.
 SAME = "It computes exactly what {base} computes: the new layers add nothing until they are trained."
@@ -184,7 +184,7 @@ def _without_folders(text: str, plan: Plan) -> str:
     paths |= {str(folder) for m in models for folder in m.checkpoint.folders}
     for path in sorted(filter(os.path.isabs, paths), key=len, reverse=True):
         text = text.replace(path, shared_name(path))
-    return text
+    return shared_text(text)
 
 
 def _markdown(text: str) -> str:

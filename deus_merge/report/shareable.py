@@ -167,7 +167,7 @@ def shared_manifest(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             return shared_path(text, folder)
         for path, name in replaced:
             text = text.replace(path, name)
-        return text
+        return shared_text(text) if key == "warnings" else text
 
     return _mapped(data, text_of)
 
