@@ -1,7 +1,7 @@
 """A digest of a model's contents that takes no pass over its weights, for provenance.
 
 `TensorSource.fingerprint` is of config and headers alone: all fine-tunes of a model have the same one. This digest also
-has samples of every file: 4 KiB for every 16 MiB, evenly spaced with the first and the last bytes, at least 64; small
+has samples of every file: 4 KiB for every 4 MiB, evenly spaced with the first and the last bytes, at least 256; small
 files as a whole. It is the same on every machine that has the same bytes, whatever the folder and the time stamps are.
 Models with other weights differ in it; a change of a few numbers may be missed.
 """
@@ -17,8 +17,8 @@ from .header import open_regular
 from .tensor_source import TensorSource
 
 _SAMPLE = 4 << 10
-_STRIDE = 16 << 20
-_FEWEST = 64
+_STRIDE = 4 << 20
+_FEWEST = 256
 
 
 def contents_digest(source: TensorSource) -> str:

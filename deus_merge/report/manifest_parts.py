@@ -21,7 +21,7 @@ class ManifestSource:
         model: The model in the recipe: a folder's name, ``org/name[@revision]``, either with ``+adapter``, or the name
             of a document.
         fingerprint: sha256 over its config and its headers: the same for all fine-tunes of a model.
-        contents: sha256 over that and samples of every file, 4 KiB for every 16 MiB; missing in earlier versions, and
+        contents: sha256 over that and samples of every file, 4 KiB for every 4 MiB; missing in earlier versions, and
             for results of documents.
         folder: The folder of a checkpoint, or a GGUF file, relative to the output, ``org/name@revision``, or
             ``<private>/name``; None where the tensors are derived from other sources.
