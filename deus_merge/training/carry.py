@@ -56,7 +56,7 @@ def carry(
     try:
         checkpoint = Checkpoint.open(target)
     except CheckpointError as error:
-        error.hint = error.hint or "save the whole model as safetensors: model.save_pretrained(folder)"
+        error.hint = "save the whole model as safetensors: model.save_pretrained(folder), and name that folder"
         raise
     hint = f"name the folder that this training began with, not {source}; no manifest fits if layers changed since"
     check_belongs(manifest, checkpoint, hint=hint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import tiny_models
 import transformers
@@ -30,6 +32,16 @@ def test_settings_for_axolotl(run, deeper):
     assert settings["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
 
 
+def test_paths_are_seen_from_here(run, deeper, tmp_path, monkeypatch):
+    """Settings are shared, so they have no absolute path, and they work in the folder where they were printed."""
+    for place in (deeper.parent, deeper, tmp_path):
+        monkeypatch.chdir(place)
+        text = run("export-training", deeper, "--for", "axolotl").out
+        path = yaml.safe_load(text)["base_model"]
+        assert not os.path.isabs(path) and os.path.samefile(path, deeper) and str(tmp_path.parent) not in text
+        assert "--private-paths" in text
+
+
 # fmt: off
 FACTORY = {  # preset, where, and the setting of LLaMA-Factory: every k-th layer, the last, the first; or nothing
     "evenly": ("llama_pro", {"every": 3}, {"freeze_trainable_layers": 4, "use_llama_pro": True}),
@@ -49,7 +61,11 @@ def test_settings_for_llama_factory(run, tmp_path, case):
     out = grow(make_model(tmp_path / "base", layers=12), tmp_path / "out", preset, insert)
     if isinstance(expected, str):
         reported = run("export-training", out, "--for", "llama-factory", expect=2).err
-        assert "LLaMA-Factory cannot train only" in reported and expected in reported
+        assert "LLaMA-Factory cannot train only" in reported
+        assert f"--preset llama_pro --insert '{expected}'" in " ".join(reported.split())  # what works, as a command
+        assert yaml.safe_load(run("export-training", out, "--for", "axolotl").out)[
+            "unfrozen_parameters"
+        ]  # so does this
         every = yaml.safe_load(expected)
         again = grow(tmp_path / "base", tmp_path / "again", "llama_pro", every)
         settings = yaml.safe_load(run("export-training", again, "--for", "llama-factory").out)
