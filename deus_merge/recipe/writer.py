@@ -42,6 +42,8 @@ def as_written(recipe: Recipe) -> str:
     """
     if recipe.text is not None:
         return recipe.text
+    if recipe.source.value is None:  # made in Python, of its classes
+        return dump_recipe(recipe)
     return "---\n".join(_dump(r.source.plain()) for r in (*recipe.documents, recipe))
 
 

@@ -23,7 +23,7 @@ PRIVATE = "<private>/"
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/([\w.-]*\w)@([0-9a-f]{40})", re.ASCII)
 #: An absolute path in text for people: after a space, a quote or a bracket, not inside a word or an address.
-_ABSOLUTE = re.compile(r"""(?<![\w.~:/<>+@-])/[^\s'"`,;()\[\]{}#]*[^\s'"`,;()\[\]{}#.:]""")
+_ABSOLUTE = re.compile(r"""(?<![\w.~:/<>@-])/[^\s'"`,;()\[\]{}#]*[^\s'"`,;()\[\]{}#.:]""")
 #: Parts of a manifest without a path of this machine: too large to search for nothing, or the base's own.
 _PLAIN = frozenset({"tensors", "files", "weights", "layer_facts", "donor_config", "new_parameters", "versions"})
 
@@ -109,16 +109,16 @@ def shared_text(text: str, paths: Iterable[str] = (), name: Callable[[str], str]
         paths: Absolute paths that the text may have.
         name: What a path becomes; by default the hub's id, or `PRIVATE` and the last part of the path.
     """
-    name = name or _private
+    name, home = name or _private, Path(os.path.abspath(os.path.expanduser("~")))
     for path in sorted(paths, key=len, reverse=True):
         text = re.sub(rf"(?<![\w.~/-]){re.escape(path)}(?![\w-])", lambda match: name(match[0]), text)
 
     def found(match: re.Match) -> str:
         path = Path(match[0])
+        deep = len(path.parts) > 2  # not /tmp alone
         here = path.is_relative_to(home) or os.path.lexists(path) or (len(path.parts) > 3 and path.parent.is_dir())
-        return name(match[0]) if here and len(path.parts) > 1 else match[0]
+        return name(match[0]) if deep and here else match[0]
 
-    home = Path(os.path.abspath(os.path.expanduser("~")))
     text = _ABSOLUTE.sub(found, text)
     return text.replace(f"{home}/", "~/") if home.parts[1:] else text
 
@@ -181,9 +181,8 @@ def shared_record(record: Mapping[str, Any], manifest: Any, out: Path) -> dict[s
         out: The output's folder, which becomes its name.
     """
     sources = [s for growth in manifest.growths for s in growth.sources]
-    known = {str(out): out.name, os.path.abspath(out): out.name, os.path.realpath(out): out.name}
+    known = dict.fromkeys((os.path.abspath(out), os.path.realpath(out)), os.path.basename(os.path.abspath(out)))
     known |= {place: shared_name(place) for s in sources for place in _places(vars(s)) if os.path.isabs(place)}
-    known = {path: name for path, name in known.items() if os.path.isabs(path)}
     return _mapped(record, lambda key, text: shared_text(text, known, lambda path: known.get(path) or _private(path)))
 
 

@@ -11,7 +11,7 @@ from support import TEXT, make_model, save_tokenizer, train_tokenizer, write_rec
 
 from deus_merge import training
 from deus_merge.report.manifest import read_manifest
-from deus_merge.report.shareable import PRIVATE, found_path, shared_path
+from deus_merge.report.shareable import PRIVATE, found_path, shared_path, shared_text
 
 SECRET = "alices-secret-folder"
 COMPARE = ("--tokens", 512, "--batch", 2, "--length", 32, "--held-out", 2, "--threads", 1, "--device", "cpu", "--lr",
@@ -140,3 +140,25 @@ def test_a_source_whose_folder_is_not_written(secret, run, tmp_path, monkeypatch
     assert "the manifest does not name the folder of source base: --source base=FOLDER says where it is" in " ".join(
         found.split()
     )
+
+
+def test_texts(tmp_path, monkeypatch):
+    """Absolute paths become names, wherever they are; what only looks like one stays."""
+    home, cache = tmp_path / "homes/alice", tmp_path / "cache"
+    snapshot = cache / "models--org--name/snapshots" / ("0" * 40)
+    for folder in (home, snapshot, tmp_path / "my models/a b"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    known = [str(tmp_path / "my models/a b"), str(tmp_path / "my models"), str(snapshot)]
+    rows = {
+        f"# see {home}/notes/a.md, then sleep": "# see <private>/a.md, then sleep",
+        f"model: '{tmp_path}/my models/a b'  # {tmp_path}/my models": "model: '<private>/a b'  # <private>/my models",
+        f"[{{model: {snapshot}, x: 1}}]": f"[{{model: org/name@{'0' * 40}, x: 1}}]",
+        f"{snapshot}+{home}/adapter": f"org/name@{'0' * 40}+<private>/adapter",
+        f"{tmp_path}/never/there/file {tmp_path}/homes": f"{tmp_path}/never/there/file <private>/homes",
+        f"file://{home}/x": "file://~/x",
+    }
+    for text, expected in rows.items():
+        assert shared_text(text, known) == expected
+    for text in ("https://a.example/tmp/x", "and/or 1/2 </s> ~/models/base ../up/there ./a/b", "/tmp", "/", "// a"):
+        assert shared_text(text, known) == text
