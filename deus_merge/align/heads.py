@@ -116,7 +116,10 @@ def align_heads(
     if "heads" in steps:
         groups, queries = _match(scores, g, per_group)
     matched = [_take(x, queries).diagonal().clone() for x in (value, query_key)]  # (H,) each
-    means = torch.stack([x.mean() for x in (*matched, value.diagonal().clone(), query_key.diagonal().clone())]).tolist()
+    unmatched = [x.diagonal().clone() for x in (value, query_key)]  # (H,) each
+    value_cosine, query_key_cosine, value_before, query_key_before = torch.stack(
+        [x.mean() for x in (*matched, *unmatched)]
+    ).tolist()
     side_a, side_b = _split(a, heads), _split(b, heads)
     taken = {role: _take(side_a[role], queries if role in ("q", "o") else groups) for role in side_a}
     return AttentionAlignment(
@@ -125,7 +128,10 @@ def align_heads(
         _procrustes(taken, side_b, g) if "values" in steps else None,
         _turns(taken, side_b, heads) if "rotary" in steps and heads.rotary != "none" else None,
         (matched[0] + matched[1]).view(g, per_group).mean(1) / 2,
-        *means,
+        value_cosine,
+        query_key_cosine,
+        value_before,
+        query_key_before,
         heads,
     )
 

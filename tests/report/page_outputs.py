@@ -38,7 +38,9 @@ models: [{{model: {a}, parameters: {{weight: 0.4}}}}, {{model: {b}, parameters: 
 def outputs(root: Path) -> dict[str, Path]:
     """Folders of outputs by what is special about them."""
     tiny = tiny_model()
-    a, b, c = (make_model(root / f"models/{name}", layers=24, seed=i) for i, name in enumerate(("one", "other", "third")))
+    a, b, c = (
+        make_model(root / f"models/{name}", layers=24, seed=i) for i, name in enumerate(("one", "other", "third"))
+    )
     deep = make_model(root / "models/deep", layers=40)
     experts = root / "models/experts"
     torch.manual_seed(0)
@@ -58,7 +60,10 @@ def outputs(root: Path) -> dict[str, Path]:
     dm.upscale(str(deep), root / "stack", preset="solar")
     dm.upscale(str(experts), root / "experts")
     dm.calibrate(
-        root / "tiny", root / "calibrated", WORDS.read_text(encoding="utf-8"), dm.CalibrationOptions(tokens=512, length=64)
+        root / "tiny",
+        root / "calibrated",
+        WORDS.read_text(encoding="utf-8"),
+        dm.CalibrationOptions(tokens=512, length=64),
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "tiny")
     with torch.no_grad():

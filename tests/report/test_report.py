@@ -28,7 +28,9 @@ def test_a_page_for_every_kind_of_output(run, tiny, tmp_path, preset):
     card = (out / "README.md").read_text()
     for layer in record["layers"]:
         how = " + ".join(layer["actions"])
-        assert f"layer {layer['layer']}: {how} of tiny {layer['sources'][0]['layer']}" in text  # where the pointer rests
+        assert (
+            f"layer {layer['layer']}: {how} of tiny {layer['sources'][0]['layer']}" in text
+        )  # where the pointer rests
         assert how == "copy" or f"| {how} ({layer['method']}), new |" in card
         strongest = [a for a in ("copy", "derive", "cast", "zeros", "align", "compute") if a in layer["actions"]][-1]
         assert f'<i class="{strongest}"></i>' in text and f'<span class="box {strongest}"' in text and how in reported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..manifest_parts import ManifestLayer, TensorDiagnostics
 from . import figures
@@ -40,18 +40,20 @@ def _table(layers: Sequence[ManifestLayer], key: str) -> dict[str, Any] | None:
         for d in layer.diagnostics:
             for column, name in _columns(d, key):
                 value = d.get(name)
-                if figures.number(value) == figures.MISSING:
+                if not figures.is_number(value):
                     continue
                 cell = rows.setdefault(_row(layer, d), {}).setdefault(column, {})
                 cell.setdefault("after", []).append(value)
                 before = d.get(f"{name}_before")
-                if figures.number(before) != figures.MISSING:
+                if figures.is_number(before):
                     cell.setdefault("before", []).append(before)
                 tensors.setdefault(column, _tensor(d["tensor"]) if column not in _HEADS.values() else "")
     if not rows:
         return None
     merge = _TOGETHER[together]
-    known = {row: {c: {k: merge(v) for k, v in cell.items()} for c, cell in cells.items()} for row, cells in rows.items()}
+    known = {
+        row: {c: {k: merge(v) for k, v in cell.items()} for c, cell in cells.items()} for row, cells in rows.items()
+    }
     values = [cell["after"] for cells in known.values() for cell in cells.values()]
     low, span = min(values), max(values) - min(values)
 
@@ -102,7 +104,7 @@ def pictures(layers: Sequence[ManifestLayer]) -> list[dict[str, Any]]:
     return [{"kind": kind, "plans": plans, "open": len(plans) <= 32} for kind, plans in found.items()]
 
 
-def _is_order(value: object) -> bool:
+def _is_order(value: object) -> TypeGuard[Sequence[int]]:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(type(x) is int for x in value)
 
 

@@ -6,7 +6,6 @@ Measured values have three significant digits, cosines three decimals, losses fo
 from __future__ import annotations
 
 import math
-
 from typing import TypeGuard
 
 from ...core.errors import printable
@@ -18,7 +17,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def number(value: object) -> str:
     """A measured value in three significant digits: ``0.0123``, ``4.56``, ``12,300``, ``1.23 × 10⁻⁵``."""
-    if not _is_number(value):
+    if not is_number(value):
         return MISSING
     if value == 0 or isinstance(value, int):
         return count(int(value))
@@ -31,22 +30,22 @@ def number(value: object) -> str:
 
 def count(value: object) -> str:
     """A whole number, in groups of three digits: ``16,384``."""
-    return f"{int(value):,}" if _is_number(value) else MISSING
+    return f"{int(value):,}" if is_number(value) else MISSING
 
 
 def cosine(value: object) -> str:
     """A cosine: ``0.123``."""
-    return f"{round(value, 3) + 0.0:.3f}" if _is_number(value) else MISSING
+    return f"{round(value, 3) + 0.0:.3f}" if is_number(value) else MISSING
 
 
 def loss(value: object) -> str:
     """A loss in nats a token: ``3.1416``."""
-    return f"{value:.4f}" if _is_number(value) else MISSING
+    return f"{value:.4f}" if is_number(value) else MISSING
 
 
 def seconds(value: object) -> str:
     """A duration: ``0.12 s``, ``2 h 13 min``."""
-    if not _is_number(value):
+    if not is_number(value):
         return MISSING
     return "< 0.01 s" if value < 0.01 else f"{value:.2f} s" if value < 100 else format_seconds(value)
 
@@ -56,7 +55,8 @@ def plain(text: object) -> str:
     return "\n".join(map(printable, str(text).splitlines()))
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -36,5 +36,7 @@ def next_steps(manifest: Manifest, folder: str, *, checked: bool) -> Iterator[St
         )
     if manifest.new_layers:
         state = "the base as it is now" if manifest.base_trained else "the base, byte for byte"
-        yield Step(f"Take the new layers out again: {state}", f"deus-merge strip {at} {shlex.quote(f'./{folder}-base')}")
+        yield Step(
+            f"Take the new layers out again: {state}", f"deus-merge strip {at} {shlex.quote(f'./{folder}-base')}"
+        )
     yield Step("Share it on the Hugging Face hub", f"hf upload {shlex.quote(f'YOUR_NAME/{folder}')} {at}")

@@ -1,4 +1,4 @@
-"""``report``: one self-contained HTML page about an output, without scripts, fonts, and links that load anything."""
+"""``report``: the page about one output."""
 
 from __future__ import annotations
 

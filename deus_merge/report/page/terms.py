@@ -51,8 +51,8 @@ TERMS = ACTIONS | {
     "trained after the run": "Trained since it was written: only frozen tensors can be compared with the sources.",
     "A and B": "Two layers of which A is brought into the order of B. Where a new layer lies between two others, A is"
     " the lower one and B the upper one.",
-    "cosine": "How alike two vectors are: 1 is the same direction, 0 nothing in common. The first number is that of rows,"
-    " neurons, heads or experts that have the same number in A and B, before the alignment; the second that of"
+    "cosine": "How alike two vectors are: 1 is the same direction, 0 nothing in common. The first number is that of"
+    " rows, neurons, heads or experts that have the same number in A and B, before the alignment; the second that of"
     " matched ones.",
     "heads: values": "Cosine of what the value paths of two attention heads compute.",
     "heads: queries and keys": "Cosine of what the query-key paths of two attention heads compute.",
@@ -62,9 +62,8 @@ TERMS = ACTIONS | {
     " that are wanted.",
     "iterations": "Passes of the solver; 0 for exact solvers that do not count them.",
     "time of the solver": "Wall time of the transport plan.",
-    "key-value group": "Query heads that share keys and values.",
-    "mean over experts": "Columns of experts.* are means over all experts of the layer; of marginal error and iterations"
-    " the largest, of times the sum.",
+    "mean over experts": "Columns of experts.* are means over all experts of the layer; of marginal error and"
+    " iterations the largest, of times the sum.",
     "closed form": "A regression on the gradient, without training steps.",
     "damping": "What was added to the diagonal of the regression, relative to its mean.",
     "nats a token": "The loss: minus the natural logarithm of the probability of the next token, on average.",
