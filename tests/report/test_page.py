@@ -17,7 +17,7 @@ from page_parser import check_stands_alone
 import deus_merge as dm
 from deus_merge.report.manifest import read_manifest
 from deus_merge.report.page import frame, render_page
-from deus_merge.report.page.alignment import tables
+from deus_merge.report.page.alignment import pictures, tables
 from deus_merge.report.page.figures import cosine, count, loss, number, seconds
 
 pytestmark = pytest.mark.xdist_group("pages")
@@ -148,6 +148,22 @@ def read_manifest_with(lines):
     return (parse(ManifestLayer, entry | {"diagnostics": lines}),)
 
 
+def test_values_that_somebody_else_wrote():
+    """A manifest may be written by anybody: what is no number is left out, and sums may overflow."""
+    odd = (
+        {"cosine": 1e308, "experts": [0, "x"]},
+        {"cosine": -1e308, "experts": "01"},
+        {"cosine": 10**400, "source": -9},
+        {"cosine": [1], "cosine_before": "x"},
+        {"cosine": True, "experts": {"a": 1}},
+    )
+    lines = [{"role": f"experts.{i}.gate", "tensor": "t", **line, "seconds": 1.7e308} for i, line in enumerate(odd)]
+    layers = read_manifest_with(lines + [{"role": "up", "tensor": "t", "cosine": 1e308}])
+    found = {table["term"]: table["rows"] for table in tables(layers)}
+    assert [cell["after"] for cell in found["cosine"][0][1]] == ["0.000", f"{1e308:.3f}"]
+    assert found["time of the solver"][0][1][0]["after"] == "–" and pictures(layers) == []
+
+
 def test_layer_numbers_are_shown_however_many_there_are(outputs, pages):
     for kind, sources, layers in (("two-sources", (24, 24), 24), ("stack", (40,), 60), ("many-plots", (40,), 79)):
         page = pages[kind].read_text()
@@ -234,6 +250,7 @@ def test_terms_are_explained_once_each(pages):
         (number, 0.0123456, "0.0123"), (number, 9.996, "10.0"), (number, 1.0, "1.00"), (number, 0, "0"),
         (number, 123456.7, "123,000"), (number, 1.5e-5, "1.50 × 10⁻⁵"), (number, -0.5, "-0.500"),
         (number, 2e12, "2.00 × 10¹²"), (number, float("nan"), "–"), (number, None, "–"), (number, True, "–"),
+        (number, 10**400, "–"), (number, 1e300, "1.00 × 10³⁰⁰"), (cosine, float("inf"), "–"), (count, [1], "–"),
         (count, 16384, "16,384"), (cosine, -0.0001, "0.000"), (cosine, 0.98765, "0.988"), (loss, 3.14159, "3.1416"),
         (seconds, 0.001, "< 0.01 s"), (seconds, 3.191, "3.19 s"), (seconds, 8000, "2 h 13 min"), (seconds, "x", "–"),
     ],

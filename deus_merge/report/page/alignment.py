@@ -20,7 +20,7 @@ _METRICS = {
     "iterations": ("iterations", figures.count, "max"),
     "seconds": ("time of the solver", figures.seconds, "sum"),
 }
-_TOGETHER = {"mean": lambda values: math.fsum(values) / len(values), "max": max, "sum": math.fsum}
+_TOGETHER = {"mean": lambda values: sum(values) / len(values), "max": max, "sum": sum}
 _HEADS = {"value_cosine": "heads: values", "query_key_cosine": "heads: queries and keys"}
 _EXPERT = re.compile(r"experts\.\d+\.")
 _SIZE = 96  # of a picture
@@ -60,7 +60,7 @@ def _table(layers: Sequence[ManifestLayer], key: str) -> dict[str, Any] | None:
     def shown(cell: Mapping[str, float] | None) -> dict[str, str | None]:
         if cell is None:
             return {"before": None, "after": figures.MISSING, "shade": "0"}
-        depth = 0.0 if span == 0 else 0.05 + 0.7 * (cell["after"] - low) / span
+        depth = 0.05 + 0.7 * (cell["after"] - low) / span if 0 < span < math.inf else 0.0
         return {
             "before": form(cell["before"]) if "before" in cell else None,
             "after": form(cell["after"]),

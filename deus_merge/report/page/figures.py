@@ -56,8 +56,10 @@ def plain(text: object) -> str:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number, and a whole one not absurdly long."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 10**18
+    return isinstance(value, float) and math.isfinite(value)
 
 
 FILTERS = {
