@@ -198,7 +198,7 @@ def test_next_steps_run(run, outputs, pages, tmp_path, monkeypatch, kind):
     text = dm.report(folder).read_text()
     commands = re.findall(r'<pre class="command">(.*)</pre>', text)
     words = [shlex.split(command.replace("&#39;", "'")) for command in commands]
-    assert words[-1][:3] == ["hf", "upload", "YOUR_NAME/a model"]
+    assert words[-1][:3] == ["hf", "upload", "YOUR_NAME/a-model"] and words[-1][3] == "./a model"
     ours = {command[1]: command[1:] for command in words[:-1] if command[0] == "deus-merge"}
     expected = {"tiny": {"verify", "export-training", "strip"}, "trained": {"verify", "upscale", "strip"}}
     assert set(ours) == expected.get(kind, {"verify"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -39,4 +40,11 @@ def next_steps(manifest: Manifest, folder: str, *, checked: bool) -> Iterator[St
         yield Step(
             f"Take the new layers out again: {state}", f"deus-merge strip {at} {shlex.quote(f'./{folder}-base')}"
         )
-    yield Step("Share it on the Hugging Face hub", f"hf upload {shlex.quote(f'YOUR_NAME/{folder}')} {at}")
+    yield Step("Share it on the Hugging Face hub", f"hf upload YOUR_NAME/{repository_name(folder)} {at}")
+
+
+def repository_name(folder: str) -> str:
+    """A name that the hub allows, from a folder's name."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder)
+    name = re.sub(r"-{2,}|\.{2,}", "-", name).strip("-.")[:96].rstrip("-.")
+    return name.removesuffix(".git") or "model"
