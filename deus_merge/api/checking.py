@@ -77,7 +77,8 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     manifest = read_manifest(out)
     recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
     found = (verification or verify(out, quick=True)).describe()
-    text = render_page(manifest, recipe, found, parameter_counts(out, manifest.new_layers))
+    facts = {"folder": out.absolute().name, "parameters": parameter_counts(out, manifest.new_layers)}
+    text = render_page(manifest, recipe, found, **facts)
     try:
         page.write_text(text, encoding="utf-8")
     except OSError as error:

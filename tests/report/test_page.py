@@ -225,11 +225,11 @@ def test_the_documentation_is_the_one_of_the_package(outputs, monkeypatch, tmp_p
     assert 'href="https://docs.example/deus?a=1&amp;b"' in linked and "docs/training.md" not in linked
 
 
-def test_no_folder_of_the_machine_in_the_checks(outputs, tmp_path):
+def test_no_folder_of_the_machine_in_the_checks(outputs):
     manifest = read_manifest(outputs["tiny"])
     detail = "cannot read /home/somebody/models/base/model.safetensors: 1/2 of (/srv/x/y.json), see ./a/b and ~/c/d"
     check = {"name": "copied tensors", "passed": False, "detail": detail, "seconds": 0.1}
-    text = render_page(manifest, "", {"folder": str(tmp_path), "checks": [check]})
+    text = render_page(manifest, "", {"checks": [check]}, folder="out")
     assert "cannot read model.safetensors: 1/2 of (y.json), see ./a/b and ~/c/d" in text
     assert "1 check failed" in text and "somebody" not in text and "<span>parameters" not in text
 
@@ -272,6 +272,6 @@ def test_a_manifest_of_an_earlier_version_has_a_page(outputs):
     )
     sources = tuple(dataclasses.replace(source, layers=None) for source in manifest.sources)
     old = dataclasses.replace(manifest, options=options, layers=layers, sources=sources)
-    text = render_page(old, "", {"folder": "x", "checks": []})
+    text = render_page(old, "", {"checks": []}, folder="out")
     check_stands_alone(text)
     assert "Written by deus_merge" in text and "→</i>" not in text and "tiny: 6 → 9 layers" in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..manifest import Manifest
@@ -21,7 +20,7 @@ _FOLDERS = re.compile(r"(?<![\w./~-])/(?:[^\s/:;,'\"]+/)+")
 
 
 def render_page(
-    manifest: Manifest, recipe: str, verification: Mapping, parameters: tuple[int, int] | None = None
+    manifest: Manifest, recipe: str, verification: Mapping, *, folder: str, parameters: tuple[int, int] | None = None
 ) -> str:
     """The page about one output. The same arguments give the same page.
 
@@ -29,6 +28,7 @@ def render_page(
         manifest: The output's manifest.
         recipe: The text of ``deus_merge.yml``.
         verification: The output of `verify.Verification.describe`.
+        folder: The name of the output's folder.
         parameters: The number of the output's parameters, and of those in new layers; None where they are not known.
 
     Returns:
@@ -63,7 +63,7 @@ def render_page(
         "pictures": pictures(manifest.layers),
         "seconds": manifest.options.get("seconds"),
         "date": manifest.options.get("date"),
-        "steps": list(next_steps(manifest, Path(verification["folder"]).absolute().name, checked=full)),
+        "steps": list(next_steps(manifest, folder, checked=full)),
     }
     return render("output.html", values)
 
