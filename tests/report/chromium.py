@@ -18,7 +18,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 def executable() -> str | None:
     """The browser: ``CHROMIUM``, or the first of its usual names; None without one."""
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    works = found and subprocess.run([found, "--version"], capture_output=True, timeout=30).returncode == 0
+    return found if works else None
 
 
 @dataclass
