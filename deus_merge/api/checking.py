@@ -10,7 +10,7 @@ from ..checkpoint.storage import LoadOptions
 from ..core.errors import DeusMergeError, VerifyError
 from ..plan.training_memory import TrainingSettings
 from ..recipe.catalog import catalog, entries_of
-from ..report.inspection import adjacent_similarity, summary
+from ..report.inspection import adjacent_similarity, parameter_counts, summary
 from ..report.manifest import RECIPE, read_manifest
 from ..report.shareable import shared_record
 from ..verify import Check, Verification
@@ -81,8 +81,10 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     page = path_of(html, "html") if html is not None else out / REPORT
     manifest = read_manifest(out)
     recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
-    record = shared_record({"recipe": recipe, **(verification or verify(out, quick=True)).describe()}, manifest, out)
-    text = render_page(manifest, record.pop("recipe"), record)
+    found = (verification or verify(out, quick=True)).describe()
+    record = shared_record({"recipe": recipe, **found}, manifest, out)
+    facts = {"folder": out.absolute().name, "parameters": parameter_counts(out, manifest.new_layers)}
+    text = render_page(manifest, record.pop("recipe"), record, **facts)
     try:
         page.write_text(text, encoding="utf-8")
     except OSError as error:

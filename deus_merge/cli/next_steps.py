@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 
+from ..report.page.next_steps import repository_name
 from .output import note
 
 
@@ -22,14 +22,7 @@ def show_next(out: Path, *, manifest: bool = True, new_layers: bool = True, quie
     folder = shlex.quote(place)
     steps = [("verify", f"deus-merge verify {folder}"), ("report", f"deus-merge report {folder}")] if manifest else []
     steps += [("train", f"deus-merge export-training {folder}")] if new_layers else []
-    steps.append(("upload", f"hf upload {repository_name(out)} {folder}"))
+    steps.append(("upload", f"hf upload {repository_name(out.absolute().name)} {folder}"))
     note("next:", quiet)
     for name, command in steps:
         note(f"  {name:<8}{command}", quiet)
-
-
-def repository_name(out: Path) -> str:
-    """A name on the hub for an output: the folder's, with what the hub does not allow replaced."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name)
-    name = re.sub(r"-{2,}|\.{2,}", "-", name).strip("-.")[:96].rstrip("-.")
-    return f"{name.removesuffix('.git')}" or "model"

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from huggingface_hub.utils import validate_repo_id
 
-from deus_merge.cli.next_steps import repository_name
+from deus_merge.report.page.next_steps import repository_name
 
 
 def commands(err: str) -> dict[str, list[str]]:
@@ -41,5 +41,5 @@ def test_who_has_what_next(run, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a--b", "a..b", ".hidden", "x" * 200, "größe", "…", "a.git", "-a-"])
-def test_names_on_the_hub(tmp_path, name):
-    validate_repo_id(repository_name(tmp_path / name))
+def test_names_on_the_hub(name):
+    validate_repo_id(repository_name(name))

@@ -105,7 +105,7 @@ def _folder(path: Path) -> Path:
 
 def _timeless(value: object) -> object:
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k not in ("seconds", "sha256")}
+        return {k: _timeless(v) for k, v in value.items() if k not in ("seconds", "date", "sha256")}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 

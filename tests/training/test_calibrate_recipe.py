@@ -59,7 +59,8 @@ def content(folder: Path) -> dict[str, bytes]:
     files["README.md"] = files["README.md"].partition(b"## Recipe")[0]
     manifest = json.loads(files.pop("deus_merge.json"))
     manifest.pop("sha256")
-    manifest["options"].pop("seconds")
+    for key in ("seconds", "date"):
+        manifest["options"].pop(key)
     manifest["files"].pop("deus_merge.original.yml")
     for layer in manifest["layers"]:
         for line in layer["diagnostics"]:
