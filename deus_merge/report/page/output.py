@@ -38,7 +38,7 @@ def render_page(
     sources = [
         {
             "model": s.model,
-            "fingerprint": s.contents or s.fingerprint,
+            "digest": s.contents or s.fingerprint,
             "name": short_name(s.model),
             "layers": depths[s.model],
         }
