@@ -69,7 +69,7 @@ def test_a_share_that_does_not_exist(plans, number, total):
 
 
 def test_a_model_that_no_machine_holds(monkeypatch, tmp_path):
-    """On sparse files: many pieces, soon, and a manifest that can be read again. A larger one: benchmarks/scale.py."""
+    """On sparse files: many pieces, soon, a manifest that can be read again. benchmarks/scale.py has a larger one."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     scale, planning = importlib.import_module("scale"), importlib.import_module("planning")
     config, layer, preset = scale.GIANTS["405B, opt_deus"]
