@@ -70,6 +70,7 @@ def merge(
     copy_tokenizer: bool = True,
     on_block: Callable[[BlockPlan, bool], None] | None = None,
     on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
+    on_share: Callable[[BlockPlan, float], None] | None = None,
     progress: OnProgress | None = None,
 ) -> MergeResult:
     """Run a recipe and write the checkpoint. With ``calibrate`` in the recipe, the outputs of the new layers are set in
@@ -82,6 +83,7 @@ def merge(
         max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
         on_block: Called after each block with the block and whether an earlier run had finished it.
         on_layer: Called after each calibrated layer, with whether an earlier run had finished it.
+        on_share: Called within blocks, with the share of the block that is written; from several threads.
         progress: Called after each of these steps, with how many there are.
 
     Returns:
@@ -110,7 +112,7 @@ def merge(
 
     calibrator = calibrator_of(recipe, options, layer_finished)
     counter.total = len(recipe.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
-    done = execute(recipe, target, options, block_finished, calibrator)
+    done = execute(recipe, target, options, block_finished, calibrator, on_share)
     seconds = time.monotonic() - started
     return MergeResult(target, recipe, done.verification, done.warnings, seconds, done.calibration)
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 
 from .. import api
+from ..core.text import plural
 from ..recipe.calibrate import read_text
 from .failures import report_bus_errors
 from .merge import Size
-from .output import emit_json, layer_notes, note, quiet_transformers, table
+from .output import emit_json, note, quiet_transformers, table
+from .progress import layer_notes
 
 
 @click.command()
@@ -72,6 +74,7 @@ def calibrate(out: Path, new: Path, text: Path, as_json: bool, **options):
     for text_of_note in done.notes:
         note(text_of_note)
     note(
-        f"{new}: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on {record.held_out_tokens} tokens that chose"
-        f" the steps; {record.tokens} tokens were fitted; {done.seconds:.0f} s"
+        f"{new}: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on"
+        f" {plural(record.held_out_tokens, 'token')} that chose the steps; fitted on {plural(record.tokens, 'token')};"
+        f" {done.seconds:.0f} s"
     )

@@ -10,7 +10,8 @@ import click
 
 from .. import api
 from ..checkpoint.staging import check_local
-from .output import note, progress, quiet_transformers, show_verification
+from .output import note, quiet_transformers, show_verification
+from .progress import block_progress
 
 _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # by --tiny; number of new tokens
 
@@ -39,8 +40,10 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     if (target / "deus_merge.json").is_file():
         note(f"{target} exists already and is not computed again; remove it to start over")
     else:
-        with progress(plan, quiet=False) as on_block:
-            api.merge(plan, target, api.RunOptions(resume=True), on_block=on_block)
+        with block_progress(plan) as shown:
+            api.merge(
+                plan, target, api.RunOptions(resume=True), on_block=shown.on_block, on_share=shown.on_share
+            )
     checked = api.verify(target, logits_text=argparse.__doc__)  # English prose that every Python has
     show_verification(checked)
     for name, folder in (("base", base), ("up-scaled", target)):

@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from ..core.errors import DeusMergeError, printable
+from .messages import NoSuchCommand, show_error, usage_text
 
 _COMMANDS = {  # name -> module with a click command of that name; imported when used, so that --help is fast
     "merge": "merge",
@@ -76,11 +77,10 @@ class _Lazy(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            from ..core.errors import nearest
-
-            hint = nearest(args[0], _COMMANDS) or f"known: {', '.join(_COMMANDS)}"
-            raise click.UsageError(f"{error.format_message()} ({hint})", ctx) from None
+        except click.UsageError:
+            if args[0].startswith("-"):
+                raise
+            raise NoSuchCommand(args[0], _COMMANDS, ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -135,11 +135,13 @@ def _run_command(arguments: list[str] | None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        vars(error)["message"] = printable(error.message)
-        error.show()
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click 8.2 and newer
+            error.show()
+        else:
+            show_error(usage_text(error))
         return 2
     except DeusMergeError as error:
-        click.echo(f"error: {error}", err=True)
+        show_error(error)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo(f"\ninterrupted{_notes(stop.__cause__ or stop)}", err=True)  # click wraps the interrupt
@@ -148,7 +150,7 @@ def _run_command(arguments: list[str] | None) -> int:
         return 0
     except OSError as error:  # the machine: a full disk, a lost mount
         place = f"{printable(error.filename)}: " if error.filename else ""
-        click.echo(f"error: {place}{error.strerror or error}{_notes(error)}", err=True)
+        show_error(f"{place}{error.strerror or error}{_notes(error)}")
         return 1
 
 

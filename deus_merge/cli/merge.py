@@ -15,6 +15,7 @@ from .. import api
 from ..checkpoint.system import keep_freed_memory
 from ..core.errors import DeusMergeError
 from ..core.garbage import collector_paused
+from ..core.text import plural
 from ..core.units import parse_size
 from ..core.yaml_text import parse
 from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
@@ -23,7 +24,9 @@ from ..recipe.types import Recipe
 from ..recipe.writer import dump_recipe
 from . import mergekit_options as mergekit
 from .failures import report_bus_errors
-from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, warn
+from .output import emit_json, note, quiet_transformers, warn
+from .plan_view import fit_text, show_plan
+from .progress import block_progress, layer_notes
 from .recipes import load_recipe, recipe_options
 
 
@@ -261,17 +264,20 @@ def _run(
     if fitted:
         note(fit_text(fitted), quiet)
     keep_freed_memory()
-    with progress(planned, quiet) as on_block:
-        result = api.merge(planned, out, run, on_block=on_block, on_layer=layer_notes(quiet))
+    with block_progress(planned, quiet, verify_output) as shown:
+        result = api.merge(
+            planned, out, run, on_block=shown.on_block, on_share=shown.on_share, on_layer=layer_notes(quiet)
+        )
     warn(result.warnings)
     if as_json:
         emit_json(result.describe())
     elif not quiet:
         depth = planned.donor.view.num_layers
-        checked = f"{len(result.verification.checks)} checks passed" if result.verification else "not verified"
+        checked = f"{plural(len(result.verification.checks), 'check')} passed" if result.verification else "not verified"
         if record := result.calibration:
             note(
-                f"calibrated: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on {record.held_out_tokens}"
-                f" tokens that chose the steps; {record.tokens} tokens were fitted"
+                f"calibrated: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on"
+                f" {plural(record.held_out_tokens, 'token')} that chose the steps;"
+                f" fitted on {plural(record.tokens, 'token')}"
             )
-        note(f"{out}: {depth} -> {planned.num_layers} layers in {result.seconds:.1f} s, {checked}")
+        note(f"{out}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}")

@@ -48,6 +48,7 @@ def execute(
     options: RunOptions,
     on_block: Callable[[BlockPlan, bool], None],
     calibrator: Calibrator | None = None,
+    on_share: Callable[[BlockPlan, float], None] | None = None,
 ) -> Outcome:
     """Carry out a plan.
 
@@ -57,6 +58,7 @@ def execute(
         options: Device, resume, overwrite, verification.
         on_block: Called after every block, with whether an earlier run had already finished it.
         calibrator: What calibrates the output, where the plan has a calibration.
+        on_share: As for `run_blocks`.
 
     Returns:
         The verification, all warnings, and the record of the calibration.
@@ -104,6 +106,7 @@ def execute(
                 seed=options.seed,
                 max_memory=options.max_memory,
                 on_block=finished,
+                on_share=on_share,
             )
         for block in upcoming:
             on_block(block, True)

@@ -1,0 +1,154 @@
+"""Progress of long commands on stderr: a bar on a terminal, otherwise a line every few seconds."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..core.errors import printable
+from ..core.text import plural
+from ..core.units import format_seconds
+from ..plan.blocks import BlockPlan
+from ..plan.types import Plan
+from ..report.manifest_parts import CalibratedLayer
+from .output import note
+
+INTERVAL = 5.0  # seconds from one line to the next, at least
+
+
+class Steps:
+    """The steps of a long command: which have ended, and how far those have come that have begun.
+
+    Args:
+        total: How many steps there are.
+        noun: What a step is.
+        bar: Shows the title and the number of ended steps, with the shares of those that have begun; None for lines.
+    """
+
+    def __init__(self, total: int, noun: str, bar: Callable[[str, float, str], None] | None):
+        self.total, self._noun, self._bar = total, noun, bar
+        self._ended = self._resumed = 0
+        self._open: dict[str, tuple[float, float]] = {}  # title -> when it began, its share
+        self._began = self._last = time.monotonic()
+        self._lock = threading.Lock()
+
+    def share(self, title: str, share: float = 0.0) -> None:
+        """A step begins, or this share of it is done. May be called from any thread."""
+        with self._lock:
+            now = time.monotonic()
+            began, _ = self._open.get(title, (now, 0.0))
+            self._open[title] = began, share
+            self._show(title, f"{title}: {share:.0%}, {_seconds(now - began)}", now, due=False)
+
+    def end(self, title: str, detail: str = "", resumed: bool = False, total: int | None = None) -> None:
+        """A step has ended.
+
+        Args:
+            title: Its title.
+            detail: What was done in it.
+            resumed: Whether an earlier run had done it.
+            total: How many steps there are, where this is known only now.
+        """
+        with self._lock:
+            now = time.monotonic()
+            began, _ = self._open.pop(title, (now, 0.0))
+            self._ended += 1
+            self._resumed += resumed
+            self.total = self.total if total is None else total
+            what = f"{title}: {detail}" if detail else title
+            own = "by the earlier run" if resumed else _seconds(now - began)
+            self._show(title, f"{what}, {own}", now, due=self._ended == self.total)
+
+    def phase(self, title: str) -> None:
+        """All steps have ended, and something else begins."""
+        with self._lock:
+            self._show(title, None, time.monotonic(), due=False)
+
+    def _show(self, title: str, line: str | None, now: float, due: bool) -> None:
+        """Show the present state; a line only if it is due, or none was printed for a while."""
+        if self._bar:
+            shares = sum(share for _, share in self._open.values())
+            self._bar(title, min(self.total, self._ended + shares), f"{self._ended}/{self.total}")
+        elif line is not None and (due or now - self._last >= INTERVAL):
+            if self._resumed:
+                note(f"{plural(self._resumed, self._noun)} finished by the earlier run")
+                self._resumed = 0
+            self._last = now
+            note(f"[{self._ended}/{self.total}] {line} ({_seconds(now - self._began)} so far)")
+
+
+@contextmanager
+def steps(total: int, noun: str = "step", quiet: bool = False) -> Iterator[Steps]:
+    """Yields the steps of a long command, shown in the way that fits stderr; quietly, not at all."""
+    if quiet:
+        yield Steps(total, noun, lambda title, done, count: None)
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        with _bar(total) as show:
+            yield Steps(total, noun, show)
+    else:
+        yield Steps(total, noun, None)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[str, float, str], None]]:
+    """Yields a function that moves a bar, which disappears at the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+
+    title = TextColumn("{task.description}", markup=False, table_column=Column(max_width=30, no_wrap=True))
+    columns: Any = (title, BarColumn(bar_width=None), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
+        task = bar.add_task("", total=total, count=f"0/{total}")
+
+        def show(title: str, done: float, count: str) -> None:
+            bar.update(task, completed=done, description=printable(title), count=count)
+
+        yield show
+
+
+class PlanSteps:
+    """The callbacks of `api.merge` that show the progress of a plan's blocks."""
+
+    def __init__(self, plan: Plan, shown: Steps, verifies: bool):
+        self._steps = shown
+        self._left = len(plan.blocks)
+        self._last = "calibrating" if plan.calibration else "verifying" if verifies else "finishing"
+
+    def on_block(self, block: BlockPlan, resumed: bool) -> None:
+        """A block has ended."""
+        self._steps.end(block.title, block.how, resumed)
+        self._left -= 1
+        if not self._left:
+            self._steps.phase(self._last)
+
+    def on_share(self, block: BlockPlan, share: float) -> None:
+        """This share of a block is written."""
+        self._steps.share(block.title, share)
+
+
+@contextmanager
+def block_progress(plan: Plan, quiet: bool = False, verifies: bool = True) -> Iterator[PlanSteps]:
+    """Yields the callbacks for a plan's blocks."""
+    with steps(len(plan.blocks), "block", quiet) as shown:
+        yield PlanSteps(plan, shown, verifies)
+
+
+def layer_notes(quiet: bool = False) -> Callable[[CalibratedLayer, bool], None]:
+    """The ``on_layer`` callback: one line for each calibrated layer."""
+
+    def line(layer: CalibratedLayer, resumed: bool) -> None:
+        step = f"{layer.loss_before:.4f} -> {layer.loss_after:.4f}" if layer.tensors else "no step lowers the loss"
+        note(f"layer {layer.layer}: {'finished by the earlier run, ' if resumed else ''}{step}", quiet)
+
+    return line
+
+
+def _seconds(seconds: float) -> str:
+    """With a tenth of a second where that can be seen."""
+    return f"{seconds:.1f} s" if seconds < 10 else format_seconds(seconds)
