@@ -11,7 +11,7 @@ import click
 from .. import api
 from ..checkpoint.staging import check_local
 from .output import note, quiet_transformers, show_verification
-from .progress import block_progress
+from .progress import block_progress, check_progress
 
 _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # by --tiny; number of new tokens
 
@@ -44,7 +44,8 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
             api.merge(
                 plan, target, api.RunOptions(resume=True), on_block=shown.on_block, on_share=shown.on_share
             )
-    checked = api.verify(target, logits_text=argparse.__doc__)  # English prose that every Python has
+    with check_progress() as progress:
+        checked = api.verify(target, logits_text=argparse.__doc__, **progress)  # English prose that every Python has
     show_verification(checked)
     for name, folder in (("base", base), ("up-scaled", target)):
         click.echo(f"{name:>10}: {_continue(folder, *_PROMPTS[tiny])}")

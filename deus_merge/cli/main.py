@@ -21,7 +21,7 @@ _COMMANDS = {  # name -> module with a click command of that name; imported when
     "report": "inspect",
     "inspect": "inspect",
     "recipes": "recipes",
-    "methods": "inspect",
+    "methods": "methods",
     "calibrate": "calibrate",
     "compare": "compare",
     "export-training": "training",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..api import Progress
 from ..core.errors import printable
 from ..core.text import plural
 from ..core.units import format_seconds
@@ -25,13 +26,15 @@ class Steps:
     """The steps of a long command: which have ended, and how far those have come that have begun.
 
     Args:
-        total: How many steps there are.
+        total: How many steps there are; 0 while that is not known.
         noun: What a step is.
-        bar: Shows the title and the number of ended steps, with the shares of those that have begun; None for lines.
+        bar: Shows a title, the number of ended steps with the shares of those that have begun, and the total; None for
+            lines.
+        quiet: Whether nothing is shown.
     """
 
-    def __init__(self, total: int, noun: str, bar: Callable[[str, float, str], None] | None):
-        self.total, self._noun, self._bar = total, noun, bar
+    def __init__(self, total: int, noun: str, bar: Callable[[str, float, int], None] | None, quiet: bool = False):
+        self.total, self._noun, self._bar, self._quiet = total, noun, bar, quiet
         self._ended = self._resumed = 0
         self._open: dict[str, tuple[float, float]] = {}  # title -> when it began, its share
         self._began = self._last = time.monotonic()
@@ -43,7 +46,7 @@ class Steps:
             now = time.monotonic()
             began, _ = self._open.get(title, (now, 0.0))
             self._open[title] = began, share
-            self._show(title, f"{title}: {share:.0%}, {_seconds(now - began)}", now, due=False)
+            self._show(title, f"{title}: {share:.0%} in {_seconds(now - began)}" if share else None, now)
 
     def end(self, title: str, detail: str = "", resumed: bool = False, total: int | None = None) -> None:
         """A step has ended.
@@ -60,24 +63,22 @@ class Steps:
             self._ended += 1
             self._resumed += resumed
             self.total = self.total if total is None else total
+            if self._resumed and (not resumed or self._ended == self.total):
+                note(f"{plural(self._resumed, self._noun)} finished by the earlier run", self._quiet)
+                self._resumed = 0
             what = f"{title}: {detail}" if detail else title
-            own = "by the earlier run" if resumed else _seconds(now - began)
-            self._show(title, f"{what}, {own}", now, due=self._ended == self.total)
+            self._show(title, None if resumed else f"{what} in {_seconds(now - began)}", now)
 
     def phase(self, title: str) -> None:
         """All steps have ended, and something else begins."""
         with self._lock:
-            self._show(title, None, time.monotonic(), due=False)
+            self._show(title, None, time.monotonic())
 
-    def _show(self, title: str, line: str | None, now: float, due: bool) -> None:
-        """Show the present state; a line only if it is due, or none was printed for a while."""
+    def _show(self, title: str, line: str | None, now: float) -> None:
+        """Show the present state; a line only if none was printed for a while."""
         if self._bar:
-            shares = sum(share for _, share in self._open.values())
-            self._bar(title, min(self.total, self._ended + shares), f"{self._ended}/{self.total}")
-        elif line is not None and (due or now - self._last >= INTERVAL):
-            if self._resumed:
-                note(f"{plural(self._resumed, self._noun)} finished by the earlier run")
-                self._resumed = 0
+            self._bar(title, self._ended + sum(share for _, share in self._open.values()), self.total)
+        elif line is not None and not self._quiet and now - self._last >= INTERVAL:
             self._last = now
             note(f"[{self._ended}/{self.total}] {line} ({_seconds(now - self._began)} so far)")
 
@@ -85,17 +86,15 @@ class Steps:
 @contextmanager
 def steps(total: int, noun: str = "step", quiet: bool = False) -> Iterator[Steps]:
     """Yields the steps of a long command, shown in the way that fits stderr; quietly, not at all."""
-    if quiet:
-        yield Steps(total, noun, lambda title, done, count: None)
-    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+    if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         with _bar(total) as show:
             yield Steps(total, noun, show)
     else:
-        yield Steps(total, noun, None)
+        yield Steps(total, noun, None, quiet)
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[str, float, str], None]]:
+def _bar(total: int) -> Iterator[Callable[[str, float, int], None]]:
     """Yields a function that moves a bar, which disappears at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -104,10 +103,11 @@ def _bar(total: int) -> Iterator[Callable[[str, float, str], None]]:
     title = TextColumn("{task.description}", markup=False, table_column=Column(max_width=30, no_wrap=True))
     columns: Any = (title, BarColumn(bar_width=None), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
-        task = bar.add_task("", total=total, count=f"0/{total}")
+        task = bar.add_task("", total=total or None, count="")
 
-        def show(title: str, done: float, count: str) -> None:
-            bar.update(task, completed=done, description=printable(title), count=count)
+        def show(title: str, done: float, total: int) -> None:
+            count = f"{int(done)}/{total}" if total else ""
+            bar.update(task, completed=done, total=total or None, description=printable(title), count=count)
 
         yield show
 
@@ -137,6 +137,17 @@ def block_progress(plan: Plan, quiet: bool = False, verifies: bool = True) -> It
     """Yields the callbacks for a plan's blocks."""
     with steps(len(plan.blocks), "block", quiet) as shown:
         yield PlanSteps(plan, shown, verifies)
+
+
+@contextmanager
+def check_progress(quiet: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields the arguments of `api.verify` that show the progress of its checks."""
+    with steps(0, "check", quiet) as shown:
+
+        def ended(step: Progress) -> None:
+            shown.end(step.title, total=step.total)
+
+        yield {"on_begin": shown.share, "progress": ended}
 
 
 def layer_notes(quiet: bool = False) -> Callable[[CalibratedLayer, bool], None]:
