@@ -9,6 +9,7 @@ import click
 from .. import api
 from ..core.text import plural
 from ..recipe.calibrate import read_text
+from .completion import complete_devices, words
 from .failures import report_bus_errors
 from .merge import Size
 from .output import emit_json, note, quiet_transformers, table
@@ -32,7 +33,9 @@ from .progress import layer_notes
     show_default=True,
     help="Share of the windows that is not fitted, but chooses the size of the steps.",
 )
-@click.option("--method", default="kfac", show_default=True, help="kfac or ridge.")
+@click.option(
+    "--method", default="kfac", show_default=True, help="kfac or ridge.", shell_complete=words("kfac", "ridge")
+)
 @click.option(
     "--damping",
     default=0.3,
@@ -40,7 +43,8 @@ from .progress import layer_notes
     help="Multiple of the mean diagonal entry that is added to the diagonals.",
 )
 @click.option("--batch", default=4, show_default=True, help="Windows that are computed at once.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.",
+              shell_complete=complete_devices)  # fmt: skip
 @click.option("--max-memory", type=Size(), help="Refuse to start if more memory is needed, e.g. 8GiB.")
 @click.option("--seed", default=0, show_default=True, help="Decides which windows are held out.")
 @click.option("--threads", "-j", type=click.IntRange(1, 1024), help="CPU threads for arithmetic.")

@@ -10,6 +10,7 @@ import click
 
 from .. import api
 from ..checkpoint.staging import check_local
+from .completion import complete_inserts, complete_presets
 from .output import note, quiet_transformers, show_verification
 from .progress import block_progress, check_progress
 
@@ -19,8 +20,8 @@ _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default="demo")
 @click.option("--tiny", is_flag=True, help="Use the tiny trained model in the package: no download.")
-@click.option("--preset", default="opt_deus", show_default=True)
-@click.option("--insert", default="top_half", show_default=True)
+@click.option("--preset", default="opt_deus", show_default=True, shell_complete=complete_presets)
+@click.option("--insert", default="top_half", show_default=True, shell_complete=complete_inserts)
 def demo(out: Path, tiny: bool, preset: str, insert: str):
     """Up-scale a small real model into the folder OUT, verify the result, let both models continue a sentence,
     and write the report.
@@ -41,9 +42,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
         note(f"{target} exists already and is not computed again; remove it to start over")
     else:
         with block_progress(plan) as shown:
-            api.merge(
-                plan, target, api.RunOptions(resume=True), on_block=shown.on_block, on_share=shown.on_share
-            )
+            api.merge(plan, target, api.RunOptions(resume=True), on_block=shown.on_block, on_share=shown.on_share)
     with check_progress() as progress:
         checked = api.verify(target, logits_text=argparse.__doc__, **progress)  # English prose that every Python has
     show_verification(checked)

@@ -14,6 +14,7 @@ from .. import api
 from ..core.typed_json import parse
 from ..core.units import format_size
 from ..plan.training_memory import TrainingMemory, TrainingSettings
+from .completion import complete_models
 from .failures import report_bus_errors
 from .merge import training_options
 from .output import echo, emit_json, note, quiet_transformers, show_verification, table
@@ -80,7 +81,7 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--similarity", is_flag=True, help="Transport cost and alignment of each adjacent pair of layers.")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the similarity into a file (png, svg, pdf)."

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from .. import __version__
 from ..core.errors import DeusMergeError, printable
@@ -27,6 +28,8 @@ _COMMANDS = {  # name -> module with a click command of that name; imported when
     "export-training": "training",
     "strip": "training",
     "demo": "demo",
+    "env": "environment",
+    "completion": "completion",
 }
 _HELP = {
     "merge": "Run a recipe and write the checkpoint.",
@@ -42,6 +45,8 @@ _HELP = {
     "recipes": "List the recipes that ship with it, print one.",
     "methods": "List methods, solvers, families and presets.",
     "demo": "Up-scale a small real model, start to end.",
+    "env": "Print what a bug report needs.",
+    "completion": "Complete commands and values in your shell.",
 }
 
 
@@ -81,6 +86,11 @@ class _Lazy(click.Group):
             if args[0].startswith("-"):
                 raise
             raise NoSuchCommand(args[0], _COMMANDS, ctx) from None
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands with their help, without an import of the commands."""
+        found = [CompletionItem(name, help=text) for name, text in _HELP.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

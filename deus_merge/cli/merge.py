@@ -23,6 +23,14 @@ from ..plan.types import Plan
 from ..recipe.types import Recipe
 from ..recipe.writer import dump_recipe
 from . import mergekit_options as mergekit
+from .completion import (
+    complete_devices,
+    complete_dtypes,
+    complete_inserts,
+    complete_models,
+    complete_presets,
+    complete_recipes,
+)
 from .failures import report_bus_errors
 from .output import emit_json, note, quiet_transformers, warn
 from .plan_view import fit_text, show_plan
@@ -87,7 +95,8 @@ def training_options(command: Callable) -> Callable:
 def run_options(command: Callable) -> Callable:
     """Add the options of every command that writes a checkpoint."""
     options = [
-        click.option("--device", show_default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option("--device", show_default="auto", help="auto, cpu, cuda or cuda:N.",
+                     shell_complete=complete_devices),
         click.option("--cuda/--no-cuda", default=None, hidden=True),
         click.option("--max-memory", type=Size(), help="Refuse to start if more memory is needed, e.g. 8GiB."),
         plan_options,
@@ -110,7 +119,7 @@ def run_options(command: Callable) -> Callable:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options
 @run_options
@@ -127,12 +136,15 @@ def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str,
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.")
-@click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...")
+@click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.",
+              shell_complete=complete_presets)  # fmt: skip
+@click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...",
+              shell_complete=complete_inserts)  # fmt: skip
 @click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
-@click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.")
+@click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.",
+              shell_complete=complete_dtypes)  # fmt: skip
 @click.option("--quantize-new", is_flag=True, help="Write new layers in the format of a quantised MODEL.")
 @click.option("--fit", type=Size(), metavar="SIZE",
               help="Put in as many layers as can be trained with this much memory, e.g. 24GB.")  # fmt: skip
@@ -191,7 +203,7 @@ def upscale(
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @recipe_options
 @plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
@@ -273,7 +285,9 @@ def _run(
         emit_json(result.describe())
     elif not quiet:
         depth = planned.donor.view.num_layers
-        checked = f"{plural(len(result.verification.checks), 'check')} passed" if result.verification else "not verified"
+        checked = (
+            f"{plural(len(result.verification.checks), 'check')} passed" if result.verification else "not verified"
+        )
         if record := result.calibration:
             note(
                 f"calibrated: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on"

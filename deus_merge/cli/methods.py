@@ -10,6 +10,7 @@ import yaml
 
 from .. import api
 from ..core.located import Plain
+from .completion import complete_methods
 from .output import emit_json, table
 
 #: kinds of entries of `recipe.catalog` -> one of them
@@ -28,7 +29,7 @@ def _flow(value: Plain | tuple) -> str:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_methods)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
 def methods(name: str | None, as_json: bool):
     """List merge methods, solvers, families, formats of quantised weights and presets; with NAME, which may be a

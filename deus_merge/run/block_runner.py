@@ -202,9 +202,7 @@ class _BlockRunner:
         return loaded
 
 
-def _share_counter(
-    block: BlockPlan, on_share: Callable[[BlockPlan, float], None] | None
-) -> Callable[[int], None]:
+def _share_counter(block: BlockPlan, on_share: Callable[[BlockPlan, float], None] | None) -> Callable[[int], None]:
     """A function that counts written elements of a block and reports their share, also now: the block begins."""
     if on_share is None:
         return lambda elements: None
