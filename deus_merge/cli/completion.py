@@ -28,8 +28,9 @@ Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 @click.argument("shell", type=click.Choice(SHELLS), required=False)
 @click.option("--install", is_flag=True, help="Install it for this user in place of printing it.")
 def completion(shell: str | None, install: bool):
-    """Print the script that lets SHELL complete commands, options, presets, methods, models and recipes; with --install,
-    put it where the shell finds it. SHELL is by default the one in the variable SHELL.
+    """Print the script that lets SHELL complete commands, options, presets, methods, models and recipes.
+
+    With --install it is put where the shell finds it. SHELL is by default the one that the variable SHELL names.
 
     \b
     Example:

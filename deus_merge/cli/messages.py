@@ -50,6 +50,7 @@ def usage_text(error: click.ClickException) -> str:
     lines = [printable(message.strip().removesuffix("."))]
     if ctx is not None:
         lines.append(f"  usage:    {ctx.command_path} {' '.join(ctx.command.collect_usage_pieces(ctx))}")
-    if hint or ctx is not None:
-        lines.append(f"  hint:     {hint or f'{ctx.command_path} --help'}")
+        hint = hint or f"{ctx.command_path} --help"
+    if hint:
+        lines.append(f"  hint:     {hint}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a plan looks like on a terminal: the layer map, where neighbours that come about alike share a row, and totals."""
+"""Plans as text: the layer map, in which neighbours that come about alike share a row, and the totals."""
 
 from __future__ import annotations
 

@@ -58,15 +58,15 @@ def _conclusion(names: Sequence[str], means: Sequence[Mapping[str, float]]) -> s
     after, chance = _average(means, "aligned"), _average(means, "chance")
     if after < chance + _CLEAR:
         found = (
-            f"Aligned neighbours are as alike as random matrices ({cosine(after)} and {cosine(chance)}): the mean of two"
-            " layers is close to neither of them."
+            f"Aligned neighbours are as alike as random matrices ({cosine(after)} and {cosine(chance)}): the mean of"
+            " two layers is close to neither of them."
         )
     else:
         order = sorted(range(len(means)), key=lambda i: means[i]["aligned"])
         ends = f"; the most alike are layers {names[order[-1]]}, the least {names[order[0]]}" if order[1:] else ""
         found = (
-            f"Aligned neighbours are more alike ({cosine(after)}) than random matrices ({cosine(chance)}): a fused layer"
-            f" keeps part of what both have{ends}."
+            f"Aligned neighbours are more alike ({cosine(after)}) than random matrices ({cosine(chance)}): a fused"
+            f" layer keeps part of what both have{ends}."
         )
     return f"{found} Which new layers learn fastest this does not say: deus-merge compare measures it."
 

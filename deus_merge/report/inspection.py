@@ -132,7 +132,8 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
     Yields:
         ``layers`` (i, i+1) and ``roles``: role -> ``cost`` (transport cost between unit rows, exact assignment),
         ``plain`` and ``aligned``: mean cosine of rows of A and B in their own order and after the assignment,
-        ``chance``: the same after the assignment of random matrices of this shape. The roles are those of matrices that both layers have in one shape, without experts: there may be thousands.
+        ``chance``: the last one of random matrices of this shape. The roles are those of matrices that both layers have
+        in one shape, without experts: there may be thousands.
 
     Raises:
         ArchitectureError: the family is not described, so there are no roles; or a tensor does not consist of the

@@ -13,8 +13,8 @@ from .device import machine_identity, processor, torch_build
 from .limits import memory, open_files
 
 _NEEDED = (
-    "torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "numpy", "scipy", "POT", "xxhash", "PyYAML",
-    "click", "rich", "Jinja2",
+    "torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "numpy", "scipy", "POT", "xxhash",
+    "PyYAML", "click", "rich", "Jinja2",
 )  # fmt: skip
 _OPTIONAL = ("accelerate", "peft", "datasets", "trl", "bitsandbytes", "compressed-tensors", "gguf", "matplotlib")
 #: environment variables that decide how a run goes, with the values that may be shown; another value is only "set"

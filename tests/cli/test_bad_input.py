@@ -351,7 +351,7 @@ COMMANDS = {
     "threads": ((*UP, "--threads", "100000000"), "'--threads'", "not in the range"),
     "seed": ((*UP, "--seed", "x"), "'--seed'", "'x' is not a valid integer"),
     "device": ((*UP, "--device", "gpu"), "--device: unknown device", "auto, cpu, cuda or cuda:N", "got:      gpu"),
-    "device number": ((*UP, "--device", "cuda:99"), "--device: no such CUDA device", "got:      cuda:99"),
+    "device number": ((*UP, "--device", "cuda:99"), "CUDA device\n  expected: ", "got:      cuda:99"),
     "OUT = source": (("upscale", "base", "base"), "base: the output and a source must not contain each other"),
     "OUT in source": (("upscale", "base", "base/deeper"), "must not contain each other", "a folder outside the models"),
     "OUT around source": (("upscale", "base", "."), "must not contain each other", "a folder outside the models"),
