@@ -102,7 +102,7 @@ def test_devices(run, place, tmp_path):
         ("--unsafe-truncate-embeddings", "it drops tokens silently"),
         ("--out-shard-size=many", "'many' is not a size: expected bytes, or a number with K, M or B"),
         ("--out-shard-size=-many", "'-many' is not a size"),
-        ("--no-such-option", "No such option"),
+        ("--no-such-option", "no such option --no-such-option"),
     ],
 )
 def test_what_cannot_be_is_refused(run, place, tmp_path, option, message):
