@@ -112,7 +112,7 @@ def merge(
 
     calibrator = calibrator_of(recipe, options, layer_finished)
     counter.total = len(recipe.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
-    done = execute(recipe, target, options, block_finished, calibrator, on_share)
+    done = execute(recipe, target, options, block_finished, calibrator, on_share=on_share)
     seconds = time.monotonic() - started
     return MergeResult(target, recipe, done.verification, done.warnings, seconds, done.calibration)
 

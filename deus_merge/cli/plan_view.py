@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from itertools import groupby
+from pathlib import Path
 
 import click
 
@@ -15,7 +16,8 @@ from ..plan.blocks import BlockPlan
 from ..plan.fit import Fit
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from ..plan.types import Plan, quantized_of
-from .output import echo, echo_wrapped, table
+from ..run.pieces import Share
+from .output import echo, echo_wrapped, emit_json, note, table, warn
 
 
 def show_plan(plan: Plan, training: TrainingSettings | None = None) -> None:
@@ -83,6 +85,23 @@ def fit_text(fit: Fit) -> str:
 def quantized_text(share: Mapping[str, Mapping[str, float]]) -> str:
     """`quantized_share` in words."""
     return ", ".join(f"{name}: {plural(int(s['weights']), 'weight')} at {s['bits']} bits" for name, s in share.items())
+
+
+def show_share(share: Share, out: Path, quiet: bool, as_json: bool) -> None:
+    """Print what a worker has made, and what is left."""
+    warn(share.warnings)
+    if as_json:
+        emit_json({
+            "made": [piece.name for piece in share.made],
+            "found": [piece.name for piece in share.found],
+            "left": share.left,
+            "complete": share.complete,
+            "warnings": list(share.warnings),
+        })  # fmt: skip
+    found = f", {len(share.found)} finished already" if share.found else ""
+    left = f"{share.left} of the output left" if share.left else f"deus-merge finish puts {out} together"
+    left = f"{out} is complete" if share.complete else left
+    note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet)
 
 
 def _layer_table(plan: Plan) -> None:

@@ -15,6 +15,7 @@ from ..core.errors import printable
 from ..core.text import plural
 from ..core.units import format_seconds
 from ..plan.blocks import BlockPlan
+from ..plan.pieces import pieces, share
 from ..plan.types import Plan
 from ..report.manifest_parts import CalibratedLayer
 from .output import note
@@ -31,10 +32,12 @@ class Steps:
         bar: Shows a title, the number of ended steps with the shares of those that have begun, and the total; None for
             lines.
         quiet: Whether nothing is shown.
+        by: Who has finished the steps that are not made now.
     """
 
-    def __init__(self, total: int, noun: str, bar: Callable[[str, float, int], None] | None, quiet: bool = False):
-        self.total, self._noun, self._bar, self._quiet = total, noun, bar, quiet
+    def __init__(self, total: int, noun: str, bar: Callable[[str, float, int], None] | None, quiet: bool = False,
+                 by: str = "the earlier run"):  # fmt: skip
+        self.total, self._noun, self._bar, self._quiet, self._by = total, noun, bar, quiet, by
         self._ended = self._resumed = 0
         self._open: dict[str, tuple[float, float]] = {}  # title -> when it began, its share
         self._began = self._last = time.monotonic()
@@ -59,15 +62,16 @@ class Steps:
         """
         with self._lock:
             now = time.monotonic()
-            began, _ = self._open.pop(title, (now, 0.0))
+            began, _ = self._open.pop(title, (None, 0.0))
             self._ended += 1
             self._resumed += resumed
             self.total = self.total if total is None else total
             if self._resumed and (not resumed or self._ended == self.total):
-                note(f"{plural(self._resumed, self._noun)} finished by the earlier run", self._quiet)
+                note(f"{plural(self._resumed, self._noun)} finished by {self._by}", self._quiet)
                 self._resumed = 0
             what = f"{title}: {detail}" if detail else title
-            self._show(title, None if resumed else f"{what} in {_seconds(now - began)}", now)
+            own = "" if began is None else f" in {_seconds(now - began)}"
+            self._show(title, None if resumed else f"{what}{own}", now)
 
     def phase(self, title: str) -> None:
         """All steps have ended, and something else begins."""
@@ -84,13 +88,13 @@ class Steps:
 
 
 @contextmanager
-def steps(total: int, noun: str = "step", quiet: bool = False) -> Iterator[Steps]:
+def steps(total: int, noun: str = "step", quiet: bool = False, by: str = "the earlier run") -> Iterator[Steps]:
     """Yields the steps of a long command, shown in the way that fits stderr; quietly, not at all."""
     if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         with _bar(total) as show:
-            yield Steps(total, noun, show)
+            yield Steps(total, noun, show, by=by)
     else:
-        yield Steps(total, noun, None, quiet)
+        yield Steps(total, noun, None, quiet, by)
 
 
 @contextmanager
@@ -115,10 +119,8 @@ def _bar(total: int) -> Iterator[Callable[[str, float, int], None]]:
 class PlanSteps:
     """The callbacks of `api.merge` that show the progress of a plan's blocks."""
 
-    def __init__(self, plan: Plan, shown: Steps, verifies: bool):
-        self._steps = shown
-        self._left = len(plan.blocks)
-        self._last = "calibrating" if plan.calibration else "verifying" if verifies else "finishing"
+    def __init__(self, shown: Steps, count: int, last: str):
+        self._steps, self._left, self._last = shown, count, last
 
     def on_block(self, block: BlockPlan, resumed: bool) -> None:
         """A block has ended."""
@@ -133,10 +135,20 @@ class PlanSteps:
 
 
 @contextmanager
-def block_progress(plan: Plan, quiet: bool = False, verifies: bool = True) -> Iterator[PlanSteps]:
-    """Yields the callbacks for a plan's blocks."""
-    with steps(len(plan.blocks), "block", quiet) as shown:
-        yield PlanSteps(plan, shown, verifies)
+def block_progress(
+    plan: Plan, quiet: bool = False, shard_of: tuple[int, int] | None = None, by: str = "the earlier run"
+) -> Iterator[PlanSteps]:
+    """Yields the callbacks for a plan's blocks.
+
+    Args:
+        plan: The plan.
+        quiet: Whether nothing is shown.
+        shard_of: The number of a share and how many there are, where only this one is made.
+        by: Who has finished the blocks that are not made now.
+    """
+    count = sum(len(piece.blocks) for piece in share(pieces(plan), *shard_of)) if shard_of else len(plan.blocks)
+    with steps(count, "block", quiet, by) as shown:
+        yield PlanSteps(shown, count, "calibrating" if plan.calibration and not shard_of else "checking")
 
 
 @contextmanager
