@@ -10,6 +10,7 @@ import click
 
 from .. import api
 from ..checkpoint.staging import check_local
+from ..core.text import plural
 from .completion import complete_inserts, complete_presets
 from .output import note, quiet_transformers, show_verification
 from .progress import block_progress, check_progress
@@ -49,10 +50,12 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     for name, folder in (("base", base), ("up-scaled", target)):
         click.echo(f"{name:>10}: {_continue(folder, *_PROMPTS[tiny])}")
     depth = plan.donor.view.num_layers
-    click.echo(f"\n{depth} -> {plan.num_layers} layers")
+    click.echo(f"\n{depth} -> {plural(plan.num_layers, 'layer')}")
     click.echo(f"base model       {base}\nup-scaled model  {target}\nrecipe           {target / 'deus_merge.yml'}")
     click.echo(f"report           {api.report(target, verification=checked)}")
-    click.echo(f"to train: the {len(plan.new_parameters)} tensors under new_parameters in {target / 'deus_merge.json'}")
+    click.echo(
+        f"to train: the {plural(len(plan.new_parameters), 'tensor')} under new_parameters in {target / 'deus_merge.json'}"
+    )
     if not checked.passed:
         note("the result failed verification")
         raise click.exceptions.Exit(3)

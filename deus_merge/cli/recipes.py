@@ -91,7 +91,9 @@ def recipes(name: str | None, schema: bool, as_json: bool):
     if name is not None:
         if name not in entries:
             raise RecipeError(
-                f"no recipe {name!r} ships with deus-merge", expected=" | ".join(entries), hint=nearest(name, entries)
+                f"no recipe {name!r} ships with deus-merge",
+                expected="a name that deus-merge recipes lists",
+                hint=nearest(name, entries, 3),
             )
         emit_json({"name": name, "text": entries[name].text}) if as_json else click.echo(entries[name].text, nl=False)
         return

@@ -13,6 +13,7 @@ from ..checkpoint.dequantized import quantized_share
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
+from ..core.text import plural
 from ..models.config_json import section
 from ..models.head_layout import layer_heads
 from ..models.layer_facts import expand, layer_kinds
@@ -105,7 +106,7 @@ def _growths(checkpoint: TensorSource, layers: int) -> tuple[Growth, ...] | str:
     try:
         manifest = read_manifest(file)
         if manifest.num_layers != layers:
-            raise CheckpointError(f"it describes {manifest.num_layers} layers")
+            raise CheckpointError(f"it describes {plural(manifest.num_layers, 'layer')}")
     except DeusMergeError as error:
         return f"not known, its {MANIFEST} cannot be used: {error.message}"
     return tuple(manifest.growths)
