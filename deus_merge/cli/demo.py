@@ -53,9 +53,8 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     click.echo(f"\n{depth} -> {plural(plan.num_layers, 'layer')}")
     click.echo(f"base model       {base}\nup-scaled model  {target}\nrecipe           {target / 'deus_merge.yml'}")
     click.echo(f"report           {api.report(target, verification=checked)}")
-    click.echo(
-        f"to train: the {plural(len(plan.new_parameters), 'tensor')} under new_parameters in {target / 'deus_merge.json'}"
-    )
+    new = plural(len(plan.new_parameters), "tensor")
+    click.echo(f"to train: the {new} under new_parameters in {target / 'deus_merge.json'}")
     if not checked.passed:
         note("the result failed verification")
         raise click.exceptions.Exit(3)

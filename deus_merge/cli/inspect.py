@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from itertools import groupby
@@ -12,7 +13,7 @@ import click
 
 from .. import api
 from ..core.typed_json import parse
-from ..core.units import format_size
+from ..core.units import format_count, format_size
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from .completion import complete_models
 from .failures import report_bus_errors
@@ -132,6 +133,9 @@ def inspect(
         return
     shown = {k: v for k, v in facts.items() if k not in ("similarity", "scores", "roles", "layouts", "layer_kinds")}
     shown["bytes"] = format_size(shown["bytes"])
+    for name in ("parameters", "new_parameters"):
+        if name in shown:
+            shown[name] = f"{format_count(shown[name])} ({shown[name]:,})"
     if memory := shown.get("training_memory"):
         shown["training_memory"] = training_text(parse(TrainingMemory, memory))
     if "quantized" in shown:
@@ -180,9 +184,11 @@ def _score_table(rows: list[dict]) -> None:
 def _layout_table(layout: Mapping[str, Any]) -> None:
     """The tensors of a layer; those that only the number of an expert tells apart in one row."""
     rows: dict[tuple[str, ...], list[str]] = {}
+    prefix = os.path.commonprefix([role["tensor"] for role in layout["roles"]]).rpartition(".")[0]
+    begin = len(prefix) + 1 if prefix else 0
     for role in layout["roles"]:
         number = _EXPERT.search(role["role"])
-        cells = [role["role"], role["tensor"], str(role["shape"]), role["reads"] or "-", role["writes"] or "-"]
+        cells = [role["role"], role["tensor"][begin:], str(role["shape"]), role["reads"] or "-", role["writes"] or "-"]
         if number:
             cells = [re.sub(rf"\b(experts|neurons)\.{number[1]}\b", r"\1.*", text) for text in cells]
         rows.setdefault(tuple(cells), []).append(number[1] if number else "")
@@ -190,10 +196,11 @@ def _layout_table(layout: Mapping[str, Any]) -> None:
     count = len(layout["layers"])
     kind = f", {layout['kind']}" if layout["kind"] else ""
     same = f" ({count} such layers)" if count > 1 else ""
+    under = f": tensors under {prefix}." if prefix else ""
     columns = ["role", "tensor", "shape", "reads", "writes"]
     if any(row[-1] for row in body):
         columns.append("")
-    table(f"layer {layout['layers'][0]}{kind}{same}", columns, [row[: len(columns)] for row in body])
+    table(f"layer {layout['layers'][0]}{kind}{same}{under}", columns, [row[: len(columns)] for row in body])
 
 
 def _runs(kinds: list[str]) -> list[list[str]]:

@@ -68,5 +68,6 @@ def _summary(path: Path) -> str:
         paragraph = " ".join(lines)
     sentence = " ".join(paragraph.split()).split(". ")[0].rstrip(".")
     if len(sentence) > _LENGTH:  # its first clauses
-        sentence = sentence[: max(sentence.rfind(mark, 0, _LENGTH) for mark in (": ", "; ", ", "))]
+        end = max(sentence.rfind(mark, 0, _LENGTH) for mark in (": ", "; "))
+        sentence = sentence[: end if end > _LENGTH // 3 else sentence.rfind(", ", 0, _LENGTH)]
     return sentence
