@@ -11,7 +11,7 @@ import yaml
 from .. import api
 from ..core.located import Plain
 from .completion import complete_methods
-from .output import emit_json, table
+from .output import echo_wrapped, emit_json, table
 
 #: kinds of entries of `recipe.catalog` -> one of them
 _SINGULAR = {
@@ -53,7 +53,9 @@ def methods(name: str | None, as_json: bool):
         emit_json({kind: entry for kind, (_, entry) in found.items()})
         return
     for kind, (name, entry) in found.items():
-        click.echo(f"{name} ({_SINGULAR[kind]}): {entry['summary']}\nreference: {entry['reference']}\n")
+        echo_wrapped(f"{name} ({_SINGULAR[kind]}): {entry['summary']}")
+        echo_wrapped(f"reference: {entry['reference']}")
+        click.echo()
         if parameters := entry.get("parameters"):
             columns = ["parameter", "values", "default", "description"]
             table("", columns, [[p["name"], p["values"], _flow(p["default"]), p["help"]] for p in parameters])

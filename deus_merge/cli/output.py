@@ -67,7 +67,9 @@ def table(title: str, columns: list[str], rows: list[list[str]], right: tuple[in
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=any(columns))
+    grid = Table(
+        title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=any(columns)
+    )
     for i, column in enumerate(columns):
         grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:

@@ -9,9 +9,9 @@ import click
 
 from .output import echo_wrapped, table
 
-_WIDTH = 52  # characters of a row for the columns of roles
-_BAR = 10  # characters of the longest bar
-_CLEAR = 0.05  # a cosine this far above chance is no chance
+_WIDTH = 49  # characters of a row for the columns of roles, with the means and the bar before and behind them
+_BAR = 7  # characters of the longest bar
+_NOTHING, _CLEAR = 0.02, 0.1  # how far above chance a cosine is small, and how far it is not
 
 
 def show_similarity(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -56,18 +56,15 @@ def _conclusion(names: Sequence[str], means: Sequence[Mapping[str, float]]) -> s
     if not means:
         return "one layer has no neighbours to compare"
     after, chance = _average(means, "aligned"), _average(means, "chance")
+    values = f"({cosine(after)} and {cosine(chance)})"
     if after < chance + _CLEAR:
-        found = (
-            f"Aligned neighbours are as alike as random matrices ({cosine(after)} and {cosine(chance)}): the mean of"
-            " two layers is close to neither of them."
-        )
+        alike = "hardly more alike than" if after > chance + _NOTHING else "as alike as"
+        found = f"Aligned neighbours are {alike} random matrices {values}: the mean of two layers is close to neither."
     else:
-        order = sorted(range(len(means)), key=lambda i: means[i]["aligned"])
-        ends = f"; the most alike are layers {names[order[-1]]}, the least {names[order[0]]}" if order[1:] else ""
-        found = (
-            f"Aligned neighbours are more alike ({cosine(after)}) than random matrices ({cosine(chance)}): a fused"
-            f" layer keeps part of what both have{ends}."
-        )
+        found = f"Aligned neighbours are more alike than random matrices {values}: a fused layer keeps what both have."
+    order = sorted(range(len(means)), key=lambda i: means[i]["aligned"])
+    if order[1:]:
+        found += f" Most alike are layers {names[order[-1]]}, least {names[order[0]]}."
     return f"{found} Which new layers learn fastest this does not say: deus-merge compare measures it."
 
 

@@ -81,6 +81,13 @@ COMMANDS = {
     "OUT not empty": (("upscale", "base", "$full"), "the output folder is not empty", "keep.txt", "--overwrite"),
     "OUT no model": (("upscale", "base", "$full", "--overwrite"), "holds no model: it will not be overwritten"),
     "verify": (("verify", "base"), "base/deus_merge.json: no manifest", "merge and upscale write one"),
+    "demo before it ran": (("upscale", "demo/SmolLM2-135M-Instruct", "$out"), "not in the hub's cache",
+                           "deus-merge demo makes the models in demo/", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "option far off": ((*UP, "--zzz"), "error: no such option --zzz\n", "hint:     deus-merge upscale --help"),
+    "choice": ((*UP, "--optimizer", "adam"), "error: --optimizer: 'adam' is not one of 'adamw'"),
+    "no such folder": (("verify", "./bse"), "error: OUT: Directory './bse' does not exist\n"),
+    "recipes": (("recipes", "opt_dues"), "no recipe 'opt_dues' ships", "did you mean 'opt_deus'"),
+    "completion": (("completion", "csh"), "[bash|zsh|fish]", "'csh' is not one of 'bash', 'zsh', 'fish'"),
     "inspect": (("inspect", "./bse"), "./bse: no such folder"),
     "methods": (("methods", "ot_fues"), "unknown name 'ot_fues'", "did you mean 'ot_fuse' or 'opt_deus'?"),
     "methods far off": (("methods", "xyzzy"), "unknown name 'xyzzy'", "deus-merge methods without a name lists all"),
@@ -104,7 +111,10 @@ def test_wrong_command_lines(refused, tmp_path, name):
     recipe.write_text("base_model: base\nupscale: {}\n")
     full.mkdir()
     (full / "keep.txt").write_text("mine")
-    refused([Template(a).substitute(out=tmp_path / "out", recipe=recipe, full=full) for a in arguments], fragments)
+    given = [Template(a).substitute(out=tmp_path / "out", recipe=recipe, full=full) for a in arguments]
+    lines = refused(given, fragments).splitlines()
+    begins = ("error: ", "  expected: ", "  got:      ", "  hint:     ", "  usage:    ")
+    assert all(line.startswith(begins) for line in lines), lines
 
 
 def test_an_existing_output_outlives_wrong_input(run, refused, tmp_path):
