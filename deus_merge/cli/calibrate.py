@@ -11,7 +11,7 @@ from ..core.text import plural
 from ..recipe.calibrate import read_text
 from .completion import complete_devices, words
 from .failures import report_bus_errors
-from .merge import Size
+from .options import Size
 from .output import emit_json, note, quiet_transformers, table
 from .progress import layer_notes
 

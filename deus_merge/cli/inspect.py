@@ -17,7 +17,7 @@ from ..core.units import format_count, format_size
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from .completion import complete_models
 from .failures import report_bus_errors
-from .merge import training_options
+from .options import training_options
 from .output import echo, emit_json, note, quiet_transformers, show_verification, table
 from .plan_view import quantized_text, training_text
 from .progress import check_progress, steps

@@ -10,7 +10,7 @@ from .. import api
 from ..core.text import plural, some_of
 from ..training.export import TRAINERS
 from ..training.optimizers import KINDS
-from .merge import Size
+from .options import Size
 from .output import echo, emit_json, note
 
 

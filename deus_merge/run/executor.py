@@ -24,7 +24,7 @@ from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
 from .engines import FinishedPieces, Job, OnShare, engine_of
-from .preflight import Calibrator, RunOptions, preflight
+from .preflight import Calibrator, RunOptions, preflight, processes_of
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,15 @@ def execute(
         device = str(ready.device) if ready.device else None
         job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory, on_share)
         with _unchanged_sources(plan):
-            (made or engine_of(options.workers)).run(job, finished)
+            (made or engine_of(processes_of(options))).run(job, finished)
         diagnostics = dict(sorted(diagnostics.items()))
         output.flush(wait=False)  # while the result is checked
         seconds = time.monotonic() - began + (made.seconds if made else 0.0)
         run_record = ready.run_record | {"seconds": round(seconds, 3)}
         files = _write_files(plan, output, past, options.model_card)
         manifest = manifest_of(plan, files, diagnostics, run_record, past)
+        if made:
+            manifest = replace(manifest, warnings=(*manifest.warnings, *made.warnings))
         if calibrator is not None:
             output.flush()  # every block is on the disk before one of them is changed
             manifest = calibrator.run(output, writer, manifest)

@@ -37,7 +37,7 @@ def test_neighbours_that_are_alike(run, tmp_path):
     before, after, q, *_, gate, _up, _down = map(float, found["0-1"][:9])
     assert before < 0.8 < after and q > 0.9 and gate > 0.9
     told = " ".join(done.out.split())
-    assert "are more alike than random matrices (+0.8" in told and "keeps what both have" in told
+    assert "are more alike than random matrices (+0.9" in told and "keeps what both have" in told
     assert "Most alike are layers 0-1, least 1-2. " in told and told.endswith("deus-merge compare measures it.")
 
 

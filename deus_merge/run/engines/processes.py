@@ -102,6 +102,7 @@ class _Crew:
                 except (EOFError, OSError):
                     self._replace(number)
                     continue
+                self._deaths[None] = 0  # it could begin
                 if kind == "error":
                     raise content[0]
                 if kind == "finished":
