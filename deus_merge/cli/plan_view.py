@@ -30,8 +30,8 @@ def show_plan(plan: Plan, training: TrainingSettings | None = None) -> None:
     for document in plan.documents:
         count = sum(document.runs.values())
         cached = f"{document.cached_blocks} at a time in memory"
-        are = "is" if count == 1 else "are"
-        how = f"{plural(count, 'block')} {are} computed when read, {cached}" if count else "only copied from"
+        made = "is computed when it is read" if count == 1 else "are computed when they are read"
+        how = f"{plural(count, 'block')} {made}, {cached}" if count else "only copied from"
         echo(f"document {document.name}, not written: {how}")
         _layer_table(document.plan)
         click.echo()

@@ -21,6 +21,7 @@ from ..report.manifest_parts import CalibratedLayer
 from .output import note
 
 INTERVAL = 5.0  # seconds from one line to the next, at least
+SILENCE = 30.0  # seconds after which a step that reports nothing gets a line
 
 
 class Steps:
@@ -49,7 +50,8 @@ class Steps:
             now = time.monotonic()
             began, _ = self._open.get(title, (now, 0.0))
             self._open[title] = began, share
-            self._show(title, f"{title}: {share:.0%} in {_seconds(now - began)}" if share else None, now)
+            line = f"{title}: {share:.0%} in {_seconds(now - began)}" if 0 < share < 1 else None
+            self._show(title, line, now)
 
     def end(self, title: str, detail: str = "", resumed: bool = False, total: int | None = None) -> None:
         """A step has ended.
@@ -78,6 +80,15 @@ class Steps:
         with self._lock:
             self._show(title, None, time.monotonic())
 
+    def still(self) -> None:
+        """A line about a step that has begun, if none was printed for long."""
+        with self._lock:
+            now = time.monotonic()
+            if self._open and now - self._last >= SILENCE:
+                title, (began, share) = next(iter(self._open.items()))
+                what = f"{share:.0%} in" if share else "running for"
+                self._show(title, f"{title}: {what} {_seconds(now - began)}", now)
+
     def _show(self, title: str, line: str | None, now: float) -> None:
         """Show the present state; a line only if none was printed for a while."""
         if self._bar:
@@ -93,8 +104,20 @@ def steps(total: int, noun: str = "step", quiet: bool = False, by: str = "the ea
     if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         with _bar(total) as show:
             yield Steps(total, noun, show, by=by)
-    else:
-        yield Steps(total, noun, None, quiet, by)
+        return
+    shown, over = Steps(total, noun, None, quiet, by), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            shown.still()
+
+    watching = threading.Thread(target=watch, name="progress", daemon=True)
+    watching.start()
+    try:
+        yield shown
+    finally:
+        over.set()
+        watching.join()
 
 
 @contextmanager

@@ -245,11 +245,13 @@ class Output:
         missing = sorted({self._source_index(name) for name in names if self._source_of(name) is None})
         reasons = [str(self._sources[index]) for index in missing]
         if derived:
+            were = "tensor was" if len(derived) == 1 else "tensors were"
             reasons.append(
-                f"{plural(len(derived), 'derived tensor')} (adapter, tokenizer, document): no source has these bytes"
+                f"{len(derived)} {were} derived (adapter, tokenizer, document), so no source has their bytes"
             )
         if plain:
-            reasons.append(f"{len(plain)} quantised weights were saved in floating point")
+            weights = "weight was" if len(plain) == 1 else "weights were"
+            reasons.append(f"{len(plain)} quantised {weights} saved in floating point")
         if not names and not derived and not plain:
             return True, "no tensor was copied"
         sources = {name: self._stored_source(self.checkpoint.tensors[name]) for name in compared}
