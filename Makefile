@@ -16,9 +16,11 @@ FACTORY := .venv-llamafactory
 FACTORY_PINS := llamafactory==0.9.5 transformers==5.6.0 tokenizers==0.22.2 huggingface_hub==1.17.0 datasets==4.0.0 \
   accelerate==1.11.0 peft==0.18.1 trl==0.24.0 httpx==0.28.1 httpcore==1.0.9 omegaconf==2.3.0 \
   antlr4-python3-runtime==4.9.3
+RAY := .ray
+RAY_PIN := ray==2.60.0
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint docs site bench gpu inits oracle trainers clean
+.PHONY: demo test fast lint docs site bench gpu inits oracle trainers cluster clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
@@ -85,6 +87,10 @@ NEWER := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3
 
 trainers: $(AXOLOTL)/.ready $(if $(NEWER),$(FACTORY)/.ready)  ## the environments of tests/training/test_other_trainers.py
 
+cluster: $(VENV)/.test  ## the tests of Ray clusters: 90 MB to download
+	$(BIN)/python -m pip --disable-pip-version-check --quiet install --target $(RAY) $(RAY_PIN)
+	PYTHONPATH=$(RAY) $(BIN)/python -m pytest tests/run/test_ray.py
+
 $(AXOLOTL)/.ready: PINS = $(AXOLOTL_PINS)
 $(FACTORY)/.ready: PINS = $(FACTORY_PINS)
 $(AXOLOTL)/.ready $(FACTORY)/.ready: $(VENV)/.test Makefile
@@ -96,4 +102,4 @@ $(AXOLOTL)/.ready $(FACTORY)/.ready: $(VENV)/.test Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) demo .bench .site
+	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) $(RAY) demo .bench .site
