@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..checkpoint.header import read_small
@@ -28,6 +28,7 @@ def verify(
     strict: bool = False,
     sources: Mapping[str, str | Path] | None = None,
     check: bool = False,
+    on_begin: Callable[[str], None] | None = None,
     progress: OnProgress | None = None,
 ) -> Verification:
     """Check a finished output.
@@ -39,6 +40,7 @@ def verify(
         strict: Count a skipped check as failed.
         sources: Folders of sources that the manifest does not name, or that have moved, by their names there.
         check: Whether a failed check raises an error.
+        on_begin: Called with the name of each check before it runs.
         progress: Called after each check, with how many there are.
 
     Returns:
@@ -54,7 +56,9 @@ def verify(
     def finished(result: Check, total: int) -> None:
         counter.step(result.name, total=total)
 
-    result = run_checks(folder, quick=quick, logits_text=text, strict=strict, places=sources, on_check=finished)
+    result = run_checks(
+        folder, quick=quick, logits_text=text, strict=strict, places=sources, on_check=finished, on_begin=on_begin
+    )
     if check and not result.passed:
         failed = result.failed[0]
         raise VerifyError(f"{failed.name}: {failed.detail}", where=folder)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,140 +10,40 @@ import yaml
 
 from .. import api
 from ..checkpoint.system import keep_freed_memory
-from ..core.errors import DeusMergeError
 from ..core.garbage import collector_paused
-from ..core.units import parse_size
+from ..core.text import plural
 from ..core.yaml_text import parse
-from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
+from ..plan.training_memory import TrainingSettings
 from ..plan.types import Plan
 from ..recipe.types import Recipe
 from ..recipe.writer import absolute_path, dump_recipe
 from ..report.shareable import shared_path
-from . import mergekit_options as mergekit
+from .completion import (
+    complete_dtypes,
+    complete_inserts,
+    complete_models,
+    complete_presets,
+    complete_recipes,
+)
 from .failures import report_bus_errors
 from .next_steps import show_next
-from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, show_share, warn
+from .options import (
+    ShareNumber,
+    Size,
+    mixed_machines,
+    plan_options,
+    private_paths_option,
+    run_options,
+    training_options,
+)
+from .output import emit_json, note, quiet_transformers, warn
+from .plan_view import fit_text, show_plan, show_share
+from .progress import block_progress, layer_notes
 from .recipes import load_recipe, recipe_options
 
 
-class Size(click.ParamType):
-    """A size: ``8GiB``, ``5GB``, or a number of bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(value)
-        except DeusMergeError as error:
-            self.fail(f"{value!r} is not a size: expected {error.expected}", param, ctx)
-
-
-class ShareNumber(click.ParamType):
-    """``3/8``: the third of eight shares."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value))
-        number, total = map(int, match.groups()) if match else (0, 0)
-        if not 1 <= number <= total:
-            self.fail(f"{value!r} is not a share: expected K/N with K from 1 to N, like 3/8", param, ctx)
-        return number, total
-
-
-class Workers(click.ParamType):
-    """A number of processes, or the address of a Ray cluster."""
-
-    name = "workers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        text = str(value)
-        if text.startswith("ray://") or (text.isdecimal() and 1 <= int(text) <= 1024):
-            return text if text.startswith("ray://") else int(text)
-        return self.fail(f"{value!r} is neither a number from 1 to 1024 nor ray://HOST:PORT", param, ctx)
-
-
-mixed_machines = click.option(
-    "--mixed-machines", is_flag=True, help="Put pieces together that were computed on machines which round differently."
-)
-
-
-def _all(options: Sequence[mergekit.Decorator]) -> mergekit.Decorator:
-    """Several options as one decorator."""
-    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
-
-
-plan_options = _all([
-    click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
-    click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True,
-                 help="Copy the tokenizer into the output."),
-    click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run."),
-    click.option("--cache-dir", "--transformers-cache", type=click.Path(path_type=Path, file_okay=False),
-                 help="The folder for models of the hub."),
-])  # fmt: skip
-
-
-private_paths_option = click.option(
-    "--private-paths", is_flag=True, help="Write absolute paths of this machine: not for sharing."
-)
-_training_options = [
-    click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
-                 help="Training: sequences in a forward pass."),
-    click.option("--length", type=click.IntRange(1), default=2048, show_default=True,
-                 help="Training: tokens of a sequence."),
-    click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw", show_default=True,
-                 help="Training: the optimizer."),
-    click.option("--checkpointing/--no-checkpointing", default=False, show_default=True,
-                 help="Training: compute layers anew in the backward pass."),
-    click.option("--accumulate/--no-accumulate", default=False, show_default=True,
-                 help="Training: add up the gradients of several batches."),
-    click.option("--base-dtype", "base", type=click.Choice(list(BASES)), default="bfloat16", show_default=True,
-                 help="Training: the dtype of the frozen base; what is stored quantised stays so."),
-]  # fmt: skip
-
-
-def training_options(command: Callable) -> Callable:
-    """Add the options about how new layers will be trained, which the command gets as one value, ``training``."""
-
-    @functools.wraps(command)
-    def with_settings(*args, **options):
-        fields = {field.name: options.pop(field.name) for field in dataclasses.fields(TrainingSettings)}
-        return command(*args, training=TrainingSettings(**fields), **options)
-
-    return _all(_training_options)(with_settings)
-
-
-def run_options(command: Callable) -> Callable:
-    """Add the options of every command that writes a checkpoint."""
-    options = [
-        click.option("--device", show_default="auto", help="auto, cpu, cuda or cuda:N."),
-        click.option("--cuda/--no-cuda", default=None, hidden=True),
-        click.option("--max-memory", type=Size(), help="Refuse to start if more memory is needed, e.g. 8GiB."),
-        plan_options,
-        click.option("--dry-run", is_flag=True, help="Do all checks and stop before writing."),
-        click.option("--resume", is_flag=True, help="Continue an interrupted run."),
-        click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete."),
-        click.option("--verify/--no-verify", "verify_output", default=True, show_default=True,
-                     help="Check the result before it is renamed to OUT."),
-        click.option("--seed", "--random-seed", type=int, default=0, show_default=True,
-                     help="Seed of methods that draw random numbers."),
-        click.option("--threads", "--num-threads", "-j", type=click.IntRange(1, 1024),
-                     help="CPU threads for arithmetic, of each worker."),
-        click.option("--workers", type=Workers(), default=1, show_default=True, metavar="N",
-                     help="Processes that make blocks at the same time, with several GPUs each on one; or a cluster:"
-                          " ray://HOST:PORT, ray://auto, ray://local."),
-        click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
-                     help="Write a README.md into the output."),
-        private_paths_option,
-        click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Print errors and warnings only."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-        *mergekit.options(),
-    ]  # fmt: skip
-    return _all(options)(command)
-
-
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options
 @click.option("--shard-of", type=ShareNumber(), metavar="K/N",
@@ -169,7 +65,7 @@ def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str,
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options
 @mixed_machines
@@ -189,12 +85,15 @@ def finish(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.")
-@click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...")
+@click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.",
+              shell_complete=complete_presets)  # fmt: skip
+@click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...",
+              shell_complete=complete_inserts)  # fmt: skip
 @click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
-@click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.")
+@click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.",
+              shell_complete=complete_dtypes)  # fmt: skip
 @click.option("--quantize-new", is_flag=True, help="Write new layers in the format of a quantised MODEL.")
 @click.option("--fit", type=Size(), metavar="SIZE",
               help="Put in as many layers as can be trained with this much memory, e.g. 24GB.")  # fmt: skip
@@ -253,7 +152,7 @@ def upscale(
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @recipe_options
 @plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
@@ -330,23 +229,31 @@ def _run(
         note(fit_text(fitted), quiet)
     keep_freed_memory()
     if shard_of:
-        with progress(planned, quiet) as on_block:
-            share = api.make_share(planned, out, *shard_of, run, mixed_machines=mixed_machines, on_block=on_block)
+        with block_progress(planned, quiet, shard_of) as shown:
+            share = api.make_share(
+                planned, out, *shard_of, run, mixed_machines=mixed_machines,
+                on_block=shown.on_block, on_share=shown.on_share,
+            )  # fmt: skip
         show_share(share, out, quiet, as_json)
         return
-    make = functools.partial(api.finish, mixed_machines=mixed_machines) if finishing else api.merge
-    with progress(planned, quiet) as on_block:
-        result = make(planned, out, run, on_block=on_block, on_layer=layer_notes(quiet))
+    with block_progress(planned, quiet, by="workers" if finishing else "the earlier run") as shown:
+        reports: Any = {"on_block": shown.on_block, "on_layer": layer_notes(quiet)}
+        if finishing:
+            result = api.finish(planned, out, run, mixed_machines=mixed_machines, **reports)
+        else:
+            result = api.merge(planned, out, run, on_share=shown.on_share, **reports)
     warn(result.warnings)
     if as_json:
         emit_json(result.describe())
     elif not quiet:
         depth = planned.donor.view.num_layers
-        checked = f"{len(result.verification.checks)} checks passed" if result.verification else "not verified"
+        passed = result.verification and plural(len(result.verification.checks), "check")
+        checked = f"{passed} passed" if passed else "not verified"
         if record := result.calibration:
             note(
-                f"calibrated: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on {record.held_out_tokens}"
-                f" tokens that chose the steps; {record.tokens} tokens were fitted"
+                f"calibrated: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on"
+                f" {plural(record.held_out_tokens, 'token')} that chose the steps;"
+                f" fitted on {plural(record.tokens, 'token')}"
             )
-        note(f"{out}: {depth} -> {planned.num_layers} layers in {result.seconds:.1f} s, {checked}")
+        note(f"{out}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}")
         show_next(out, new_layers=bool(planned.new_layers))

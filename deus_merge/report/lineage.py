@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import CheckpointError, DeusMergeError
+from ..core.text import plural
 from ..models.source import SourceModel
 from ..plan.documents import PlannedResult
 from ..plan.types import Plan
@@ -55,7 +56,7 @@ def _growths_of(model: SourceModel, warnings: list[str]) -> tuple[Growth, ...]:
     try:
         manifest = read_manifest(file)
         if manifest.num_layers != model.view.num_layers:
-            raise CheckpointError(f"it describes {manifest.num_layers} layers, not {model.view.num_layers}")
+            raise CheckpointError(f"it describes {plural(manifest.num_layers, 'layer')}, not {model.view.num_layers}")
         return manifest.growths
     except DeusMergeError as error:
         warnings.append(f"the lineage of {model.ref} is lost, its {MANIFEST} cannot be used: {error.message}")

@@ -93,6 +93,7 @@ def verify(
     manifest: Manifest | None = None,
     sources: Sequence[TensorSource] | None = None,
     on_check: Callable[[Check, int], None] | None = None,
+    on_begin: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check an output folder.
 
@@ -105,6 +106,7 @@ def verify(
         manifest: The manifest of an output that has none yet: the checksums of its tensors are computed, not compared.
         sources: With ``manifest``: the models it was made from.
         on_check: Called after each check, with the number of all checks.
+        on_begin: Called with the name of each check before it runs.
 
     Returns:
         The results of all checks.
@@ -135,6 +137,8 @@ def verify(
         manifest = _placed(manifest, places)
     output = Output(folder, manifest, sources, finite=not quick) if manifest else None
     for name, check in wanted:
+        if on_begin is not None:
+            on_begin(name)
         began = time.monotonic()
         result = _run(check, output) if output else (None, "no manifest to compare with")
         facts = result[2] if len(result) == 3 else {}
