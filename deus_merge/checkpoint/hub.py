@@ -45,6 +45,7 @@ NEEDED = (
     "sentence_*_config.json",
     "[0-9]_[A-Z]*/*",
     "*.py",
+    "README.md",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY.md",
@@ -100,7 +101,7 @@ def resolve(
         raise CheckpointError(
             "a local folder has no revisions", where=ref, got=f"@{revision}", hint=f"remove @{revision}"
         )
-    if not _REPOSITORY.fullmatch(repository) or len(repository) > 96 or "--" in repository or ".." in repository:
+    if not _is_repository(repository):
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
     if at and not _REVISION.fullmatch(revision):
         raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
@@ -111,6 +112,16 @@ def resolve(
     if pickle and not any(folder.glob("*.safetensors")):
         folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED + PICKLED)
     return folder
+
+
+def repository_of(ref: str) -> str | None:
+    """The id on the hub in a reference, ``org/name`` of ``org/name[@revision]``; None for a folder."""
+    repository = ref.partition("@")[0]
+    return repository if _local(ref) is None and _local(repository) is None and _is_repository(repository) else None
+
+
+def _is_repository(name: str) -> bool:
+    return bool(_REPOSITORY.fullmatch(name)) and len(name) <= 96 and "--" not in name and ".." not in name
 
 
 def _snapshot(folder: Path) -> Path:

@@ -18,10 +18,13 @@ class ManifestSource:
     """A model that the output was made from, or a checkpoint that copied tensors are stored in.
 
     Attributes:
-        model: The reference in the recipe: a folder, ``org/name[@revision]``, either with ``+adapter``, or the name of
-            a document.
-        fingerprint: sha256 over its config and its headers.
-        folder: The folder of a checkpoint, or a GGUF file; None where the tensors are derived from other sources.
+        model: The model in the recipe: a folder's name, ``org/name[@revision]``, either with ``+adapter``, or the name
+            of a document.
+        fingerprint: sha256 over its config and its headers: the same for all fine-tunes of a model.
+        contents: sha256 over that and samples of every file, 4 KiB for every 4 MiB; missing in earlier versions, and
+            for results of documents.
+        folder: The folder of a checkpoint, or a GGUF file, relative to the output, ``org/name@revision``, or
+            ``<private>/name``; None where the tensors are derived from other sources.
         layers: The number of its layers; None for checkpoints that the recipe does not name.
         adapter: The folder of an adapter.
         base: The source that the adapter was applied to.
@@ -30,6 +33,7 @@ class ManifestSource:
 
     model: str
     fingerprint: str
+    contents: str | None = None
     folder: str | None = None
     layers: Count | None = None
     adapter: str | None = None

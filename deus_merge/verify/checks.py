@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
@@ -26,6 +27,8 @@ from ..models.layer_facts import expand, plain
 from ..models.modules import view_modules
 from ..models.view import ModelView, view_model
 from ..report.manifest import MANIFEST, USER_FILES, Manifest
+from ..report.manifest_parts import ManifestSource
+from ..report.shareable import PRIVATE
 from . import logits
 from . import transformers_model as model
 from .weights import ALGORITHM, ZEROS, TensorCheck, TensorResult, examine
@@ -374,6 +377,9 @@ def _reopened(manifest: Manifest) -> list[TensorSource | str]:
         if source.folder is None:
             found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
             continue
+        if source.folder.startswith(PRIVATE):
+            found.append(f"the manifest does not name the folder of source {source.model}: {_how(source)}")
+            continue
         try:
             gguf = is_gguf(source.folder)
             checkpoint = GgufSource.open(source.folder) if gguf else Checkpoint.open(source.folder)
@@ -381,8 +387,12 @@ def _reopened(manifest: Manifest) -> list[TensorSource | str]:
             changed = checkpoint.fingerprint != source.fingerprint
             found.append(f"source {source.folder} has changed since" if changed else checkpoint)
         except DeusMergeError as error:
-            found.append(f"source {source.folder} cannot be read: {error.message}")
+            found.append(f"source {source.folder} cannot be read: {error.message}; {_how(source)}")
     return found
+
+
+def _how(source: ManifestSource) -> str:
+    return f"--source {shlex.quote(source.model)}=FOLDER says where it is"
 
 
 #: name, check, and whether it needs transformers or a look at every value
