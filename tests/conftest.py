@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+os.environ["DEUS_MERGE_CACHE"] = tempfile.mkdtemp(prefix="deus-merge-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks beyond this machine
 os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: tables are as wide as in a pipe
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -78,7 +78,7 @@ def manifest_of(
         donor=0,
         donor_config=config_patch(plan.config, donor.checkpoint.config),
         layer_prefix=donor.view.layer_prefix,
-        sources=tuple(_with_contents(planned_source(s, name, depths.get(s)), s) for s, name in sources.items()),
+        sources=tuple(planned_source(s, name, depths.get(s)) for s, name in sources.items()),
         num_layers=plan.num_layers,
         dtype=plan.config.get("dtype") or plan.config.get("torch_dtype"),
         layer_lists=listed_keys(plan.config, donor.view.layers_path, facts),
@@ -126,11 +126,8 @@ def planned_source(source: TensorSource, name: str, layers: int | None = None) -
         layers: The number of its layers, where it is a model of the plan.
     """
     record = {"model": name, "fingerprint": source.fingerprint, **source.provenance}
-    return parse(ManifestSource, record | ({} if layers is None else {"layers": layers}))
-
-
-def _with_contents(record: ManifestSource, source: TensorSource) -> ManifestSource:
-    return record if record.document is not None else replace(record, contents=contents_digest(source))
+    planned = parse(ManifestSource, record | ({} if layers is None else {"layers": layers}))
+    return planned if planned.document is not None else replace(planned, contents=contents_digest(source))
 
 
 def sha256(content: bytes) -> str:

@@ -17,6 +17,7 @@ import yaml
 from ..checkpoint.hub import split_adapter
 from ..plan.types import Plan
 from ..recipe.writer import as_written
+from .known_sources import known_folder
 
 #: Begins a path whose folder is not written.
 PRIVATE = "<private>/"
@@ -188,7 +189,12 @@ def shared_record(record: Mapping[str, Any], manifest: Any, out: Path) -> dict[s
 
 def found_manifest(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A manifest's JSON data with the folders of its sources as this machine has them."""
-    return _mapped(data, lambda key, text: found_path(text, folder) if key in ("folder", "adapter") else text)
+    found = _mapped(data, lambda key, text: found_path(text, folder) if key in ("folder", "adapter") else text)
+    sources = found.get("sources")
+    for record in sources if isinstance(sources, list) else ():
+        if isinstance(record, dict) and str(record.get("folder", "")).startswith(PRIVATE):
+            record["folder"] = known_folder(str(record.get("contents"))) or record["folder"]
+    return found
 
 
 def _places(record: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.references import ORIGINAL
 from ..recipe.writer import as_written, dump_recipe
+from ..report.known_sources import remember
 from ..report.lineage import ancestors
 from ..report.manifest import MANIFEST, RECIPE, Manifest, read_manifest
 from ..report.manifest_parts import Calibration, Growth
@@ -119,6 +120,7 @@ def execute(
             manifest = manifest.with_checksums(verification.checksums)
         output.put(MANIFEST, manifest.sealed(None if options.private_paths else output.out))
         output.finish()
+    remember(manifest.sources)
     warnings = (
         *plan.warnings,
         *ready.warnings,

@@ -136,6 +136,9 @@ def test_a_source_whose_folder_is_not_written(secret, run, tmp_path, monkeypatch
     run("upscale", secret / "base", tmp_path / "out")
     data = json.loads((tmp_path / "out/deus_merge.json").read_text())
     assert data["sources"][0]["folder"] == f"{PRIVATE}base" and files_with_secret(tmp_path / "out") == []
+    run("verify", tmp_path / "out", "--quick", "--strict")  # this machine remembers it
+    assert run("strip", tmp_path / "out", tmp_path / "again", "--json").json()["equal_to_base"] > 0
+    monkeypatch.setenv("DEUS_MERGE_CACHE", str(tmp_path / "another-machine"))
     found = run("verify", tmp_path / "out", "--quick").out
     assert "the manifest does not name the folder of source base: --source base=FOLDER says where it is" in " ".join(
         found.split()
