@@ -24,10 +24,12 @@ from ..checkpoint.shards import ShardWriter
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import DeusMergeError
 from ..plan.fit import Fit
+from ..plan.pieces import Piece, pieces
 from ..plan.training_memory import TrainingSettings
 from ..plan.types import Plan
 from ..recipe.types import Recipe
 from ..run.block_runner import run_blocks
+from ..run.pieces import Share
 from ..run.preflight import RunOptions
 from ..run.strip import Stripped
 from ..training.calibration import Calibrated, CalibrationOptions
@@ -39,6 +41,7 @@ from .merging import fit, merge, plan, preflight, strip, upscale, upscale_recipe
 from .progress import Progress
 from .results import Catalog, Inspection, MergeResult
 from .training import calibrate, compare, export_training, score_gaps
+from .workers import finish, make_share
 
 __all__ = [
     "Budget",
@@ -53,10 +56,12 @@ __all__ = [
     "Inspection",
     "LoadOptions",
     "MergeResult",
+    "Piece",
     "Plan",
     "Progress",
     "Recipe",
     "RunOptions",
+    "Share",
     "ShardWriter",
     "Stripped",
     "TrainingSettings",
@@ -64,10 +69,13 @@ __all__ = [
     "calibrate",
     "compare",
     "export_training",
+    "finish",
     "fit",
     "inspect",
+    "make_share",
     "merge",
     "methods",
+    "pieces",
     "plan",
     "preflight",
     "report",

@@ -15,7 +15,7 @@ from .journal import FinishedBlock, Journal, check_journal
 from .layout import ShardLayout
 from .shards import ShardWriter
 from .staging import StagingArea
-from .system import check_lock, disk_errors, locked, make_folder, sync_path, write_file
+from .system import check_lock, disk_errors, link_or_copy, locked, make_folder, sync_path, write_file
 
 # A flush slows the run down to the disk's speed, so it is rare; a kill costs at most this much work.
 FLUSH_BYTES = 1 << 30
@@ -116,13 +116,24 @@ class OutputFolder:
             raise
         return self
 
-    def shards(self, layouts: Sequence[ShardLayout]) -> ShardWriter:
+    def shards(
+        self, layouts: Sequence[ShardLayout], made: Mapping[str, Path] | None = None, *, link: bool = True
+    ) -> ShardWriter:
         """Create the shards, or open those of the resumed run. Call it once.
+
+        Args:
+            layouts: The shards.
+            made: All of them, finished, in other folders of this file system: name -> file.
+            link: Whether the shards may be second names of those files, where the file system has such: then writing
+                into a shard changes that file, too.
 
         Raises:
             PlanError, MachineError: as `ShardWriter`.
         """
-        self._writer = ShardWriter(self.folder, layouts, resume=bool(self.finished))
+        for name, file in (made or {}).items():
+            with disk_errors(self.folder / name):
+                link_or_copy(file, self.folder / name, link=link)
+        self._writer = ShardWriter(self.folder, layouts, resume=bool(self.finished or made))
         self._stack.callback(self._writer.close)
         return self._writer
 

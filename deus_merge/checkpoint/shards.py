@@ -140,6 +140,12 @@ class ShardWriter:
             finally:
                 os.close(fd)
 
+    def written_elsewhere(self, names: Iterable[str]) -> None:
+        """Note that another process of this machine has written these tensors: `sync` must bring them to the disk."""
+        for name in names:
+            shard, (begin, end) = self._find(name)
+            self._wrote(shard, (name,), end - begin)
+
     def __contains__(self, name: object) -> bool:
         """Whether one of the files has a tensor of this name."""
         return name in self._shard_of

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -106,6 +107,28 @@ def write_file(path: Path, data: bytes) -> None:
         write_all(fd, memoryview(data), 0)
     finally:
         os.close(fd)
+
+
+def link_or_copy(source: Path, target: Path, *, link: bool = True) -> None:
+    """Give a file a second name, or copy it where that cannot be. Nothing is done where ``target`` exists.
+
+    Args:
+        source: The file.
+        target: Its other name, or its copy, which appears when it is whole.
+        link: Whether it may be a second name.
+    """
+    if target.exists():
+        return
+    try:
+        if link:
+            os.link(source, target)
+            return
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED | {errno.EMLINK}:
+            raise
+    part = target.with_name(f"{target.name}.part")
+    shutil.copyfile(source, part)
+    os.replace(part, target)
 
 
 def keep_freed_memory() -> None:

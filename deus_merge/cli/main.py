@@ -14,6 +14,7 @@ from ..core.errors import DeusMergeError, printable
 
 _COMMANDS = {  # name -> module with a click command of that name; imported when used, so that --help is fast
     "merge": "merge",
+    "finish": "merge",
     "plan": "merge",
     "upscale": "merge",
     "verify": "inspect",
@@ -29,6 +30,7 @@ _COMMANDS = {  # name -> module with a click command of that name; imported when
 }
 _HELP = {
     "merge": "Run a recipe and write the checkpoint.",
+    "finish": "Put an output together from workers' pieces.",
     "plan": "Show what a recipe would do.",
     "upscale": "Make a model deeper, without a recipe file.",
     "verify": "Check a finished output.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..recipe.types import Recipe
 from ..recipe.writer import dump_recipe
 from . import mergekit_options as mergekit
 from .failures import report_bus_errors
-from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, warn
+from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, show_share, warn
 from .recipes import load_recipe, recipe_options
 
 
@@ -37,6 +38,24 @@ class Size(click.ParamType):
             return parse_size(value)
         except DeusMergeError as error:
             self.fail(f"{value!r} is not a size: expected {error.expected}", param, ctx)
+
+
+class ShareNumber(click.ParamType):
+    """``3/8``: the third of eight shares."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value))
+        number, total = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= number <= total:
+            self.fail(f"{value!r} is not a share: expected K/N with K from 1 to N, like 3/8", param, ctx)
+        return number, total
+
+
+mixed_machines = click.option(
+    "--mixed-machines", is_flag=True, help="Put pieces together that were computed on machines which round differently."
+)
 
 
 def _all(options: Sequence[mergekit.Decorator]) -> mergekit.Decorator:
@@ -96,7 +115,9 @@ def run_options(command: Callable) -> Callable:
         click.option("--seed", "--random-seed", type=int, default=0, show_default=True,
                      help="Seed of methods that draw random numbers."),
         click.option("--threads", "--num-threads", "-j", type=click.IntRange(1, 1024),
-                     help="CPU threads for arithmetic."),
+                     help="CPU threads for arithmetic, of each worker."),
+        click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True,
+                     help="Processes that make blocks at the same time; with several GPUs each has one."),
         click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
                      help="Write a README.md into the output."),
         click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Print errors and warnings only."),
@@ -110,17 +131,42 @@ def run_options(command: Callable) -> Callable:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options
+@click.option("--shard-of", type=ShareNumber(), metavar="K/N",
+              help="Make the Kth of N shares of the output, next to it; finish puts it together.")  # fmt: skip
+@mixed_machines
 @run_options
 def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str, ...], **options):
     """Run RECIPE and write the checkpoint to OUT.
 
     RECIPE is a file, - for stdin, or a name that `deus-merge recipes` lists.
 
+    With --shard-of any number of machines that share a file system make an output together.
+
     \b
     Example:
       deus-merge merge opt_deus ./deeper --model ./SmolLM2-135M --device cuda
     """
     _run(load_recipe(recipe, models, settings, options["quiet"]), out, **options)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@recipe_options
+@mixed_machines
+@run_options
+def finish(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str, ...], **options):
+    """Put OUT together from the pieces that workers have made with `merge RECIPE OUT --shard-of K/N`.
+
+    All pieces are checked, and the result is verified. Takes the options that the workers had.
+
+    \b
+    Example:
+      deus-merge merge opt_deus ./deeper --model ./SmolLM2-135M --shard-of 1/2
+      deus-merge merge opt_deus ./deeper --model ./SmolLM2-135M --shard-of 2/2
+      deus-merge finish opt_deus ./deeper --model ./SmolLM2-135M
+    """
+    _run(load_recipe(recipe, models, settings, options["quiet"]), out, finishing=True, **options)
 
 
 @click.command()
@@ -232,7 +278,8 @@ def _plan(recipe: Recipe, *, allow_pickle: bool, cache_dir: Path | None, **optio
 def _run(
     recipe: Recipe, out: Path, *, device, cuda, gpu_rich, max_shard_size, out_shard_size, copy_tokenizer, allow_pickle,
     cache_dir, dry_run, quiet, as_json, verify_output, training: TrainingSettings | None = None,
-    fitted: api.Fit | None = None, **options,
+    fitted: api.Fit | None = None, shard_of: tuple[int, int] | None = None, mixed_machines: bool = False,
+    finishing: bool = False, **options,
 ):  # fmt: skip
     if device is None:  # as in mergekit, --device takes precedence over --cuda
         device = "cuda" if cuda or gpu_rich else "auto" if cuda is None else "cpu"
@@ -261,8 +308,14 @@ def _run(
     if fitted:
         note(fit_text(fitted), quiet)
     keep_freed_memory()
+    if shard_of:
+        with progress(planned, quiet) as on_block:
+            share = api.make_share(planned, out, *shard_of, run, mixed_machines=mixed_machines, on_block=on_block)
+        show_share(share, out, quiet, as_json)
+        return
+    make = functools.partial(api.finish, mixed_machines=mixed_machines) if finishing else api.merge
     with progress(planned, quiet) as on_block:
-        result = api.merge(planned, out, run, on_block=on_block, on_layer=layer_notes(quiet))
+        result = make(planned, out, run, on_block=on_block, on_layer=layer_notes(quiet))
     warn(result.warnings)
     if as_json:
         emit_json(result.describe())

@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
 from ..core.errors import json_text, printable
+from ..core.text import plural
 from ..core.units import dtype_name, format_count, format_seconds, format_size
 from ..methods.registry import methods
 from ..plan.blocks import BlockPlan
@@ -19,6 +21,7 @@ from ..plan.fit import Fit
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from ..plan.types import Plan, quantized_of
 from ..report.manifest_parts import CalibratedLayer
+from ..run.pieces import Share
 from ..verify import Verification
 
 
@@ -96,6 +99,21 @@ def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[BlockPlan, bool], No
             note(f"[{block.index + 1}/{total}] {block.title}: {how} ({time.monotonic() - started:.1f} s)")
 
         yield line
+
+
+def show_share(share: Share, out: Path, quiet: bool, as_json: bool) -> None:
+    """Print what a worker has made, and what is left."""
+    warn(share.warnings)
+    if as_json:
+        emit_json({
+            "made": [piece.name for piece in share.made],
+            "found": [piece.name for piece in share.found],
+            "left": share.left,
+            "warnings": list(share.warnings),
+        })  # fmt: skip
+    found = f", {len(share.found)} finished already" if share.found else ""
+    left = f"{share.left} of the output left" if share.left else f"deus-merge finish puts {out} together"
+    note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet)
 
 
 def layer_notes(quiet: bool = False) -> Callable[[CalibratedLayer, bool], None]:

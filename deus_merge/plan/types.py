@@ -239,12 +239,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """A rough estimate of the time on a CPU."""
-        merged = 0.0
-        for block in self._runs():
-            weight = 40.0 if methods()[block.method].inserts else 1.0
-            computed = (o for o in block.outputs if o.action not in (Action.COPY, Action.ZEROS))
-            merged += weight * sum(o.nbytes_read for o in computed)
-        return 1.0 + self.bytes_written / _COPY_RATE + merged / _MERGE_RATE
+        return 1.0 + sum(map(block_seconds, self._runs()))
 
     @cached_property
     def hash(self) -> str:
@@ -332,6 +327,13 @@ class Plan:
             **({"vocabulary": {**self.vocabulary, "tokenizer": None}} if self.vocabulary else {}),
             **({"calibrate": self.calibration.identity} if self.calibration else {}),
         }
+
+
+def block_seconds(block: BlockPlan) -> float:
+    """A rough estimate of the time that a block takes on a CPU."""
+    weight = 40.0 if methods()[block.method].inserts else 1.0
+    computed = sum(o.nbytes_read for o in block.outputs if o.action not in (Action.COPY, Action.ZEROS))
+    return block.nbytes / _COPY_RATE + weight * computed / _MERGE_RATE
 
 
 def quantized_of(model: SourceModel) -> dict[str, dict[str, float]]:

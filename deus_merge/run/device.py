@@ -53,6 +53,14 @@ def set_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
+def default_threads(workers: int) -> int | None:
+    """CPU threads of each of several processes: they share the cores. None: torch chooses, for a single one."""
+    if workers == 1:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
+
+
 def machine_identity(device: torch.device | None) -> dict[str, str]:
     """What the bytes of computed tensors depend on besides the plan: a resumed run needs the same.
 

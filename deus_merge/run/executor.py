@@ -18,12 +18,12 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
 from ..report.lineage import ancestors
-from ..report.manifest import MANIFEST, RECIPE, read_manifest
+from ..report.manifest import MANIFEST, RECIPE, Manifest, read_manifest
 from ..report.manifest_parts import Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
-from .block_runner import run_blocks
+from .engines import Engine, FinishedPieces, Job, OneProcess, Processes
 from .preflight import Calibrator, RunOptions, preflight
 
 
@@ -48,6 +48,7 @@ def execute(
     options: RunOptions,
     on_block: Callable[[BlockPlan, bool], None],
     calibrator: Calibrator | None = None,
+    made: FinishedPieces | None = None,
 ) -> Outcome:
     """Carry out a plan.
 
@@ -55,8 +56,9 @@ def execute(
         plan: The plan.
         out: The output folder; it appears when it is whole and verified.
         options: Device, resume, overwrite, verification.
-        on_block: Called after every block, with whether an earlier run had already finished it.
+        on_block: Called once for every block when it is finished, with whether an earlier run had done so: those first.
         calibrator: What calibrates the output, where the plan has a calibration.
+        made: The finished pieces of all blocks, where workers have made them.
 
     Returns:
         The verification, all warnings, and the record of the calibration.
@@ -65,7 +67,7 @@ def execute(
         DeusMergeError: as `preflight`; or a tensor that cannot be merged; VerifyError when the result is wrong.
     """
     began = time.monotonic()
-    ready = preflight(plan, out, options, calibrator)
+    ready = preflight(plan, out, options, calibrator, made)
     output = ready.output
     if ready.complete:
         output.tidy()
@@ -77,38 +79,28 @@ def execute(
         return Outcome(verification, plan.warnings + ready.warnings, record)
     past, unknown_past = ancestors(plan)
     with _resume_hints(output), output:
-        writer = output.shards(plan.shards)
+        writer = output.shards(plan.shards, made.files if made else {}, link=calibrator is None)
         diagnostics = {int(index): line["tensors"] for index, line in output.finished.items() if index.isdigit()}
-        resumed = frozenset(diagnostics)
+        missing = [block.index for block in plan.blocks if block.index not in diagnostics]
+        for block in plan.blocks:
+            if block.index in diagnostics:
+                on_block(block, True)
 
         def finished(block: BlockPlan, lines: list[dict]) -> None:
             diagnostics[block.index] = lines
             output.record(str(block.index), {"tensors": lines})
-            report_progress(block.index)
+            on_block(block, made is not None)
 
-        upcoming = iter(plan.blocks)
-
-        def report_progress(done: int) -> None:
-            """Report the blocks up to this one, those of an earlier run included."""
-            for block in upcoming:
-                on_block(block, block.index in resumed)
-                if block.index == done:
-                    return
-
+        device = str(ready.device) if ready.device else None
+        threads = ready.run_record["threads"]
+        assert isinstance(threads, int)
+        job = Job(plan, missing, writer, device, options.seed, threads, options.max_memory)
         with _unchanged_sources(plan):
-            run_blocks(
-                plan,
-                [block.index for block in plan.blocks if block.index not in resumed],
-                writer,
-                device=ready.device,
-                seed=options.seed,
-                max_memory=options.max_memory,
-                on_block=finished,
-            )
-        for block in upcoming:
-            on_block(block, True)
+            _engine(options, made).run(job, finished)
+        diagnostics = dict(sorted(diagnostics.items()))
         output.flush(wait=False)  # while the result is checked
-        run_record = ready.run_record | {"seconds": round(time.monotonic() - began, 3)}
+        seconds = time.monotonic() - began + (made.seconds if made else 0.0)
+        run_record = ready.run_record | {"seconds": round(seconds, 3)}
         files = _write_files(plan, output, past, options.model_card)
         manifest = manifest_of(plan, files, diagnostics, run_record, past)
         if calibrator is not None:
@@ -118,6 +110,8 @@ def execute(
         if options.verify:
             found = verify(output.folder, quick=True, manifest=manifest, sources=list(plan_sources(plan)))
             verification = _passed(found, out, "the output was not put in place")
+            if made:
+                made.compare(verification.checksums, _calibrated(manifest))
             manifest = manifest.with_checksums(verification.checksums)
         output.put(MANIFEST, manifest.sealed())
         output.finish()
@@ -126,10 +120,18 @@ def execute(
         *ready.warnings,
         *unknown_past,
         *output.notes,
+        *(made.warnings if made else ()),
         *_convergence(plan, diagnostics),
         *_scale_warnings(diagnostics),
     )
     return Outcome(verification, warnings, manifest.calibration)
+
+
+def _engine(options: RunOptions, made: FinishedPieces | None) -> Engine:
+    """Who makes the blocks that are missing."""
+    if made is not None:
+        return made
+    return OneProcess() if options.workers == 1 else Processes(options.workers)
 
 
 def _passed(verification: Verification, out: Path, hint: str) -> Verification:
@@ -195,6 +197,12 @@ def _resume_hints(output: OutputFolder) -> Iterator[None]:
                 notes = [*getattr(error, "__notes__", ()), hint]  # BaseException.add_note came with Python 3.11
                 setattr(error, "__notes__", notes)  # noqa: B010
         raise
+
+
+def _calibrated(manifest: Manifest) -> frozenset[str]:
+    """The tensors that a calibration has changed."""
+    layers = manifest.calibration.layers if manifest.calibration else ()
+    return frozenset(name for layer in layers for name in layer.tensors)
 
 
 def _scale_warnings(diagnostics: Mapping[int, list[dict]]) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from ..core.units import format_size
 from ..plan.types import Plan
 from ..report.manifest import MANIFEST, Manifest, read_manifest
 from ..report.plan_manifest import plan_sources, planned_source
-from .device import check_device_name, choose_device, machine_identity, set_threads
+from .device import check_device_name, choose_device, default_threads, machine_identity, set_threads
+from .engines.finished_pieces import FinishedPieces
 from .limits import allow_open_files, memory
 
 if TYPE_CHECKING:
@@ -35,12 +36,13 @@ class RunOptions:
 
     Attributes:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        max_memory: Bytes the process may take: plans then work in row blocks; too few are refused.
+        max_memory: Bytes the run may take: plans then work in row blocks; too few are refused.
         resume: Continue an interrupted run.
         overwrite: Replace an existing output, once the new one is complete.
         verify: Check the result before it is renamed to OUT.
         seed: For methods that draw random numbers.
-        threads: CPU threads for arithmetic; None for torch's own choice.
+        threads: CPU threads for arithmetic, of each process; None to share the processor's cores.
+        workers: How many processes make blocks at the same time. With several GPUs each has one of them.
         model_card: Write a README.md.
     """
 
@@ -51,6 +53,7 @@ class RunOptions:
     verify: bool = True
     seed: int = 0
     threads: int | None = None
+    workers: int = 1
     model_card: bool = True
 
 
@@ -103,7 +106,13 @@ class Ready:
     complete: bool
 
 
-def preflight(plan: Plan, out: Path, options: RunOptions, calibrator: Calibrator | None = None) -> Ready:
+def preflight(
+    plan: Plan,
+    out: Path,
+    options: RunOptions,
+    calibrator: Calibrator | None = None,
+    made: FinishedPieces | None = None,
+) -> Ready:
     """Check everything that can be known to go wrong; nothing on the disk is touched.
 
     Args:
@@ -111,24 +120,18 @@ def preflight(plan: Plan, out: Path, options: RunOptions, calibrator: Calibrator
         out: The output folder.
         options: Device, resume, overwrite.
         calibrator: What calibrates the output, where the plan has a calibration.
+        made: The finished pieces of all blocks, where workers have made them.
 
     Raises:
         PlanError: no room on the disk, too little memory, OUT in the way or in or around a source, another run at work
             or interrupted there, no such device.
         CheckpointError: a source has changed since it was planned with.
     """
-    check_device_name(options.device)
-    plan.check_sources()
-    warnings = _check_memory(plan, options)
-    computes = any(b.computes for b in plan.blocks) or calibrator is not None
-    device = choose_device(options.device) if computes else None
-    run_record = {
-        "device": device.type if device else "none",
-        "threads": set_threads(options.threads) if computes else 0,
-        "seed": options.seed,
-    }
-    sources = [m.stamp for m in plan.models]
-    identity = {"deus_merge": __version__, **run_record, **machine_identity(device), "sources": sources}
+    device, run_record = computing(plan, options, computes=calibrator is not None)
+    warnings = check_memory(plan, options) if made is None else ()
+    identity = run_identity(run_record, device) | {"sources": [m.stamp for m in plan.models]}
+    if made is not None:
+        run_record, identity = made.run_record, dict(made.identity)
     if calibrator is not None:
         identity["calibrate"] = dict(calibrator.identity)
         warnings += calibrator.warnings
@@ -136,13 +139,44 @@ def preflight(plan: Plan, out: Path, options: RunOptions, calibrator: Calibrator
         out, plan_hash=plan.hash, identity=identity, overwrite=options.overwrite, resume=options.resume
     )
     check_apart(output.out, [m.checkpoint for m in plan.models])
-    complete = options.resume and not output.area.resumable_blocks and _complete(plan, output.out, run_record)
+    complete = options.resume and not output.area.resumable_blocks and is_complete(plan, output.out, run_record)
     if complete:
         warnings += ("the output is already complete: nothing was left to do",)
     else:
         output.check()
-        _check_disk(plan, output, calibrator.disk if calibrator else 0)
+        linked = made is not None and calibrator is None
+        _check_disk(plan, output, calibrator.disk if calibrator else 0, with_weights=not linked)
     return Ready(output, device, run_record, warnings, complete)
+
+
+def computing(
+    plan: Plan, options: RunOptions, *, computes: bool = False
+) -> tuple[torch.device | None, dict[str, object]]:
+    """Where a run computes, and the options that the manifest records.
+
+    Args:
+        plan: The plan.
+        options: Device, threads, seed.
+        computes: Whether it computes something even where no block does.
+
+    Raises:
+        PlanError: no such device.
+        CheckpointError: a source has changed since it was planned with.
+    """
+    check_device_name(options.device)
+    if options.workers < 1:
+        raise PlanError("no workers", where="--workers", expected="at least 1", got=options.workers)
+    plan.check_sources()
+    if not (computes or any(b.computes for b in plan.blocks)):
+        return None, {"device": "none", "threads": 0, "seed": options.seed}
+    device = choose_device(options.device)
+    threads = set_threads(options.threads or default_threads(options.workers))
+    return device, {"device": device.type, "threads": threads, "seed": options.seed}
+
+
+def run_identity(run_record: Mapping[str, object], device: torch.device | None) -> dict[str, object]:
+    """Everything but the plan and its sources that decides the bytes of an output: JSON values by name."""
+    return {"deus_merge": __version__, **run_record, **machine_identity(device)}
 
 
 def check_apart(out: Path, sources: Iterable[TensorSource]) -> None:
@@ -177,14 +211,20 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
-    """Whether a finished output is what this run would make."""
+def is_complete(plan: Plan, out: Path, run_record: Mapping[str, object] | None) -> bool:
+    """Whether a finished output is what a run would make.
+
+    Args:
+        plan: The plan of the run.
+        out: The output folder.
+        run_record: Its options as the manifest records them; None where they do not matter.
+    """
     try:
         manifest, written = read_manifest(out), os.stat(out / MANIFEST).st_mtime_ns
     except (DeusMergeError, OSError):
         return False
-    options = {key: manifest.options.get(key) for key in run_record}
-    same = (manifest.plan_hash, manifest.deus_merge, options) == (plan.hash, __version__, run_record)
+    same = (manifest.plan_hash, manifest.deus_merge) == (plan.hash, __version__)
+    same = same and all(manifest.options.get(key) == value for key, value in (run_record or {}).items())
     # fine-tunes of one model have the same headers, so the plan's hash does not tell them apart
     planned = [planned_source(source, name) for source, name in plan_sources(plan).items()]
     recorded, wanted = ([(s.folder, s.adapter, s.document) for s in both] for both in (manifest.sources, planned))
@@ -197,8 +237,16 @@ def _complete(plan: Plan, out: Path, run_record: dict[str, object]) -> bool:
     )
 
 
-def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
-    minimum, limit = plan.minimum_memory, options.max_memory
+def check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
+    """Check that a plan fits into the memory.
+
+    Returns:
+        A warning where it may not.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    minimum, limit = plan.minimum_memory * options.workers, options.max_memory
     if limit is not None and minimum > limit:
         raise PlanError(
             "the plan needs more memory than allowed",
@@ -214,9 +262,11 @@ def _check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
             "the plan needs more memory than there is",
             expected=f"at least {format_size(minimum)}",
             got=f"{format_size(total)}, swap included",
-            hint=f"--max-memory {_megabytes(minimum)} tries nevertheless",
+            hint=f"--max-memory {_megabytes(minimum)} tries nevertheless"
+            + (f"; fewer than {options.workers} workers need less" if options.workers > 1 else ""),
         )
-    peak = plan.peak_memory if limit is None else min(plan.peak_memory, limit)
+    peak = plan.peak_memory * options.workers
+    peak = peak if limit is None else min(peak, limit)
     if peak <= available:
         return ()
     less = f"; it runs with less: --max-memory {_megabytes(max(minimum, available))}" if minimum < peak else ""
@@ -227,10 +277,10 @@ def _megabytes(size: int) -> str:
     return f"{-(-size // 10**6)}MB"
 
 
-def _check_disk(plan: Plan, output: OutputFolder, more: int) -> None:
+def _check_disk(plan: Plan, output: OutputFolder, more: int, *, with_weights: bool) -> None:
     """Check that there is room for the new folder next to the old one. The leftovers of an interrupted run count as
     room: they are used again or removed."""
-    sizes = [s.size for s in plan.shards]
+    sizes = [s.size for s in plan.shards] if with_weights else []
     sizes += [len(c) if isinstance(c, bytes) else c.stat().st_size for c in plan.files.values()]
     system = os.statvfs(existing(output.out.parent))
     left = [os.lstat(p) for p in output.area.new.rglob("*")]

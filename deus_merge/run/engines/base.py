@@ -1,0 +1,58 @@
+"""The interface of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...checkpoint.shards import ShardWriter
+from ...plan.blocks import BlockPlan
+from ...plan.types import Plan
+
+#: called when all tensors of a block are written, with its diagnostics as JSON data
+OnFinished = Callable[[BlockPlan, list[dict]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Blocks to make.
+
+    Attributes:
+        plan: The plan.
+        blocks: Indices of the blocks, in output order.
+        writer: The files of the plan, created at their full size.
+        device: The name of the device; None when these blocks only copy.
+        seed: For methods that draw random numbers.
+        threads: CPU threads of each process.
+        max_memory: Bytes that all processes may take together; None for no limit.
+    """
+
+    plan: Plan
+    blocks: Sequence[int]
+    writer: ShardWriter
+    device: str | None
+    seed: int
+    threads: int
+    max_memory: int | None
+
+
+class Engine(Protocol):
+    """Makes blocks. Every block is the same call of `block_runner.run_blocks`, whoever makes it."""
+
+    @property
+    def workers(self) -> int:
+        """How many processes compute at the same time."""
+        ...
+
+    def run(self, job: Job, on_finished: OnFinished) -> None:
+        """Make all blocks of a job, in any order.
+
+        Args:
+            job: The blocks.
+            on_finished: Called in this process, once for each block.
+
+        Raises:
+            DeusMergeError: as `block_runner.run_blocks`; the blocks that were reported are complete.
+        """
+        ...

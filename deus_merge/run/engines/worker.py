@@ -1,0 +1,66 @@
+"""A worker process of `processes.Processes`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ...checkpoint.shards import ShardWriter
+from ...checkpoint.system import keep_freed_memory
+from ...core.errors import DeusMergeError
+from ...plan.blocks import BlockPlan
+from ...plan.types import Plan
+from ..block_runner import run_blocks
+from ..device import choose_device, set_threads
+from ..limits import allow_open_files
+
+
+def main() -> None:
+    """Make the blocks that come through the socket whose descriptor is the last argument."""
+    connection = Connection(int(sys.argv[-1]))
+    plan, folder, seed, threads, max_memory = pickle.loads(connection.recv_bytes())
+    name = connection.recv()
+    batches: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, batches), daemon=True).start()
+    try:
+        keep_freed_memory()
+        allow_open_files(len(plan.shards) + sum(len(m.checkpoint.files) for m in plan.models))
+        device = choose_device(name) if name else None
+        set_threads(threads if name else None)
+        writer = ShardWriter(folder, plan.shards, resume=True)
+        while True:
+            connection.send(("ready",))
+            _make(plan, batches.get(), writer, connection, device=device, seed=seed, max_memory=max_memory)
+    except Exception as error:
+        connection.send(("error", _sendable(error)))
+
+
+def _listen(connection: Connection, batches: queue.SimpleQueue[list[int]]) -> None:
+    """Take batches as they come; end this process when the one at the other end is gone, even in mid-block: another
+    run may soon write into the same files."""
+    try:
+        while True:
+            batches.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _make(plan: Plan, batch: list[int], writer: ShardWriter, connection: Connection, **options: Any) -> None:
+    def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
+        connection.send(("finished", block.index, diagnostics))
+
+    run_blocks(plan, batch, writer, on_block=finished, **options)
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error that another process can raise: as it is, or with its traceback as its text."""
+    if isinstance(error, DeusMergeError):
+        return error
+    import traceback
+
+    return RuntimeError("in a worker process:\n" + "".join(traceback.format_exception(error)))
