@@ -13,6 +13,7 @@ import click
 import yaml
 
 from .. import api
+from ..checkpoint.storage import DEFAULT_CACHE_SIZE
 from ..checkpoint.system import keep_freed_memory
 from ..core.errors import DeusMergeError
 from ..core.garbage import collector_paused
@@ -63,13 +64,21 @@ def _all(options: Sequence[mergekit.Decorator]) -> mergekit.Decorator:
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
+remote_options = [
+    click.option("--stream", is_flag=True, help="Read models of the hub by range, without a local copy."),
+    click.option("--cache-size", type=Size(), default=DEFAULT_CACHE_SIZE, show_default=True,
+                 help="The most that is on the disk at once of models read by range."),
+]  # fmt: skip
+
+
 plan_options = _all([
     click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
     click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True,
                  help="Copy the tokenizer into the output."),
     click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run."),
     click.option("--cache-dir", "--transformers-cache", type=click.Path(path_type=Path, file_okay=False),
-                 help="The folder for models of the hub."),
+                 help="The folder for models of the hub, and for what is read of models by range."),
+    *remote_options,
 ])  # fmt: skip
 
 
@@ -226,7 +235,7 @@ def upscale(
     if calibrate is not None and calibrate.lstrip().startswith("{"):
         section = parse(calibrate, "--calibrate").plain()
     if fit is not None:
-        load = api.LoadOptions(options["allow_pickle"], options["cache_dir"])
+        load = api.LoadOptions(**{name: options[name] for name in _LOAD_OPTIONS})
         fitted = api.fit(model, fit, options["training"], insert=where, load_options=load, **settings)
         where = fitted.insert
     recipe = api.upscale_recipe(model, insert=where, calibrate=section, **settings)
@@ -271,15 +280,19 @@ def plan(
     warn(result.warnings)
 
 
-def _plan(recipe: Recipe, *, allow_pickle: bool, cache_dir: Path | None, **options) -> Plan:
-    return api.plan(recipe, load_options=api.LoadOptions(allow_pickle, cache_dir), **options)
+_LOAD_OPTIONS = ("allow_pickle", "cache_dir", "stream", "cache_size")
+
+
+def _plan(recipe: Recipe, **options) -> Plan:
+    load = api.LoadOptions(**{name: options.pop(name) for name in _LOAD_OPTIONS})
+    return api.plan(recipe, load_options=load, **options)
 
 
 def _run(
     recipe: Recipe, out: Path, *, device, cuda, gpu_rich, max_shard_size, out_shard_size, copy_tokenizer, allow_pickle,
     cache_dir, dry_run, quiet, as_json, verify_output, training: TrainingSettings | None = None,
     fitted: api.Fit | None = None, shard_of: tuple[int, int] | None = None, mixed_machines: bool = False,
-    finishing: bool = False, **options,
+    finishing: bool = False, stream: bool = False, cache_size: int, **options,
 ):  # fmt: skip
     if device is None:  # as in mergekit, --device takes precedence over --cuda
         device = "cuda" if cuda or gpu_rich else "auto" if cuda is None else "cpu"
@@ -291,6 +304,8 @@ def _run(
         copy_tokenizer=copy_tokenizer,
         allow_pickle=allow_pickle,
         cache_dir=cache_dir,
+        stream=stream,
+        cache_size=cache_size,
     )
     if planned.calibration:
         quiet_transformers()

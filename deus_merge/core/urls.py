@@ -39,5 +39,5 @@ def _public(scheme: str, rest: str) -> str:
 
 
 def url_path(url: str, *names: str) -> Path:
-    """A file of an address as a `Path`, for messages and as the name of its tensors: no such file is on this machine."""
+    """A file of an address as a `Path`: its name in messages and plans. There is no such file on this machine."""
     return Path(public_url(url).rstrip("/").replace("://", ":/", 1), *names)

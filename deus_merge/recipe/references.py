@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..core.located import Located
 from ..models.reference import ModelRef
 
-_A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
+_A_MODEL = "a folder, org/name[@revision] or an address, and perhaps +adapter"
 
 
 def read_model(node: Located) -> ModelRef:
@@ -17,7 +17,7 @@ def read_model(node: Located) -> ModelRef:
     architecture = None
     if isinstance(node.value, dict) and (place := node.value.get("override_architecture")) is not None:
         architecture = place.string("the name of a class, like LlamaForCausalLM") if place.value is not None else None
-    return ModelRef(_text(node), node, architecture)
+    return ModelRef.of(_text(node), node, architecture)
 
 
 def _text(node: Located) -> str:

@@ -90,6 +90,7 @@ def verify(
     strict: bool = False,
     manifest: Manifest | None = None,
     sources: Sequence[TensorSource] | None = None,
+    received: Mapping[str, str] | None = None,
     on_check: Callable[[Check, int], None] | None = None,
 ) -> Verification:
     """Check an output folder.
@@ -101,6 +102,8 @@ def verify(
         strict: Count a skipped check as failed.
         manifest: The manifest of an output that has none yet: the checksums of its tensors are computed, not compared.
         sources: With ``manifest``: the models it was made from.
+        received: With ``sources``: XXH3-128, in hex, of the bytes that were copied from other machines, by the name of
+            the tensor. They are not read from there again.
         on_check: Called after each check, with the number of all checks.
 
     Returns:
@@ -127,7 +130,7 @@ def verify(
             finished(Check("manifest", True, f"format {manifest.format}"))
         except VerifyError as error:
             finished(Check("manifest", False, str(error)))
-    output = Output(folder, manifest, sources, finite=not quick) if manifest else None
+    output = Output(folder, manifest, sources, received or {}, quick=quick) if manifest else None
     for name, check in wanted:
         began = time.monotonic()
         result = _run(check, output) if output else (None, "no manifest to compare with")

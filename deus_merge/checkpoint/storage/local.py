@@ -1,44 +1,32 @@
-"""Opens a model reference as a tensor source, whatever files its weights are in."""
+"""Folders and GGUF files of this machine, and models of the hub that are copied to it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from .dequantized import dequantized
-from .gguf import GgufSource, is_gguf
-from .hub import resolve
-from .pickled import PickledCheckpoint, has_safetensors
-from .reader import Checkpoint
-from .tensor_source import TensorSource
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How models are found and read.
-
-    Attributes:
-        allow_pickle: Also read pickled weights, of a model that has no safetensors.
-        cache_dir: The hub's cache; None for the default of huggingface_hub.
-    """
-
-    allow_pickle: bool = False
-    cache_dir: Path | None = None
+from ...core.urls import is_url
+from ..dequantized import dequantized
+from ..gguf import GgufSource, is_gguf
+from ..hub import is_local, resolve
+from ..pickled import PickledCheckpoint, has_safetensors
+from ..reader import Checkpoint
+from ..tensor_source import TensorSource
+from .base import LoadOptions
 
 
-def open_source(ref: str, options: LoadOptions) -> TensorSource:
-    """Find a model's folder (on the hub if need be) and read its config and headers. Quantised weights are float
-    tensors, see `dequantized.DequantizedSource`.
+class Local:
+    """The storage ``local``."""
 
-    Args:
-        ref: A folder, ``org/name[@revision]`` on the hub, or a GGUF file.
-        options: How it is found and read.
+    summary = "a folder or GGUF file of this machine, or a model of the hub that is copied to it first"
+    example = "./model or org/name[@revision]"
 
-    Raises:
-        CheckpointError: as `resolve`, `Checkpoint.open` and `GgufSource.open`.
-    """
-    if is_gguf(ref):
-        return GgufSource.open(ref)
-    folder = resolve(ref, cache_dir=options.cache_dir, pickle=options.allow_pickle)
-    pickled = options.allow_pickle and not has_safetensors(folder)
-    return dequantized((PickledCheckpoint if pickled else Checkpoint).open(folder))
+    def takes(self, ref: str, options: LoadOptions) -> bool:
+        return not is_url(ref) and (not options.stream or is_local(ref))
+
+    def open(self, ref: str, options: LoadOptions) -> TensorSource:
+        if is_gguf(ref):
+            return GgufSource.open(ref)
+        folder = resolve(ref, cache_dir=options.cache_dir, pickle=options.allow_pickle)
+        pickled = options.allow_pickle and not has_safetensors(folder)
+        return dequantized((PickledCheckpoint if pickled else Checkpoint).open(folder))
+
+
+STORAGE = Local()

@@ -1,0 +1,32 @@
+"""Opens a model reference as a tensor source, wherever the model is. Adding a storage is adding one file here."""
+
+from __future__ import annotations
+
+from ...core.errors import CheckpointError
+from ...core.urls import is_url, public_url
+from ..tensor_source import TensorSource
+from .base import DEFAULT_CACHE_SIZE, LoadOptions, Storage
+from .registry import storages
+
+__all__ = ["DEFAULT_CACHE_SIZE", "LoadOptions", "Storage", "open_source", "storages"]
+
+
+def open_source(ref: str, options: LoadOptions) -> TensorSource:
+    """Find a model and read its config and headers. Quantised weights are float tensors, see
+    `dequantized.DequantizedSource`.
+
+    Args:
+        ref: A folder, ``org/name[@revision]`` on the hub, a GGUF file, or an address like ``s3://bucket/model``.
+        options: How it is found and read.
+
+    Raises:
+        CheckpointError: no storage takes it; or as `Storage.open`.
+    """
+    for storage in storages().values():
+        if storage.takes(ref, options):
+            return storage.open(ref, options)
+    raise CheckpointError(
+        "no storage has such addresses",
+        where=public_url(ref) if is_url(ref) else ref,
+        expected=" | ".join(storage.example for storage in storages().values()),
+    )
