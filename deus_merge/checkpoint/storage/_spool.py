@@ -111,6 +111,7 @@ class Spool:
         self._released: deque[list[_Cell]] = (
             deque()
         )  # views that are gone: finalizers may run in the middle of anything
+        self._ahead = 0  # calls of `prefetch` whose requests are not finished
         self._pool: ThreadPoolExecutor | None = None
         self.bytes_fetched = 0
 
@@ -177,6 +178,7 @@ class Spool:
             if not missing or not self._make_room(len(missing), ahead=True):
                 return
             cells = self._added(missing)
+            self._ahead += 1
         parts = list(_parts(file, missing))
         waiting = len(parts)
 
@@ -187,6 +189,7 @@ class Spool:
             with self._state:
                 waiting -= 1
                 if not waiting:
+                    self._ahead -= 1
                     self._forget_failed(missing, cells)
                     _pin(cells, -1)
                     self._state.notify_all()
@@ -199,14 +202,7 @@ class Spool:
         while True:
             keys = _keys(file, begin, end)
             with self._state:
-                missing = [key for key in keys if key not in self._cells]
-                there = [self._cells[key] for key in keys if key in self._cells]
-                _pin(there, 1)
-                try:
-                    self._make_room(len(missing), ahead=False)
-                except BaseException:
-                    _pin(there, -1)
-                    raise
+                missing = self._missing_with_room(keys)
                 added = self._added(missing)
                 cells = [self._cells[key] for key in keys]
                 for key, cell in zip(keys, cells, strict=True):
@@ -229,6 +225,21 @@ class Spool:
                 else:
                     return cells
                 _pin(cells, -1)
+
+    def _missing_with_room(self, keys: Sequence[_Key]) -> list[_Key]:
+        """Pin the cells that are there, and make room for the others."""
+        while True:
+            missing = [key for key in keys if key not in self._cells]
+            there = [self._cells[key] for key in keys if key in self._cells]
+            _pin(there, 1)
+            try:
+                self._make_room(len(missing), ahead=False)
+                return missing
+            except BaseException:
+                _pin(there, -1)
+                if not self._ahead:
+                    raise
+            self._state.wait()  # what is being read ahead can give way once it is there
 
     def _added(self, keys: Iterable[_Key]) -> list[_Cell]:
         """New cells, pinned while they are fetched."""

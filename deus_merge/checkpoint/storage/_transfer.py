@@ -5,6 +5,7 @@ obstore is imported when a store is opened: it is the extra ``remote``.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -23,6 +24,10 @@ _WHOLE_ANSWERS = 3  # whole files in place of ranges, after which the server is 
 _STATUS = re.compile(r"status code: (\d{3})[^:<{]*")
 _PASSING = frozenset({408, 425, 429})  # answers of 4xx after which it is worth trying again
 _NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|credential|Missing (account|key)", re.IGNORECASE)
+#: beginnings of the names of environment variables, and of options of connections that follow them
+_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
+_SWITCHES = frozenset({"allow_http", "allow_invalid_certificates"})
+_SETTINGS = frozenset({"proxy_url", "proxy_ca_certificate", "proxy_excludes", "root_certificate"})
 
 
 class Absent(CheckpointError):
@@ -224,6 +229,8 @@ class Remote:
                 retry = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
                 if self.kind == "http":
                     client |= {"allow_http": True, "default_headers": dict(self.headers)}
+                else:
+                    client |= _client_options()
                 try:
                     open_ = HTTPStore if self.kind == "http" else from_url
                     self._opened = open_(self.url, client_options=client, retry_config=retry)
@@ -269,12 +276,13 @@ class Remote:
                 self._refuse_changed(name)
             what = "no such bucket" if "NoSuchBucket" in text else "no such file" if name else "no such folder"
             raise Absent(what, where=where, hint="check the address") from None
-        self._reached = self._reached or code > 0
         denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
         if not denied and code not in (401, 403) and _NO_CREDENTIALS.search(text):
             raise CheckpointError("no credentials were found", where=where, hint=self.credentials or None) from None
         if denied or code in (401, 403):
             raise Absent("no right to read it", where=where, got=_reason(error), hint=self.credentials) from None
+        if "builder error" in text:
+            raise CheckpointError("the address cannot be opened", where=where, hint=self.credentials or None) from None
         if "Content-Length" in text:
             hint = "it may compress files as it sends them: download the model and name the folder"
             raise CheckpointError("the server does not tell how long the file is", where=where, hint=hint) from None
@@ -298,6 +306,18 @@ class _Truncated(Exception):
 
 def _identity(meta: Mapping[str, Any]) -> Identity:
     return Identity(meta["size"], meta["e_tag"], round(meta["last_modified"].timestamp()) * 10**9)
+
+
+def _client_options() -> dict[str, Any]:
+    """The settings of connections in the environment, which obstore reads only where it is given none."""
+    found: dict[str, Any] = {}
+    for name, value in os.environ.items():
+        _, _, option = name.lower().partition("_")
+        if name.startswith(_PREFIXES) and option in _SWITCHES:
+            found[option] = value.lower() in ("1", "true", "yes", "on")
+        elif name.startswith(_PREFIXES) and option in _SETTINGS:
+            found[option] = value
+    return found
 
 
 def _reason(error: Exception) -> str:

@@ -29,7 +29,7 @@ class Hub:
             hint = "unset HF_HUB_OFFLINE, or leave out --stream for what is in the cache"
             raise CheckpointError("nothing can be streamed while offline", where=ref, hint=hint)
         with hub_errors(ref, revision):
-            info = HfApi().model_info(repository, revision=revision)
+            info = HfApi(endpoint=constants.ENDPOINT).model_info(repository, revision=revision)
         if info.sha is None:
             raise CheckpointError("the hub names no commit", where=ref)
         url = f"{constants.ENDPOINT}/{repository}/resolve/{info.sha}"
