@@ -181,6 +181,11 @@ class ShardWriter:
             name, left = next(tensors, ("", 0))
         self._wrote(run.shard, run.names, run.length)
 
+    @property
+    def layouts(self) -> tuple[ShardLayout, ...]:
+        """The layout of each file."""
+        return tuple(self._shards.values())
+
     def __contains__(self, name: object) -> bool:
         """Whether one of the files has a tensor of this name."""
         return name in self._shard_of

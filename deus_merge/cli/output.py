@@ -109,10 +109,12 @@ def show_share(share: Share, out: Path, quiet: bool, as_json: bool) -> None:
             "made": [piece.name for piece in share.made],
             "found": [piece.name for piece in share.found],
             "left": share.left,
+            "complete": share.complete,
             "warnings": list(share.warnings),
         })  # fmt: skip
     found = f", {len(share.found)} finished already" if share.found else ""
     left = f"{share.left} of the output left" if share.left else f"deus-merge finish puts {out} together"
+    left = f"{out} is complete" if share.complete else left
     note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet)
 
 

@@ -23,7 +23,7 @@ from ..report.manifest_parts import Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
-from .engines import Engine, FinishedPieces, Job, OneProcess, Processes
+from .engines import FinishedPieces, Job, engine_of
 from .preflight import Calibrator, RunOptions, preflight
 
 
@@ -92,17 +92,17 @@ def execute(
             on_block(block, made is not None)
 
         device = str(ready.device) if ready.device else None
-        threads = ready.run_record["threads"]
-        assert isinstance(threads, int)
-        job = Job(plan, missing, writer, device, options.seed, threads, options.max_memory)
+        job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory)
         with _unchanged_sources(plan):
-            _engine(options, made).run(job, finished)
+            (made or engine_of(options.workers)).run(job, finished)
         diagnostics = dict(sorted(diagnostics.items()))
         output.flush(wait=False)  # while the result is checked
         seconds = time.monotonic() - began + (made.seconds if made else 0.0)
         run_record = ready.run_record | {"seconds": round(seconds, 3)}
         files = _write_files(plan, output, past, options.model_card)
         manifest = manifest_of(plan, files, diagnostics, run_record, past)
+        if made:
+            manifest = replace(manifest, warnings=(*manifest.warnings, *made.warnings))
         if calibrator is not None:
             output.flush()  # every block is on the disk before one of them is changed
             manifest = calibrator.run(output, writer, manifest)
@@ -126,13 +126,6 @@ def execute(
         *_scale_warnings(diagnostics),
     )
     return Outcome(verification, warnings, manifest.calibration)
-
-
-def _engine(options: RunOptions, made: FinishedPieces | None) -> Engine:
-    """Who makes the blocks that are missing."""
-    if made is not None:
-        return made
-    return OneProcess() if options.workers == 1 else Processes(options.workers)
 
 
 def _passed(verification: Verification, out: Path, hint: str) -> Verification:

@@ -18,15 +18,15 @@ from pathlib import Path
 from ..checkpoint.piece_store import FORMAT, PieceRecord, PieceStore
 from ..checkpoint.shards import ShardWriter
 from ..checkpoint.staging import StagingArea
-from ..core.errors import PlanError
+from ..core.errors import DeusMergeError, PlanError
 from ..core.tensors import StoredTensor
 from ..core.text import plural, some_of
 from ..plan.blocks import BlockPlan
 from ..plan.pieces import Piece, pieces, share
 from ..plan.types import Plan
 from ..verify.weights import TensorCheck, examine
-from .block_runner import run_blocks
-from .engines.finished_pieces import FinishedPieces
+from .engines import FinishedPieces, Job, engine_of
+from .engines.finished_pieces import run_record_of
 from .executor import Outcome, execute
 from .preflight import Calibrator, RunOptions, check_apart, check_memory, computing, is_complete, run_identity
 
@@ -42,6 +42,7 @@ class Share:
         made: The pieces that this worker made.
         found: Pieces that were finished already.
         left: How many pieces of the whole output are not finished.
+        complete: The output was there already.
         warnings: Messages for the user.
     """
 
@@ -49,6 +50,7 @@ class Share:
     found: tuple[Piece, ...]
     left: int
     warnings: tuple[str, ...]
+    complete: bool = False
 
 
 def make_share(
@@ -82,17 +84,22 @@ def make_share(
     if job.complete:
         for block in chain.from_iterable(piece.blocks for piece in mine):
             on_block(block, True)
-        return Share((), mine, 0, (*plan.warnings, "the output is already complete: nothing was left to do"))
+        return Share((), mine, 0, plan.warnings, complete=True)
     done = {piece.name: record for piece in found if (record := job.store.record(piece.name))}
-    _checked_identity([job.identity, *(record.identity for record in done.values())], mixed_machines, job.store.folder)
+    _checked_identity([*(record.identity for record in done.values()), job.identity], mixed_machines, job.store.folder)
     made = []
     for piece in mine:
         if piece.name not in done:
-            job.make(piece, on_block)
+            try:
+                job.make(piece, on_block)
+            except DeusMergeError:
+                if is_complete(plan, job.store.out, None):  # others have made this piece, and finished the output
+                    return Share(tuple(made), mine, 0, plan.warnings, complete=True)
+                raise
             made.append(piece)
-            continue
-        for block in piece.blocks:
-            on_block(block, True)
+        else:
+            for block in piece.blocks:
+                on_block(block, True)
     left = sum(job.store.record(piece.name) is None for piece in found)
     earlier = tuple(piece for piece in mine if piece.name in done)
     return Share(tuple(made), earlier, left, plan.warnings + job.warnings)
@@ -124,11 +131,14 @@ def finish(
         PlanError: pieces are missing, or do not belong together.
         DeusMergeError: as `execute`.
     """
-    store = PieceStore(StagingArea(out), plan.hash)
-    resumed = replace(options, resume=True)
-    if is_complete(plan, store.out, None) and not store.folder.exists():
-        return execute(plan, out, resumed, on_block, calibrator)
-    outcome = execute(plan, out, resumed, on_block, calibrator, _finished(plan, store, mixed_machines))
+    area = StagingArea(out)
+    store = PieceStore(area, plan.hash)
+    records = {piece.name: record for piece in pieces(plan) if (record := store.record(piece.name))}
+    run_record = next((run_record_of(record.identity) for record in records.values()), {})
+    complete = is_complete(plan, area.out, run_record)  # a finisher that was stopped may have left some pieces
+    made = None if complete else _finished(plan, records, store, mixed_machines)
+    options = replace(options, resume=complete or area.resumable_blocks > 0, workers=1)
+    outcome = execute(plan, out, options, on_block, calibrator, made)
     store.discard()
     return outcome
 
@@ -138,9 +148,11 @@ class _PieceJob:
 
     def __init__(self, plan: Plan, out: Path, options: RunOptions):
         self.plan, self.options = plan, options
-        self.device, run_record = computing(plan, options)
+        device, run_record = computing(plan, options)
+        self.device = str(device) if device else None
+        self.threads = int(str(run_record["threads"]))
         self.warnings = check_memory(plan, options)
-        self.identity = run_identity(run_record, self.device) | {"sources": _sources(plan)}
+        self.identity = run_identity(run_record, device) | {"sources": _sources(plan)}
         area = StagingArea(out)
         check_apart(area.out, [m.checkpoint for m in plan.models])
         self.store = PieceStore(area, plan.hash)
@@ -158,15 +170,10 @@ class _PieceJob:
         with self.store.attempt(piece.name) as folder:
             writer = ShardWriter(folder, piece.shards)
             try:
-                run_blocks(
-                    self.plan,
-                    [block.index for block in piece.blocks],
-                    writer,
-                    device=self.device,
-                    seed=self.options.seed,
-                    max_memory=self.options.max_memory,
-                    on_block=finished,
-                )
+                indices = [block.index for block in piece.blocks]
+                options = self.options
+                job = Job(self.plan, indices, writer, self.device, options.seed, self.threads, options.max_memory)
+                engine_of(options.workers).run(job, finished)
             finally:
                 writer.close()
             self.plan.check_sources()
@@ -193,22 +200,23 @@ def _written(piece: Piece, folder: Path) -> Iterator[StoredTensor]:
             yield StoredTensor(name, entry.dtype, entry.shape, folder / shard.filename, begin, end - begin)
 
 
-def _finished(plan: Plan, store: PieceStore, mixed_machines: bool) -> FinishedPieces:
+def _finished(
+    plan: Plan, records: Mapping[str, PieceRecord], store: PieceStore, mixed_machines: bool
+) -> FinishedPieces:
     """The finished pieces of a plan.
 
     Raises:
         PlanError: one is missing, or they do not belong together.
     """
     found = pieces(plan)
-    records = {piece: store.record(piece.name) for piece in found}
-    if missing := [piece for piece, record in records.items() if record is None]:
+    if missing := [piece for piece in found if piece.name not in records]:
         raise PlanError(
             f"{len(missing)} of {plural(len(found), 'piece')} {'is' if len(missing) == 1 else 'are'} missing",
             where=store.folder,
             got=f"not finished: {some_of((piece.title for piece in missing), 5)}",
             hint="merge RECIPE OUT --shard-of 1/1 makes what is missing; so does every worker's command, run again",
         )
-    done = [record for record in records.values() if record is not None]
+    done = list(records.values())
     identity, warnings = _checked_identity([record.identity for record in done], mixed_machines, store.folder)
     return FinishedPieces(
         files={name: path for record in done for name, path in store.files(record).items()},

@@ -105,6 +105,13 @@ class Ready:
     warnings: tuple[str, ...]
     complete: bool
 
+    @property
+    def threads(self) -> int:
+        """CPU threads of each process."""
+        threads = self.run_record["threads"]
+        assert isinstance(threads, int)
+        return threads
+
 
 def preflight(
     plan: Plan,

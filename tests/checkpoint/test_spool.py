@@ -87,7 +87,7 @@ def test_the_bound_holds_and_views_stay(served, tmp_path):
     folder = tmp_path / "spool"
     file = opened(served, folder, 8)
     kept = []
-    for step in range(120):
+    for step in range(60):
         begin = (step * 7919) % (CELLS - 2)
         kept.append((begin, file.spool.view(file, begin * CELL, (begin + 2) * CELL)))
         del kept[:-3]

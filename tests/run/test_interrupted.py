@@ -11,8 +11,9 @@ from support import make_model, weights, write_recipe
 
 from deus_merge import api
 from deus_merge.core.errors import VerifyError
-from deus_merge.run import executor, preflight
+from deus_merge.run import preflight
 from deus_merge.run.block_runner import run_blocks
+from deus_merge.run.engines import one_process
 
 SIZE = 40_000  # several files
 
@@ -68,7 +69,7 @@ def test_finished_blocks_are_not_computed_again(plan, whole, monkeypatch, tmp_pa
         computed.extend(indices)
         run_blocks(plan, computed, *more, **options)
 
-    monkeypatch.setattr(executor, "run_blocks", spy)
+    monkeypatch.setattr(one_process, "run_blocks", spy)
     api.merge(plan, out, api.RunOptions(resume=True), on_block=lambda b, resumed: reported.append((b.index, resumed)))
     assert computed == list(range(after, len(plan.blocks)))
     assert reported == [(index, index < after) for index in range(len(plan.blocks))]
@@ -118,10 +119,10 @@ def test_options_reach_the_blocks(plan, monkeypatch, tmp_path):
         seen.update(options)
         run_blocks(plan, indices, writer, **options)
 
-    monkeypatch.setattr(executor, "run_blocks", spy)
+    monkeypatch.setattr(one_process, "run_blocks", spy)
     limit = plan.minimum_memory
     api.merge(plan, tmp_path / "out", api.RunOptions(seed=7, max_memory=limit))
-    assert seen["seed"] == 7 and seen["max_memory"] == limit and seen["device"].type == "cpu"
+    assert seen["seed"] == 7 and seen["max_memory"] == limit and seen["device"] == "cpu"
 
 
 def staged(folder, pattern: str):

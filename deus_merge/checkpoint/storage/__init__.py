@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...core.errors import CheckpointError
 from ...core.urls import is_url, public_url
 from ..tensor_source import TensorSource
+from ._spool import RemoteFile
 from .base import DEFAULT_CACHE_SIZE, LoadOptions, Storage
 from .registry import storages
 
-__all__ = ["DEFAULT_CACHE_SIZE", "LoadOptions", "Storage", "open_source", "storages"]
+__all__ = ["DEFAULT_CACHE_SIZE", "LoadOptions", "Storage", "divide_spools", "open_source", "storages"]
 
 
 def open_source(ref: str, options: LoadOptions) -> TensorSource:
@@ -30,3 +33,11 @@ def open_source(ref: str, options: LoadOptions) -> TensorSource:
         where=public_url(ref) if is_url(ref) else ref,
         expected=" | ".join(storage.example for storage in storages().values()),
     )
+
+
+def divide_spools(sources: Iterable[TensorSource], count: int) -> None:
+    """Give the spools of sources a part of their bound, for one of several processes that each have their own."""
+    remotes = (tensor.remote for source in sources for tensor in source.tensors.values())
+    spools = {id(remote.spool): remote.spool for remote in remotes if isinstance(remote, RemoteFile)}
+    for spool in spools.values():
+        spool.limit //= count

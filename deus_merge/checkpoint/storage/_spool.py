@@ -235,7 +235,7 @@ class Spool:
             try:
                 self._make_room(len(missing), ahead=False)
                 return missing
-            except BaseException:
+            except MachineError:
                 _pin(there, -1)
                 if not self._ahead:
                     raise

@@ -5,4 +5,10 @@ from .finished_pieces import FinishedPieces
 from .one_process import OneProcess
 from .processes import Processes
 
-__all__ = ["Engine", "FinishedPieces", "Job", "OneProcess", "Processes"]
+
+def engine_of(workers: int) -> Engine:
+    """The engine for a number of processes."""
+    return OneProcess() if workers == 1 else Processes(workers)
+
+
+__all__ = ["Engine", "FinishedPieces", "Job", "OneProcess", "Processes", "engine_of"]

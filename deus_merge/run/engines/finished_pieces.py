@@ -36,7 +36,7 @@ class FinishedPieces:
     @property
     def run_record(self) -> dict[str, object]:
         """The options as the manifest records them."""
-        return {name: self.identity[name] for name in ("device", "threads", "seed")}
+        return run_record_of(self.identity)
 
     def run(self, job: Job, on_finished: OnFinished) -> None:
         for index in job.blocks:
@@ -59,3 +59,8 @@ class FinishedPieces:
                 where=some_of(wrong),
                 hint="remove the folder of the pieces, and make them again",
             )
+
+
+def run_record_of(identity: Mapping[str, object]) -> dict[str, object]:
+    """The options that the manifest records, of everything that decided the bytes of a piece."""
+    return {name: identity[name] for name in ("device", "threads", "seed")}

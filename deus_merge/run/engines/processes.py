@@ -68,7 +68,9 @@ class _Crew:
         self._batch_seconds = sum(self._seconds.values()) / (count * _BATCHES)
         self._deaths: Counter[int | None] = Counter()
         self._workers: list[_Worker] = []
-        self._setup = pickle.dumps((job.plan, job.writer.folder, job.seed, job.threads, _part(job.max_memory, count)))
+        self._setup = pickle.dumps(
+            (job.plan, job.writer.folder, job.writer.layouts, job.seed, job.threads, _part(job.max_memory, count), count)
+        )
 
     def __enter__(self) -> _Crew:
         try:
@@ -100,10 +102,12 @@ class _Crew:
                 except (EOFError, OSError):
                     self._replace(number)
                     continue
+                self._deaths[None] = 0  # it could begin
                 if kind == "error":
                     raise content[0]
                 if kind == "finished":
-                    index, diagnostics = content
+                    index, diagnostics, received = content
+                    self._job.writer.received |= received
                     block = self._job.plan.blocks[index]
                     self._workers[number].batch.remove(index)
                     left.discard(index)

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...checkpoint.shards import ShardWriter
+from ...checkpoint.storage import divide_spools
 from ...checkpoint.system import keep_freed_memory
 from ...core.errors import DeusMergeError
 from ...plan.blocks import BlockPlan
@@ -23,16 +24,17 @@ from ..limits import allow_open_files
 def main() -> None:
     """Make the blocks that come through the socket whose descriptor is the last argument."""
     connection = Connection(int(sys.argv[-1]))
-    plan, folder, seed, threads, max_memory = pickle.loads(connection.recv_bytes())
+    plan, folder, layouts, seed, threads, max_memory, count = pickle.loads(connection.recv_bytes())
+    divide_spools((model.checkpoint for model in plan.models), count)
     name = connection.recv()
     batches: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, batches), daemon=True).start()
     try:
         keep_freed_memory()
-        allow_open_files(len(plan.shards) + sum(len(m.checkpoint.files) for m in plan.models))
+        allow_open_files(len(layouts) + sum(len(m.checkpoint.files) for m in plan.models))
         device = choose_device(name) if name else None
         set_threads(threads if name else None)
-        writer = ShardWriter(folder, plan.shards, resume=True)
+        writer = ShardWriter(folder, layouts, resume=True)
         while True:
             connection.send(("ready",))
             _make(plan, batches.get(), writer, connection, device=device, seed=seed, max_memory=max_memory)
@@ -52,7 +54,9 @@ def _listen(connection: Connection, batches: queue.SimpleQueue[list[int]]) -> No
 
 def _make(plan: Plan, batch: list[int], writer: ShardWriter, connection: Connection, **options: Any) -> None:
     def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
-        connection.send(("finished", block.index, diagnostics))
+        names = [tensor.name for output in block.outputs for tensor in output.written]
+        received = {name: writer.received[name] for name in names if name in writer.received}
+        connection.send(("finished", block.index, diagnostics, received))
 
     run_blocks(plan, batch, writer, on_block=finished, **options)
 

@@ -1,0 +1,63 @@
+"""`pieces` and `share`: every block and every file once, whatever the sizes; shares are equal on all machines."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import make_model, write_recipe
+
+from deus_merge import api
+from deus_merge.core.errors import PlanError
+from deus_merge.plan.pieces import share
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """The same recipe in files of many sizes, from one tensor each to everything in one file."""
+    root = tmp_path_factory.mktemp("models")
+    make_model(root / "base", layers=4)
+    recipe = write_recipe(root / "r.yml", f"base_model: {root / 'base'}\nupscale: {{insert: all}}\n")
+    return [api.plan(recipe, max_shard_size=size) for size in (1, 12_000, 30_000, 90_000, 200_000, 10**9)]
+
+
+def test_every_block_and_every_file_once_and_no_file_in_two_pieces(plans):
+    for plan in plans:
+        found = api.pieces(plan)
+        assert [block.index for piece in found for block in piece.blocks] == list(range(len(plan.blocks)))
+        assert [s.filename for piece in found for s in piece.shards] == [s.filename for s in plan.shards]
+        for piece in found:
+            written = {w.name for block in piece.blocks for output in block.outputs for w in output.written}
+            assert written == {name for shard in piece.shards for name in shard.tensors}
+        assert [piece.name for piece in found] == [f"{i:05d}-of-{len(found):05d}" for i in range(1, len(found) + 1)]
+        assert sum(piece.nbytes for piece in found) == plan.bytes_written
+
+
+def test_pieces_are_as_small_as_the_files_allow(plans):
+    """A block that is larger than a file is one piece; blocks in one file are one piece."""
+    counts = [len(api.pieces(plan)) for plan in plans]
+    assert counts[0] == counts[1] == len(plans[0].blocks) and counts[-1] == 1
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_another_machine_finds_the_same_pieces(plans):
+    for plan in plans:
+        assert api.pieces(pickle.loads(pickle.dumps(plan))) == api.pieces(plan)
+
+
+@given(index=st.integers(0, 5), total=st.integers(1, 40))
+def test_shares_are_neighbours_and_all_together_everything(plans, index, total):
+    found = api.pieces(plans[index])
+    shares = [share(found, number, total) for number in range(1, total + 1)]
+    assert [piece for one in shares for piece in one] == list(found)
+    most = max(piece.seconds for piece in found)
+    work = sum(piece.seconds for piece in found)
+    assert all(sum(p.seconds for p in one) <= work / total + most + 1e-9 for one in shares)
+
+
+@pytest.mark.parametrize(("number", "total"), [(0, 3), (4, 3), (-1, 2), (1, 0)])
+def test_a_share_that_does_not_exist(plans, number, total):
+    with pytest.raises(PlanError, match="no such share"):
+        share(api.pieces(plans[0]), number, total)
