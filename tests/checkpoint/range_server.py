@@ -100,7 +100,10 @@ class _Handler(BaseHTTPRequestHandler):
             begin, _, end = wanted.removeprefix("bytes=").partition("-")
             asked.begin, asked.end = int(begin), int(end) + 1
         owner.requests.append(asked)
-        if owner.user and asked.headers.get("authorization") != f"Basic {base64.b64encode(owner.user.encode()).decode()}":
+        if (
+            owner.user
+            and asked.headers.get("authorization") != f"Basic {base64.b64encode(owner.user.encode()).decode()}"
+        ):
             return self._answer(401)
         if owner.signature and parse_qs(parts.query).get("sig") != [owner.signature]:
             return self._answer(403)

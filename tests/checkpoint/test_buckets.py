@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 from support import make_model
 
-obstore = pytest.importorskip("obstore")
-
-from obstore.store import S3Store
-
 from deus_merge import api
+
+obstore = pytest.importorskip("obstore")
+pytest.importorskip("obstore.store")
 
 MOTO = Path(os.environ.get("DEUS_MERGE_MOTO", Path(__file__).parents[2] / ".venv-moto")) / "bin/moto_server"
 SECRET = "a-secret-access-key-of-nobody"
 RECIPES = {
     "passthrough": "slices: [{sources: [{model: MODEL, layer_range: [0, 2]}]}]\nmerge_method: passthrough\n",
-    "linear": "merge_method: linear\nmodels: [{model: MODEL, parameters: {weight: 0.5}}, {model: OTHER, parameters: {weight: 0.5}}]\n",
+    "linear": "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: MODEL}, {model: OTHER}]\n",
     "ot_fuse": "base_model: MODEL\nupscale: {preset: opt_deus, insert: all}\n",
 }
 
@@ -53,7 +52,7 @@ def s3(models):
         }.items():  # fmt: skip
             patch.setenv(name, value)
         urllib.request.urlopen(urllib.request.Request(f"{url}/models", method="PUT"), timeout=10)
-        store = S3Store("models")
+        store = obstore.store.S3Store("models")
         for file in models.glob("*/*"):
             obstore.put(store, f"deep/{file.relative_to(models)}", file.read_bytes())
         yield url
@@ -97,7 +96,7 @@ def test_a_changed_object_is_refused(s3, models):
     plan = api.plan(RECIPES["passthrough"].replace("MODEL", "s3://models/deep/base"))
     name, tensor = next(iter(plan.donor.checkpoint.tensors.items()))
     key = f"deep/base/{tensor.file.name}"
-    store = S3Store("models")
+    store = obstore.store.S3Store("models")
     before = bytes(obstore.get(store, key).bytes())
     obstore.put(store, key, before[:-1] + b"x")
     try:

@@ -15,14 +15,14 @@ from range_server import COMMIT, serving
 from safetensors.torch import load_file
 from support import make_model, train_tokenizer
 
-pytest.importorskip("obstore")
-
 from deus_merge import api
 from deus_merge.checkpoint import Checkpoint
 from deus_merge.checkpoint.lora import LoraSource
 from deus_merge.checkpoint.shards import ShardWriter
 from deus_merge.checkpoint.storage import LoadOptions, open_source
 from deus_merge.core.errors import CheckpointError, MachineError
+
+pytest.importorskip("obstore")
 
 RECIPES = {
     "passthrough": """

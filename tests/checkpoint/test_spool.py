@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from range_server import serving
 
-pytest.importorskip("obstore")
-
 from deus_merge.checkpoint.storage import _spool
 from deus_merge.checkpoint.storage._spool import RemoteFile, Spool
 from deus_merge.checkpoint.storage._transfer import Remote
 from deus_merge.core.errors import CheckpointError, MachineError
+
+pytest.importorskip("obstore")
 
 CELL, CELLS = 4096, 40
 DATA = os.urandom(CELL * CELLS - 100)  # the last cell is not whole

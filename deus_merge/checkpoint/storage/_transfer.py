@@ -169,9 +169,10 @@ class Remote:
     def _range(self, name: str, begin: int, end: int, known: Identity | None) -> tuple[Any, Identity]:
         import obstore
 
-        options: dict[str, Any] = {"range": (begin, end)}
+        options: Any = {"range": (begin, end)}
         if known is not None and self.revision is None:
             options |= known.options
+        whole: Any = {key: value for key, value in options.items() if key != "range"}
         whole_answers = 0
 
         def get(store: Any) -> tuple[Any, Identity]:
@@ -183,7 +184,7 @@ class Remote:
                 whole_answers += 1
                 if whole_answers < _WHOLE_ANSWERS:
                     raise
-                result = obstore.get(store, name, options={k: v for k, v in options.items() if k != "range"})
+                result = obstore.get(store, name, options=whole)
                 if begin or result.meta["size"] > end:
                     self._refuse_whole(name)
             found = _identity(result.meta)
@@ -225,14 +226,14 @@ class Remote:
         with self._lock:
             if self._opened is None:
                 # Patience is ours: obstore's own retries are few, so that a connection that came back is soon used.
-                client = {"connect_timeout": "10s", "read_timeout": f"{STALLED}s", "timeout": "1h"}
-                retry = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
+                client: dict[str, Any] = {"connect_timeout": "10s", "read_timeout": f"{STALLED}s", "timeout": "1h"}
+                retry: Any = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
                 if self.kind == "http":
                     client |= {"allow_http": True, "default_headers": dict(self.headers)}
                 else:
                     client |= _client_options()
                 try:
-                    open_ = HTTPStore if self.kind == "http" else from_url
+                    open_: Any = HTTPStore if self.kind == "http" else from_url
                     self._opened = open_(self.url, client_options=client, retry_config=retry)
                 except (BaseError, ValueError) as error:
                     got = _reason(error)

@@ -69,7 +69,15 @@ class _Crew:
         self._deaths: Counter[int | None] = Counter()
         self._workers: list[_Worker] = []
         self._setup = pickle.dumps(
-            (job.plan, job.writer.folder, job.writer.layouts, job.seed, job.threads, _part(job.max_memory, count), count)
+            (
+                job.plan,
+                job.writer.folder,
+                job.writer.layouts,
+                job.seed,
+                job.threads,
+                _part(job.max_memory, count),
+                count,
+            )
         )
 
     def __enter__(self) -> _Crew:
