@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from typing import NamedTuple
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://", re.ASCII)
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.ASCII | re.DOTALL)
 #: also as a `Path` writes them, which has joined the two slashes into one
-_IN_TEXT = re.compile(r"\b(?:([A-Za-z][A-Za-z0-9+.-]*)://|(https?|s3a?|gs|az|hf):/(?=\w))([^\s'\"<>]*)", re.ASCII)
+_IN_TEXT = re.compile(r"\b(?:([A-Za-z][A-Za-z0-9+.-]*)://|(https?|s3a?|gs|az):/(?=[\w\[]))([^\s'\"<>]*)", re.ASCII)
+#: what stands before a host; a password may also hold characters that should have been encoded
+_USER = re.compile(r"([^/?#]*)@|([^/?#:@]+:(?!\d*(?:[/?#]|$))[^@]*)@")
+
+
+class Url(NamedTuple):
+    """The parts of an address.
+
+    Attributes:
+        scheme: ``https``, ``s3`` ...
+        user: ``user:password``; empty where there is none.
+        place: Host, or bucket, and path.
+        query: What follows a question mark, perhaps a signature.
+    """
+
+    scheme: str
+    user: str
+    place: str
+    query: str
 
 
 def is_url(text: str) -> bool:
@@ -16,28 +34,38 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
+def split_url(url: str) -> Url:
+    """The parts of an address; its fragment is left out.
+
+    Raises:
+        ValueError: not an address.
+    """
+    match = _URL.match(url)
+    if match is None:
+        raise ValueError("not an address")
+    return _parts(match[1], match[2])
+
+
 def public_url(url: str) -> str:
-    """An address without what may be a secret: ``user:password@``, query (which may hold a signature) and fragment."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    """An address without what may be a secret: user, password, query and fragment."""
+    parts = split_url(url)
+    return f"{parts.scheme}://{parts.place}"
 
 
 def redacted(text: str) -> str:
     """A text in which every address is a `public_url`."""
     if ":/" not in text:
         return text
-    return _IN_TEXT.sub(lambda match: _public(match[1] or match[2], match[3]), text)
-
-
-def _public(scheme: str, rest: str) -> str:
-    path = re.split(r"[?#]", rest, maxsplit=1)[0]
-    host, slash, inner = path.partition("/")
-    # A password with a slash in it is no valid address, but people write it.
-    while "@" in inner and ":" in host and "@" not in host:
-        host, slash, inner = inner.partition("@")[2].partition("/")[0], "/", inner.partition("@")[2].partition("/")[2]
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{inner}"
+    return _IN_TEXT.sub(lambda match: "{0.scheme}://{0.place}".format(_parts(match[1] or match[2], match[3])), text)
 
 
 def url_path(url: str, *names: str) -> Path:
     """A file of an address as a `Path`: its name in messages and plans. There is no such file on this machine."""
     return Path(public_url(url).rstrip("/").replace("://", ":/", 1), *names)
+
+
+def _parts(scheme: str, rest: str) -> Url:
+    user = _USER.match(rest)
+    found = user[1] or user[2] or "" if user else ""
+    place, _, query = (rest[user.end() :] if user else rest).partition("#")[0].partition("?")
+    return Url(scheme, found, place, query)

@@ -329,14 +329,6 @@ def _reason(error: Exception) -> str:
     return redacted(text)[:200] or type(error).__name__
 
 
-def split_secrets(url: str) -> tuple[str, str | None]:
-    """An address without ``user:password@``, and that part."""
-    scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    user, at, host = host.rpartition("@")
-    return f"{scheme}://{host}{slash}{path}", user if at else None
-
-
 def check_installed(ref: str) -> None:
     """Check that the extra is there.
 

@@ -9,10 +9,10 @@ from http.client import HTTPException
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from ...core.urls import public_url
+from ...core.urls import split_url
 from ..tensor_source import TensorSource
 from ._remote import open_remote
-from ._transfer import Remote, check_installed, split_secrets
+from ._transfer import Remote, check_installed
 from .base import LoadOptions
 
 _LISTING = 4 << 20  # bytes of a page that lists a folder
@@ -31,12 +31,11 @@ class Web:
 
     def open(self, ref: str, options: LoadOptions) -> TensorSource:
         check_installed(ref)
-        address, user = split_secrets(ref)
-        address, _, query = address.partition("#")[0].partition("?")
-        url = address.rstrip("/") + (f"?{query}" if query else "")
+        scheme, user, place, query = split_url(ref)
+        name = f"{scheme}://{place.rstrip('/')}"
+        url = f"{name}?{query}" if query else name
         headers = {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"} if user else {}
-        name = public_url(url).rstrip("/")
-        hint = "https://user:password@host/..., or a signed address" if not user and not query else "check them"
+        hint = "check the credentials" if user or query else "https://user:password@host/..., or a signed address"
         remote = Remote(url, name, "http", headers, patience=options.patience, credentials=hint)
         return open_remote(remote, options.spool, _listed(remote))
 
