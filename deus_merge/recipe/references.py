@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..core.located import Located
 from ..models.reference import ModelRef
 
-_A_MODEL = "a folder, org/name[@revision] or an address, and perhaps +adapter"
+_A_MODEL = "a folder or org/name[@revision], or an address, and perhaps +adapter"
 
 
 def read_model(node: Located) -> ModelRef:

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import IO
 from ...core.errors import MachineError
 from ...core.units import format_size
 from ..system import disk_errors, libc_function, write_all
+from ._threads import Threads
 from ._transfer import Identity, Remote
 
 CELL = 1 << 18  # bytes; a multiple of the page
@@ -112,7 +113,7 @@ class Spool:
             deque()
         )  # views that are gone: finalizers may run in the middle of anything
         self._ahead = 0  # calls of `prefetch` whose requests are not finished
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads = Threads(CONCURRENT)
         self.bytes_fetched = 0
 
     def __reduce__(self) -> tuple:
@@ -125,10 +126,7 @@ class Spool:
 
     def submit(self, function: Callable, *arguments: object) -> Future:
         """Call a function in one of the threads that make requests."""
-        with self._state:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(CONCURRENT, "requests")
-            return self._pool.submit(function, *arguments)
+        return self._threads.submit(function, *arguments)
 
     def view(self, file: RemoteFile, begin: int, end: int) -> mmap.mmap:
         """Map bytes ``begin`` (at a page) to ``end`` of a file; fetched first, where they are missing. They stay in the

@@ -259,7 +259,7 @@ class Remote:
             elapsed = time.monotonic() - began
             if elapsed + wait > limit:
                 self._give_up(name, failure, elapsed)
-            time.sleep(wait)
+            _wait_or_end(wait)
             wait = min(2 * wait, LONGEST_WAIT)
 
     def _judge(self, name: str, error: Exception, known: bool) -> None:
@@ -299,6 +299,18 @@ class Remote:
             "the connection is lost", where=where, got=f"{got}, and no answer for {seconds:.0f} s of trying"
         )
         raise failed from None
+
+
+def _wait_or_end(seconds: float) -> None:
+    """Wait, but end with an error once the program is ending: it waits for its threads, and nobody needs the result."""
+    until = time.monotonic() + seconds
+    while True:
+        if not threading.main_thread().is_alive():
+            raise MachineError("the program is ending")
+        left = until - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(left, 0.2))
 
 
 class _Truncated(Exception):
