@@ -23,9 +23,11 @@ MOTO_PINS := moto==5.2.5 blinker==1.9.0 boto3==1.44.8 botocore==1.44.8 certifi==
   itsdangerous==2.2.0 Jinja2==3.1.6 jmespath==1.1.0 MarkupSafe==3.0.4 py-partiql-parser==0.6.3 pycparser==3.12 \
   python-dateutil==2.9.0.post0 PyYAML==6.0.4 requests==2.34.2 responses==0.26.3 s3transfer==0.19.3 six==1.17.0 \
   urllib3==2.8.0 Werkzeug==3.1.9 xmltodict==1.0.4
+RAY := .ray
+RAY_PIN := ray==2.60.0
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint docs site bench gpu inits oracle trainers buckets clean
+.PHONY: demo test fast lint docs site bench gpu inits oracle trainers buckets cluster clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
@@ -101,6 +103,10 @@ NEWER := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3
 
 trainers: $(AXOLOTL)/.ready $(if $(NEWER),$(FACTORY)/.ready)  ## the environments of tests/training/test_other_trainers.py
 
+cluster: $(VENV)/.test  ## the tests of Ray clusters: 90 MB to download
+	$(BIN)/python -m pip --disable-pip-version-check --quiet install --target $(RAY) $(RAY_PIN)
+	PYTHONPATH=$(RAY) $(BIN)/python -m pytest tests/run/test_ray.py
+
 $(AXOLOTL)/.ready: PINS = $(AXOLOTL_PINS)
 $(FACTORY)/.ready: PINS = $(FACTORY_PINS)
 $(AXOLOTL)/.ready $(FACTORY)/.ready: $(VENV)/.test Makefile
@@ -112,4 +118,4 @@ $(AXOLOTL)/.ready $(FACTORY)/.ready: $(VENV)/.test Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) $(MOTO) demo .bench .site
+	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) $(MOTO) $(RAY) demo .bench .site

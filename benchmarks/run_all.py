@@ -25,6 +25,7 @@ SCRIPTS = (
     "afterwards",
     "quantized",
     "training_memory",
+    "scale",
 )
 PACKAGES = ("torch", "transformers", "POT", "numpy", "safetensors")
 

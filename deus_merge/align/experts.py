@@ -34,10 +34,12 @@ class ExpertDiagnostics(Diagnostics):
     Attributes:
         experts: A's expert in place of each of B's.
         cosine: Mean cosine of the outputs of matched experts.
+        cosine_before: That of experts that have the same number.
     """
 
     experts: tuple[int, ...]
     cosine: float
+    cosine_before: float
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ def match(
         raise SolverError("the weights are not finite", where=router.role, hint="correct the checkpoint")
     groups = options.heads.expert_groups if options.heads else 1
     order = best_order(scores, groups if len(scores) % groups == 0 else 1)
-    cosine = similar.cpu()[list(order), range(len(order))].mean().item()
+    similar = similar.cpu()
+    cosine, before = similar[list(order), range(len(order))].mean().item(), similar.diagonal().mean().item()
     routing = frozenset(s.role for s in specs if s.out_space == "experts")
-    found = ExpertDiagnostics(role=router.role, experts=order, cosine=cosine)
+    found = ExpertDiagnostics(role=router.role, experts=order, cosine=cosine, cosine_before=before)
     return MatchedExperts(order, routing, OutputChunk(router.role, None, diagnostics=found))
 
 

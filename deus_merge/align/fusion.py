@@ -24,6 +24,8 @@ class PlanDiagnostics(Diagnostics):
 
     Attributes:
         cosine: Mean cosine between the matched rows of A, moved to B's order, and those of B, before the fusion.
+        cosine_before: That of the same rows of B and the rows of A that have their numbers: as stored, before any
+            alignment. None where A has another number of rows.
         fused: How many rows (neurons) are fused; fewer than all of them under ``match: partial``, or where a plan with
             relaxed marginals left rows of B unmatched.
     """
@@ -38,6 +40,7 @@ class PlanDiagnostics(Diagnostics):
     seconds: float
     gap: float | None = None
     cosine: float | None = None
+    cosine_before: float | None = None
     fused: int | None = None
 
     @classmethod
@@ -152,15 +155,24 @@ class Choice:
     Attributes:
         chosen: (n,) bool; None for all of them.
         cosine: Mean score of the matched ones.
+        before: That of the same ones before the alignment; None where it is not known.
         count: How many are fused.
     """
 
     chosen: Tensor | None
     cosine: float
+    before: float | None
     count: int
 
 
-def choose(scores: Tensor, what: str, role: str, options: AlignOptions, unmatched: Tensor | None = None) -> Choice:
+def choose(
+    scores: Tensor,
+    what: str,
+    role: str,
+    options: AlignOptions,
+    unmatched: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Choice:
     """Choose the rows to fuse: those that match, and under ``match: partial`` the best of them.
 
     Args:
@@ -169,6 +181,7 @@ def choose(scores: Tensor, what: str, role: str, options: AlignOptions, unmatche
         role: The place in messages.
         options: ``match``, ``match_fraction`` and ``match_score`` are used.
         unmatched: (n,) bool: those that match nothing; None if all match something.
+        before: (n,) cosines before the alignment, which choose nothing; None where they are not known.
 
     Raises:
         SolverError: no score reaches ``match_score``.
@@ -185,9 +198,14 @@ def choose(scores: Tensor, what: str, role: str, options: AlignOptions, unmatche
         chosen[compared.sort(descending=True, stable=True).indices[:count]] = True
     if matched is not None:
         chosen = matched if chosen is None else chosen & matched
-    mean = scores.mean() if matched is None else (scores * matched).sum() / matched.sum().clamp_min(1)  # ()
-    fused = torch.full_like(mean, len(scores)) if chosen is None else chosen.sum()  # ()
-    cosine, count, best = torch.stack([t.double() for t in (mean, fused, compared.max())]).tolist()
+
+    def mean(of: Tensor) -> Tensor:
+        """() of those that match something"""
+        return of.mean() if matched is None else (of * matched).sum() / matched.sum().clamp_min(1)
+
+    fused = scores.new_full((), len(scores)) if chosen is None else chosen.sum()  # ()
+    known = [mean(scores), fused, compared.max(), *([] if before is None else [mean(before)])]
+    cosine, count, best, *earlier = torch.stack([t.double() for t in known]).tolist()
     if options.match == "partial" and options.match_score is not None and not count:
         raise SolverError(
             f"no {what} matches well enough: nothing would be fused",
@@ -196,7 +214,7 @@ def choose(scores: Tensor, what: str, role: str, options: AlignOptions, unmatche
             got=f"the best of {len(scores)} has {best:.3g}",
             hint="lower match_score, or choose by match_fraction",
         )
-    return Choice(chosen, cosine, int(count))
+    return Choice(chosen, cosine, earlier[0] if earlier else None, int(count))
 
 
 def mix(

@@ -38,6 +38,7 @@ class AttentionAlignment:
         turns: (G, r/2) complex128 of absolute value 1: the turn of each rotary pair.
         scores: (G,) mean of value and query-key cosines of each group with its match.
         value_cosine, query_key_cosine: Means over the query heads, after matching.
+        value_cosine_before, query_key_cosine_before: Means over the query heads that have the same number.
         heads: The layer's heads.
     """
 
@@ -48,6 +49,8 @@ class AttentionAlignment:
     scores: Tensor
     value_cosine: float
     query_key_cosine: float
+    value_cosine_before: float
+    query_key_cosine_before: float
     heads: Heads
 
     def move(self, weight: Tensor, in_space: str | None, out_space: str) -> Tensor:
@@ -113,7 +116,10 @@ def align_heads(
     if "heads" in steps:
         groups, queries = _match(scores, g, per_group)
     matched = [_take(x, queries).diagonal().clone() for x in (value, query_key)]  # (H,) each
-    value_cosine, query_key_cosine = torch.stack([x.mean() for x in matched]).tolist()
+    unmatched = [x.diagonal().clone() for x in (value, query_key)]  # (H,) each
+    value_cosine, query_key_cosine, value_before, query_key_before = torch.stack(
+        [x.mean() for x in (*matched, *unmatched)]
+    ).tolist()
     side_a, side_b = _split(a, heads), _split(b, heads)
     taken = {role: _take(side_a[role], queries if role in ("q", "o") else groups) for role in side_a}
     return AttentionAlignment(
@@ -124,6 +130,8 @@ def align_heads(
         (matched[0] + matched[1]).view(g, per_group).mean(1) / 2,
         value_cosine,
         query_key_cosine,
+        value_before,
+        query_key_before,
         heads,
     )
 

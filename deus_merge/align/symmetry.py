@@ -61,6 +61,7 @@ class HeadDiagnostics(Diagnostics):
         groups: A's key-value group in place of each of B's.
         queries: A's query head in place of each of B's.
         value_cosine, query_key_cosine: Mean over query heads, of the value and the query-key path.
+        value_cosine_before, query_key_cosine_before: Those of heads that have the same number, before the alignment.
         fused: How many groups are fused.
     """
 
@@ -68,6 +69,8 @@ class HeadDiagnostics(Diagnostics):
     queries: tuple[int, ...]
     value_cosine: float
     query_key_cosine: float
+    value_cosine_before: float
+    query_key_cosine_before: float
     fused: int
 
 
@@ -254,6 +257,8 @@ class _Layer:
             queries=found.queries,
             value_cosine=found.value_cosine,
             query_key_cosine=found.query_key_cosine,
+            value_cosine_before=found.value_cosine_before,
+            query_key_cosine_before=found.query_key_cosine_before,
             fused=choice.count,
         )
 
@@ -288,9 +293,9 @@ class _Layer:
         coupling, diagnostics = plan_between(role, x, y, replace(self.options, unit_rows=False))
         plan = self.neurons[space] = coupling.transport_map()
         scores = torch.cat([cosines(moved, y[rows]) for rows, moved in plan.row_blocks(x)])  # (f,)
-        choice = choose(scores, "neuron", role, self.options, plan.unmatched)
+        choice = choose(scores, "neuron", role, self.options, before=cosines(x, y), unmatched=plan.unmatched)
         self.fused_neurons[space] = choice.chosen
-        return replace(diagnostics, cosine=choice.cosine, fused=choice.count)
+        return replace(diagnostics, cosine=choice.cosine, cosine_before=choice.before, fused=choice.count)
 
     def _neurons(self, space: str) -> tuple[Tensor, Tensor]:
         """A's and B's neurons, one a row: every weight that writes or reads them, scaled to the same mean norm."""

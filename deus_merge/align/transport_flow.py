@@ -109,11 +109,12 @@ class _Walk:
             self.fused[role] = _matched(plan)
             return chunks(role, (), diagnostics)
         norms = self._norms(wa, flow, plan, coupling)
+        before = cosines(wa, wb) if wa.shape == wb.shape else None  # (m,)
         del wa
         moved = plan.to_rows(moved)  # T_outᵀ W_A
-        choice = choose(cosines(moved, wb), "row", role, self.options, plan.unmatched)
+        choice = choose(cosines(moved, wb), "row", role, self.options, before=before, unmatched=plan.unmatched)
         self.fused[role] = choice.chosen  # (m,)
-        diagnostics = replace(diagnostics, cosine=choice.cosine, fused=choice.count)
+        diagnostics = replace(diagnostics, cosine=choice.cosine, cosine_before=choice.before, fused=choice.count)
         columns = None if flow is None else _matched(flow)  # (d,)
         fused = both(along(choice.chosen, wb, 0), columns)  # (m, 1), (d,) or (m, d)
         matched = both(along(_matched(plan), wb, 0), columns)  # likewise

@@ -9,7 +9,7 @@ from ..checkpoint.storage import LoadOptions
 from ..core.errors import DeusMergeError, VerifyError
 from ..plan.training_memory import TrainingSettings
 from ..recipe.catalog import catalog, entries_of
-from ..report.inspection import adjacent_similarity, summary
+from ..report.inspection import adjacent_similarity, parameter_counts, summary
 from ..report.manifest import RECIPE, read_manifest
 from ..verify import Check, Verification
 from ..verify import verify as run_checks
@@ -76,7 +76,9 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     page = path_of(html, "html") if html is not None else out / REPORT
     manifest = read_manifest(out)
     recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
-    text = render_page(manifest, recipe, (verification or verify(out, quick=True)).describe())
+    found = (verification or verify(out, quick=True)).describe()
+    facts = {"folder": out.absolute().name, "parameters": parameter_counts(out, manifest.new_layers)}
+    text = render_page(manifest, recipe, found, **facts)
     try:
         page.write_text(text, encoding="utf-8")
     except OSError as error:

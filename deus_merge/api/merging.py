@@ -20,7 +20,9 @@ from ..recipe.presets import PRESETS, check_upscale
 from ..recipe.reader import recipe_from
 from ..recipe.types import Recipe
 from ..report.manifest_parts import CalibratedLayer
+from ..run.engines.ray_tasks import make_pieces
 from ..run.executor import execute
+from ..run.pieces import finish
 from ..run.preflight import RunOptions
 from ..run.preflight import preflight as check_run
 from ..run.strip import Stripped
@@ -110,7 +112,11 @@ def merge(
 
     calibrator = calibrator_of(recipe, options, layer_finished)
     counter.total = len(recipe.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
-    done = execute(recipe, target, options, block_finished, calibrator)
+    if isinstance(options.workers, str):
+        make_pieces(recipe, target, options, options.workers, on_block=block_finished)
+        done = finish(recipe, target, options, lambda block, resumed: None, calibrator)
+    else:
+        done = execute(recipe, target, options, block_finished, calibrator)
     seconds = time.monotonic() - started
     return MergeResult(target, recipe, done.verification, done.warnings, seconds, done.calibration)
 

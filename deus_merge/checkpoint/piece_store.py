@@ -98,6 +98,11 @@ class PieceStore:
             return None
         return record if sizes == dict(record.files) else None
 
+    def any_record(self) -> PieceRecord | None:
+        """The record of a finished piece of this plan; None where there is none."""
+        names = sorted(path.stem for path in self._done.glob("*.json"))
+        return next((record for name in names if (record := self.record(name))), None)
+
     def files(self, record: PieceRecord) -> dict[str, Path]:
         """Where the files of a finished piece are, by name."""
         return {name: self._work / record.folder / name for name in record.files}

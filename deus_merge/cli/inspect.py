@@ -67,7 +67,7 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, stri
 @click.option("--verify", "full", is_flag=True, help="Verify in full first; by default as verify --quick does.")
 @click.pass_context
 def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
-    """Write one self-contained HTML page about OUT: layer map, alignment, times, verification, recipe.
+    """Write one self-contained HTML page about OUT: layer map, parameters, alignment, verification, next steps, recipe.
 
     \b
     Example:

@@ -54,6 +54,18 @@ class ShareNumber(click.ParamType):
         return number, total
 
 
+class Workers(click.ParamType):
+    """A number of processes, or the address of a Ray cluster."""
+
+    name = "workers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        if text.startswith("ray://") or (text.isdecimal() and 1 <= int(text) <= 1024):
+            return text if text.startswith("ray://") else int(text)
+        return self.fail(f"{value!r} is neither a number from 1 to 1024 nor ray://HOST:PORT", param, ctx)
+
+
 mixed_machines = click.option(
     "--mixed-machines", is_flag=True, help="Put pieces together that were computed on machines which round differently."
 )
@@ -125,8 +137,9 @@ def run_options(command: Callable) -> Callable:
                      help="Seed of methods that draw random numbers."),
         click.option("--threads", "--num-threads", "-j", type=click.IntRange(1, 1024),
                      help="CPU threads for arithmetic, of each worker."),
-        click.option("--workers", type=click.IntRange(1, 1024), default=1, show_default=True,
-                     help="Processes that make blocks at the same time; with several GPUs each has one."),
+        click.option("--workers", type=Workers(), default=1, show_default=True, metavar="N",
+                     help="Processes that make blocks at the same time, with several GPUs each on one; or a cluster:"
+                          " ray://HOST:PORT, ray://auto, ray://local."),
         click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
                      help="Write a README.md into the output."),
         click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Print errors and warnings only."),

@@ -331,9 +331,11 @@ class Plan:
 
 def block_seconds(block: BlockPlan) -> float:
     """A rough estimate of the time that a block takes on a CPU."""
-    weight = 40.0 if methods()[block.method].inserts else 1.0
-    computed = sum(o.nbytes_read for o in block.outputs if o.action not in (Action.COPY, Action.ZEROS))
-    return block.nbytes / _COPY_RATE + weight * computed / _MERGE_RATE
+    weights = dict.fromkeys(Action, 1.0) | {Action.COPY: 0.0, Action.ZEROS: 0.0}
+    if methods()[block.method].inserts:
+        weights[Action.COMPUTE] = 40.0
+    read = sum(weights[o.action] * o.nbytes_read for o in block.outputs)
+    return block.nbytes / _COPY_RATE + read / _MERGE_RATE
 
 
 def quantized_of(model: SourceModel) -> dict[str, dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,23 @@ def summary(
     kinds = layer_kinds(expand(config, view.layers_path, view.model_type))
     layers = {"roles": _roles(source, 0), "layouts": _layouts(source), "layer_kinds": kinds}
     return {k: v for k, v in facts.items() if v is not None} | layers
+
+
+def parameter_counts(folder: Path, new_layers: Collection[int]) -> tuple[int, int] | None:
+    """The number of a model's parameters, as `summary` counts them, and of those in some layers.
+
+    Args:
+        folder: The model.
+        new_layers: The layers.
+
+    Returns:
+        None where the model cannot be read.
+    """
+    try:
+        shape = shape_of_source(SourceModel.open(ModelRef(str(folder)), {}), new_layers)
+    except DeusMergeError:
+        return None
+    return shape.parameters, shape.new_parameters
 
 
 def _roles(source: SourceModel, layer: int) -> list[dict]:

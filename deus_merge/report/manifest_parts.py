@@ -169,16 +169,21 @@ class Growth:
     trained: bool
 
 
-class RunSettings(TypedDict):
+class _RequiredSettings(TypedDict):
+    device: str
+    threads: Count
+
+
+class RunSettings(_RequiredSettings, total=False):
     """The options of the run; versions of deus_merge add keys of their own.
 
     Attributes:
         device: The type of the device that computed; ``none`` where nothing was computed.
         threads: The number of CPU threads.
+        date: The day on which it ended, in UTC: ``2026-11-29``; earlier versions did not write it.
     """
 
-    device: str
-    threads: Count
+    date: str
 
 
 class VocabularyRecord(TypedDict):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -71,7 +73,7 @@ def manifest_of(
         deus_merge=__version__,
         plan_hash=plan.hash,
         versions=_versions(),
-        options=parse(RunSettings, dict(options)),
+        options=parse(RunSettings, {**options, "date": _today()}),
         donor=0,
         donor_config=config_patch(plan.config, donor.checkpoint.config),
         layer_prefix=donor.view.layer_prefix,
@@ -165,6 +167,12 @@ def _root(plan: Plan, block: BlockPlan, output: OutputTensor) -> tuple[TensorSou
     """The checkpoint that a copy is stored in, and the name of the tensor there."""
     assert output.source is not None
     return plan.models[block.sources[output.source].model].checkpoint.root(output.stored.name)
+
+
+def _today() -> str:
+    """The day in UTC; that of ``SOURCE_DATE_EPOCH``, as reproducible builds set it, where it is set."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return time.strftime("%Y-%m-%d", time.gmtime(int(epoch) if epoch.isdecimal() else None))
 
 
 def _versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
 from .engines import FinishedPieces, Job, engine_of
-from .preflight import Calibrator, RunOptions, preflight
+from .preflight import Calibrator, RunOptions, preflight, processes_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def execute(
         device = str(ready.device) if ready.device else None
         job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory)
         with _unchanged_sources(plan):
-            (made or engine_of(options.workers)).run(job, finished)
+            (made or engine_of(processes_of(options))).run(job, finished)
         diagnostics = dict(sorted(diagnostics.items()))
         output.flush(wait=False)  # while the result is checked
         seconds = time.monotonic() - began + (made.seconds if made else 0.0)

@@ -25,6 +25,7 @@ from .limits import allow_open_files, memory
 if TYPE_CHECKING:
     import torch
 
+CLUSTER = "ray://"  # before the address of a Ray cluster
 _SLACK = 1 << 18  # bytes of disk for model card, recipe, journal and folders
 _RECORD_BYTES = 2 << 10  # bytes of manifest, index and journal a tensor
 _MORE_FILES = 16  # inodes for all files but weights and copied files
@@ -42,7 +43,8 @@ class RunOptions:
         verify: Check the result before it is renamed to OUT.
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic, of each process; None to share the processor's cores.
-        workers: How many processes make blocks at the same time. With several GPUs each has one of them.
+        workers: How many processes make blocks at the same time; with several GPUs each has one of them. Or a Ray
+            cluster: ``ray://HOST:PORT``, ``ray://auto`` or ``ray://local``.
         model_card: Write a README.md.
     """
 
@@ -53,7 +55,7 @@ class RunOptions:
     verify: bool = True
     seed: int = 0
     threads: int | None = None
-    workers: int = 1
+    workers: int | str = 1
     model_card: bool = True
 
 
@@ -171,14 +173,27 @@ def computing(
         CheckpointError: a source has changed since it was planned with.
     """
     check_device_name(options.device)
-    if options.workers < 1:
-        raise PlanError("no workers", where="--workers", expected="at least 1", got=options.workers)
+    processes_of(options)
     plan.check_sources()
     if not (computes or any(b.computes for b in plan.blocks)):
         return None, {"device": "none", "threads": 0, "seed": options.seed}
     device = choose_device(options.device)
-    threads = set_threads(options.threads or default_threads(options.workers))
+    threads = set_threads(options.threads or default_threads(processes_of(options)))
     return device, {"device": device.type, "threads": threads, "seed": options.seed}
+
+
+def processes_of(options: RunOptions) -> int:
+    """How many processes of this machine make blocks at the same time.
+
+    Raises:
+        PlanError: none, or another value that ``workers`` cannot have.
+    """
+    if isinstance(options.workers, str) and options.workers.startswith(CLUSTER):
+        return 1
+    if not isinstance(options.workers, int) or options.workers < 1:
+        expected = f"a number of processes, or {CLUSTER}HOST:PORT"
+        raise PlanError("not a number of workers", where="--workers", expected=expected, got=options.workers)
+    return options.workers
 
 
 def run_identity(run_record: Mapping[str, object], device: torch.device | None) -> dict[str, object]:
@@ -256,7 +271,8 @@ def check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
     Raises:
         PlanError: it cannot.
     """
-    minimum, limit = plan.minimum_memory * options.workers, options.max_memory
+    workers = processes_of(options)
+    minimum, limit = plan.minimum_memory * workers, options.max_memory
     if limit is not None and minimum > limit:
         raise PlanError(
             "the plan needs more memory than allowed",
@@ -273,9 +289,9 @@ def check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:
             expected=f"at least {format_size(minimum)}",
             got=f"{format_size(total)}, swap included",
             hint=f"--max-memory {_megabytes(minimum)} tries nevertheless"
-            + (f"; fewer than {options.workers} workers need less" if options.workers > 1 else ""),
+            + (f"; fewer than {workers} workers need less" if workers > 1 else ""),
         )
-    peak = plan.peak_memory * options.workers
+    peak = plan.peak_memory * workers
     peak = peak if limit is None else min(peak, limit)
     if peak <= available:
         return ()

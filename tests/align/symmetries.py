@@ -19,4 +19,4 @@ def random_symmetry(heads: Heads, seed: int) -> AttentionAlignment:
     turns = torch.polar(torch.ones_like(angles), angles)
     if heads.rotary != "phases":
         turns = turns.real.sign().to(turns) if heads.rotary == "signs" else None
-    return AttentionAlignment(tuple(groups), tuple(queries), values, turns, torch.ones(n), 1.0, 1.0, heads)
+    return AttentionAlignment(tuple(groups), tuple(queries), values, turns, torch.ones(n), 1.0, 1.0, 1.0, 1.0, heads)

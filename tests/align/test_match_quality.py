@@ -90,6 +90,8 @@ def test_neurons_are_matched_at_the_least_cost(pair, unit_rows):
     assert diagnostics.transport_cost == pytest.approx(best / len(rows), rel=1e-9)
     cosine = (x[rows] * y).sum(1) / np.linalg.norm(x[rows], axis=1) / np.linalg.norm(y, axis=1)
     assert diagnostics.cosine == pytest.approx(cosine.mean(), rel=1e-9) and diagnostics.fused == len(rows)
+    before = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    assert diagnostics.cosine_before == pytest.approx(before.mean(), rel=1e-9) and rows != list(range(len(rows)))
 
 
 def by_head(family: str, x: dict[str, torch.Tensor], at: Heads) -> dict[str, np.ndarray]:
@@ -142,6 +144,8 @@ def test_heads_are_matched_at_the_highest_score(pair):
     got = {c.role: c for c in align_layer(a, b, specs(family, a), options)}
     found = got["q"].diagnostics
     scores = scores_of(by_head(family, a, at), by_head(family, b, at), at)
+    before = scores.diagonal().mean()
+    assert found.value_cosine_before + found.query_key_cosine_before == pytest.approx(before, rel=1e-9)
     best = -np.inf
     for groups in permutations(range(at.key_value)):
         for inside in product(permutations(range(share)), repeat=at.key_value):

@@ -71,6 +71,9 @@ def test_fused_rows_that_match_nothing_are_b(restore_norm, t):
     for role in FAR:
         assert found[role].fused == len(b[role]) - 1
         assert found[role].cosine > 0.9, role  # of the rows that match
+        matched = torch.arange(len(b[role])) != FAR[role]
+        before = torch.cosine_similarity(a[role], b[role])[matched].mean().item()  # of A as stored, of the same rows
+        assert found[role].cosine_before == pytest.approx(before, abs=1e-5), role
     # A per-head norm is averaged over the heads, with B's own entry where that head's row matches nothing.
     entry = FAR["q"] % H
     want = (1 - t) * ((HEADS - 1) * a["q_norm"] + b["q_norm"])[entry] / HEADS + t * b["q_norm"][entry]

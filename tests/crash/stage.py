@@ -70,7 +70,7 @@ def content(folder: Path) -> dict[str, object]:
     """Every file's bytes; the manifest without its times, and without its seal, which covers them."""
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     if MANIFEST in found:
-        timed = ("seconds", "sha256")
+        timed = ("seconds", "date", "sha256")
         found[MANIFEST] = json.loads(found[MANIFEST], object_hook=lambda d: {k: d[k] for k in d if k not in timed})
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from support import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 #: pages whose commands run in a test, in order and in one folder
-PAGES = ("README.md", "docs/recipes.md", "docs/training.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/training.md", "docs/many-machines.md")
 
 
 def page(name: str) -> str:
@@ -54,6 +56,33 @@ def test_commands_run_in_order(run, workplace, monkeypatch, name):
             subprocess.run(["bash", "-eo", "pipefail", "-c", line], check=True)
         else:
             run(*shlex.split(line, comments=True)[1:])
+
+
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_scripts_of_clusters(run, workplace, monkeypatch, kind):
+    """As the scheduler runs them, for two shares instead of eight: each by its number, then `finish`."""
+    script = re.search(rf"```{kind}\n(.*?)```", page("docs/many-machines.md"), re.DOTALL)[1]
+    if kind == "kubernetes":
+        container = yaml.safe_load(script)["spec"]["template"]["spec"]["containers"][0]
+        assert f"/{yaml.safe_load(script)['spec']['completions']} " in container["command"][-1]
+        script = container["command"][-1].replace("/8 ", "/2 ")
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    Path("recipe.yml").write_text(
+        "base_model: demo/SmolLM2-135M-Instruct\nmerge_method: passthrough\ndtype: float16\n"
+        "slices: [{sources: [{model: demo/SmolLM2-135M-Instruct, layer_range: [0, 3]}]}]\n"
+    )
+    numbers = {"SLURM_ARRAY_TASK_COUNT": "2"}
+    for number in (1, 2):
+        numbers |= {"SLURM_ARRAY_TASK_ID": str(number), "JOB_COMPLETION_INDEX": str(number - 1)}
+        threads = re.sub(r"--threads \S+", "--threads 1", script)
+        subprocess.run(["bash", "-e", "-c", threads], env=os.environ | numbers, check=True)
+    run("finish", "recipe.yml", "deeper")
+    assert load_config("deeper")["num_hidden_layers"] == 3
+
+
+def load_config(folder: str) -> dict:
+    return json.loads(Path(folder, "config.json").read_text())
 
 
 def test_readme_training_snippet(run, workplace, monkeypatch):

@@ -24,13 +24,14 @@ def test_examples_of_the_page_run_in_order(tiny, tmp_path, monkeypatch, capsys):
     shutil.copytree(tiny, "base")
     Path("text.txt").write_text("\n".join(f"Line {i} of some text, number {i % 13}." for i in range(2000)))
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     scope: dict = {}
     for block in blocks:
         exec(block, scope)
     out = capsys.readouterr().out
     assert "MergeResult(deeper: 6 -> 9 layers, 3 new; 7 checks passed" in out and "(3, 5, 7)" in out
     assert "Plan(6 -> 7 layers, 1 new; " in out and "[3/9] layer 1: copy" in out
+    assert "0 pieces are left" in out and Path("shared/deus_merge.json").is_file()
     assert "Recipe(upscale opt_deus of base)" in out and "did you mean 'opt_deus'?" in out
     assert out.rstrip().count("Calibrated(calibrated: loss ") == 1 and Path("deeper/report.html").is_file()
 

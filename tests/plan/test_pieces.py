@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,8 +13,10 @@ from hypothesis import strategies as st
 from support import make_model, write_recipe
 
 from deus_merge import api
+from deus_merge.checkpoint.header import MAX_JSON
 from deus_merge.core.errors import PlanError
 from deus_merge.plan.pieces import share
+from deus_merge.report.plan_manifest import manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +66,19 @@ def test_shares_are_neighbours_and_all_together_everything(plans, index, total):
 def test_a_share_that_does_not_exist(plans, number, total):
     with pytest.raises(PlanError, match="no such share"):
         share(api.pieces(plans[0]), number, total)
+
+
+def test_a_model_that_no_machine_holds(monkeypatch, tmp_path):
+    """On sparse files: many pieces, soon, a manifest that can be read again. benchmarks/scale.py has a larger one."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    scale, planning = importlib.import_module("scale"), importlib.import_module("planning")
+    config, layer, preset = scale.GIANTS["405B, opt_deus"]
+    planning.make(tmp_path, config, layer)
+    began = time.process_time()
+    plan = api.plan({"base_model": str(tmp_path), "upscale": {"preset": preset}})
+    found = api.pieces(plan)
+    assert time.process_time() - began < 15 and len(found) >= 90
+    shares = [share(found, number, 64) for number in range(1, 65)]
+    assert [piece.name for one in shares for piece in one] == [piece.name for piece in found]
+    manifest = manifest_of(plan, {}, {}, {"device": "cpu", "threads": 1, "seed": 0})
+    assert len(manifest.sealed()) < MAX_JSON

@@ -14,7 +14,7 @@ from support import make_model, write_recipe
 
 from deus_merge import api
 from deus_merge.core.errors import CheckpointError, PlanError, VerifyError
-from deus_merge.run import pieces as run_pieces
+from deus_merge.run import piece_job
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yml"))
@@ -172,7 +172,7 @@ def test_a_flipped_bit_is_found_at_the_end(plan, whole, tmp_path):
 def test_two_workers_at_the_same_piece(plan, whole, monkeypatch, tmp_path):
     """One begins, another makes the whole share meanwhile, the first ends: either record is right."""
     out = tmp_path / "out"
-    real, inside = run_pieces.engine_of, []
+    real, inside = piece_job.engine_of, []
 
     def slow(workers):
         if not inside:
@@ -180,9 +180,10 @@ def test_two_workers_at_the_same_piece(plan, whole, monkeypatch, tmp_path):
             api.make_share(plan, out, 1, 1)
         return real(workers)
 
-    monkeypatch.setattr(run_pieces, "engine_of", slow)
+    monkeypatch.setattr(piece_job, "engine_of", slow)
     share = api.make_share(plan, out, 1, 1)
-    assert len(share.made) == len(api.pieces(plan))
+    assert len(share.made) == 1 and len(share.found) == len(api.pieces(plan)) - 1
+    assert len(list(store(out).glob("work/00001-*"))) == 2
     api.finish(plan, out)
     assert content(out) == whole and os.listdir(tmp_path) == ["out"]
 
@@ -190,7 +191,7 @@ def test_two_workers_at_the_same_piece(plan, whole, monkeypatch, tmp_path):
 def test_a_worker_that_comes_too_late(plan, whole, monkeypatch, tmp_path):
     """The output is finished while it still makes a piece that another one has made, too."""
     out = tmp_path / "out"
-    real, inside = run_pieces.engine_of, []
+    real, inside = piece_job.engine_of, []
 
     def late(workers):
         if not inside:
@@ -199,7 +200,7 @@ def test_a_worker_that_comes_too_late(plan, whole, monkeypatch, tmp_path):
             api.finish(plan, out)
         return real(workers)
 
-    monkeypatch.setattr(run_pieces, "engine_of", late)
+    monkeypatch.setattr(piece_job, "engine_of", late)
     assert api.make_share(plan, out, 1, 1).complete and content(out) == whole
     assert api.make_share(plan, out, 1, 1).complete
     assert api.finish(plan, out).verification.passed and content(out) == whole

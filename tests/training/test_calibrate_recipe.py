@@ -57,7 +57,8 @@ def content(folder: Path) -> dict[str, bytes]:
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     manifest = json.loads(files.pop("deus_merge.json"))
     manifest.pop("sha256")
-    manifest["options"].pop("seconds")
+    for key in ("seconds", "date"):
+        manifest["options"].pop(key)
     for layer in manifest["layers"]:
         for line in layer["diagnostics"]:
             line.pop("seconds", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ...core.tables import html_table
 from ...core.text import plural
 from ...core.units import format_size
+from ...report.page import render
+from ...report.page.figures import number
 from .candidates import Candidate, insert_text
 from .search import SEED, best_lr, best_runs, by_candidate
 from .statistics import Interval, Run, Runs, at_compute, difference, interval, mean, token_ratio
@@ -101,7 +104,7 @@ class Row:
             _cell(self.forgotten, "+.3f"),
             f"{one['trained'] / 1e6:.2f} M",
             format_size(one["memory"]),
-            f"{one['tflop']:.3g}",
+            number(one["tflop"]),
             f"{mean(self.runs, 'seconds'):.0f}",
         ]
 
@@ -189,24 +192,16 @@ class Comparison:
 
     def page(self, plot: str | None) -> str:
         """A page of HTML that needs no other file."""
-        fixed = ", ".join(f"{name} {value}" for name, value in self.fixed.items() if value != "")
-        state = "" if self.complete else "<p>The budget ended before all runs: continue with the same command.</p>"
-        figure = plot[plot.find("<svg") :] if plot else ""
-        legend = html.escape(LEGEND).replace("\n", " ")
-        body = f"<p>{html.escape(fixed)}</p>{state}{figure}{html_table(*self.table())}<p>{legend}</p>"
-        return _PAGE.replace("{body}", body)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison</title><style>
-:root { color-scheme: light dark; }
-body { margin: 2rem auto; max-width: 75rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }
-div { overflow-x: auto; } svg { max-width: 100%; height: auto; background: #fff; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .3rem .7rem .3rem 0; text-align: left; border-top: 1px solid #8884; white-space: nowrap; }
-</style></head><body><h1>Comparison</h1>{body}</body></html>
-"""
+        columns, rows = self.table()
+        values = {
+            "title": "Comparison",
+            "complete": self.complete,
+            "columns": columns,
+            "rows": rows,
+            "settings": {name: value for name, value in self.fixed.items() if value != ""},
+            "plot": Markup(plot[plot.find("<svg") :]) if plot else None,
+        }
+        return render("comparison.html", values)
 
 
 def _cell(value: Interval | None, form: str) -> str:
