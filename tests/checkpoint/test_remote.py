@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,7 @@ upscale: {preset: opt_deus, insert: all}
 """,
 }
 SECRET = "hunter2-and-a-half"
+ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")
@@ -459,3 +462,15 @@ def test_what_cannot_be_read(run, server, models, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "obstore" else found(name, *a))
     for ref in (f"{server.url}/base", "s3://bucket/model", "gs://bucket/model", "az://container/model"):
         assert 'pip install "deus-merge[remote]"' in run("inspect", ref, expect=2).err
+
+
+def test_a_program_that_ends_does_not_wait_for_requests(server):
+    """An error or an interrupt ends it at once, though a lost connection would be tried for five minutes."""
+    server.fault = lambda asked: 503 if asked.of_tensors else None
+    code = (
+        "import sys; from deus_merge.checkpoint.storage import LoadOptions, open_source\n"
+        "source = open_source(sys.argv[1], LoadOptions()); source.prefetch(source.tensors)\n"
+    )
+    command = [sys.executable, "-c", code, f"{server.url}/base"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == 0 and not done.stderr, done.stderr
