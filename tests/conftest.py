@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks beyond this machine
+os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: tables are as wide as in a pipe
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch

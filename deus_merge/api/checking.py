@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..checkpoint.header import read_small
@@ -25,6 +26,7 @@ def verify(
     logits_text: str | Path | None = None,
     strict: bool = False,
     check: bool = False,
+    on_begin: Callable[[str], None] | None = None,
     progress: OnProgress | None = None,
 ) -> Verification:
     """Check a finished output.
@@ -35,6 +37,7 @@ def verify(
         logits_text: Also compare the logits of base and output on this text, or on that of the file of a `Path`.
         strict: Count a skipped check as failed.
         check: Whether a failed check raises an error.
+        on_begin: Called with the name of each check before it runs.
         progress: Called after each check, with how many there are.
 
     Returns:
@@ -49,7 +52,7 @@ def verify(
     def finished(result: Check, total: int) -> None:
         counter.step(result.name, total=total)
 
-    result = run_checks(folder, quick=quick, logits_text=text, strict=strict, on_check=finished)
+    result = run_checks(folder, quick=quick, logits_text=text, strict=strict, on_check=finished, on_begin=on_begin)
     if check and not result.passed:
         failed = result.failed[0]
         raise VerifyError(f"{failed.name}: {failed.detail}", where=folder)

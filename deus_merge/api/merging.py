@@ -72,6 +72,7 @@ def merge(
     copy_tokenizer: bool = True,
     on_block: Callable[[BlockPlan, bool], None] | None = None,
     on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
+    on_share: Callable[[BlockPlan, float], None] | None = None,
     progress: OnProgress | None = None,
 ) -> MergeResult:
     """Run a recipe and write the checkpoint. With ``calibrate`` in the recipe, the outputs of the new layers are set in
@@ -84,6 +85,7 @@ def merge(
         max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
         on_block: Called after each block with the block and whether an earlier run had finished it.
         on_layer: Called after each calibrated layer, with whether an earlier run had finished it.
+        on_share: Called within blocks, with the share of the block that is written; from several threads.
         progress: Called after each of these steps, with how many there are.
 
     Returns:
@@ -116,7 +118,7 @@ def merge(
         make_pieces(recipe, target, options, options.workers, on_block=block_finished)
         done = finish(recipe, target, options, lambda block, resumed: None, calibrator)
     else:
-        done = execute(recipe, target, options, block_finished, calibrator)
+        done = execute(recipe, target, options, block_finished, calibrator, on_share=on_share)
     seconds = time.monotonic() - started
     return MergeResult(target, recipe, done.verification, done.warnings, seconds, done.calibration)
 

@@ -48,7 +48,7 @@ class MergeResult:
         """The result in one line."""
         passed = sum(check.passed is True for check in self.verification.checks) if self.verification else 0
         checked = f"{plural(passed, 'check')} passed" if self.verification else "not verified"
-        layers = f"{self.plan.donor.view.num_layers} -> {self.plan.num_layers} layers"
+        layers = f"{self.plan.donor.view.num_layers} -> {plural(self.plan.num_layers, 'layer')}"
         return f"{self.folder}: {layers}, {len(self.plan.new_layers)} new; {checked}; {format_seconds(self.seconds)}"
 
     def describe(self) -> dict[str, Any]:

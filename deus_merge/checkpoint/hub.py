@@ -218,14 +218,14 @@ def hub_errors(ref: str, revision: str | None, cached_only: bool = False) -> Ite
         hint = f"accept its terms at {page}, then `hf auth login` or set HF_TOKEN"
         raise CheckpointError("the repository is gated", where=ref, hint=hint) from error
     except RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private one `hf auth login` or set HF_TOKEN"
+        hint = _demo_hint(repository) or "check the spelling; for a private one `hf auth login` or set HF_TOKEN"
         raise CheckpointError("no such folder, and no such repository on the hub", where=ref, hint=hint) from error
     except RevisionNotFoundError as error:
         hint = f"its branches and tags: {page}/refs"
         raise CheckpointError("the repository has no such revision", where=ref, got=revision, hint=hint) from error
     except LocalEntryNotFoundError as error:
         if cached_only:
-            hint = "run once with a connection, or name a local folder"
+            hint = _demo_hint(repository) or "run once with a connection, or name a local folder"
             raise CheckpointError(
                 "no such folder, and not in the hub's cache while offline", where=ref, hint=hint
             ) from error
@@ -243,13 +243,21 @@ def hub_errors(ref: str, revision: str | None, cached_only: bool = False) -> Ite
         raise
 
 
+def _demo_hint(repository: str) -> str | None:
+    """What to do about a missing model of the demo, which is in a folder that looks like the name of a repository."""
+    if not repository.startswith("demo/"):
+        return None
+    return "deus-merge demo makes the models in demo/; on the hub the base is HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def _unreachable(ref: str, error: Exception) -> CheckpointError:
     cause = error.__cause__ or error
     return CheckpointError(
         "the hub cannot be reached",
         where=ref,
         got=f"{type(cause).__name__}: {cause}".splitlines()[0],
-        hint="check the connection and HF_ENDPOINT; what is in the cache is read with HF_HUB_OFFLINE=1",
+        hint=_demo_hint(ref)
+        or "check the connection and HF_ENDPOINT; what is in the cache is read with HF_HUB_OFFLINE=1",
     )
 
 

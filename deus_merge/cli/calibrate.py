@@ -7,10 +7,13 @@ from pathlib import Path
 import click
 
 from .. import api
+from ..core.text import plural
 from ..recipe.calibrate import read_text
+from .completion import complete_devices, words
 from .failures import report_bus_errors
-from .merge import Size
-from .output import emit_json, layer_notes, note, quiet_transformers, table
+from .options import Size
+from .output import emit_json, note, quiet_transformers, table
+from .progress import layer_notes
 
 
 @click.command()
@@ -30,7 +33,9 @@ from .output import emit_json, layer_notes, note, quiet_transformers, table
     show_default=True,
     help="Share of the windows that is not fitted, but chooses the size of the steps.",
 )
-@click.option("--method", default="kfac", show_default=True, help="kfac or ridge.")
+@click.option(
+    "--method", default="kfac", show_default=True, help="kfac or ridge.", shell_complete=words("kfac", "ridge")
+)
 @click.option(
     "--damping",
     default=0.3,
@@ -38,7 +43,8 @@ from .output import emit_json, layer_notes, note, quiet_transformers, table
     help="Multiple of the mean diagonal entry that is added to the diagonals.",
 )
 @click.option("--batch", default=4, show_default=True, help="Windows that are computed at once.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.",
+              shell_complete=complete_devices)  # fmt: skip
 @click.option("--max-memory", type=Size(), help="Refuse to start if more memory is needed, e.g. 8GiB.")
 @click.option("--seed", default=0, show_default=True, help="Decides which windows are held out.")
 @click.option("--threads", "-j", type=click.IntRange(1, 1024), help="CPU threads for arithmetic.")
@@ -72,6 +78,7 @@ def calibrate(out: Path, new: Path, text: Path, as_json: bool, **options):
     for text_of_note in done.notes:
         note(text_of_note)
     note(
-        f"{new}: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on {record.held_out_tokens} tokens that chose"
-        f" the steps; {record.tokens} tokens were fitted; {done.seconds:.0f} s"
+        f"{new}: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on"
+        f" {plural(record.held_out_tokens, 'token')} that chose the steps; fitted on {plural(record.tokens, 'token')};"
+        f" {done.seconds:.0f} s"
     )

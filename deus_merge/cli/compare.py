@@ -18,6 +18,8 @@ from ..training.comparison import parse_budget
 from ..training.comparison.candidates import insert_text
 from ..training.comparison.options import PRECISIONS
 from ..training.comparison.store import RUNS
+from ..training.optimizers import KINDS
+from .completion import complete_devices, complete_inits, complete_inserts, complete_models, words
 from .failures import report_bus_errors
 from .output import emit_json, note, quiet_transformers, table
 
@@ -25,7 +27,7 @@ _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--text", required=True, **_TEXTS, help="A file or folder of text to learn; may be given several times.")
 @click.option("--base-text", **_TEXTS, help="Text like the base's own: how much of it is forgotten.")
 @click.option(
@@ -39,6 +41,7 @@ _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
     "--init",
     "inits",
     multiple=True,
+    shell_complete=complete_inits,
     default=api.CompareOptions.inits,
     show_default=True,
     help="How new layers begin: a preset, also like 'lesa{zero_init: true}', or a recipe's file, either of them with"
@@ -48,6 +51,7 @@ _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
     "--insert",
     "inserts",
     multiple=True,
+    shell_complete=complete_inserts,
     default=["top_half"],
     show_default=True,
     help="Places of new layers, as for upscale.",
@@ -56,6 +60,7 @@ _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
     "--optimizer",
     "optimizers",
     multiple=True,
+    shell_complete=words(*KINDS),
     default=api.CompareOptions.optimizers,
     show_default=True,
     help="adamw or muon, also with the output ratio: adamw:3.",
@@ -100,7 +105,8 @@ _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
     help="The arithmetic; with bfloat16 (autocast) what trains stays float32.",
 )
 @click.option("--budget", help="End after so much time (30min, 2h) or so many training tokens (2M).")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.",
+              shell_complete=complete_devices)  # fmt: skip
 @click.option("--workers", default=1, show_default=True, help="Runs side by side.")
 @click.option("--threads", "-j", type=click.IntRange(1, 1024), help="CPU threads of a run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")  # fmt: skip

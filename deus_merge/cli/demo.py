@@ -10,7 +10,10 @@ import click
 
 from .. import api
 from ..checkpoint.staging import check_local
-from .output import note, progress, quiet_transformers, show_verification
+from ..core.text import plural
+from .completion import complete_inserts, complete_presets
+from .output import note, quiet_transformers, show_verification
+from .progress import block_progress, check_progress
 
 _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)}  # by --tiny; number of new tokens
 
@@ -18,8 +21,8 @@ _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path), default="demo")
 @click.option("--tiny", is_flag=True, help="Use the tiny trained model in the package: no download.")
-@click.option("--preset", default="opt_deus", show_default=True)
-@click.option("--insert", default="top_half", show_default=True)
+@click.option("--preset", default="opt_deus", show_default=True, shell_complete=complete_presets)
+@click.option("--insert", default="top_half", show_default=True, shell_complete=complete_inserts)
 def demo(out: Path, tiny: bool, preset: str, insert: str):
     """Up-scale a small real model into the folder OUT, verify the result, let both models continue a sentence,
     and write the report.
@@ -39,17 +42,19 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     if (target / "deus_merge.json").is_file():
         note(f"{target} exists already and is not computed again; remove it to start over")
     else:
-        with progress(plan, quiet=False) as on_block:
-            api.merge(plan, target, api.RunOptions(resume=True), on_block=on_block)
-    checked = api.verify(target, logits_text=argparse.__doc__)  # English prose that every Python has
+        with block_progress(plan) as shown:
+            api.merge(plan, target, api.RunOptions(resume=True), on_block=shown.on_block, on_share=shown.on_share)
+    with check_progress() as progress:
+        checked = api.verify(target, logits_text=argparse.__doc__, **progress)  # English prose that every Python has
     show_verification(checked)
     for name, folder in (("base", base), ("up-scaled", target)):
         click.echo(f"{name:>10}: {_continue(folder, *_PROMPTS[tiny])}")
     depth = plan.donor.view.num_layers
-    click.echo(f"\n{depth} -> {plan.num_layers} layers")
+    click.echo(f"\n{depth} -> {plural(plan.num_layers, 'layer')}")
     click.echo(f"base model       {base}\nup-scaled model  {target}\nrecipe           {target / 'deus_merge.yml'}")
     click.echo(f"report           {api.report(target, verification=checked)}")
-    click.echo(f"to train: the {len(plan.new_parameters)} tensors under new_parameters in {target / 'deus_merge.json'}")
+    new = plural(len(plan.new_parameters), "tensor")
+    click.echo(f"to train: the {new} under new_parameters in {target / 'deus_merge.json'}")
     if not checked.passed:
         note("the result failed verification")
         raise click.exceptions.Exit(3)

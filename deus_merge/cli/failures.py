@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from ..core.errors import CheckpointError
+from .messages import label
 
 
 def report_bus_errors() -> None:
@@ -42,7 +43,7 @@ def _report(signum: int) -> None:
             where=next(_shortened_files(), "a source"),
             hint="restore the file, and run again with --overwrite",
         )
-        os.write(2, f"\nerror: {error}\n".encode())
+        os.write(2, f"\n{label('error')} {error}\n".encode())
     finally:
         os._exit(CheckpointError.exit_code)
 

@@ -1,7 +1,8 @@
-"""``verify``, ``report``, ``inspect`` and ``methods``: the commands that change no model."""
+"""``verify``, ``report`` and ``inspect``: the commands that look at a model."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from itertools import groupby
@@ -9,24 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from .. import api
-from ..core.located import Plain
 from ..core.typed_json import parse
-from ..core.units import format_size
+from ..core.units import format_count, format_size
 from ..plan.training_memory import TrainingMemory, TrainingSettings
+from .completion import complete_models
 from .failures import report_bus_errors
-from .merge import training_options
-from .output import echo, emit_json, note, quantized_text, quiet_transformers, show_verification, table, training_text
+from .options import training_options
+from .output import echo, emit_json, note, quiet_transformers, show_verification, table
+from .plan_view import quantized_text, training_text
+from .progress import check_progress, steps
+from .similarity import show_similarity
 
 _SAID = {"True": "yes", "False": "no"}
 _EXPERT = re.compile(r"experts\.(\d+)\.")
-#: kinds of entries of `recipe.catalog` -> one of them
-_SINGULAR = {
-    "methods": "method", "alignments": "alignment", "solvers": "solver", "families": "family",
-    "formats": "format of quantised weights", "presets": "preset",
-}  # fmt: skip
 
 
 @click.command()
@@ -50,7 +48,8 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, stri
             text = file.read(20_000)
     quiet_transformers()
     report_bus_errors()
-    result = api.verify(out, quick=quick, logits_text=text, strict=strict)
+    with check_progress() as progress:
+        result = api.verify(out, quick=quick, logits_text=text, strict=strict, **progress)
     if as_json:
         emit_json(result.describe())
     else:
@@ -74,7 +73,8 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
       deus-merge report ./deeper --html deeper.html
     """
     quiet_transformers()
-    result = api.verify(out, quick=not full)
+    with check_progress() as progress:
+        result = api.verify(out, quick=not full, **progress)
     echo(str(api.report(out, html, verification=result)))
     if not result.passed:
         note(f"{out} failed verification")
@@ -82,7 +82,7 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--similarity", is_flag=True, help="Transport cost and alignment of each adjacent pair of layers.")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the similarity into a file (png, svg, pdf)."
@@ -116,11 +116,24 @@ def inspect(
     load = api.LoadOptions(allow_pickle, stream=stream)
     facts = summary(model, load, training)
     if similarity or plot:
+<<<<<<< HEAD
         rows = []
         for row in adjacent_similarity(model, load):
             rows.append(row)
             note(f"layers {row['layers'][0]} and {row['layers'][1]} done")
         facts["similarity"] = rows
+=======
+        pairs = facts["layers"] - 1
+        facts["similarity"] = rows = []
+        with steps(pairs, "pair of layers") as shown:
+            shown.share("layers 0 and 1")
+            for row in adjacent_similarity(model, api.LoadOptions(allow_pickle)):
+                rows.append(row)
+                lower, upper = row["layers"]
+                shown.end(f"layers {lower} and {upper}")
+                if upper < pairs:
+                    shown.share(f"layers {upper} and {upper + 1}")
+>>>>>>> main
     if scores:
         facts["scores"] = _scores(model, text, tokens, damping, load)
     if plot:
@@ -130,6 +143,9 @@ def inspect(
         return
     shown = {k: v for k, v in facts.items() if k not in ("similarity", "scores", "roles", "layouts", "layer_kinds")}
     shown["bytes"] = format_size(shown["bytes"])
+    for name in ("parameters", "new_parameters"):
+        if name in shown:
+            shown[name] = f"{format_count(shown[name])} ({shown[name]:,})"
     if memory := shown.get("training_memory"):
         shown["training_memory"] = training_text(parse(TrainingMemory, memory))
     if "quantized" in shown:
@@ -143,7 +159,7 @@ def inspect(
         table("layers", ["layers", "kind"], _runs(facts["layer_kinds"]))
     if "similarity" in facts:
         click.echo()
-        _similarity_table(facts["similarity"])
+        show_similarity(facts["similarity"])
     if scores:
         click.echo()
         _score_table(facts["scores"])
@@ -157,13 +173,13 @@ def _scores(model: str, text: Path | None, tokens: int, damping: float, load: ap
         raise click.UsageError("--scores needs --text FILE")
     quiet_transformers()
     options = api.CalibrationOptions(tokens=tokens, length=min(256, max(2, tokens // 2)), damping=damping)
-    found = api.score_gaps(
-        model,
-        read_text(text, "--text"),
-        options,
-        load_options=load,
-        on_gap=lambda gap: note(f"gap behind layer {gap.after}: {gap.score:.4f}"),
-    )
+    content = read_text(text, "--text")
+    with steps(0, "gap") as shown:
+
+        def finished(step: api.Progress) -> None:
+            shown.end(step.title, total=step.total)
+
+        found = api.score_gaps(model, content, options, load_options=load, progress=finished)
     return [gap.describe() for gap in found]
 
 
@@ -178,9 +194,11 @@ def _score_table(rows: list[dict]) -> None:
 def _layout_table(layout: Mapping[str, Any]) -> None:
     """The tensors of a layer; those that only the number of an expert tells apart in one row."""
     rows: dict[tuple[str, ...], list[str]] = {}
+    prefix = os.path.commonprefix([role["tensor"] for role in layout["roles"]]).rpartition(".")[0]
+    begin = len(prefix) + 1 if prefix else 0
     for role in layout["roles"]:
         number = _EXPERT.search(role["role"])
-        cells = [role["role"], role["tensor"], str(role["shape"]), role["reads"] or "-", role["writes"] or "-"]
+        cells = [role["role"], role["tensor"][begin:], str(role["shape"]), role["reads"] or "-", role["writes"] or "-"]
         if number:
             cells = [re.sub(rf"\b(experts|neurons)\.{number[1]}\b", r"\1.*", text) for text in cells]
         rows.setdefault(tuple(cells), []).append(number[1] if number else "")
@@ -188,10 +206,11 @@ def _layout_table(layout: Mapping[str, Any]) -> None:
     count = len(layout["layers"])
     kind = f", {layout['kind']}" if layout["kind"] else ""
     same = f" ({count} such layers)" if count > 1 else ""
+    under = f": tensors under {prefix}." if prefix else ""
     columns = ["role", "tensor", "shape", "reads", "writes"]
     if any(row[-1] for row in body):
         columns.append("")
-    table(f"layer {layout['layers'][0]}{kind}{same}", columns, [row[: len(columns)] for row in body])
+    table(f"layer {layout['layers'][0]}{kind}{same}{under}", columns, [row[: len(columns)] for row in body])
 
 
 def _runs(kinds: list[str]) -> list[list[str]]:
@@ -202,90 +221,3 @@ def _runs(kinds: list[str]) -> list[list[str]]:
         rows.append([f"{first}–{last}" if last > first else str(first), kind])
         first = last + 1
     return rows
-
-
-def _cosine(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}"  # adding zero turns -0.0 into 0.0
-
-
-def _similarity_table(rows: list[dict]) -> None:
-    from ..report.inspection import similarity_roles
-
-    roles = similarity_roles(rows)
-    top = max((r["aligned"] for row in rows for r in row["roles"].values()), default=1.0) or 1.0
-    body = []
-    for row in rows:
-        found = row["roles"]
-        mean = sum(r["aligned"] for r in found.values()) / max(1, len(found))
-        cells = [
-            f"{found[r]['cost']:.3f} {_cosine(found[r]['plain'])}→{_cosine(found[r]['aligned'])}" if r in found else "–"
-            for r in roles
-        ]
-        body.append([f"{row['layers'][0]}–{row['layers'][1]}", *cells, "█" * round(20 * mean / top)])
-    title = "adjacent layers: transport cost, and cosine before → after alignment (rows of A against rows of B)"
-    table(title, ["layers", *roles, "aligned"], body)
-
-
-def _flow(value: Plain | tuple) -> str:
-    """The value as a recipe writes it, on one line."""
-    if isinstance(value, str):
-        return value
-    data = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(data, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
-
-
-@click.command()
-@click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
-def methods(name: str | None, as_json: bool):
-    """List merge methods, solvers, families, formats of quantised weights and presets; with NAME, which may be a
-    model_type, one in detail.
-
-    \b
-    Example:
-      deus-merge methods ot_fuse
-    """
-    if name is None:
-        everything = api.methods()
-        if as_json:
-            emit_json(everything)
-            return
-        for kind, entries in everything.items():
-            table(kind, ["name", "description"], [[n, e["summary"]] for n, e in entries.items()])
-            click.echo()
-        return
-    found = {kind: next(iter(entries.items())) for kind, entries in api.methods(name).items()}
-    if as_json:
-        emit_json({kind: entry for kind, (_, entry) in found.items()})
-        return
-    for kind, (name, entry) in found.items():
-        click.echo(f"{name} ({_SINGULAR[kind]}): {entry['summary']}\nreference: {entry['reference']}\n")
-        if parameters := entry.get("parameters"):
-            columns = ["parameter", "values", "default", "description"]
-            table("", columns, [[p["name"], p["values"], _flow(p["default"]), p["help"]] for p in parameters])
-        if kind == "families":
-            _show_abilities(entry)
-        if kind == "formats":
-            click.echo(f"modules in floating point are named in: {entry['exceptions']}")
-            click.echo(f"quantize_new: {'yes' if entry['quantize_new'] else 'no, new layers are in floating point'}")
-        if kind == "presets":
-            click.echo(f"default insert: {_flow(entry['insert'] or 'the number of layers in its paper')}")
-            if entry["settings"] is not None:
-                click.echo(f"parameters of {entry['method']}: {_flow(entry['settings'] or 'its defaults')}")
-
-
-def _show_abilities(entry: Mapping[str, Any]) -> None:
-    """What can be done with the layers of a family."""
-    from ..models.abilities import STEPS
-
-    zero = ", ".join(entry["writers"])
-    rows = [
-        ["layers", "; ".join(entry["kinds"])],
-        ["identity", f"no: {entry['identity']}" if entry["identity"] else f"yes, with zeros in {zero}"],
-        ["aligned and fused", ", ".join(entry["aligned"]) or "nothing"],
-        ["taken from one parent", ", ".join(entry["copied"]) or "nothing"],
-        ["symmetry", ", ".join(f"{step} ({STEPS[step]})" for step in entry["steps"]) or "none"],
-        *([f"no {step}", reason] for step, reason in entry["without"].items()),
-        *([f"with {condition}", what] for condition, what in entry["cases"].items()),
-    ]
-    table("", ["new layers", ""], rows)

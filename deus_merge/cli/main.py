@@ -8,9 +8,11 @@ import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from .. import __version__
 from ..core.errors import DeusMergeError, printable
+from .messages import NoSuchCommand, show_error, usage_text
 
 _COMMANDS = {  # name -> module with a click command of that name; imported when used, so that --help is fast
     "merge": "merge",
@@ -21,12 +23,14 @@ _COMMANDS = {  # name -> module with a click command of that name; imported when
     "report": "inspect",
     "inspect": "inspect",
     "recipes": "recipes",
-    "methods": "inspect",
+    "methods": "methods",
     "calibrate": "calibrate",
     "compare": "compare",
     "export-training": "training",
     "strip": "training",
     "demo": "demo",
+    "env": "environment",
+    "completion": "completion",
 }
 _HELP = {
     "merge": "Run a recipe and write the checkpoint.",
@@ -43,6 +47,8 @@ _HELP = {
     "recipes": "List the recipes that ship with it, print one.",
     "methods": "List methods, solvers, families and presets.",
     "demo": "Up-scale a small real model, start to end.",
+    "env": "Print what a bug report needs.",
+    "completion": "Complete commands and values in your shell.",
 }
 
 
@@ -78,11 +84,15 @@ class _Lazy(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            from ..core.errors import nearest
+        except click.UsageError:
+            if args[0].startswith("-"):
+                raise
+            raise NoSuchCommand(args[0], _COMMANDS, ctx) from None
 
-            hint = nearest(args[0], _COMMANDS) or f"known: {', '.join(_COMMANDS)}"
-            raise click.UsageError(f"{error.format_message()} ({hint})", ctx) from None
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands with their help, without an import of the commands."""
+        found = [CompletionItem(name, help=text) for name, text in _HELP.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -137,11 +147,13 @@ def _run_command(arguments: list[str] | None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        vars(error)["message"] = printable(error.message)
-        error.show()
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click 8.2 and newer
+            error.show()
+        else:
+            show_error(usage_text(error))
         return 2
     except DeusMergeError as error:
-        click.echo(f"error: {error}", err=True)
+        show_error(error)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo(f"\ninterrupted{_notes(stop.__cause__ or stop)}", err=True)  # click wraps the interrupt
@@ -150,7 +162,7 @@ def _run_command(arguments: list[str] | None) -> int:
         return 0
     except OSError as error:  # the machine: a full disk, a lost mount
         place = f"{printable(error.filename)}: " if error.filename else ""
-        click.echo(f"error: {place}{error.strerror or error}{_notes(error)}", err=True)
+        show_error(f"{place}{error.strerror or error}{_notes(error)}")
         return 1
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +11,29 @@ import yaml
 from .. import api
 from ..checkpoint.storage import DEFAULT_CACHE_SIZE
 from ..checkpoint.system import keep_freed_memory
-from ..core.errors import DeusMergeError
 from ..core.garbage import collector_paused
-from ..core.units import parse_size
+from ..core.text import plural
 from ..core.yaml_text import parse
-from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
+from ..plan.training_memory import TrainingSettings
 from ..plan.types import Plan
 from ..recipe.types import Recipe
 from ..recipe.writer import dump_recipe
-from . import mergekit_options as mergekit
+from .completion import (
+    complete_dtypes,
+    complete_inserts,
+    complete_models,
+    complete_presets,
+    complete_recipes,
+)
 from .failures import report_bus_errors
-from .output import emit_json, fit_text, layer_notes, note, progress, quiet_transformers, show_plan, show_share, warn
+from .options import ShareNumber, Size, mixed_machines, plan_options, run_options, training_options
+from .output import emit_json, note, quiet_transformers, warn
+from .plan_view import fit_text, show_plan, show_share
+from .progress import block_progress, layer_notes
 from .recipes import load_recipe, recipe_options
 
 
+<<<<<<< HEAD
 class Size(click.ParamType):
     """A size: ``8GiB``, ``5GB``, or a number of bytes."""
 
@@ -149,8 +154,10 @@ def run_options(command: Callable) -> Callable:
     return _all(options)(command)
 
 
+=======
+>>>>>>> main
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options
 @click.option("--shard-of", type=ShareNumber(), metavar="K/N",
@@ -172,7 +179,7 @@ def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str,
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options
 @mixed_machines
@@ -192,12 +199,15 @@ def finish(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.")
-@click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...")
+@click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.",
+              shell_complete=complete_presets)  # fmt: skip
+@click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...",
+              shell_complete=complete_inserts)  # fmt: skip
 @click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
-@click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.")
+@click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.",
+              shell_complete=complete_dtypes)  # fmt: skip
 @click.option("--quantize-new", is_flag=True, help="Write new layers in the format of a quantised MODEL.")
 @click.option("--fit", type=Size(), metavar="SIZE",
               help="Put in as many layers as can be trained with this much memory, e.g. 24GB.")  # fmt: skip
@@ -256,7 +266,7 @@ def upscale(
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @recipe_options
 @plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
@@ -337,22 +347,30 @@ def _run(
         note(fit_text(fitted), quiet)
     keep_freed_memory()
     if shard_of:
-        with progress(planned, quiet) as on_block:
-            share = api.make_share(planned, out, *shard_of, run, mixed_machines=mixed_machines, on_block=on_block)
+        with block_progress(planned, quiet, shard_of) as shown:
+            share = api.make_share(
+                planned, out, *shard_of, run, mixed_machines=mixed_machines,
+                on_block=shown.on_block, on_share=shown.on_share,
+            )  # fmt: skip
         show_share(share, out, quiet, as_json)
         return
-    make = functools.partial(api.finish, mixed_machines=mixed_machines) if finishing else api.merge
-    with progress(planned, quiet) as on_block:
-        result = make(planned, out, run, on_block=on_block, on_layer=layer_notes(quiet))
+    with block_progress(planned, quiet, by="workers" if finishing else "the earlier run") as shown:
+        reports: Any = {"on_block": shown.on_block, "on_layer": layer_notes(quiet)}
+        if finishing:
+            result = api.finish(planned, out, run, mixed_machines=mixed_machines, **reports)
+        else:
+            result = api.merge(planned, out, run, on_share=shown.on_share, **reports)
     warn(result.warnings)
     if as_json:
         emit_json(result.describe())
     elif not quiet:
         depth = planned.donor.view.num_layers
-        checked = f"{len(result.verification.checks)} checks passed" if result.verification else "not verified"
+        passed = result.verification and plural(len(result.verification.checks), "check")
+        checked = f"{passed} passed" if passed else "not verified"
         if record := result.calibration:
             note(
-                f"calibrated: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on {record.held_out_tokens}"
-                f" tokens that chose the steps; {record.tokens} tokens were fitted"
+                f"calibrated: loss {record.loss_before:.4f} -> {record.loss_after:.4f} on"
+                f" {plural(record.held_out_tokens, 'token')} that chose the steps;"
+                f" fitted on {plural(record.tokens, 'token')}"
             )
-        note(f"{out}: {depth} -> {planned.num_layers} layers in {result.seconds:.1f} s, {checked}")
+        note(f"{out}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}")

@@ -53,7 +53,7 @@ class ShardSize(click.ParamType):
 
 
 def _note(ctx: click.Context, param: click.Parameter, value: object) -> None:
-    if value:
+    if value and not ctx.resilient_parsing:
         reason = {**{k.partition("/")[0]: v for k, v in _IDLE.items()}, **_IDLE_VALUES}[param.opts[0]]
         note(f"note: {param.opts[0]} changes nothing: {reason}", ctx.params.get("quiet", False))
 

@@ -14,13 +14,14 @@ from ..recipe.overrides import with_models, with_values
 from ..recipe.reader import recipe_of, recipe_text
 from ..recipe.shipped import recipe_names, shipped
 from ..recipe.types import Recipe
+from .completion import complete_models, complete_shipped
 from .output import emit_json, note, table
 
 
 def recipe_options(command: Callable) -> Callable:
     """Add the options that change a recipe."""
     model = click.option(
-        "--model", "models", multiple=True, metavar="[OLD=]NEW",
+        "--model", "models", multiple=True, metavar="[OLD=]NEW", shell_complete=complete_models,
         help="Another model in place of the recipe's; of several models, OLD is the one.",
     )  # fmt: skip
     setting = click.option(
@@ -69,7 +70,7 @@ def _hint(missing: Path) -> str:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_shipped)
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of recipes, for editors.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
 def recipes(name: str | None, schema: bool, as_json: bool):
@@ -90,7 +91,9 @@ def recipes(name: str | None, schema: bool, as_json: bool):
     if name is not None:
         if name not in entries:
             raise RecipeError(
-                f"no recipe {name!r} ships with deus-merge", expected=" | ".join(entries), hint=nearest(name, entries)
+                f"no recipe {name!r} ships with deus-merge",
+                expected="a name that deus-merge recipes lists",
+                hint=nearest(name, entries, 3),
             )
         emit_json({"name": name, "text": entries[name].text}) if as_json else click.echo(entries[name].text, nl=False)
         return

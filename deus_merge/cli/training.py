@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from .. import api
-from ..core.text import some_of
+from ..core.text import plural, some_of
 from ..training.export import TRAINERS
 from ..training.optimizers import KINDS
-from .merge import Size
+from .options import Size
 from .output import echo, emit_json, note
 
 
@@ -64,18 +64,19 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
         emit_json(done.describe())
         return
     taken = ", ".join(map(str, done.removed))
-    note(f"{base}: {done.num_layers} layers; removed: {taken}")
+    note(f"{base}: {plural(done.num_layers, 'layer')}; removed: {taken}")
     if done.equal is None:
         note("not compared with the base: it is not a folder, has moved, or has changed")
     else:
         note(
-            f"{done.equal} tensors equal to the base, byte for byte"
+            f"{plural(done.equal, 'tensor')} equal to the base, byte for byte"
             + (", files and config too" if done.same_files else "")
         )
     if done.widened:
         note(f"{done.widened} equal to the base in a wider dtype")
     if done.dequantized:
-        note(f"{done.dequantized} quantised weights of the base are in floating point, as the trained model was saved")
+        weights = plural(done.dequantized, "quantised weight")
+        note(f"in floating point, as the trained model was saved: {weights} of the base")
     if done.different:
         note(f"{len(done.different)} different: {some_of(done.different)}")
     if done.has_manifest:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint.quantized import is_cache_scale
 from ..core.errors import ArchitectureError
-from ..core.text import some_of
+from ..core.text import plural, some_of
 from .config_json import Config, section, value_at
 from .facts.text_types import names_of_type
 from .family import Family, families
@@ -277,7 +277,7 @@ def _undescribed(model_type: str, config: Config, names: tuple[str, ...], where:
     layers, path = stacks[prefix], paths[prefix]
     if path is None:
         raise ArchitectureError(
-            f"unknown family {model_type!r}: no depth in config.json fits its {len(layers)} layers",
+            f"unknown family {model_type!r}: no depth in config.json fits its {plural(len(layers), 'layer')}",
             where=where,
             expected=" or ".join(DEPTH_KEYS) + f" = {len(layers)}",
         )
@@ -329,6 +329,7 @@ def _check_depth(layers: Mapping[int, Mapping[str, str]], depth: int, key: str, 
         raise ArchitectureError(
             f"config.json's {key} does not fit the tensors",
             where=where,
-            expected=f"{depth} layers, 0 to {depth - 1}",
-            got=f"{len(layers)} layers" + (f", missing: {some_of(missing)}" if missing else f", up to {max(layers)}"),
+            expected=f"{plural(depth, 'layer')}, 0 to {depth - 1}",
+            got=f"{plural(len(layers), 'layer')}"
+            + (f", missing: {some_of(missing)}" if missing else f", up to {max(layers)}"),
         )

@@ -11,6 +11,7 @@ from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import nearest
 from ..core.garbage import collector_paused
+from ..core.text import plural
 from ..core.units import parse_size
 from ..methods.registry import methods
 from ..models.config_rules import cache_warnings, deeper_config, typed_config
@@ -196,7 +197,7 @@ class _Planner:
         if len(lengths) > 1:
             slice_.place.fail(
                 "the sources of a slice must have the same number of layers",
-                expected=f"{len(ranges[0])} layers each",
+                expected=f"{plural(len(ranges[0]), 'layer')} each",
                 got=", ".join(f"{s.model}: {len(r)}" for s, r in zip(slice_.sources, ranges, strict=True)),
                 hint="give each source a layer_range" + (" (in slices)" if slice_.place.path == "models" else ""),
             )
@@ -241,7 +242,7 @@ class _Planner:
             slice_.place.fail(
                 f"{slice_.merge_method} learns from the layers of one model",
                 expected="one source, whose gaps are filled",
-                got=f"{len(slice_.sources)} sources",
+                got=f"{plural(len(slice_.sources), 'source')}",
                 hint="ot_fuse fuses the layers of two sources in pairs",
             )
         else:
@@ -280,7 +281,7 @@ class _Planner:
         if end > depth:
             place = source.place.value.get("layer_range") if isinstance(source.place.value, dict) else source.place
             (place or source.place).fail(
-                f"layer_range goes beyond the {depth} layers of {source.model}",
+                f"layer_range goes beyond the {plural(depth, 'layer')} of {source.model}",
                 expected=f"[first, last + 1] within [0, {depth}]",
                 got=f"[{start}, {end}]",
             )

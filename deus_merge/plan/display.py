@@ -17,7 +17,7 @@ def short_text(plan: Plan) -> str:
     """Layers, parameters and bytes of a plan in one line."""
     shape, new = plan.shape, len(plan.new_layers)
     return (
-        f"{plan.donor.view.num_layers} -> {plan.num_layers} layers, {new} new; "
+        f"{plan.donor.view.num_layers} -> {plural(plan.num_layers, 'layer')}, {new} new; "
         f"{format_count(shape.parameters)} parameters, {format_count(shape.new_parameters)} new; "
         f"writes {format_size(plan.bytes_written)} in {plural(len(plan.shards), 'file')}"
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..core.errors import nearest
 from ..core.located import Located, Plain, locate
+from ..core.text import plural
 from ..methods.registry import methods
 from ..models.reference import ModelRef
 from .parameters import Setting, Settings, check_setting
@@ -192,7 +193,9 @@ def _places(insert: Located, n: int, after_last: bool) -> list[int]:
     else:
         places = _count(insert, gaps)
     if not places:
-        insert.fail("this inserts no layer", expected=f"a place among the {n - 1} gaps of {n} layers")
+        insert.fail(
+            "this inserts no layer", expected=f"a place among the {plural(n - 1, 'gap')} of {plural(n, 'layer')}"
+        )
     return places
 
 
@@ -303,6 +306,6 @@ def _stack(upscale: Upscale, n: int) -> list[tuple[int, int]]:
         return [(0, n)] * (added // n + 1)
     where = keys["where"].choice(("top", "middle", "bottom"), "place")
     if added > n:
-        place.fail(f"a block of {added} layers is more than the model has", expected=f"1 to {n}", got=added)
+        place.fail(f"a block of {plural(added, 'layer')} is more than the model has", expected=f"1 to {n}", got=added)
     start = {"bottom": 0, "middle": (n - added) // 2, "top": n - added}[where]
     return [(0, start + added), (start, n)]

@@ -11,6 +11,7 @@ from ..align.parameters import PARAMETERS
 from ..checkpoint.hub import split_adapter
 from ..core.errors import DeusMergeError, RecipeError, nearest
 from ..core.located import Located, Plain
+from ..core.text import plural
 from ..core.units import dtype_code
 from ..core.yaml_text import MAX_BYTES, parse_documents
 from ..methods.registry import methods
@@ -171,8 +172,8 @@ def _slice(node: Located, method: str | None) -> OutputSlice:
         if first.layer_range and source.layer_range and source.num_layers != first.num_layers:
             source.place.child("layer_range").fail(
                 "the sources of a slice must have the same number of layers",
-                expected=f"{first.num_layers} layers, as in sources[0]",
-                got=f"{source.num_layers} layers: {list(source.layer_range)}",
+                expected=f"{plural(first.num_layers or 0, 'layer')}, as in sources[0]",
+                got=f"{plural(source.num_layers or 0, 'layer')}: {list(source.layer_range)}",
             )
     base = read_model(keys["base_model"]) if "base_model" in keys and keys["base_model"].value is not None else None
     align = _align(keys["align"]) if "align" in keys else None

@@ -68,5 +68,6 @@ def _summary(path: Path) -> str:
         paragraph = " ".join(lines)
     sentence = " ".join(paragraph.split()).split(". ")[0].rstrip(".")
     if len(sentence) > _LENGTH:  # its first clauses
-        sentence = sentence[: max(sentence.rfind(mark, 0, _LENGTH) for mark in (": ", "; ", ", "))]
+        ends = [sentence.rfind(mark, 0, _LENGTH) for mark in ("; ", ": ", ", ")]
+        sentence = sentence[: next((end for end in ends if end > _LENGTH // 2), max(ends))]
     return sentence

@@ -13,6 +13,7 @@ from ..checkpoint.dequantized import quantized_share
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
+from ..core.text import plural
 from ..models.config_json import section
 from ..models.head_layout import layer_heads
 from ..models.layer_facts import expand, layer_kinds
@@ -122,7 +123,7 @@ def _growths(checkpoint: TensorSource, layers: int) -> tuple[Growth, ...] | str:
         if manifest is None:
             return ()
         if manifest.num_layers != layers:
-            raise CheckpointError(f"it describes {manifest.num_layers} layers")
+            raise CheckpointError(f"it describes {plural(manifest.num_layers, 'layer')}")
     except DeusMergeError as error:
         return f"not known, its {MANIFEST} cannot be used: {error.message}"
     return tuple(manifest.growths)
@@ -148,16 +149,17 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
 
     Yields:
         ``layers`` (i, i+1) and ``roles``: role -> ``cost`` (transport cost between unit rows, exact assignment),
-        ``plain`` and ``aligned``: mean cosine of rows of A and B in their own order and after the assignment. The
-        roles are those of matrices that both layers have in one shape, without experts: there may be thousands.
+        ``plain`` and ``aligned``: mean cosine of rows of A and B in their own order and after the assignment,
+        ``chance``: the last one of random matrices of this shape. The roles are those of matrices that both layers have
+        in one shape, without experts: there may be thousands.
 
     Raises:
         ArchitectureError: the family is not described, so there are no roles; or a tensor does not consist of the
             matrices that it should.
     """
-    from ..ot.costs import cost_matrix, unit_rows
-    from ..ot.problem import OTProblem
-    from ..ot.registry import solver
+    import torch
+
+    from ..ot.costs import unit_rows
 
     source = SourceModel.open(ModelRef.of(model), {}, load_options)
     if source.view.family is None:
@@ -165,20 +167,36 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
             f"similarity needs a described family, not {source.view.model_type!r}",
             hint="deus-merge methods lists them",
         )
+    chance: dict[tuple[int, ...], float] = {}
     upper = _matrices(source, 0)
     for i in range(source.view.num_layers - 1):
         lower, upper = upper, _matrices(source, i + 1)
         row: dict[str, dict] = {}
         for role in (role for role, x in lower.items() if role in upper and upper[role].shape == x.shape):
             a, b = unit_rows(lower[role]), unit_rows(upper[role])  # (n, d)
-            solution = solver("assignment").solve(OTProblem.uniform(cost_matrix(a, b)))
-            moved = solution.coupling.transport_map().to_rows(a)  # (n, d)
-            row[role] = {
-                "cost": solution.transport_cost,
-                "plain": (a * b).sum(1).mean().item(),
-                "aligned": (moved * b).sum(1).mean().item(),
-            }
+            cost, aligned = _assigned(a, b)
+            if a.shape not in chance:
+                generator = torch.Generator().manual_seed(0)
+                one, other = (unit_rows(torch.randn(a.shape, generator=generator)) for _ in range(2))  # (n, d)
+                chance[a.shape] = _assigned(one, other)[1]
+            plain = (a * b).sum(1).mean().item()
+            row[role] = {"cost": cost, "plain": plain, "aligned": aligned, "chance": chance[a.shape]}
         yield {"layers": [i, i + 1], "roles": row}
+
+
+def _assigned(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Transport cost and mean cosine of the rows of b and those of a that an exact assignment gives them.
+
+    Args:
+        a, b: Unit rows, (n, d).
+    """
+    from ..ot.costs import cost_matrix
+    from ..ot.problem import OTProblem
+    from ..ot.registry import solver
+
+    solution = solver("assignment").solve(OTProblem.uniform(cost_matrix(a, b)))
+    moved = solution.coupling.transport_map().to_rows(a)  # (n, d)
+    return solution.transport_cost, (moved * b).sum(1).mean().item()
 
 
 def _matrices(source: SourceModel, layer: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ..core.errors import CheckpointError, DeusMergeError
+from ..core.text import plural
 from ..models.source import SourceModel
 from ..plan.documents import PlannedResult
 from ..plan.types import Plan
@@ -52,7 +53,7 @@ def _growths_of(model: SourceModel, warnings: list[str]) -> tuple[Growth, ...]:
         if manifest is None:
             return ()
         if manifest.num_layers != model.view.num_layers:
-            raise CheckpointError(f"it describes {manifest.num_layers} layers, not {model.view.num_layers}")
+            raise CheckpointError(f"it describes {plural(manifest.num_layers, 'layer')}, not {model.view.num_layers}")
         return manifest.growths
     except DeusMergeError as error:
         warnings.append(f"the lineage of {model.ref} is lost, its {MANIFEST} cannot be used: {error.message}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -33,6 +35,7 @@ def run_blocks(
     seed: int = 0,
     max_memory: int | None = None,
     on_block: Callable[[BlockPlan, list[dict]], None] = lambda block, diagnostics: None,
+    on_share: Callable[[BlockPlan, float], None] | None = None,
 ) -> None:
     """Make blocks of a plan and write their tensors.
 
@@ -49,6 +52,8 @@ def run_blocks(
         seed: For methods that draw random numbers.
         max_memory: Bytes that the process may take; None for no limit.
         on_block: Called after each block, when all its tensors are written, with its diagnostics as JSON data.
+        on_share: Called when a block begins and after each write, with the share of the block's elements that is
+            written. Calls come from several threads.
 
     Raises:
         PlanError: there is no such block, or the writer has no file for one of its tensors.
@@ -60,7 +65,7 @@ def run_blocks(
     if isinstance(device, str):
         device = choose_device(device)
     with ExitStack() as stack:
-        runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack)
+        runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack, on_share)
         for block in blocks:
             with _memory_errors(block):
                 diagnostics = runner.run(block)
@@ -98,7 +103,9 @@ class _BlockRunner:
         seed: int,
         max_memory: int | None,
         stack: ExitStack,
+        on_share: Callable[[BlockPlan, float], None] | None,
     ):
+        self._on_share, self._written = on_share, lambda elements: None
         self._writer, self._quantized = writer, QuantizedWriter(writer)
         self._results = document_results(plan, device, seed, limited=max_memory is not None)
         self._computer = BlockComputer(plan, device, seed, plan.block_memory(max_memory), self._results)
@@ -115,6 +122,7 @@ class _BlockRunner:
         Returns:
             The diagnostics of its method, and of documents' blocks that were computed for it.
         """
+        self._written = _share_counter(block, self._on_share)
         copies = [(t.name, t.stored) for o in block.outputs for t in o.written if t.stored is not None]
         if copies:
             self._writer.copy_many(copies)
@@ -123,6 +131,8 @@ class _BlockRunner:
                 self._quantized.zeros(output)
             elif output.action is Action.ZEROS:
                 self._writer.zeros(output.name)
+        constant = (Action.COPY, Action.ZEROS)
+        self._written(sum(math.prod(output.shape) for output in block.outputs if output.action in constant))
         diagnostics: list[dict] = []
         if block.computes:
             diagnostics += self._computer.scale_warnings(block)
@@ -167,10 +177,12 @@ class _BlockRunner:
         assert chunk.values is not None
         if output.quantization:
             self._quantized.add(output, chunk)
+            self._written(chunk.values.numel())
             return
         at = None if chunk.start is None else chunk.start * ITEMSIZE[output.dtype]
         flat = chunk.values.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
         self._writer.write(output.name, flat.numpy().data, at=at)
+        self._written(chunk.values.numel())
 
     def _await_write(self) -> None:
         if self._writing is not None:
@@ -188,6 +200,22 @@ class _BlockRunner:
         loaded = loading.result()
         self._loading = self._read_ahead()
         return loaded
+
+
+def _share_counter(block: BlockPlan, on_share: Callable[[BlockPlan, float], None] | None) -> Callable[[int], None]:
+    """A function that counts written elements of a block and reports their share, also now: the block begins."""
+    if on_share is None:
+        return lambda elements: None
+    total, written, lock = sum(math.prod(output.shape) for output in block.outputs), 0, threading.Lock()
+
+    def add(elements: int) -> None:
+        nonlocal written
+        with lock:
+            written += elements
+            on_share(block, min(1.0, written / max(1, total)))
+
+    add(0)
+    return add
 
 
 @contextmanager

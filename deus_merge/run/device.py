@@ -33,11 +33,35 @@ def choose_device(name: str) -> torch.device:
     check_device_name(name)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise PlanError("no such CUDA device", where="--device", expected=f"{count} devices", got=name)
+        raise _no_device(name, torch.cuda.device_count())
     if device.type == "cuda":  # plans need all of float32's digits
         torch.backends.cuda.matmul.allow_tf32 = False
     return device
+
+
+def torch_build() -> str:
+    """What torch is built for: ``for CUDA 12.8``, ``for ROCm 6.3`` or ``without CUDA``."""
+    import torch
+
+    if torch.version.cuda:
+        return f"for CUDA {torch.version.cuda}"
+    return f"for ROCm {torch.version.hip}" if torch.version.hip else "without CUDA"
+
+
+def _no_device(name: str, count: int) -> PlanError:
+    """The error of a CUDA device that is not there."""
+    if count:
+        known = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        return PlanError("no such CUDA device", where="--device", expected=f"cpu, or {known}", got=name)
+    build = torch_build()
+    hint = "a driver and CUDA_VISIBLE_DEVICES decide what it finds" if "for" in build else "install one for your GPU"
+    return PlanError(
+        "torch finds no CUDA device",
+        where="--device",
+        expected="auto or cpu",
+        got=name,
+        hint=f"torch is built {build}; {hint}",
+    )
 
 
 def set_threads(threads: int | None) -> int:

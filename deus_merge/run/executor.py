@@ -23,7 +23,7 @@ from ..report.manifest_parts import Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import Verification, verify
-from .engines import FinishedPieces, Job, engine_of
+from .engines import FinishedPieces, Job, OnShare, engine_of
 from .preflight import Calibrator, RunOptions, preflight, processes_of
 
 
@@ -49,6 +49,7 @@ def execute(
     on_block: Callable[[BlockPlan, bool], None],
     calibrator: Calibrator | None = None,
     made: FinishedPieces | None = None,
+    on_share: OnShare | None = None,
 ) -> Outcome:
     """Carry out a plan.
 
@@ -59,6 +60,7 @@ def execute(
         on_block: Called once for every block when it is finished, with whether an earlier run had done so: those first.
         calibrator: What calibrates the output, where the plan has a calibration.
         made: The finished pieces of all blocks, where workers have made them.
+        on_share: As for `run_blocks`.
 
     Returns:
         The verification, all warnings, and the record of the calibration.
@@ -92,7 +94,7 @@ def execute(
             on_block(block, made is not None)
 
         device = str(ready.device) if ready.device else None
-        job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory)
+        job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory, on_share)
         with _unchanged_sources(plan):
             (made or engine_of(processes_of(options))).run(job, finished)
         diagnostics = dict(sorted(diagnostics.items()))

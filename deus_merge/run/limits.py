@@ -30,6 +30,11 @@ def memory(root: Path = Path("/")) -> tuple[int, int] | None:
     return available, total + swap
 
 
+def open_files() -> tuple[int, int]:
+    """How many files this process may open: its own limit, and the highest that it may set."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
 def allow_open_files(count: int) -> bool:
     """Let this process open ``count`` more files, if need be by raising its own limit; False where it may not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -17,7 +17,7 @@ from ..plan.blocks import BlockPlan
 from ..plan.pieces import Piece
 from ..plan.types import Plan
 from ..verify.weights import TensorCheck, examine
-from .engines import Job, engine_of
+from .engines import Job, OnShare, engine_of
 from .preflight import RunOptions, check_apart, check_memory, computing, is_complete, processes_of, run_identity
 
 #: called after each block, with whether it was finished already
@@ -61,12 +61,15 @@ class PieceJob:
             if record := self.store.any_record():
                 checked_identity([record.identity, self.identity], mixed_machines, self.store.folder)
 
-    def make(self, piece: Piece, on_block: OnBlock = lambda block, resumed: None) -> bool:
+    def make(
+        self, piece: Piece, on_block: OnBlock = lambda block, resumed: None, on_share: OnShare | None = None
+    ) -> bool:
         """Make a piece, unless it is finished.
 
         Args:
             piece: The piece.
             on_block: Called after each block, with whether it was finished already.
+            on_share: As for `run_blocks`.
 
         Returns:
             Whether it was made.
@@ -79,14 +82,14 @@ class PieceJob:
                 on_block(block, True)
             return False
         try:
-            self._make(piece, on_block)
+            self._make(piece, on_block, on_share)
         except DeusMergeError:
             self.complete = is_complete(self.plan, self.store.out, None)
             if not self.complete:  # otherwise others have made this piece, too, and finished the output
                 raise
         return True
 
-    def _make(self, piece: Piece, on_block: OnBlock) -> None:
+    def _make(self, piece: Piece, on_block: OnBlock, on_share: OnShare | None) -> None:
         began, blocks = time.monotonic(), {}
 
         def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
@@ -98,7 +101,8 @@ class PieceJob:
             try:
                 indices = [block.index for block in piece.blocks]
                 options = self.options
-                job = Job(self.plan, indices, writer, self.device, options.seed, self.threads, options.max_memory)
+                limits = self.threads, options.max_memory
+                job = Job(self.plan, indices, writer, self.device, options.seed, *limits, on_share)
                 engine_of(processes_of(options)).run(job, finished)
             finally:
                 writer.close()

@@ -17,7 +17,7 @@ from ..core.errors import PlanError
 from ..core.text import plural, some_of
 from ..plan.pieces import Piece, pieces, share
 from ..plan.types import Plan
-from .engines import FinishedPieces
+from .engines import FinishedPieces, OnShare
 from .engines.finished_pieces import run_record_of
 from .executor import Outcome, execute
 from .piece_job import OnBlock, PieceJob, checked_identity
@@ -52,6 +52,7 @@ def make_share(
     *,
     mixed_machines: bool = False,
     on_block: OnBlock = lambda block, resumed: None,
+    on_share: OnShare | None = None,
 ) -> Share:
     """Make one share of the pieces of an output, those that are not finished.
 
@@ -63,6 +64,7 @@ def make_share(
         total: How many shares there are.
         mixed_machines: Go on where finished pieces come from machines that round differently.
         on_block: Called after each block, with whether it was finished already.
+        on_share: As for `run_blocks`.
 
     Raises:
         DeusMergeError: the run is impossible; a tensor cannot be read, merged or written; there are finished pieces of
@@ -71,7 +73,7 @@ def make_share(
     found = pieces(plan)
     mine = share(found, number, total)
     job = PieceJob(plan, out, options, mixed_machines=mixed_machines)
-    fresh = {piece.name: job.make(piece, on_block) for piece in mine}
+    fresh = {piece.name: job.make(piece, on_block, on_share) for piece in mine}
     left = 0 if job.complete else sum(job.store.record(piece.name) is None for piece in found)
     made, earlier = (tuple(piece for piece in mine if fresh[piece.name] is new) for new in (True, False))
     return Share(made, earlier, left, plan.warnings + job.warnings, job.complete)

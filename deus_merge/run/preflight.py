@@ -14,6 +14,7 @@ from ..checkpoint.reader import TensorSource
 from ..checkpoint.shards import ShardWriter
 from ..checkpoint.system import existing
 from ..core.errors import DeusMergeError, PlanError
+from ..core.text import plural
 from ..core.units import format_size
 from ..plan.types import Plan
 from ..report.manifest import MANIFEST, Manifest, read_manifest
@@ -326,7 +327,7 @@ def _check_disk(plan: Plan, output: OutputFolder, more: int, *, with_weights: bo
         raise PlanError(
             "too few inodes on the file system",
             where=output.out,
-            expected=f"{files} files",
+            expected=f"{plural(files, 'file')}",
             got=f"{system.f_favail + len(left)} free",
             hint="a larger --max-shard-size makes fewer files",
         )

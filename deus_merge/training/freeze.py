@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
 from ..core.tensors import Action
+from ..core.text import plural
 from ..models.family import families
 from ..models.spec import RESIDUAL
 from ..report.manifest import MANIFEST, Manifest, read_manifest
@@ -53,10 +54,13 @@ class Trainable:
     def __str__(self) -> str:
         share = self.trained_parameters / max(1, self.trained_parameters + self.frozen_parameters)
         quantized = f", {self.quantized_tensors} of the tensors quantised" if self.quantized_tensors else ""
-        added = f"; {self.added_tensors} tensors of adapters are left as they are" if self.added_tensors else ""
+        added = (
+            f"; {plural(self.added_tensors, 'tensor')} of adapters are left as they are" if self.added_tensors else ""
+        )
         return (
-            f"layers {', '.join(map(str, self.layers))} train: {self.trained_tensors} tensors,"
-            f" {self.trained_parameters:,} parameters ({share:.1%}); {self.frozen_tensors} tensors,"
+            f"{'layers' if self.layers[1:] else 'layer'} {', '.join(map(str, self.layers))}"
+            f" {'train' if self.layers[1:] else 'trains'}: {plural(self.trained_tensors, 'tensor')},"
+            f" {self.trained_parameters:,} parameters ({share:.1%}); {plural(self.frozen_tensors, 'tensor')},"
             f" {self.frozen_parameters:,} parameters are frozen{quantized}{added}{self._advice()}"
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError
+from ..core.text import plural
 from .optimizers import check_rates, optimizer
 from .restoring import restored
 
@@ -59,7 +60,7 @@ class LrSearch:
         for points, steps in ((self.curve, self.steps), (self.finals, _LONG * self.steps)):
             finite = [loss for _, loss in points if math.isfinite(loss)]
             low, high = min(finite, default=0.0), max(finite, default=0.0)
-            lines.append(f"after {steps} steps")
+            lines.append(f"after {plural(steps, 'step')}")
             for lr, loss in points:
                 bar = (
                     f"{loss:.4f}  {'#' * (1 + round(30 * (loss - low) / (high - low or 1)))}" if loss in finite else ""
@@ -236,7 +237,7 @@ def _plan(batches: Iterable[Any], budget: int, device: Any) -> tuple[list[Any], 
         raise TrainingError(
             "the budget is too small",
             where="budget_tokens",
-            expected=f"{least * largest:,}: {least} steps of {largest:,} tokens",
+            expected=f"{least * largest:,}: {plural(least, 'step')} of {largest:,} tokens",
             got=f"{budget:,}",
             hint="smaller batches need less, but have a lower best rate",
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.quantized import is_cache_scale
 from ..core.errors import TrainingError
 from ..core.tensors import Action
+from ..core.text import plural
 from ..core.units import ITEMSIZE
 from ..report.manifest import Manifest
 from .converted import made_from
@@ -103,7 +104,7 @@ def parameters_of(model: Module, manifest: Manifest) -> Parameters:
         raise TrainingError(
             "the model is not the one of the manifest",
             where=type(model).__name__,
-            expected=f"its {len(planned)} tensors",
+            expected=f"its {plural(len(planned), 'tensor')}",
             got="; ".join(
                 f"{len(names)} {difference}, first {names[0]}"
                 for difference, names in (("missing", fewer), ("more", more))

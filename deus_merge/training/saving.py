@@ -11,6 +11,7 @@ from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
 from ..core.errors import CheckpointError, TrainingError
 from ..core.tensors import StoredTensor
+from ..core.text import plural
 from ..core.units import parse_size, torch_dtype
 from ..models.side_files import copied_files
 from ..report.manifest import Manifest, check_belongs
@@ -148,7 +149,7 @@ def _split(model: Module, name: str, parameter: torch.Tensor, names: list[str]) 
         raise TrainingError(
             "transformers does not save a weight as it is stored",
             where=name,
-            expected=f"{len(names)} tensors, first {names[0]}",
-            got=f"{len(found)} tensors, first {next(iter(found), None)}",
+            expected=f"{plural(len(names), 'tensor')}, first {names[0]}",
+            got=f"{plural(len(found), 'tensor')}, first {next(iter(found), None)}",
         )
     return dict(found)

@@ -92,6 +92,7 @@ def verify(
     sources: Sequence[TensorSource] | None = None,
     received: Mapping[str, str] | None = None,
     on_check: Callable[[Check, int], None] | None = None,
+    on_begin: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check an output folder.
 
@@ -105,6 +106,7 @@ def verify(
         received: With ``sources``: XXH3-128, in hex, of the bytes that were copied from other machines, by the name of
             the tensor. They are not read from there again.
         on_check: Called after each check, with the number of all checks.
+        on_begin: Called with the name of each check before it runs.
 
     Returns:
         The results of all checks.
@@ -132,6 +134,8 @@ def verify(
             finished(Check("manifest", False, str(error)))
     output = Output(folder, manifest, sources, received or {}, quick=quick) if manifest else None
     for name, check in wanted:
+        if on_begin is not None:
+            on_begin(name)
         began = time.monotonic()
         result = _run(check, output) if output else (None, "no manifest to compare with")
         facts = result[2] if len(result) == 3 else {}

@@ -18,7 +18,7 @@ from ..checkpoint.side_files import side_files
 from ..checkpoint.storage import LoadOptions, open_source
 from ..core.errors import DeusMergeError
 from ..core.tensors import Action, StoredTensor
-from ..core.text import some_of
+from ..core.text import plural, some_of
 from ..core.units import dtype_name, promoted
 from ..models.built import state_depth
 from ..models.config_json import section
@@ -112,8 +112,8 @@ class Output:
             size = sum(t.nbytes for t in checkpoint.tensors.values())
             if content.get("metadata", {}).get("total_size") != size:
                 wrong.append(f"{INDEX}: total_size is not {size}")
-        files = "1 file" if len(names) == 1 else f"{len(names)} files"
-        found = f"{files}, {len(checkpoint.tensors)} tensors, no hole and no overlap"
+        files = plural(len(names), "file")
+        found = f"{files}, {plural(len(checkpoint.tensors), 'tensor')}, no hole and no overlap"
         return (False, some_of(wrong, _SHOWN)) if wrong else (True, found)
 
     @property
@@ -169,12 +169,12 @@ class Output:
         check_config(checkpoint.config, view, float_shapes(checkpoint), self.folder)
         self._view, self._model = view, checkpoint
         if view.num_layers != manifest.num_layers:
-            return False, f"config.json: {view.num_layers} layers, planned {manifest.num_layers}"
+            return False, f"config.json: {plural(view.num_layers, 'layer')}, planned {manifest.num_layers}"
         modules = view_modules(checkpoint.config, tuple(checkpoint.tensors), view)
         for name, planned in (manifest.modules or {}).items():
-            got = modules[name].num_layers if name in modules else "no"
+            got = modules[name].num_layers if name in modules else 0
             if got != planned.num_layers:
-                return False, f"config.json: {name} has {got} layers, planned {planned.num_layers}"
+                return False, f"config.json: {name} has {plural(got, 'layer')}, planned {planned.num_layers}"
         settings = section(checkpoint.config, view.layers_path)
         for key in manifest.layer_lists:
             entries = settings.get(key)
@@ -186,7 +186,7 @@ class Output:
         if manifest.format > 1 and dtype != manifest.dtype and not manifest.trained:
             return False, f"config.json: dtype {dtype}, planned {manifest.dtype}"
         lists = f", lists: {', '.join(manifest.layer_lists)}" if manifest.layer_lists else ""
-        return True, f"{view.num_layers} layers, {len(manifest.new_layers)} new{lists}"
+        return True, f"{plural(view.num_layers, 'layer')}, {len(manifest.new_layers)} new{lists}"
 
     def _wrong_fact(self, view: ModelView) -> str | None:
         """What config.json says otherwise of a layer than planned; None where it does not. A trainer may have saved the
@@ -213,14 +213,14 @@ class Output:
             checks.append(TensorCheck(tensor, ZEROS if action is Action.ZEROS else copied))
         results = self._results = examine(checks, finite=self.finite)
         if self.fresh:
-            return True, f"{len(results)} tensors, computed now"
+            return True, f"{plural(len(results), 'tensor')}, computed now"
         self._only_before_training()
         if all(tensor.xxh3_128 is None for tensor in self.manifest.tensors.values()):
             raise Skipped("the run computed none (it had --no-verify, or an older version wrote it)")
         wrong = [name for name in results if not self._as_written(name)]
         if wrong:
             return False, self._places(wrong, "is not as it was written")
-        return True, f"{len(results)} tensors as written ({ALGORITHM})"
+        return True, f"{plural(len(results), 'tensor')} as written ({ALGORITHM})"
 
     def _as_written(self, name: str) -> bool:
         planned = self.manifest.tensors.get(name)
@@ -260,11 +260,13 @@ class Output:
         missing = sorted({self._source_index(name) for name in names if self._source_of(name) is None})
         reasons = [str(self._sources[index]) for index in missing]
         if derived:
+            were = "tensor was" if len(derived) == 1 else "tensors were"
             reasons.append(
-                f"{len(derived)} tensors were derived (adapter, tokenizer, document), so no source has their bytes"
+                f"{len(derived)} {were} derived (adapter, tokenizer, document), so no source has their bytes"
             )
         if plain:
-            reasons.append(f"{len(plain)} quantised weights were saved in floating point")
+            weights = "weight was" if len(plain) == 1 else "weights were"
+            reasons.append(f"{len(plain)} quantised {weights} saved in floating point")
         if not names and not derived and not plain:
             return True, "no tensor was copied"
         sources = {name: self._stored_source(self.checkpoint.tensors[name]) for name in compared}
@@ -306,7 +308,9 @@ class Output:
         """No tensor holds NaN or infinity."""
         wrong = [name for name, result in self.results.items() if result.finite is False]
         checked = sum(result.finite is not None for result in self.results.values())
-        return (False, self._places(wrong, "holds NaN or infinity")) if wrong else (True, f"{checked} tensors")
+        return (
+            (False, self._places(wrong, "holds NaN or infinity")) if wrong else (True, f"{plural(checked, 'tensor')}")
+        )
 
     def _action(self, name: str) -> Action | None:
         planned = self.manifest.tensors.get(name)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..checkpoint.reader import TensorSource
-from ..core.text import some_of
+from ..core.text import plural, some_of
 from ..models.built import CannotBuild, build, reason, resolved_config
 from ..models.config_json import Config, patched
 from ..models.layer_kinds import BuiltStack, LayerOrigin, build_stack, misfits
@@ -68,14 +68,17 @@ def tokenizer(checkpoint: TensorSource, view: ModelView, manifest: Manifest) -> 
         return None, f"transformers cannot load it here: {' '.join(str(error).split())}"
     planned = manifest.vocabulary
     if planned and tokens_digest(vocabulary) != planned["digest"]:
-        return False, f"its {len(vocabulary)} tokens are not the {planned['tokens']} planned, or have other ids"
+        return (
+            False,
+            f"its {plural(len(vocabulary), 'token')} are not the {planned['tokens']} planned, or have other ids",
+        )
     name = next((n for n in view.before if _EMBEDDINGS.search(n)), None)
     if name is None:
         return None, "no tensor is named like embeddings"
     rows, (last, token) = checkpoint.tensors[name].shape[0], max((i, token) for token, i in vocabulary.items())
     if last >= rows:
-        return False, f"token {token!r} has number {last}, {name} has {rows} rows"
-    return True, f"{len(vocabulary)} tokens for {rows} rows of {name}"
+        return False, f"token {token!r} has number {last}, {name} has {plural(rows, 'row')}"
+    return True, f"{plural(len(vocabulary), 'token')} for {plural(rows, 'row')} of {name}"
 
 
 class BuiltModel:
@@ -146,7 +149,7 @@ class BuiltModel:
         try:
             report = load_report(model, _shapes(self.checkpoint))
             if report.clean:
-                return True, f"{type(model).__name__}, {names} names and shapes"
+                return True, f"{type(model).__name__}, {plural(names, 'name')} and shapes"
             if self.base is None:
                 known = report.worse_than(LoadReport(), lambda name: ())
                 unsure = "" if self.view.described else f"; {self.sources[self.manifest.donor]}, to compare it with"
@@ -178,7 +181,7 @@ class BuiltModel:
             except CannotBuild as error:
                 return None, str(error)
             if len(output.layers) != stack.depth:
-                built = f"transformers builds {len(output.layers)} layers from config.json"
+                built = f"transformers builds {plural(len(output.layers), 'layer')} from config.json"
                 return False, f"{stack.title}{built}, planned {stack.depth}"
             if wrong := misfits(output, origins):
                 return False, stack.title + _list(map(str, wrong))
@@ -187,7 +190,7 @@ class BuiltModel:
         if unknown:
             return None, "; ".join(str(self.sources[number]) for number in sorted(unknown))
         depth = sum(stack.depth for stack in self._stacks())
-        return True, f"{depth} layers of {kinds} {'kind' if kinds == 1 else 'kinds'}, each like the one it comes from"
+        return True, f"{plural(depth, 'layer')} of {plural(kinds, 'kind')}, each like the one it comes from"
 
     def _stacks(self) -> list[_Stack]:
         """The stacks of the output: the main one, and those of other modules."""

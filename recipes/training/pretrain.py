@@ -1,6 +1,6 @@
 """Continued pre-training of an up-scaled model on text: only its new layers train, and the base is watched.
 
-    deus-merge upscale demo/SmolLM2-135M-Instruct deeper
+    deus-merge upscale HuggingFaceTB/SmolLM2-135M-Instruct deeper
     python recipes/training/pretrain.py deeper TEXT.txt --out trained
 
 Text is streamed: from text files, from JSON lines or Parquet files with a column of texts, or from a data set on the

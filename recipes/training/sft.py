@@ -1,6 +1,6 @@
 """Supervised fine-tuning of an up-scaled model on conversations, with trl.
 
-    deus-merge upscale demo/SmolLM2-135M-Instruct deeper
+    deus-merge upscale HuggingFaceTB/SmolLM2-135M-Instruct deeper
     python recipes/training/sft.py deeper CONVERSATIONS.jsonl --out trained
 
 Conversations are streamed, from JSON lines or Parquet files, or from a data set on the hub (org/name:config). A row has

@@ -136,9 +136,9 @@ slices:
         ("passthrough", [0]), ("lesa", [0, 1]), ("passthrough", [1]), ("lesa", [1, 2]), ("passthrough", [2])
     ]  # fmt: skip
     assert [s["layer"] for s in plan["layers"][12]["sources"]] == [7, 8]
-    done = run("merge", recipe, tmp_path / "out")
-    assert "3 layers, 1 to 9: compute" in done.err and "layer 12: compute" in done.err
-    assert "A 0 to A 8" in run("plan", recipe).out
+    run("merge", recipe, tmp_path / "out")
+    shown = run("plan", recipe).out
+    assert "3 layers, 1 to 9" in shown and "layer 12 " in shown and "A 0 to A 8" in shown
     record = json.loads((tmp_path / "out/deus_merge.json").read_text())
     data = (tmp_path / "out/model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -167,5 +167,5 @@ def test_memory_is_shared_among_workers(plan, tmp_path):
         api.preflight(plan, tmp_path / "out", api.RunOptions(workers=2, max_memory=limit - 1))
     assert api.preflight(plan, tmp_path / "out", api.RunOptions(workers=1, max_memory=limit - 1)) is not None
     api.preflight(plan, tmp_path / "out", api.RunOptions(workers=2, max_memory=limit))
-    with pytest.raises(api.DeusMergeError, match="no workers"):
+    with pytest.raises(api.DeusMergeError, match="not a number of workers"):
         api.preflight(plan, tmp_path / "two", api.RunOptions(workers=0))

@@ -12,6 +12,7 @@ from ...checkpoint.hub import resolve
 from ...checkpoint.reader import TensorSource
 from ...core.errors import CheckpointError, PlanError, nearest
 from ...core.located import Located
+from ...core.text import plural
 from ..reference import ModelRef
 from . import union
 from .files import (
@@ -172,7 +173,8 @@ def _assume(settings: TokenizerSettings, member: Member, first: Member, warnings
         settings.place.fail(
             f"{member.model} has no tokenizer",
             expected="tokenizer.json, or another file that transformers can convert",
-            got=f"none of them, and {member.rows} rows of embeddings" + f", not {first.rows}" * (member is not first),
+            got=f"none of them, and {plural(member.rows, 'row')} of embeddings"
+            + f", not {first.rows}" * (member is not first),
         )
     warnings.append(f"{member.model} has no tokenizer: that of {first.model} is assumed")
 
@@ -250,7 +252,7 @@ def _choice(
     if row is None:
         setting.place.fail(
             f"{names[model]} has no embedding for a token {wanted!r}",
-            expected=f"one of its {len(embedded[model])} tokens",
+            expected=f"one of its {plural(len(embedded[model]), 'token')}",
             got=wanted,
             hint=_nearest(str(wanted), embedded[model]),
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...checkpoint.header import parse_json, read_small
 from ...core.errors import CheckpointError, json_text
-from ...core.text import some_of
+from ...core.text import plural, some_of
 from ..reference import ModelRef
 
 _JSON = "tokenizer.json"
@@ -148,7 +148,7 @@ def mismatch_warning(model: ModelRef, files: Files, rows: int) -> str | None:
 
 def beyond_rows(model: ModelRef, tokens: Sequence[str], rows: int) -> str:
     """The warning about tokens whose id is beyond the embeddings."""
-    return f"the tokenizer of {model} has {quoted(tokens)} beyond the {rows} rows of its embeddings"
+    return f"the tokenizer of {model} has {quoted(tokens)} beyond the {plural(rows, 'row')} of its embeddings"
 
 
 def difference(models: Sequence[Files]) -> tuple[int, list[str]] | None:

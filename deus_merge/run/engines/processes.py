@@ -121,6 +121,10 @@ class _Crew:
                     left.discard(index)
                     self._job.writer.written_elsewhere(w.name for output in block.outputs for w in output.written)
                     on_finished(block, diagnostics)
+                elif kind == "share":
+                    if self._job.on_share:
+                        index, share = content
+                        self._job.on_share(self._job.plan.blocks[index], share)
                 else:
                     self._hand_out(number)
 

@@ -7,6 +7,8 @@ import pickle
 import queue
 import sys
 import threading
+import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,6 +22,8 @@ from ..block_runner import run_blocks
 from ..device import choose_device, set_threads
 from ..limits import allow_open_files
 
+_SHARE_SECONDS = 0.5  # from one report about a block to the next, at least
+
 
 def main() -> None:
     """Make the blocks that come through the socket whose descriptor is the last argument."""
@@ -27,6 +31,7 @@ def main() -> None:
     plan, folder, layouts, seed, threads, max_memory, count = pickle.loads(connection.recv_bytes())
     divide_spools((model.checkpoint for model in plan.models), count)
     name = connection.recv()
+    send = _sender(connection)
     batches: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, batches), daemon=True).start()
     try:
@@ -36,10 +41,10 @@ def main() -> None:
         set_threads(threads if name else None)
         writer = ShardWriter(folder, layouts, resume=True)
         while True:
-            connection.send(("ready",))
-            _make(plan, batches.get(), writer, connection, device=device, seed=seed, max_memory=max_memory)
+            send("ready")
+            _make(plan, batches.get(), writer, send, device=device, seed=seed, max_memory=max_memory)
     except Exception as error:
-        connection.send(("error", _sendable(error)))
+        send("error", _sendable(error))
 
 
 def _listen(connection: Connection, batches: queue.SimpleQueue[list[int]]) -> None:
@@ -52,13 +57,38 @@ def _listen(connection: Connection, batches: queue.SimpleQueue[list[int]]) -> No
         os._exit(1)
 
 
+<<<<<<< HEAD
 def _make(plan: Plan, batch: list[int], writer: ShardWriter, connection: Connection, **options: Any) -> None:
     def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
         names = [tensor.name for output in block.outputs for tensor in output.written]
         received = {name: writer.received[name] for name in names if name in writer.received}
         connection.send(("finished", block.index, diagnostics, received))
+=======
+def _sender(connection: Connection) -> Callable[..., None]:
+    """A function that sends a message, from any thread."""
+    lock = threading.Lock()
+>>>>>>> main
 
-    run_blocks(plan, batch, writer, on_block=finished, **options)
+    def send(*message: Any) -> None:
+        with lock:
+            connection.send(message)
+
+    return send
+
+
+def _make(plan: Plan, batch: list[int], writer: ShardWriter, send: Callable[..., None], **options: Any) -> None:
+    sent = 0.0
+
+    def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
+        send("finished", block.index, diagnostics)
+
+    def written(block: BlockPlan, share: float) -> None:
+        nonlocal sent
+        if not share or time.monotonic() - sent > _SHARE_SECONDS:
+            sent = time.monotonic()
+            send("share", block.index, share)
+
+    run_blocks(plan, batch, writer, on_block=finished, on_share=written, **options)
 
 
 def _sendable(error: Exception) -> Exception:

@@ -11,6 +11,7 @@ from ...checkpoint.dequantized import dequantized
 from ...checkpoint.reader import Checkpoint
 from ...checkpoint.tensor_source import TensorSource
 from ...core.errors import TrainingError
+from ...core.text import plural
 from ...models.built import CannotBuild
 from ...models.streamed import CannotStream
 from ...models.view import ModelView
@@ -152,7 +153,7 @@ def prepare(
     notes = list(writers.notes)
     tokens, fitted = windows.ids.numel(), windows.fitted * windows.length
     if tokens <= options.tokens - options.length:
-        notes.append(f"the text has only {tokens} tokens in whole windows")
+        notes.append(f"the text has only {plural(tokens, 'token')} in whole windows")
     if fitted < columns:
         notes.append(f"{fitted} fitted tokens for {columns} inputs: more tokens, or more damping, fit better")
     return Job(source.where, view, new_layers, runner, windows, writers, options, device, threads, needs, tuple(notes))

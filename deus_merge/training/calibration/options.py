@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import PlanError, TrainingError
+from ...core.text import plural
 from ...recipe.calibrate import CalibrationSettings, misfit
 from ...run.device import check_device_name
 from ..reading import check_rows, load_tokenizer
@@ -108,8 +109,8 @@ def read_windows(
         raise TrainingError(
             "the text is too short",
             where=where,
-            expected=f"at least two windows of {options.length} tokens",
-            got=f"{len(tokens(text))} tokens",
+            expected=f"at least two windows of {plural(options.length, 'token')}",
+            got=f"{plural(len(tokens(text)), 'token')}",
             hint="give more text, or shorter windows (length)",
         )
     windows, count = torch.tensor(ids), len(ids)  # (w, t)

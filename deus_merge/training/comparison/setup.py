@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import TrainingError
+from ...core.text import plural
 from ..freeze import freeze_base, new_parameters
 from ..matrices import linear_splits
 from ..optimizers import optimizer as new_layers_optimizer
@@ -115,7 +116,7 @@ def _top_layers(model: Module, count: int) -> tuple[str, ...]:
     """The prefixes of the names of the top layers."""
     name, layers = main_layers(model)
     if count > len(layers):
-        expected = f"at most {len(layers)} layers"
+        expected = f"at most {plural(len(layers), 'layer')}"
         raise TrainingError("the model has fewer layers", where="--without-growing", expected=expected, got=count)
     return tuple(f"{name}.{index}." for index in range(len(layers) - count, len(layers)))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...core.errors import TrainingError
+from ...core.text import plural
 from ..reading import check_rows
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class Tokens:
             raise TrainingError(
                 f"the {part.replace('_', '-')} part of the text is too short",
                 where="--text",
-                expected=f"{count} windows of {length} tokens",
-                got=f"{found} windows",
+                expected=f"{plural(count, 'window')} of {plural(length, 'token')}",
+                got=f"{plural(found, 'window')}",
                 hint="give more text, or fewer tokens with --tokens, --held-out or --length"
                 f" (every {_HELD_OUT}th piece of {_PIECE} characters is held out)",
             )
