@@ -211,7 +211,8 @@ def hub_errors(ref: str, revision: str | None, cached_only: bool = False) -> Ite
         RevisionNotFoundError,
     )
 
-    page = f"{constants.ENDPOINT}/{ref.partition('@')[0]}"
+    repository = ref.partition("@")[0]
+    page = f"{constants.ENDPOINT}/{repository}"
     try:
         yield
     except GatedRepoError as error:

@@ -116,24 +116,16 @@ def inspect(
     load = api.LoadOptions(allow_pickle, stream=stream)
     facts = summary(model, load, training)
     if similarity or plot:
-<<<<<<< HEAD
-        rows = []
-        for row in adjacent_similarity(model, load):
-            rows.append(row)
-            note(f"layers {row['layers'][0]} and {row['layers'][1]} done")
-        facts["similarity"] = rows
-=======
         pairs = facts["layers"] - 1
         facts["similarity"] = rows = []
         with steps(pairs, "pair of layers") as shown:
             shown.share("layers 0 and 1")
-            for row in adjacent_similarity(model, api.LoadOptions(allow_pickle)):
+            for row in adjacent_similarity(model, load):
                 rows.append(row)
                 lower, upper = row["layers"]
                 shown.end(f"layers {lower} and {upper}")
                 if upper < pairs:
                     shown.share(f"layers {upper} and {upper + 1}")
->>>>>>> main
     if scores:
         facts["scores"] = _scores(model, text, tokens, damping, load)
     if plot:

@@ -9,7 +9,6 @@ import click
 import yaml
 
 from .. import api
-from ..checkpoint.storage import DEFAULT_CACHE_SIZE
 from ..checkpoint.system import keep_freed_memory
 from ..core.garbage import collector_paused
 from ..core.text import plural
@@ -33,129 +32,6 @@ from .progress import block_progress, layer_notes
 from .recipes import load_recipe, recipe_options
 
 
-<<<<<<< HEAD
-class Size(click.ParamType):
-    """A size: ``8GiB``, ``5GB``, or a number of bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(value)
-        except DeusMergeError as error:
-            self.fail(f"{value!r} is not a size: expected {error.expected}", param, ctx)
-
-
-class ShareNumber(click.ParamType):
-    """``3/8``: the third of eight shares."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value))
-        number, total = map(int, match.groups()) if match else (0, 0)
-        if not 1 <= number <= total:
-            self.fail(f"{value!r} is not a share: expected K/N with K from 1 to N, like 3/8", param, ctx)
-        return number, total
-
-
-class Workers(click.ParamType):
-    """A number of processes, or the address of a Ray cluster."""
-
-    name = "workers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        text = str(value)
-        if text.startswith("ray://") or (text.isdecimal() and 1 <= int(text) <= 1024):
-            return text if text.startswith("ray://") else int(text)
-        return self.fail(f"{value!r} is neither a number from 1 to 1024 nor ray://HOST:PORT", param, ctx)
-
-
-mixed_machines = click.option(
-    "--mixed-machines", is_flag=True, help="Put pieces together that were computed on machines which round differently."
-)
-
-
-def _all(options: Sequence[mergekit.Decorator]) -> mergekit.Decorator:
-    """Several options as one decorator."""
-    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
-
-
-remote_options = [
-    click.option("--stream", is_flag=True, help="Read models of the hub by range, without a local copy."),
-    click.option("--cache-size", type=Size(), default=DEFAULT_CACHE_SIZE, show_default=True,
-                 help="The most that is on the disk at once of models read by range."),
-]  # fmt: skip
-
-
-plan_options = _all([
-    click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
-    click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True,
-                 help="Copy the tokenizer into the output."),
-    click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run."),
-    click.option("--cache-dir", "--transformers-cache", type=click.Path(path_type=Path, file_okay=False),
-                 help="The folder for models of the hub, and for what is read of models by range."),
-    *remote_options,
-])  # fmt: skip
-
-
-_training_options = [
-    click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
-                 help="Training: sequences in a forward pass."),
-    click.option("--length", type=click.IntRange(1), default=2048, show_default=True,
-                 help="Training: tokens of a sequence."),
-    click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw", show_default=True,
-                 help="Training: the optimizer."),
-    click.option("--checkpointing/--no-checkpointing", default=False, show_default=True,
-                 help="Training: compute layers anew in the backward pass."),
-    click.option("--accumulate/--no-accumulate", default=False, show_default=True,
-                 help="Training: add up the gradients of several batches."),
-    click.option("--base-dtype", "base", type=click.Choice(list(BASES)), default="bfloat16", show_default=True,
-                 help="Training: the dtype of the frozen base; what is stored quantised stays so."),
-]  # fmt: skip
-
-
-def training_options(command: Callable) -> Callable:
-    """Add the options about how new layers will be trained, which the command gets as one value, ``training``."""
-
-    @functools.wraps(command)
-    def with_settings(*args, **options):
-        fields = {field.name: options.pop(field.name) for field in dataclasses.fields(TrainingSettings)}
-        return command(*args, training=TrainingSettings(**fields), **options)
-
-    return _all(_training_options)(with_settings)
-
-
-def run_options(command: Callable) -> Callable:
-    """Add the options of every command that writes a checkpoint."""
-    options = [
-        click.option("--device", show_default="auto", help="auto, cpu, cuda or cuda:N."),
-        click.option("--cuda/--no-cuda", default=None, hidden=True),
-        click.option("--max-memory", type=Size(), help="Refuse to start if more memory is needed, e.g. 8GiB."),
-        plan_options,
-        click.option("--dry-run", is_flag=True, help="Do all checks and stop before writing."),
-        click.option("--resume", is_flag=True, help="Continue an interrupted run."),
-        click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete."),
-        click.option("--verify/--no-verify", "verify_output", default=True, show_default=True,
-                     help="Check the result before it is renamed to OUT."),
-        click.option("--seed", "--random-seed", type=int, default=0, show_default=True,
-                     help="Seed of methods that draw random numbers."),
-        click.option("--threads", "--num-threads", "-j", type=click.IntRange(1, 1024),
-                     help="CPU threads for arithmetic, of each worker."),
-        click.option("--workers", type=Workers(), default=1, show_default=True, metavar="N",
-                     help="Processes that make blocks at the same time, with several GPUs each on one; or a cluster:"
-                          " ray://HOST:PORT, ray://auto, ray://local."),
-        click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
-                     help="Write a README.md into the output."),
-        click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Print errors and warnings only."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-        *mergekit.options(),
-    ]  # fmt: skip
-    return _all(options)(command)
-
-
-=======
->>>>>>> main
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
 @click.argument("out", type=click.Path(path_type=Path))

@@ -57,17 +57,9 @@ def _listen(connection: Connection, batches: queue.SimpleQueue[list[int]]) -> No
         os._exit(1)
 
 
-<<<<<<< HEAD
-def _make(plan: Plan, batch: list[int], writer: ShardWriter, connection: Connection, **options: Any) -> None:
-    def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
-        names = [tensor.name for output in block.outputs for tensor in output.written]
-        received = {name: writer.received[name] for name in names if name in writer.received}
-        connection.send(("finished", block.index, diagnostics, received))
-=======
 def _sender(connection: Connection) -> Callable[..., None]:
     """A function that sends a message, from any thread."""
     lock = threading.Lock()
->>>>>>> main
 
     def send(*message: Any) -> None:
         with lock:
@@ -80,7 +72,9 @@ def _make(plan: Plan, batch: list[int], writer: ShardWriter, send: Callable[...,
     sent = 0.0
 
     def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
-        send("finished", block.index, diagnostics)
+        names = [tensor.name for output in block.outputs for tensor in output.written]
+        received = {name: writer.received[name] for name in names if name in writer.received}
+        send("finished", block.index, diagnostics, received)
 
     def written(block: BlockPlan, share: float) -> None:
         nonlocal sent
