@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..checkpoint.header import read_small
@@ -12,6 +12,7 @@ from ..plan.training_memory import TrainingSettings
 from ..recipe.catalog import catalog, entries_of
 from ..report.inspection import adjacent_similarity, parameter_counts, summary
 from ..report.manifest import RECIPE, read_manifest
+from ..report.shareable import shared_record
 from ..verify import Check, Verification
 from ..verify import verify as run_checks
 from .arguments import instance, model_of, name_of, path_of, text_of
@@ -25,6 +26,7 @@ def verify(
     quick: bool = False,
     logits_text: str | Path | None = None,
     strict: bool = False,
+    sources: Mapping[str, str | Path] | None = None,
     check: bool = False,
     on_begin: Callable[[str], None] | None = None,
     progress: OnProgress | None = None,
@@ -36,6 +38,7 @@ def verify(
         quick: Leave out finite values and the checks that need transformers.
         logits_text: Also compare the logits of base and output on this text, or on that of the file of a `Path`.
         strict: Count a skipped check as failed.
+        sources: Folders of sources that the manifest does not name, or that have moved, by their names there.
         check: Whether a failed check raises an error.
         on_begin: Called with the name of each check before it runs.
         progress: Called after each check, with how many there are.
@@ -45,6 +48,7 @@ def verify(
 
     Raises:
         VerifyError: a check failed, with ``check``.
+        PlanError: ``sources`` names a model that is no source.
     """
     text = None if logits_text is None else text_of(logits_text, "logits_text")
     folder, counter = path_of(out, "out"), Counter(progress)
@@ -52,7 +56,9 @@ def verify(
     def finished(result: Check, total: int) -> None:
         counter.step(result.name, total=total)
 
-    result = run_checks(folder, quick=quick, logits_text=text, strict=strict, on_check=finished, on_begin=on_begin)
+    result = run_checks(
+        folder, quick=quick, logits_text=text, strict=strict, places=sources, on_check=finished, on_begin=on_begin
+    )
     if check and not result.passed:
         failed = result.failed[0]
         raise VerifyError(f"{failed.name}: {failed.detail}", where=folder)
@@ -80,8 +86,9 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     manifest = read_manifest(out)
     recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
     found = (verification or verify(out, quick=True)).describe()
+    record = shared_record({"recipe": recipe, **found}, manifest, out)
     facts = {"folder": out.absolute().name, "parameters": parameter_counts(out, manifest.new_layers)}
-    text = render_page(manifest, recipe, found, **facts)
+    text = render_page(manifest, record.pop("recipe"), record, **facts)
     try:
         page.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -21,9 +21,10 @@ from ..recipe.reader import recipe_from
 from ..recipe.types import Recipe
 from ..report.manifest_parts import CalibratedLayer
 from ..run.engines.ray_tasks import make_pieces
-from ..run.executor import execute
+from ..run.executor import Outcome, execute
+from ..run.piece_job import OnBlock
 from ..run.pieces import finish
-from ..run.preflight import RunOptions
+from ..run.preflight import Calibrator, RunOptions
 from ..run.preflight import preflight as check_run
 from ..run.strip import Stripped
 from ..training.calibration.planned import calibrator_of
@@ -100,6 +101,34 @@ def merge(
     options = instance(options, RunOptions, "options")
     if not isinstance(recipe, Plan):
         recipe = plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
+
+    def run(block_finished: OnBlock, calibrator: Calibrator | None) -> Outcome:
+        if isinstance(options.workers, int):
+            return execute(recipe, target, options, block_finished, calibrator, on_share=on_share)
+        make_pieces(recipe, target, options, options.workers, on_block=block_finished)
+        return finish(recipe, target, options, lambda block, resumed: None, calibrator)
+
+    return carry_out(run, recipe, target, options, started, on_block, on_layer, progress)
+
+
+def carry_out(
+    run: Callable[[OnBlock, Calibrator | None], Outcome],
+    plan: Plan,
+    out: Path,
+    options: RunOptions,
+    started: float,
+    on_block: OnBlock | None,
+    on_layer: Callable[[CalibratedLayer, bool], None] | None,
+    progress: OnProgress | None,
+) -> MergeResult:
+    """Run a plan, and count its blocks and calibrated layers as steps.
+
+    Args:
+        run: Runs it, given what is called after each block, and what calibrates the output.
+        plan, out, options: As for `merge`.
+        started: When the call began, from `time.monotonic`.
+        on_block, on_layer, progress: As for `merge`.
+    """
     counter = Counter(progress)
 
     def block_finished(block: BlockPlan, resumed: bool) -> None:
@@ -112,15 +141,10 @@ def merge(
             on_layer(layer, resumed)
         counter.step(f"calibrated layer {layer.layer}", resumed)
 
-    calibrator = calibrator_of(recipe, options, layer_finished)
-    counter.total = len(recipe.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
-    if isinstance(options.workers, str):
-        make_pieces(recipe, target, options, options.workers, on_block=block_finished)
-        done = finish(recipe, target, options, lambda block, resumed: None, calibrator)
-    else:
-        done = execute(recipe, target, options, block_finished, calibrator, on_share=on_share)
-    seconds = time.monotonic() - started
-    return MergeResult(target, recipe, done.verification, done.warnings, seconds, done.calibration)
+    calibrator = calibrator_of(plan, options, layer_finished)
+    counter.total = len(plan.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
+    done = run(block_finished, calibrator)
+    return MergeResult(out, plan, done.verification, done.warnings, time.monotonic() - started, done.calibration)
 
 
 def upscale(

@@ -147,6 +147,7 @@ def export_training(
     optimizer: str | None = None,
     lr: float | None = None,
     output_ratio: float = 1.0,
+    private_paths: bool = False,
 ) -> str:
     """The settings with which another trainer trains an output's new layers and nothing else.
 
@@ -157,6 +158,7 @@ def export_training(
             given: then it is ``adamw``.
         lr: The learning rate.
         output_ratio: The learning rate of what began as zeros, in units of ``lr``.
+        private_paths: Whether the folder's path is written as a whole; else as it is seen from the working directory.
 
     Raises:
         CheckpointError: the output's manifest is missing or damaged.
@@ -165,4 +167,5 @@ def export_training(
     from ..training.export import export
     from ..training.export_optimizers import settings_of
 
-    return export(path_of(out, "out"), trainer, settings_of(optimizer, lr, output_ratio))
+    settings = settings_of(optimizer, lr, output_ratio)
+    return export(path_of(out, "out"), trainer, settings, private_paths=private_paths)

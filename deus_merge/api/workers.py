@@ -10,11 +10,12 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..report.manifest_parts import CalibratedLayer
 from ..run import pieces as run
-from ..run.preflight import RunOptions
-from ..training.calibration.planned import calibrator_of
+from ..run.executor import Outcome
+from ..run.piece_job import OnBlock
+from ..run.preflight import Calibrator, RunOptions
 from .arguments import instance, path_of
-from .merging import AnyRecipe, plan
-from .progress import Counter, OnProgress
+from .merging import AnyRecipe, carry_out, plan
+from .progress import OnProgress
 from .results import MergeResult
 
 
@@ -26,7 +27,7 @@ def make_share(
     options: RunOptions | None = None,
     *,
     mixed_machines: bool = False,
-    on_block: Callable[[BlockPlan, bool], None] = lambda block, resumed: None,
+    on_block: OnBlock = lambda block, resumed: None,
     on_share: Callable[[BlockPlan, float], None] | None = None,
 ) -> run.Share:
     """Make one share of the pieces of an output, in a folder next to it; `finish` puts the output together.
@@ -69,8 +70,8 @@ def finish(
     options: RunOptions | None = None,
     *,
     mixed_machines: bool = False,
-    on_block: Callable[[BlockPlan, bool], None] = lambda block, resumed: None,
-    on_layer: Callable[[CalibratedLayer, bool], None] = lambda layer, resumed: None,
+    on_block: OnBlock | None = None,
+    on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
     progress: OnProgress | None = None,
 ) -> MergeResult:
     """Put an output together whose pieces are finished: check them, add all other files, verify.
@@ -92,18 +93,8 @@ def finish(
     started, target = time.monotonic(), path_of(out, "out")
     options = instance(options, RunOptions, "options")
     recipe = recipe if isinstance(recipe, Plan) else plan(recipe)
-    counter = Counter(progress)
 
-    def block_finished(block: BlockPlan, resumed: bool) -> None:
-        on_block(block, resumed)
-        counter.step(f"{block.title}: {block.how}", resumed)
+    def put_together(block_finished: OnBlock, calibrator: Calibrator | None) -> Outcome:
+        return run.finish(recipe, target, options, block_finished, calibrator, mixed_machines=mixed_machines)
 
-    def layer_finished(layer: CalibratedLayer, resumed: bool) -> None:
-        on_layer(layer, resumed)
-        counter.step(f"calibrated layer {layer.layer}", resumed)
-
-    calibrator = calibrator_of(recipe, options, layer_finished)
-    counter.total = len(recipe.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
-    done = run.finish(recipe, target, options, block_finished, calibrator, mixed_machines=mixed_machines)
-    seconds = time.monotonic() - started
-    return MergeResult(target, recipe, done.verification, done.warnings, seconds, done.calibration)
+    return carry_out(put_together, recipe, target, options, started, on_block, on_layer, progress)

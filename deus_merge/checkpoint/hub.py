@@ -49,6 +49,7 @@ NEEDED = (
     "sentence_*_config.json",
     "[0-9]_[A-Z]*/*",
     "*.py",
+    "README.md",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY.md",
@@ -120,7 +121,7 @@ def split_revision(ref: str) -> tuple[str, str | None]:
         raise CheckpointError(
             "a local folder has no revisions", where=ref, got=f"@{revision}", hint=f"remove @{revision}"
         )
-    if not _REPOSITORY.fullmatch(repository) or len(repository) > 96 or "--" in repository or ".." in repository:
+    if not _is_repository(repository):
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
     if at and not _REVISION.fullmatch(revision):
         raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
@@ -130,6 +131,16 @@ def split_revision(ref: str) -> tuple[str, str | None]:
 def is_needed(name: str) -> bool:
     """Whether a merge reads a file of this name, which may have a folder in front of it, in a repository."""
     return any(fnmatch(name, p) for p in NEEDED) and not any(fnmatch(name, p) for p in UNNEEDED)
+
+
+def repository_of(ref: str) -> str | None:
+    """The id on the hub in a reference, ``org/name`` of ``org/name[@revision]``; None for a folder."""
+    repository = ref.partition("@")[0]
+    return repository if _local(ref) is None and _local(repository) is None and _is_repository(repository) else None
+
+
+def _is_repository(name: str) -> bool:
+    return bool(_REPOSITORY.fullmatch(name)) and len(name) <= 96 and "--" not in name and ".." not in name
 
 
 def _snapshot(folder: Path) -> Path:

@@ -28,7 +28,7 @@ from .system import exchange, existing, is_mount, sync_path
 
 # What --overwrite may remove: a folder with anything else belongs to the user.
 _MODEL_FILES = (
-    "*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt", "README.md", "deus_merge.yml",
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt", "README.md", "deus_merge*.yml",
     "report.html", "license*", "licence*", "*_license*", "notice*", "copying", "use_policy*", ".gitattributes",
     "*.tiktoken", "tokenizer.model.v*", "*.spm", "vocab.bpe", "system_prompt.txt",
 )  # fmt: skip

@@ -21,7 +21,7 @@ class FileStamp(NamedTuple):
         name: Its name.
         size: Its size in bytes.
         modified: Its modification time in nanoseconds.
-        tag: Of a file on another machine: its ETag or its commit.
+        tag: Of a file on another machine: its ETag or its commit, or that it has none; None for a file of this one.
     """
 
     name: str

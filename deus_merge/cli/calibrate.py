@@ -11,6 +11,7 @@ from ..core.text import plural
 from ..recipe.calibrate import read_text
 from .completion import complete_devices, words
 from .failures import report_bus_errors
+from .next_steps import show_next
 from .options import Size
 from .output import emit_json, note, quiet_transformers, table
 from .progress import layer_notes
@@ -82,3 +83,4 @@ def calibrate(out: Path, new: Path, text: Path, as_json: bool, **options):
         f" {plural(record.held_out_tokens, 'token')} that chose the steps; fitted on {plural(record.tokens, 'token')};"
         f" {done.seconds:.0f} s"
     )
+    show_next(new)

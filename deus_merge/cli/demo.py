@@ -12,6 +12,7 @@ from .. import api
 from ..checkpoint.staging import check_local
 from ..core.text import plural
 from .completion import complete_inserts, complete_presets
+from .next_steps import show_next
 from .output import note, quiet_transformers, show_verification
 from .progress import block_progress, check_progress
 
@@ -58,6 +59,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
     if not checked.passed:
         note("the result failed verification")
         raise click.exceptions.Exit(3)
+    show_next(target, new_layers=bool(plan.new_layers))
 
 
 def _continue(folder: Path, prompt: str, tokens: int) -> str:

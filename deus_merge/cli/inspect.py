@@ -33,9 +33,14 @@ _EXPERT = re.compile(r"experts\.(\d+)\.")
               help="A text file: also compare logits of base and output on it.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Leave out finite values, the tokenizer, and building the model.")
 @click.option("--strict", is_flag=True, help="Fail also if a check is impossible (a source is missing).")
+@click.option("--source", "sources", multiple=True, metavar="NAME=FOLDER",
+              help="Where a source is that the manifest does not name, or that has moved.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.pass_context
-def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, strict: bool, as_json: bool):
+def verify(
+    ctx: click.Context, out: Path, logits: Path | None, quick: bool, strict: bool, sources: tuple[str, ...],
+    as_json: bool,
+):  # fmt: skip
     """Check every byte of OUT against its manifest, its sources and transformers. Exit code 3 when a check fails.
 
     \b
@@ -48,8 +53,14 @@ def verify(ctx: click.Context, out: Path, logits: Path | None, quick: bool, stri
             text = file.read(20_000)
     quiet_transformers()
     report_bus_errors()
+    places = {}
+    for item in sources:
+        name, _, folder = item.rpartition("=")
+        if not name or not folder:
+            raise click.BadParameter(f"{item!r} is not NAME=FOLDER", param_hint="--source")
+        places[name] = folder
     with check_progress() as progress:
-        result = api.verify(out, quick=quick, logits_text=text, strict=strict, **progress)
+        result = api.verify(out, quick=quick, logits_text=text, strict=strict, sources=places, **progress)
     if as_json:
         emit_json(result.describe())
     else:

@@ -16,7 +16,8 @@ from ..core.yaml_text import parse
 from ..plan.training_memory import TrainingSettings
 from ..plan.types import Plan
 from ..recipe.types import Recipe
-from ..recipe.writer import dump_recipe
+from ..recipe.writer import absolute_path, dump_recipe
+from ..report.shareable import shared_path
 from .completion import (
     complete_dtypes,
     complete_inserts,
@@ -25,7 +26,16 @@ from .completion import (
     complete_recipes,
 )
 from .failures import report_bus_errors
-from .options import ShareNumber, Size, mixed_machines, plan_options, run_options, training_options
+from .next_steps import show_next
+from .options import (
+    ShareNumber,
+    Size,
+    mixed_machines,
+    plan_options,
+    private_paths_option,
+    run_options,
+    training_options,
+)
 from .output import emit_json, note, quiet_transformers, warn
 from .plan_view import fit_text, show_plan, show_share
 from .progress import block_progress, layer_notes
@@ -146,6 +156,7 @@ def upscale(
 @recipe_options
 @plan_options
 @click.option("--expand", is_flag=True, help="Print the recipe with presets expanded to slices.")
+@private_paths_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON on stdout.")
 @training_options
 @collector_paused()
@@ -154,6 +165,7 @@ def plan(
     models: tuple[str, ...],
     settings: tuple[str, ...],
     expand: bool,
+    private_paths: bool,
     as_json: bool,
     training: TrainingSettings,
     **options,
@@ -167,11 +179,11 @@ def plan(
       deus-merge plan opt_deus --model ./SmolLM2-135M --set upscale.insert=all
     """
     result = _plan(load_recipe(recipe, models, settings), **options)
-    if expand and as_json:
-        documents = list(yaml.safe_load_all(dump_recipe(result.recipe)))
-        emit_json(documents if len(documents) > 1 else documents[0])
-    elif expand:
-        click.echo(dump_recipe(result.recipe), nl=False)
+    if expand:
+        place = absolute_path if private_paths else lambda path: shared_path(path, Path.cwd())
+        text = dump_recipe(result.recipe, place)
+        documents = list(yaml.safe_load_all(text)) if as_json else []
+        emit_json(documents if len(documents) > 1 else documents[0]) if as_json else click.echo(text, nl=False)
     elif as_json:
         emit_json(result.describe(training))
     else:
@@ -250,3 +262,4 @@ def _run(
                 f" fitted on {plural(record.tokens, 'token')}"
             )
         note(f"{out}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}")
+        show_next(out, new_layers=bool(planned.new_layers))

@@ -79,6 +79,10 @@ plan_options = _all([
 ])  # fmt: skip
 
 
+private_paths_option = click.option(
+    "--private-paths", is_flag=True, help="Write absolute paths of this machine: not for sharing."
+)
+
 _training_options = [
     click.option("--batch", type=click.IntRange(1), default=1, show_default=True,
                  help="Training: sequences in a forward pass."),
@@ -128,6 +132,7 @@ def run_options(command: Callable) -> Callable:
                           " ray://HOST:PORT, ray://auto, ray://local."),
         click.option("--write-model-card/--no-write-model-card", "model_card", default=True, show_default=True,
                      help="Write a README.md into the output."),
+        private_paths_option,
         click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Print errors and warnings only."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
         *mergekit.options(),

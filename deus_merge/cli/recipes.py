@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from ..core.errors import RecipeError, nearest
 from ..core.yaml_text import parse_documents
-from ..recipe.overrides import with_models, with_values
+from ..recipe.overrides import changed_text, with_models, with_values
 from ..recipe.reader import recipe_of, recipe_text
 from ..recipe.shipped import recipe_names, shipped
 from ..recipe.types import Recipe
@@ -59,7 +60,8 @@ def load_recipe(source: Path, models: tuple[str, ...], settings: tuple[str, ...]
         raise RecipeError(
             f"the recipe cannot be read: {reason}", where=name, hint=_hint(source) if missing else None
         ) from None
-    return recipe_of(with_values(with_models(parse_documents(text, name), models), settings))
+    recipe = recipe_of(with_values(with_models(parse_documents(text, name), models), settings))
+    return replace(recipe, text=changed_text(text, models, settings))
 
 
 def _hint(missing: Path) -> str:

@@ -10,7 +10,8 @@ from .. import api
 from ..core.text import plural, some_of
 from ..training.export import TRAINERS
 from ..training.optimizers import KINDS
-from .options import Size
+from .next_steps import show_next
+from .options import Size, private_paths_option
 from .output import echo, emit_json, note
 
 
@@ -24,7 +25,10 @@ from .output import echo, emit_json, note
 @click.option("--lr", type=float, help="The learning rate; deus_merge.training.find_lr suggests one.")
 @click.option("--output-ratio", type=float, default=1.0, show_default=True,
               help="The learning rate of what began as zeros, in units of --lr.")  # fmt: skip
-def export_training(out: Path, trainer: str, optimizer: str | None, lr: float | None, output_ratio: float):
+@private_paths_option
+def export_training(
+    out: Path, trainer: str, optimizer: str | None, lr: float | None, output_ratio: float, private_paths: bool
+):
     """Print settings with which a trainer trains the new layers of OUT and nothing else.
 
     The effect of the settings is checked on the model's tensor names; a trainer that cannot express this is refused.
@@ -34,7 +38,9 @@ def export_training(out: Path, trainer: str, optimizer: str | None, lr: float | 
     Example:
       deus-merge export-training ./deeper --for axolotl --lr 3e-4 --output-ratio 2 >> axolotl.yml
     """
-    text = api.export_training(out, trainer, optimizer=optimizer, lr=lr, output_ratio=output_ratio)
+    text = api.export_training(
+        out, trainer, optimizer=optimizer, lr=lr, output_ratio=output_ratio, private_paths=private_paths
+    )
     echo(text.removesuffix("\n"))
 
 
@@ -83,3 +89,4 @@ def strip(out: Path, base: Path, manifest: Path | None, max_shard_size: int, ove
         note("the manifest of the previous growth was copied: the result can be stripped again")
     elif done.has_manifest is False:
         note("no manifest of the previous growth fits: to strip the result again, name one with --manifest")
+    show_next(base, manifest=bool(done.has_manifest), new_layers=bool(done.has_manifest))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.ASCII | re.DOTALL)
 #: also as a `Path` writes them, which has joined the two slashes into one
 _IN_TEXT = re.compile(r"\b(?:([A-Za-z][A-Za-z0-9+.-]*)://|(https?|s3a?|gs|az):/(?=[\w\[]))([^\s'\"<>]*)", re.ASCII)
+_CLOSING = ",;)]}"
 #: what stands before a host; a password may also hold characters that should have been encoded
 _USER = re.compile(r"([^/?#]*)@|([^/?#:@]+:(?!\d*(?:[/?#]|$))[^@]*)@")
 
@@ -56,7 +57,12 @@ def redacted(text: str) -> str:
     """A text in which every address is a `public_url`."""
     if ":/" not in text:
         return text
-    return _IN_TEXT.sub(lambda match: "{0.scheme}://{0.place}".format(_parts(match[1] or match[2], match[3])), text)
+    return _IN_TEXT.sub(lambda match: _public(match[1] or match[2], match[3]), text)
+
+
+def _public(scheme: str, rest: str) -> str:
+    url = rest.rstrip(_CLOSING)  # a list in YAML, a sentence in brackets
+    return f"{scheme}://{_parts(scheme, url).place}{rest[len(url) :]}"
 
 
 def url_path(url: str, *names: str) -> Path:

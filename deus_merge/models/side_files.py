@@ -32,7 +32,8 @@ _COPIED = re.compile(
 #: files that are no part of a model for transformers: weights in other formats, documentation, remains of training
 _NO_PART = re.compile(
     r"""
-    \..* | config\.json | params\.json | deus_merge\.(json|yml) | mergekit_config\.ya?ml | adapter_.* | readme.*
+    \..* | config\.json | params\.json | deus_merge(\.original)?\.(json|yml) | mergekit_config\.ya?ml | adapter_.*
+    | readme.*
     | .*\.(safetensors|index\.json|bin|pt|pth|gguf|ggml|ckpt|h5|msgpack|onnx.*|ot|np[yz]|nemo|mlmodel|tflite|pkl)
     | .*\.(md|rst|pdf|png|jpe?g|gif|svg|webp|bmp|ico|mp4|webm|wav|mp3|html|css|ipynb|csv|parquet|log|lock|sh|dat)
     | trainer_state\.json | training_args\..* | optimizer.* | scheduler.* | rng_state.* | events\..* | zero_to_fp32\.py

@@ -10,6 +10,7 @@ from typing import Any
 from ..core.errors import PlanError
 from ..core.located import Located
 from ..core.parameters import as_number
+from .references import from_file
 
 METHODS = ("ridge", "kfac")
 
@@ -94,7 +95,7 @@ def read_calibrate(node: Located) -> Calibrate:
     keys = node.mapping(_KEYS, "a calibrate section")
     if "text" not in keys:
         node.fail("calibrate needs a text", expected="text: a file with text like that of the training")
-    given: dict[str, Any] = {"text": keys["text"].string("the path of a text file")}
+    given: dict[str, Any] = {"text": from_file(keys["text"].string("the path of a text file"), keys["text"].file)}
     for name in ("tokens", "length", "batch", "seed"):
         if name in keys:
             given[name] = keys[name].integer()

@@ -55,6 +55,20 @@ def with_values(documents: Sequence[Located], settings: Sequence[str]) -> _Docum
     return tuple(done)
 
 
+def changed_text(text: str, changes: Sequence[str], settings: Sequence[str]) -> str:
+    """A recipe's text with a comment at its end for each change that it was run with.
+
+    Args:
+        text: The recipe as it was written.
+        changes, settings: As for `with_models` and `with_values`.
+    """
+    options = [f"--model {change}" for change in changes] + [f"--set {setting}" for setting in settings]
+    if not options:
+        return text
+    lines = [f"#   {line}" for option in options for line in option.splitlines()]
+    return "\n".join([text.rstrip("\n"), "# It was run with these changes; deus_merge.yml has them:", *lines, ""])
+
+
 def _name(document: Located) -> str | None:
     """The name of a document, if it has one."""
     place = document.value.get("name") if isinstance(document.value, dict) else None

@@ -65,7 +65,7 @@ def recipe_text(file: BinaryIO) -> str:
 
 def parse_recipe(text: str, file: str = "recipe") -> Recipe:
     """Read a recipe's text; raises RecipeError as `read_recipe`."""
-    return recipe_of(parse_documents(text, file))
+    return replace(recipe_of(parse_documents(text, file)), text=text)
 
 
 def recipe_of(roots: Sequence[Located]) -> Recipe:

@@ -135,6 +135,7 @@ class Recipe:
         documents: The other documents of the recipe, each after the documents that it needs.
         notes: Warnings about values that have no effect.
         source: The recipe as YAML.
+        text: The recipe as its user wrote it; None where it was not read from text.
     """
 
     slices: tuple[OutputSlice, ...] = ()
@@ -152,6 +153,7 @@ class Recipe:
     documents: tuple[Recipe, ...] = ()
     notes: tuple[str, ...] = field(compare=False, default=())
     source: Located = field(compare=False, repr=False, default=Located(None))
+    text: str | None = field(compare=False, repr=False, default=None)
 
     def __repr__(self) -> str:
         models = ", ".join(dict.fromkeys(str(ref.text) for ref in self.references()))

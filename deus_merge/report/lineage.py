@@ -14,6 +14,7 @@ from ..recipe.writer import dump_recipe
 from .manifest import MANIFEST, manifest_among
 from .manifest_parts import Growth
 from .plan_manifest import planned_source, sha256
+from .shareable import shared_name
 
 
 def ancestors(plan: Plan) -> tuple[tuple[Growth, ...], tuple[str, ...]]:
@@ -43,7 +44,7 @@ def _growths_of(model: SourceModel, warnings: list[str]) -> tuple[Growth, ...]:
         own = Growth(
             plan_hash=plan.hash,
             sources=tuple(planned_source(m.checkpoint, str(m.ref)) for m in plan.models),
-            recipe=sha256(dump_recipe(plan.recipe).encode()),
+            recipe=sha256(dump_recipe(plan.recipe, shared_name).encode()),
             new_layers=plan.new_layers,
             trained=False,
         )

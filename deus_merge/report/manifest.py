@@ -21,6 +21,7 @@ from ..core.errors import CheckpointError, VerifyError, json_text
 from ..core.tensors import Action
 from ..core.typed_json import Misfit, Range, dump, parse, step
 from ..models.view import ModelView, prefix_of, view_model
+from ..recipe.references import ORIGINAL, WRITTEN
 from .manifest_parts import (
     Calibration,
     Count,
@@ -35,9 +36,11 @@ from .manifest_parts import (
     WeightFile,
 )
 from .old_formats import upgraded
+from .shareable import found_manifest, shared_manifest
 
 MANIFEST = "deus_merge.json"
-RECIPE = "deus_merge.yml"
+RECIPE = WRITTEN
+RECIPES = (WRITTEN, ORIGINAL)
 #: 1: the first. 2: weights, dtype, layer_lists, checksums, dtype and shape of tensors, the seal. 3: `Action` words.
 FORMAT = 3
 #: Files that the run writes for the user to edit: they have no checksum.
@@ -127,9 +130,15 @@ class Manifest:
         """The manifest as JSON data in the newest format, without the seal."""
         return {"format": FORMAT, **{key: value for key, value in dump(self).items() if key != "format"}}
 
-    def sealed(self) -> bytes:
-        """The manifest's file."""
-        return seal(self.to_json())
+    def sealed(self, folder: Path | None = None) -> bytes:
+        """The manifest's file.
+
+        Args:
+            folder: The output's folder: the file names its sources by the rule of `shareable`. None writes them as
+                they are, with absolute paths.
+        """
+        data = self.to_json()
+        return seal(shared_manifest(data, folder) if folder else data)
 
     def with_checksums(self, checksums: Mapping[str, str]) -> Manifest:
         """The same manifest with the XXH3-128 checksum of each tensor."""
@@ -295,7 +304,7 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
         hint = "it was damaged or edited: restore it from a backup, or write the output again"
         raise VerifyError("the manifest is not as it was written", where=path, hint=hint)
     try:
-        return Manifest.from_json(data)
+        return Manifest.from_json(found_manifest(data, path.parent))
     except Misfit as misfit:
         got = "nothing" if misfit.got is None else misfit.got
         place = f"the manifest is malformed: {misfit.place}"

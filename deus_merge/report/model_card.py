@@ -1,24 +1,34 @@
-"""The model card of an output: front matter for the hub, layer map, recipe. The same plan gives the same card."""
+"""The model card of an output: front matter for the hub, how to use and train it, limits, layer map, recipe.
+
+The same plan gives the same card, as long as the cards of its sources stay the same.
+"""
 
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
-
-import yaml
 
 from .. import __version__
 from ..checkpoint.hub import split_adapter
 from ..core.errors import printable
 from ..core.tensors import Action
 from ..core.typed_json import parse
+from ..core.units import format_count
+from ..models.tokenizer.files import is_tokenizer_file
 from ..plan.types import Plan
-from .manifest_parts import Calibration, Growth, ManifestLayer
+from .card_metadata import front_matter, join_card, licenses, unnamed
+from .manifest import MANIFEST, RECIPE
+from .manifest_parts import Growth, ManifestLayer
+from .shareable import PRIVATE, shared_name, shared_text
 
-_SAME = re.compile(r"^It computes exactly what .* computes: the new layers add nothing until they are trained\.$", re.M)
+#: The card is for Markdown of the hub; `card_edits` finds these lines again once a model is calibrated or trained.
+SAME = "It computes exactly what {base} computes: the new layers add nothing until they are trained."
+OTHER = "It does not compute what {base} computes: expect a worse loss until it is trained."
+_IN_TITLE = 3  # models
+UNTRAINED = "- Its new layers are not trained: it is a start for training, not better than {base}."
 
 
 def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -> str:
@@ -26,76 +36,101 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -
 
     Args:
         plan: The plan that was run.
-        recipe_yaml: The resolved recipe.
+        recipe_yaml: The recipe as its user wrote it, without folders of this machine.
         ancestors: Earlier growths of the sources (`lineage.ancestors`).
     """
-    sources = _sources(plan)
-    names = ["+".join(parts) for parts in sources]
-    for folder in (f for m in plan.models for f in m.checkpoint.folders):
-        recipe_yaml = recipe_yaml.replace(str(folder), folder.name)  # a card does not name its author's folders
-    if how := plan.recipe.calibrate:
-        recipe_yaml = recipe_yaml.replace(str(Path(how.text).absolute()), Path(how.text).name)
-    front = {
-        "base_model": list(dict.fromkeys(part for parts in sources for part in parts)),
-        "library_name": "transformers",
-        "tags": ["merge", "deus_merge", *(["depth-up-scaling"] if plan.new_layers else [])],
-    }
+    names, private = ["+".join(parts) for parts in _sources(plan)], PRIVATE in recipe_yaml
     base = _markdown(_name(str(plan.donor.ref)))
     depth = plan.donor.view.num_layers
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {base}, {plan.num_layers} layers",
-        "",
-    ]
+    title = _markdown(" + ".join(names)) if 1 < len(names) <= _IN_TITLE else base
+    lines = [f"# {title}, {plan.num_layers} layers", ""]
     lines.append(
-        f"Written by deus_merge {__version__} from {_markdown(', '.join(names))}: {depth} → {plan.num_layers} layers."
+        f"Written by deus_merge {__version__} from {_markdown(', '.join(names))}: {depth} → {plan.num_layers} layers,"
+        f" {_parameters(plan)}."
     )
     if plan.function_preserving and plan.new_layers:
-        lines.append(f"It computes exactly what {base} computes: the new layers add nothing until they are trained.")
+        lines.append(SAME.format(base=base))
     elif plan.new_layers:
-        lines.append(f"It does not compute what {base} computes: expect a worse loss until it is trained.")
-    lines += [f"\nNote: {_markdown(warning)}." for warning in plan.warnings]
+        lines.append(OTHER.format(base=base))
+    lines += [f"\nNote: {_markdown(_without_folders(warning, plan))}." for warning in plan.warnings]
     if ancestors:
         history = "; ".join(f"{_grown(a)} by plan {_markdown(a.plan_hash[:8])}" for a in ancestors)
         lines += ["", f"Earlier growths, oldest first (layers as numbered here): {history}."]
+    lines += ["", "## Use", "", *_loading(plan), ""]
     if plan.new_layers:
-        new = ", ".join(map(str, plan.new_layers))
-        lines += ["", "## Training", "", f"New layers: {new}. `deus_merge.json` lists the exact names of their"]
-        lines.append(
-            "tensors under `new_parameters`. `deus_merge.training.freeze_base(model, folder)` freezes all others;"
-        )
-        lines.append("`deus-merge export-training` prints settings for trainers.")
+        lines += ["## Training", "", *_training(plan), ""]
+    lines += ["## Limits", "", *_limits(plan, base)]
     maps = [(f"Layers of {d.name}", d.plan.layer_map()) for d in plan.documents] + [("Layers", plan.layer_map())]
     maps += [(f"Layers of {name}", part["layers"]) for name, part in plan.module_maps().items()]
     for title, entries in ((t, e) for t, e in maps if e):
         lines += ["", f"## {_markdown(title)}", "", "| layer | from | how |", "|---|---|---|"]
         lines += [f"| {layers} | {_markdown(origin)} | {how} |" for layers, origin, how in _layer_rows(entries)]
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_yaml)), default=0))
-    lines += ["", "## Recipe", "", f"{fence}yaml", recipe_yaml.strip(), fence, ""]
-    return "\n".join(lines)
+    lines += ["", "## Recipe", "", "As it was written" + (", without folders of its author." if private else ".")]
+    lines += [f"`{RECIPE}` is the same, expanded, with local models as seen from this folder:"]
+    lines += [f"`deus-merge merge {RECIPE} NEW_FOLDER` runs it again.", ""]
+    text = "\n".join(map(printable, recipe_yaml.strip().splitlines()))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    lines += [f"{fence}yaml", text, fence, ""]
+    return join_card(front_matter(plan), "\n".join(lines))
 
 
-def calibrated_card(card: str, record: Calibration) -> str:
-    """A model card that says that the outputs of new layers were set, in place of that they add nothing.
+def _parameters(plan: Plan) -> str:
+    """The number of parameters, in words."""
+    all_of_them, new = plan.shape.parameters, plan.shape.new_parameters
+    if not new:
+        return f"{format_count(all_of_them)} parameters"
+    before = format_count(all_of_them - new)
+    return f"{before} → {format_count(all_of_them)} parameters ({format_count(new)} new)"
 
-    Args:
-        card: The card of the model that was calibrated; its user may have edited it.
-        record: The calibration.
-    """
-    set_layers = ", ".join(str(layer.layer) for layer in record.layers if layer.tensors)
-    if not set_layers:
-        return card
-    text = (
-        f"The outputs of its new layers {set_layers} were set in closed form ({record.method}) from {record.tokens}"
-        f" tokens of a text, which count as training tokens. Loss of {record.held_out_tokens} tokens that were held"
-        f" out to choose the step: {record.loss_before:.4f} before, {record.loss_after:.4f} after."
-    )
-    if _SAME.search(card):
-        return _SAME.sub(lambda _: text, card, count=1)
-    return f"{card.rstrip()}\n\n{text}\n"
+
+def _loading(plan: Plan) -> list[str]:
+    """Lines that load the model in transformers."""
+    architecture = str(next(iter(plan.config.get("architectures") or ()), ""))
+    kind = "AutoModel"
+    if architecture.endswith("ForCausalLM"):
+        kind = "AutoModelForCausalLM"
+    elif architecture.isidentifier() and "auto_map" not in plan.config:
+        kind = architecture
+    code = ", trust_remote_code=True" if "auto_map" in plan.config else ""
+    tokenizer = any(is_tokenizer_file(name) for name in plan.files)
+    return [
+        "```python",
+        f"from transformers import {', '.join(sorted([kind, *(['AutoTokenizer'] if tokenizer else [])]))}",
+        "",
+        'path = "."  # this folder, or its name on the hub',
+        f'model = {kind}.from_pretrained(path, dtype="auto"{code})',
+        *([f"tokenizer = AutoTokenizer.from_pretrained(path{code})"] if tokenizer else []),
+        "```",
+    ]
+
+
+def _training(plan: Plan) -> list[str]:
+    """Lines about the new layers and how to train them."""
+    new = ", ".join(map(str, plan.new_layers))
+    return [
+        f"New layers: {new}. All others stay as they are while these are trained. `{MANIFEST}` lists the exact",
+        "names of the tensors to train under `new_parameters`.",
+        "",
+        "```python",
+        "from deus_merge import training",
+        "",
+        "model, tokenizer = training.prepare(path)  # only the new layers train",
+        "```",
+        "",
+        "`deus-merge export-training FOLDER --for axolotl` (`llama-factory`, `trainer`) prints settings for a trainer.",
+    ]
+
+
+def _limits(plan: Plan, base: str) -> list[str]:
+    """What a reader should not expect of the model, as a list."""
+    lines = [UNTRAINED.format(base=base)] if plan.new_layers else []
+    lines.append("- It was not evaluated. What its sources cannot do or do wrong, it may do, too.")
+    for name, word in licenses(plan):
+        lines.append(f"- Licence of {_markdown(name)}: {_markdown(word)}. Choose this model's licence accordingly.")
+    local = [_markdown(name) for name in unnamed(plan)]
+    if local:
+        lines.append(f"- Not in `base_model`, since the id on the hub is not known: {', '.join(local)}.")
+    return lines
 
 
 def _sources(plan: Plan) -> list[tuple[str, ...]]:
@@ -138,9 +173,18 @@ def _layer_rows(layer_map: Sequence[Mapping]) -> Iterator[tuple[str, str, str]]:
 
 def _name(ref: str) -> str:
     """A model's name without the folders of the person who ran the merge."""
-    parts = [part for part in split_adapter(ref) if part is not None]
-    name = "+".join(Path(part).name if Path(part).exists() else part for part in parts)
-    return printable(name)
+    return printable(shared_name(ref))
+
+
+def _without_folders(text: str, plan: Plan) -> str:
+    """A warning with models by their names."""
+    plans = (plan, *(document.plan for document in plan.documents))
+    models = [model for part in plans for model in part.models]
+    paths = {part for m in models for part in split_adapter(str(m.ref)) if part is not None}
+    paths |= {str(folder) for m in models for folder in m.checkpoint.folders}
+    for path in sorted(filter(os.path.isabs, paths), key=len, reverse=True):
+        text = text.replace(path, shared_name(path))
+    return shared_text(text)
 
 
 def _markdown(text: str) -> str:

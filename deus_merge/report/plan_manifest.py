@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .. import __version__
+from ..checkpoint.contents import contents_digest
 from ..checkpoint.dequantized import DequantizedSource
 from ..checkpoint.formats.registry import is_zeros
 from ..checkpoint.reader import TensorSource
@@ -77,7 +78,7 @@ def manifest_of(
         donor=0,
         donor_config=config_patch(plan.config, donor.checkpoint.config),
         layer_prefix=donor.view.layer_prefix,
-        sources=tuple(planned_source(s, name, depths.get(s)) for s, name in sources.items()),
+        sources=tuple(_with_contents(planned_source(s, name, depths.get(s)), s) for s, name in sources.items()),
         num_layers=plan.num_layers,
         dtype=plan.config.get("dtype") or plan.config.get("torch_dtype"),
         layer_lists=listed_keys(plan.config, donor.view.layers_path, facts),
@@ -126,6 +127,13 @@ def planned_source(source: TensorSource, name: str, layers: int | None = None) -
     """
     record = {"model": name, "fingerprint": source.fingerprint, **source.provenance}
     return parse(ManifestSource, record | ({} if layers is None else {"layers": layers}))
+
+
+def _with_contents(record: ManifestSource, source: TensorSource) -> ManifestSource:
+    elsewhere = any(stamp.tag is not None for stamp in source.stamp())  # its ETags or its commit say more
+    if record.document is not None or elsewhere:
+        return record
+    return replace(record, contents=contents_digest(source))
 
 
 def sha256(content: bytes) -> str:

@@ -16,12 +16,14 @@ from ..core.errors import CheckpointError, DeusMergeError, SolverError, Training
 from ..core.text import some_of
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
-from ..recipe.writer import dump_recipe
+from ..recipe.references import ORIGINAL
+from ..recipe.writer import as_written, dump_recipe
 from ..report.lineage import ancestors
 from ..report.manifest import MANIFEST, RECIPE, Manifest, read_manifest
 from ..report.manifest_parts import Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
+from ..report.shareable import shared_path, shared_recipe
 from ..verify import Verification, verify
 from .engines import FinishedPieces, Job, OnShare, engine_of
 from .preflight import Calibrator, RunOptions, preflight, processes_of
@@ -101,7 +103,7 @@ def execute(
         output.flush(wait=False)  # while the result is checked
         seconds = time.monotonic() - began + (made.seconds if made else 0.0)
         run_record = ready.run_record | {"seconds": round(seconds, 3)}
-        files = _write_files(plan, output, past, options.model_card)
+        files = _write_files(plan, output, past, options)
         manifest = manifest_of(plan, files, diagnostics, run_record, past)
         if made:
             manifest = replace(manifest, warnings=(*manifest.warnings, *made.warnings))
@@ -116,7 +118,7 @@ def execute(
             if made:
                 made.compare(verification.checksums, _calibrated(manifest))
             manifest = manifest.with_checksums(verification.checksums)
-        output.put(MANIFEST, manifest.sealed())
+        output.put(MANIFEST, manifest.sealed(None if options.private_paths else output.out))
         output.finish()
     warnings = (
         *plan.warnings,
@@ -161,16 +163,20 @@ def _unchanged_sources(plan: Plan) -> Iterator[None]:
     check()
 
 
-def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], card: bool) -> dict[str, bytes]:
+def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], options: RunOptions) -> dict[str, bytes]:
     """Write all files but the weights and the manifest."""
-    recipe = dump_recipe(plan.recipe)
+    written = shared_recipe(plan)
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json_text(plan.config, indent=2) + "\n").encode()
-    files[RECIPE] = recipe.encode()
-    if card:
-        files["README.md"] = model_card(plan, recipe, past).encode()
+    if options.private_paths:
+        files[RECIPE], files[ORIGINAL] = dump_recipe(plan.recipe).encode(), as_written(plan.recipe).encode()
+    else:
+        recipe = dump_recipe(plan.recipe, lambda path: shared_path(path, output.out))
+        files[RECIPE], files[ORIGINAL] = recipe.encode(), written.encode()
+    if options.model_card:
+        files["README.md"] = model_card(plan, written, past).encode()
     for name, content in files.items():
         output.put(name, content)
     return files

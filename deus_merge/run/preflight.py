@@ -47,6 +47,7 @@ class RunOptions:
         workers: How many processes make blocks at the same time; with several GPUs each has one of them. Or a Ray
             cluster: ``ray://HOST:PORT``, ``ray://auto`` or ``ray://local``.
         model_card: Write a README.md.
+        private_paths: Write absolute paths of this machine into the manifest and the recipes beside the output.
     """
 
     device: str = "auto"
@@ -58,6 +59,7 @@ class RunOptions:
     threads: int | None = None
     workers: int | str = 1
     model_card: bool = True
+    private_paths: bool = False
 
 
 class Calibrator(Protocol):

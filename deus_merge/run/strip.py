@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, OutputFolder, ShardLayout, TensorEntry, index_json, plan_shards
@@ -22,7 +22,7 @@ from ..models.layer_facts import expand
 from ..models.side_files import copied_files
 from ..models.stacks import depth_at
 from ..models.view import ModelView, prefix_of, view_model
-from ..report.manifest import MANIFEST, RECIPE, Manifest, check_belongs, read_manifest
+from ..report.manifest import MANIFEST, RECIPE, RECIPES, Manifest, check_belongs, read_manifest
 from ..report.manifest_parts import ManifestLayer, WeightFile
 from ..report.plan_manifest import sha256
 from ..verify.weights import TensorCheck, examine
@@ -119,8 +119,7 @@ def strip(
     if len(shards) > 1:
         files[INDEX] = index_json(shards)
     earlier = _EarlierGrowth.of(record)
-    if earlier.recipe is not None:
-        files[RECIPE] = earlier.recipe
+    files |= earlier.recipes
 
     identity = sha256(f"strip {record.plan_hash}".encode())
     output = OutputFolder(out, plan_hash=identity, overwrite=overwrite)
@@ -133,7 +132,7 @@ def strip(
         _check_written(written, sources)
         equal, widened, different = _compare(written, base) if base else (None, 0, ())
         unchanged = equal is not None and not different and not widened
-        content = earlier.sealed(shards, files, written, unchanged, record.base_trained)
+        content = earlier.sealed(shards, files, written, unchanged, record.base_trained, output.out)
         if content is not None:
             output.put(MANIFEST, content)
         output.finish()
@@ -175,12 +174,12 @@ class _EarlierGrowth:
     Attributes:
         expected: Whether there was one; False also where the base is available and has no manifest.
         manifest: Its manifest, where that is available.
-        recipe: Its recipe's bytes, where they are available.
+        recipes: Its recipes: name -> bytes; nothing where they are not available.
     """
 
     expected: bool
     manifest: Manifest | None = None
-    recipe: bytes | None = None
+    recipes: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def of(cls, manifest: Manifest) -> _EarlierGrowth:
@@ -197,8 +196,9 @@ class _EarlierGrowth:
             growth = growths[earlier.plan_hash]
         except (DeusMergeError, KeyError):
             return cls(expected=True)
-        recipe = read_small(folder / RECIPE) if (folder / RECIPE).is_file() else b""
-        return cls(True, earlier, recipe if sha256(recipe) == growth.recipe else None)
+        there = {name: read_small(folder / name) for name in RECIPES if (folder / name).is_file()}
+        expected = {**{name: earlier.files.get(name) for name in RECIPES}, RECIPE: growth.recipe}
+        return cls(True, earlier, {name: c for name, c in there.items() if sha256(c) == expected[name]})
 
     def sealed(
         self,
@@ -207,6 +207,7 @@ class _EarlierGrowth:
         written: Checkpoint,
         unchanged: bool,
         base_trained: bool,
+        out: Path,
     ) -> bytes | None:
         """Its manifest's file for the weights that were written; None where it is not available, or where they were
         cast to a dtype that does not hold its tensors."""
@@ -223,7 +224,7 @@ class _EarlierGrowth:
             trained=self.manifest.trained or not unchanged,
             base_trained=self.manifest.base_trained or base_trained,
         )
-        return manifest.sealed()
+        return manifest.sealed(out)
 
 
 def _base_layers(manifest: Manifest, view: ModelView, config: Config) -> list[int]:

@@ -14,8 +14,10 @@ trainers read them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,21 @@ from ..checkpoint.quantized import quantization
 from ..core.errors import TrainingError, nearest
 from ..models.family import families
 from ..report.manifest import Manifest
+from ..report.shareable import PRIVATE, shared_path
 from .export_optimizers import Exported, OptimizerSettings, for_axolotl, for_llama_factory
 from .freeze import new_layers, new_names, read_training
 
 
-def export(out: Path | str, trainer: str, optimizer: OptimizerSettings | None = None) -> str:
+def export(
+    out: Path | str, trainer: str, optimizer: OptimizerSettings | None = None, *, private_paths: bool = False
+) -> str:
     """Settings that train the new layers of an output and nothing else.
 
     Args:
         out: An output folder, or a trained one that its manifest was copied to.
         trainer: A name in `TRAINERS`.
         optimizer: The optimizer; None for the trainer's own.
+        private_paths: Whether the folder's path is written as a whole; else as it is seen from the working directory.
 
     Returns:
         Lines of YAML, or of Python for ``trainer``.
@@ -52,7 +58,8 @@ def export(out: Path | str, trainer: str, optimizer: OptimizerSettings | None = 
         )
     out = Path(out)
     manifest = read_training(out)
-    return TRAINERS[trainer](out, manifest, new_layers(manifest), optimizer)
+    path = os.path.abspath(out) if private_paths else _seen_from_here(out)
+    return TRAINERS[trainer](_Output(out, path, manifest, new_layers(manifest)), optimizer)
 
 
 #: Trainer -> what its settings were written for, and what that needs
@@ -63,17 +70,51 @@ VERSIONS = {
 }
 
 
-def _trainer(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
+@dataclass(frozen=True)
+class _Output:
+    """An output that is trained.
+
+    Attributes:
+        folder: Its folder.
+        path: The folder's path in the settings.
+        manifest: Its manifest.
+        new: Its new layers.
+    """
+
+    folder: Path
+    path: str
+    manifest: Manifest
+    new: tuple[int, ...]
+
+    @property
+    def carried(self) -> str:
+        """A comment: the call that verify, strip and the next growth need."""
+        return f"# then, in Python: deus_merge.training.carry_manifest({self.path!r}, FOLDER_OF_THE_TRAINED_MODEL)\n"
+
+    def head(self, trainer: str) -> str:
+        """The first comments."""
+        here = "# the path is seen from the folder where this was printed; --private-paths writes it as a whole\n"
+        layers = f"new layers {', '.join(map(str, self.new))}"
+        return f"# {VERSIONS[trainer]}: {layers}\n{'' if os.path.isabs(self.path) else here}"
+
+
+def _seen_from_here(out: Path) -> str:
+    """A folder's path from the working directory; as a whole where both have nothing in common that may be shown."""
+    path = shared_path(out, Path.cwd())
+    return os.path.abspath(out) if path.startswith(PRIVATE) or not os.path.exists(path) else path
+
+
+def _trainer(out: _Output, wanted: OptimizerSettings | None) -> str:
     given = made = note = ""
     if wanted is not None:
         made = f"optimizer = training.optimizer(model, path, {wanted.arguments})\n"
         given = ", optimizers=(optimizer, None)"
         note = "; learning_rate and weight_decay in its arguments have no effect"
     return f"""\
-{_head("trainer", new)}import transformers
+{out.head("trainer")}import transformers
 from deus_merge import training
 
-path = {_absolute(out)!r}
+path = {out.path!r}
 model, tokenizer = prepared = training.prepare(path)  # frozen base in bfloat16 (or as stored), new layers in float32
 print(prepared)
 # give it your arguments and data, too{note}
@@ -84,29 +125,31 @@ training.watch(trainer, path)  # checks that the base stays as it is; logs the n
 """
 
 
-def _axolotl(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
-    _check_described(out)
-    _check_plain("axolotl", out)
-    patterns = ["^" + manifest.prefix_of(layer) for layer in new]
+def _axolotl(out: _Output, wanted: OptimizerSettings | None) -> str:
+    manifest = out.manifest
+    _check_described(out.folder)
+    _check_plain("axolotl", out.folder)
+    patterns = ["^" + manifest.prefix_of(layer) for layer in out.new]
     regexes = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     _check_choice("axolotl", manifest, lambda name: any(regex.match(name) for regex in regexes))
-    settings: dict[str, object] = {"base_model": _absolute(out), "unfrozen_parameters": patterns}
-    optimizer = for_axolotl(wanted, out, manifest) if wanted else Exported({})
+    settings: dict[str, object] = {"base_model": out.path, "unfrozen_parameters": patterns}
+    optimizer = for_axolotl(wanted, out.folder, manifest) if wanted else Exported({})
     return (
-        _head("axolotl", new)
+        out.head("axolotl")
         + _yaml(settings, optimizer)
         + "# no adapter: peft puts base_model.model. before every name, and the patterns match nothing\n"
         + "# with gradient_checkpointing: true also\n"
         + yaml.safe_dump({"gradient_checkpointing_kwargs": {"use_reentrant": False}})
-        + _after(out)
+        + out.carried
     )
 
 
-def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: OptimizerSettings | None) -> str:
-    _check_described(out)
-    _check_plain("LLaMA-Factory", out)
+def _llama_factory(out: _Output, wanted: OptimizerSettings | None) -> str:
+    manifest, new = out.manifest, out.new
+    _check_described(out.folder)
+    _check_plain("LLaMA-Factory", out.folder)
     depth, count = manifest.num_layers, len(new)
-    settings: dict[str, object] = {"model_name_or_path": _absolute(out), "finetuning_type": "freeze"}
+    settings: dict[str, object] = {"model_name_or_path": out.path, "finetuning_type": "freeze"}
     settings |= {"freeze_trainable_layers": count, "freeze_trainable_modules": "all"}
     stride = depth // count
     if new == tuple(range(depth - count, depth)):
@@ -123,16 +166,16 @@ def _llama_factory(out: Path, manifest: Manifest, new: tuple[int, ...], wanted: 
             "LLaMA-Factory cannot train only the new layers",
             expected="the last of every k layers (use_llama_pro), the last layers, or the first",
             got=f"new layers {', '.join(map(str, new))} of {depth}",
-            hint=f"--preset llama_pro --insert '{{every: {every}}}' adds layers that it can train; --for trainer or"
-            " axolotl trains these",
+            hint=f"grow the base anew, so that it can: deus-merge upscale BASE OUT --preset llama_pro --insert"
+            f" '{{every: {every}}}'; or train this output with --for axolotl or --for trainer",
         )
     parts = [f".{layer}." for layer in chosen]
     _check_choice("LLaMA-Factory", manifest, lambda name: any(part in name for part in parts))
-    optimizer = for_llama_factory(wanted, out, manifest) if wanted else Exported({})
-    return _head("llama-factory", new) + _yaml(settings, optimizer) + _after(out)
+    optimizer = for_llama_factory(wanted, out.folder, manifest) if wanted else Exported({})
+    return out.head("llama-factory") + _yaml(settings, optimizer) + out.carried
 
 
-TRAINERS: Mapping[str, Callable[[Path, Manifest, tuple[int, ...], OptimizerSettings | None], str]] = {
+TRAINERS: Mapping[str, Callable[[_Output, OptimizerSettings | None], str]] = {
     "trainer": _trainer,
     "axolotl": _axolotl,
     "llama-factory": _llama_factory,
@@ -142,24 +185,6 @@ TRAINERS: Mapping[str, Callable[[Path, Manifest, tuple[int, ...], OptimizerSetti
 def _yaml(settings: Mapping[str, object], optimizer: Exported) -> str:
     text = yaml.safe_dump({**settings, **optimizer.settings}, sort_keys=False)
     return text + "".join(f"{comment}\n" for comment in optimizer.comments)
-
-
-def _absolute(out: Path) -> str:
-    return str(out.absolute())
-
-
-def _after(out: Path) -> str:
-    """A comment: the call that verify, strip and the next growth need."""
-    return f"# then, in Python: deus_merge.training.carry_manifest({_absolute(out)!r}, FOLDER_OF_THE_TRAINED_MODEL)\n"
-
-
-def _head(trainer: str, new: tuple[int, ...]) -> str:
-    """The first comment."""
-    return f"# {VERSIONS[trainer]}: {_new_layers(new)}\n"
-
-
-def _new_layers(new: tuple[int, ...]) -> str:
-    return f"new layers {', '.join(map(str, new))}"
 
 
 def _config(out: Path) -> Mapping[str, Any]:
@@ -183,7 +208,7 @@ def _check_plain(trainer: str, out: Path) -> None:
             where=out / "config.json",
             expected="weights in floating point",
             got=f"quant_method {section.get('quant_method')}",
-            hint="--for trainer; or grow the base in floating point: dtype: bfloat16 in the recipe",
+            hint="--for trainer does; or grow the base in floating point: deus-merge upscale --dtype bfloat16",
         )
 
 
@@ -201,7 +226,7 @@ def _check_described(out: Path) -> None:
             where=place,
             expected="a model_type that deus-merge methods lists; not a whole model with vision or audio",
             got=f"model_type {model_type!r}",
-            hint="--for trainer compares the names when it runs",
+            hint="--for trainer works: it compares the names when it runs",
         )
 
 
@@ -220,4 +245,6 @@ def _check_choice(trainer: str, manifest: Manifest, trains: Callable[[str], bool
     wrong = [name for name in manifest.model_tensors if trains(name) != (name in new)]
     if wrong:
         how = "leave out" if wrong[0] in new else "also train"
-        raise TrainingError(f"{trainer} would {how} {wrong[0]}", where=wrong[0], hint="--for trainer")
+        raise TrainingError(
+            f"{trainer} would {how} {wrong[0]}", where=wrong[0], hint="--for trainer trains exactly the new tensors"
+        )

@@ -132,9 +132,8 @@ def for_llama_factory(wanted: OptimizerSettings, out: Path, manifest: Manifest) 
 
 
 def _refused(trainer: str, reason: str, got: str) -> TrainingError:
-    return TrainingError(
-        f"{trainer} cannot express this optimizer", expected=reason, got=got, hint="--for trainer can; or leave it out"
-    )
+    hint = "--for trainer can; or leave out --output-ratio, or --optimizer, which then is the trainer's own"
+    return TrainingError(f"{trainer} cannot express this optimizer", expected=reason, got=got, hint=hint)
 
 
 def _fused(out: Path, manifest: Manifest) -> str:

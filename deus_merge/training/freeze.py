@@ -117,7 +117,8 @@ def new_layers(manifest: Manifest, generation: int = -1) -> tuple[int, ...]:
         )
     layers = grown[generation].new_layers
     if not layers:
-        hint = "nothing was added to the main stack" + ("; name an earlier growth" if len(grown) > 1 else "")
+        hint = "nothing was added to the main stack: deus-merge upscale adds layers"
+        hint += "; or name an earlier growth" if len(grown) > 1 else ""
         raise TrainingError("there is no new layer to train", where=MANIFEST, hint=hint)
     return layers
 

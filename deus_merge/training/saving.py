@@ -17,7 +17,7 @@ from ..models.side_files import copied_files
 from ..report.manifest import Manifest, check_belongs
 from ..report.plan_manifest import sha256
 from ..run.preflight import check_apart
-from .carry import carry_manifest
+from .carry import carry
 from .converted import made_from
 from .freeze import read_training
 from .names import parameters_of
@@ -81,7 +81,7 @@ def save_trained(
             writer.write_tensor(name, tensor.detach().to(torch_dtype(checkpoint.tensors[name].dtype)))
         for name, content in files.items():
             output.put(name, content)
-        carry_manifest(source, output.folder, all_layers=all_layers)
+        carry(source, output.folder, all_layers=all_layers, home=output.out)
         output.finish()
     return tuple(trained)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..checkpoint.reader import TensorSource
-from ..core.errors import DeusMergeError, VerifyError, printable
+from ..core.errors import DeusMergeError, PlanError, VerifyError, nearest, printable
 from ..core.tables import html_titled
 from ..core.text import plural, some_of
 from ..report.manifest import Manifest, read_manifest
@@ -88,6 +89,7 @@ def verify(
     quick: bool = False,
     logits_text: str | None = None,
     strict: bool = False,
+    places: Mapping[str, str | Path] | None = None,
     manifest: Manifest | None = None,
     sources: Sequence[TensorSource] | None = None,
     received: Mapping[str, str] | None = None,
@@ -101,6 +103,7 @@ def verify(
         quick: Leave out finite values and the checks that need transformers.
         logits_text: Also run base and output over this text in float32 and compare their logits.
         strict: Count a skipped check as failed.
+        places: Folders of sources that the manifest does not name, or that have moved, by the ``model`` of the source.
         manifest: The manifest of an output that has none yet: the checksums of its tensors are computed, not compared.
         sources: With ``manifest``: the models it was made from.
         received: With ``sources``: XXH3-128, in hex, of the bytes that were copied from other machines, by the name of
@@ -113,6 +116,7 @@ def verify(
 
     Raises:
         CheckpointError: there is no manifest, so nothing to compare with.
+        PlanError: ``places`` names a model that is no source.
     """
     folder = Path(folder)
     checks: list[Check] = []
@@ -132,6 +136,8 @@ def verify(
             finished(Check("manifest", True, f"format {manifest.format}"))
         except VerifyError as error:
             finished(Check("manifest", False, str(error)))
+    if manifest and places:
+        manifest = _placed(manifest, places)
     output = Output(folder, manifest, sources, received or {}, quick=quick) if manifest else None
     for name, check in wanted:
         if on_begin is not None:
@@ -141,6 +147,28 @@ def verify(
         facts = result[2] if len(result) == 3 else {}
         finished(Check(name, result[0], result[1], facts, time.monotonic() - began))
     return Verification(folder, tuple(checks), strict, output.computed if output else {})
+
+
+def _placed(manifest: Manifest, places: Mapping[str, str | Path]) -> Manifest:
+    """The manifest with other folders of sources.
+
+    Raises:
+        PlanError: one is no source.
+    """
+    names = [source.model for source in manifest.sources if source.folder is not None]
+    for name in places:
+        if name not in names:
+            raise PlanError(
+                "the output has no such source",
+                where=f"source {name}",
+                expected=" | ".join(names) or "nothing: every source is derived when it is read",
+                got=name,
+                hint=nearest(name, names),
+            )
+    sources = (
+        replace(s, folder=os.path.abspath(places[s.model])) if s.model in places else s for s in manifest.sources
+    )
+    return replace(manifest, sources=tuple(sources))
 
 
 def _run(check: Callable[[Output], CheckResult], output: Output) -> CheckResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
@@ -28,6 +29,7 @@ from ..models.modules import view_modules
 from ..models.view import ModelView, view_model
 from ..report.manifest import MANIFEST, USER_FILES, Manifest
 from ..report.manifest_parts import ManifestSource
+from ..report.shareable import PRIVATE
 from . import logits
 from . import transformers_model as model
 from .weights import ALGORITHM, ZEROS, Received, TensorCheck, TensorResult, examine
@@ -389,11 +391,14 @@ def _reopened(manifest: Manifest, quick: bool) -> list[TensorSource | str]:
     found: list[TensorSource | str] = []
     options = LoadOptions(stream=True)
     for source in manifest.sources:
-        if source.url is not None:
+        if source.url is not None and source.folder is None:  # not one that is somewhere else now
             found.append(f"{source.url} is not read with --quick" if quick else _reopened_remote(source, options))
             continue
         if source.folder is None:
             found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
+            continue
+        if source.folder.startswith(PRIVATE):
+            found.append(f"the manifest does not name the folder of source {source.model}: {_how(source)}")
             continue
         try:
             gguf = is_gguf(source.folder)
@@ -402,7 +407,7 @@ def _reopened(manifest: Manifest, quick: bool) -> list[TensorSource | str]:
             changed = checkpoint.fingerprint != source.fingerprint
             found.append(f"source {source.folder} has changed since" if changed else checkpoint)
         except DeusMergeError as error:
-            found.append(f"source {source.folder} cannot be read: {error.message}")
+            found.append(f"source {source.folder} cannot be read: {error.message}; {_how(source)}")
     return found
 
 
@@ -417,6 +422,10 @@ def _reopened_remote(source: ManifestSource, options: LoadOptions) -> TensorSour
     stored = opened.stored if isinstance(opened, DequantizedSource) else opened
     same = stored.fingerprint == source.fingerprint and stored.provenance.get("etags") == source.etags
     return stored if same else f"source {source.url} has changed since"
+
+
+def _how(source: ManifestSource) -> str:
+    return f"--source {shlex.quote(source.model)}=FOLDER says where it is"
 
 
 #: name, check, and whether it needs transformers or a look at every value

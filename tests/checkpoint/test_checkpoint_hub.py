@@ -45,6 +45,7 @@ WANTED = [
     "1_Pooling/config.json",
     "2_Dense/model.safetensors",
     "LICENSE",
+    "README.md",
     "additional_chat_templates/tool_use.jinja",
     "chat_template.jinja",
     "config.json",

@@ -110,7 +110,7 @@ def test_as_peft_merges_it(run, bases, tmp_path, case):
     record = json.loads((tmp_path / "model/deus_merge.json").read_text())
     actions = [o["action"] for o in record["tensors"].values()]
     assert changed >= actions.count("derive") > 0 and set(actions) == {"copy", "derive"}
-    assert record["sources"][0]["adapter"] == str(folder)
+    assert (tmp_path / "model" / record["sources"][0]["adapter"]).samefile(folder)
     assert run("verify", tmp_path / "model", "--json").json()["passed"]
 
 
@@ -175,11 +175,10 @@ def test_adapters_everywhere(run, bases, tmp_path, monkeypatch):
             torch.testing.assert_close(created[0][name], tensor, rtol=1e-5, atol=1e-5)
     planned = run("plan", tmp_path / "ours1.yml", "--json").json()
     assert planned["function_preserving"] and planned["models"][0]["model"] == short
-    again = write_recipe(tmp_path / "again.yml", (tmp_path / "ours1/deus_merge.yml").read_text())
     monkeypatch.chdir("/")
-    assert run("plan", again, "--json").json()["plan_hash"] == planned["plan_hash"]
+    assert run("plan", tmp_path / "ours1/deus_merge.yml", "--json").json()["plan_hash"] == planned["plan_hash"]
     card = (tmp_path / "ours1/README.md").read_text()
-    assert "\n- a\n" in card and str(tmp_path) not in card
+    assert "the id on the hub is not known: base+a" in card and str(tmp_path) not in card
 
 
 def test_an_adapter_over_a_document(run, bases, tmp_path):

@@ -66,7 +66,8 @@ def test_every_option_of_the_installed_mergekit_is_known(run, pytestconfig):
 def test_what_asks_for_another_result_is_honoured(run, place, tmp_path):
     run("merge", place / "recipe.yml", tmp_path / "out", "--no-copy-tokenizer", "--no-write-model-card")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json", "deus_merge.json", "deus_merge.yml", "generation_config.json", "model.safetensors",
+        "config.json", "deus_merge.json", "deus_merge.original.yml", "deus_merge.yml", "generation_config.json",
+        "model.safetensors",
     ]  # fmt: skip
     run("verify", tmp_path / "out")
     text = (place / "recipe.yml").read_text() + "tokenizer_source: base\n"

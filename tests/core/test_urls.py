@@ -39,6 +39,11 @@ def test_what_is_shown(url, public):
     assert redacted(str(url_path(url, "config.json"))) == f"{public}/config.json"
 
 
+def test_lists_in_yaml_stay():
+    text = f"models: [{{model: https://host/a?sig={SECRET}}}, https://me:{SECRET}@host/b], s3://c/d)."
+    assert redacted(text) == "models: [{model: https://host/a}, https://host/b], s3://c/d)."
+
+
 def test_parts():
     assert split_url("https://a:b%40c@host/x?y=1#z") == ("https", "a:b%40c", "host/x", "y=1")
 

@@ -82,7 +82,7 @@ CHAINS = {
 
 
 def model_files(folder):
-    names = ("deus_merge.json", "deus_merge.yml", "README.md")
+    names = ("deus_merge.json", "deus_merge.yml", "deus_merge.original.yml", "README.md")
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in names}
 
 

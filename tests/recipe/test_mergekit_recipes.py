@@ -95,7 +95,8 @@ def test_override_architecture_is_what_the_config_names(run, merge, models, tmp_
     again = run("plan", tmp_path / "out/deus_merge.yml", "--json").json()["plan_hash"]
     assert again == json.loads((tmp_path / "out/deus_merge.json").read_text())["plan_hash"]
     plain = (tmp_path / "out/deus_merge.yml").read_text().replace("override_architecture: MistralForCausalLM", "")
-    assert "override" not in plain and api.plan(parse_recipe(plain.replace(", }", "}"))).hash != again
+    plain = parse_recipe(plain.replace(", }", "}"), str(tmp_path / "out/deus_merge.yml"))
+    assert "override" not in dump_recipe(plain) and api.plan(plain).hash != again
 
 
 def test_override_architecture_of_another_model_is_ignored_with_a_warning():

@@ -142,7 +142,7 @@ def test_dumped_recipes_run_from_anywhere(run, tmp_path, monkeypatch):
         "  parameters: {reg: 1e-1, max_iterations: 1e3, layers_per_gap: '2'}\n",
     )
     monkeypatch.chdir(base.parent)
-    resolved = run("plan", recipe, "--expand").out
+    resolved = run("plan", recipe, "--expand", "--private-paths").out
     written = run("plan", recipe, "--json").json()
     monkeypatch.chdir(tmp_path)
     again = run("plan", write_recipe(tmp_path / "resolved.yml", resolved), "--json").json()

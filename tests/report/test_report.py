@@ -23,7 +23,7 @@ def test_a_page_for_every_kind_of_output(run, tiny, tmp_path, preset):
     page = check_stands_alone(text)
     record = json.loads((out / "deus_merge.json").read_text())
     layers = f"6 → {record['num_layers']} layers"
-    assert layers in text and page.tags.count("svg") >= 1 and record["sources"][0]["fingerprint"] in text
+    assert layers in text and page.tags.count("svg") >= 1 and record["sources"][0]["contents"] in text
     reported = " ".join("".join(page.texts).split())
     card = (out / "README.md").read_text()
     for layer in record["layers"]:

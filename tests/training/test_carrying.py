@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from support import load, make_model, weights
 
 from deus_merge import api, training
-from deus_merge.core.errors import CheckpointError, TrainingError
+from deus_merge.core.errors import CheckpointError, DeusMergeError, TrainingError
 from deus_merge.report.lineage import ancestors
 
 
@@ -29,6 +31,34 @@ def test_where_a_manifest_can_be_carried(deeper, tmp_path):
         training.carry_manifest(deeper, tmp_path / "file")
     assert not (tmp_path / "mistyped").exists() and not (base / "deus_merge.json").exists()
     assert (other / "deus_merge.json").read_bytes() == before
+
+
+def test_refusals_to_carry_say_what_to_do(deeper, tmp_path):
+    """In the wrong order; nothing at all; an adapter; pickled weights; the model of another growth."""
+    saved = load(deeper)
+    saved.save_pretrained(tmp_path / "saved")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(tmp_path / "saved/config.json", pickled)
+    torch.save(saved.state_dict(), pickled / "pytorch_model.bin")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    other = make_model(tmp_path / "other", layers=3)
+    cases = {
+        (tmp_path / "saved", deeper): "the wrong way round",
+        (tmp_path / "other", tmp_path / "saved"): "the folder that deus-merge wrote",
+        (tmp_path / "nowhere", tmp_path / "saved"): "the folder that deus-merge wrote",
+        (deeper, tmp_path / "adapter"): "merge_and_unload",
+        (deeper, pickled): "save_pretrained|safetensors",
+        (deeper, other): "name the folder that this training began with",
+        (deeper, tmp_path / "nowhere"): "save the trained model first",
+    }
+    for (source, target), hint in cases.items():
+        before = sorted(target.iterdir()) if target.exists() else None
+        with pytest.raises(DeusMergeError) as refused:
+            training.carry_manifest(source, target)
+        assert re.search(hint, str(refused.value.hint)), (hint, refused.value.hint)
+        assert before == (sorted(target.iterdir()) if target.exists() else None)
 
 
 def test_a_manifest_replaces_another_where_the_model_did(run, deeper, tmp_path):

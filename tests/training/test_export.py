@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import tiny_models
 import transformers
@@ -23,11 +25,21 @@ def test_settings_for_the_trainer_run(run, deeper, tmp_path, monkeypatch):
 
 def test_settings_for_axolotl(run, deeper):
     """Its patterns match the beginning of names, and their dots are literal."""
-    done = run("export-training", deeper, "--for", "axolotl")
+    done = run("export-training", deeper, "--for", "axolotl", "--private-paths")
     settings = yaml.safe_load(done.out)
     assert settings["unfrozen_parameters"] == ["^model.layers.2.", "^model.layers.4."]
     assert settings["base_model"] == str(deeper)
     assert settings["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+
+
+def test_paths_are_seen_from_here(run, deeper, tmp_path, monkeypatch):
+    """Settings are shared, so they have no absolute path, and they work in the folder where they were printed."""
+    for place in (deeper.parent, deeper, tmp_path):
+        monkeypatch.chdir(place)
+        text = run("export-training", deeper, "--for", "axolotl").out
+        path = yaml.safe_load(text)["base_model"]
+        assert not os.path.isabs(path) and os.path.samefile(path, deeper) and str(tmp_path.parent) not in text
+        assert "--private-paths" in text
 
 
 # fmt: off
@@ -49,13 +61,17 @@ def test_settings_for_llama_factory(run, tmp_path, case):
     out = grow(make_model(tmp_path / "base", layers=12), tmp_path / "out", preset, insert)
     if isinstance(expected, str):
         reported = run("export-training", out, "--for", "llama-factory", expect=2).err
-        assert "LLaMA-Factory cannot train only" in reported and expected in reported
+        assert "LLaMA-Factory cannot train only" in reported
+        assert f"--preset llama_pro --insert '{expected}'" in " ".join(reported.split())  # what works, as a command
+        assert yaml.safe_load(run("export-training", out, "--for", "axolotl").out)[
+            "unfrozen_parameters"
+        ]  # so does this
         every = yaml.safe_load(expected)
         again = grow(tmp_path / "base", tmp_path / "again", "llama_pro", every)
         settings = yaml.safe_load(run("export-training", again, "--for", "llama-factory").out)
         assert settings["use_llama_pro"] is True and settings["freeze_trainable_layers"] == 12 // every["every"]
         return
-    settings = yaml.safe_load(run("export-training", out, "--for", "llama-factory").out)
+    settings = yaml.safe_load(run("export-training", out, "--for", "llama-factory", "--private-paths").out)
     common = {"model_name_or_path": str(out), "finetuning_type": "freeze", "freeze_trainable_modules": "all"}
     assert settings == common | expected
 

@@ -96,7 +96,7 @@ class RemoteCheckpoint(Checkpoint):
 
     def _stamp(self, name: str) -> FileStamp:
         identity = self._identities[name]
-        tag = "changed" if self._remote.changed == name else self._remote.revision or identity.etag
+        tag = "changed" if self._remote.changed == name else self._remote.revision or identity.etag or "no ETag"
         return FileStamp(name, identity.size, identity.modified, tag)
 
     def _name(self, path: Path) -> str:

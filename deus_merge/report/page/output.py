@@ -36,7 +36,12 @@ def render_page(
     """
     depths = _depths(manifest)
     sources = [
-        {"model": s.model, "fingerprint": s.fingerprint, "name": short_name(s.model), "layers": depths[s.model]}
+        {
+            "model": s.model,
+            "digest": s.contents or s.fingerprint,
+            "name": short_name(s.model),
+            "layers": depths[s.model],
+        }
         for s in manifest.sources
     ]
     checks = [{**check, "detail": _without_folders(check["detail"])} for check in verification["checks"]]

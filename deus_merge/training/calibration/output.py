@@ -19,9 +19,9 @@ from ...core.errors import DeusMergeError, VerifyError
 from ...core.tensors import Action
 from ...core.typed_json import dump, parse
 from ...models.side_files import copied_files
+from ...report.card_edits import calibrated_card
 from ...report.manifest import MANIFEST, USER_FILES, Manifest, read_manifest
 from ...report.manifest_parts import CalibratedLayer, Calibration, ManifestLayer
-from ...report.model_card import calibrated_card
 from ...report.plan_manifest import sha256
 from ...run.preflight import check_apart
 from ...verify import verify
@@ -187,7 +187,7 @@ class CalibratedOutput:
             found = examine((TensorCheck(written[name], None) for name in sorted(names)), finite=False)
         known = {name: found[name].checksum for name in names if self.manifest.tensors[name].xxh3_128 is not None}
         files = {name: sha256(self._files[name]) for name in sorted(self._files.keys() - USER_FILES)}
-        return replace(calibrated_manifest(self.manifest, record, known), files=files).sealed()
+        return replace(calibrated_manifest(self.manifest, record, known), files=files).sealed(self._output.out)
 
 
 def calibrated_manifest(manifest: Manifest, record: Calibration, checksums: Mapping[str, str]) -> Manifest:

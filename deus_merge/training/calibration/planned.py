@@ -23,9 +23,9 @@ from ...plan.calibration import PlannedCalibration
 from ...plan.documents import PlannedResult
 from ...plan.types import Plan
 from ...recipe.calibrate import read_text
+from ...report.card_edits import calibrated_card
 from ...report.manifest import Manifest
 from ...report.manifest_parts import CalibratedLayer
-from ...report.model_card import calibrated_card
 from ...report.plan_manifest import manifest_of
 from ...run.preflight import RunOptions
 from .job import Job, OnLayer, calibrate_layers, prepare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +130,12 @@ def check_init(text: str) -> str:
 def is_recipe(init: str) -> bool:
     """Whether an init is the name of a recipe's file."""
     return Path(init).suffix in (".yml", ".yaml")
+
+
+def shared_init(init: str) -> str:
+    """An init as results name it, which are shared: a recipe's path as it is seen from the working directory."""
+    path = init.removeprefix(CALIBRATED)
+    return init.replace(path, os.path.relpath(path), 1) if is_recipe(path) and os.path.isabs(path) else init
 
 
 def recipe_of(candidate: Candidate, model: str) -> Recipe:

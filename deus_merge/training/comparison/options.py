@@ -12,7 +12,7 @@ from ...core.errors import DeusMergeError, TrainingError
 from ...core.located import Plain
 from ...core.text import some_of
 from ...run.device import check_device_name
-from .candidates import UNGROWN, Candidate, check_init, is_recipe, parse_optimizer
+from .candidates import UNGROWN, Candidate, check_init, is_recipe, parse_optimizer, shared_init
 
 PRECISIONS = ("bfloat16", "float32")
 _UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86_400}
@@ -153,7 +153,7 @@ class CompareOptions:
         """The candidates that grow, the reference first."""
         found = []
         for optimizer in self.optimizers:
-            for init in self.inits:
+            for init in map(shared_init, self.inits):
                 inserts = [""] if is_recipe(init) else [json.dumps(insert) for insert in self.inserts]
                 found += [Candidate(init, insert, optimizer) for insert in inserts]
         return list(dict.fromkeys(found))
