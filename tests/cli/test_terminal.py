@@ -134,7 +134,8 @@ def test_everything_fits_80_columns(run, tiny, tmp_path, monkeypatch, arguments)
 
 def test_without_a_terminal_a_short_run_prints_its_result_only(run, tiny, tmp_path):
     assert re.fullmatch(
-        r"\S+: 6 -> 9 layers in [\d.]+ s, 7 checks passed\n", run("upscale", tiny, tmp_path / "out").err
+        r"\S+: 6 -> 9 layers in [\d.]+ s, 7 checks passed\nnext:\n(  [a-z]+ .*\n){4}",
+        run("upscale", tiny, tmp_path / "out").err,
     )
     done = run("verify", tmp_path / "out", "--quick")
     assert done.err == "" and run("inspect", tiny, "--similarity", "--json").err == ""
@@ -152,7 +153,7 @@ def test_lines_have_the_blocks_own_time_and_its_share(run, tiny, tmp_path, monke
     if workers == 1:
         shares = [int(match[1]) for x in lines if (match := re.search(r"layer 3: (\d+)% in", x))]
         assert len(shares) > 3 and shares == sorted(shares) and shares[0] > 0 and shares[-1] < 100
-    assert lines[-1].endswith("7 checks passed")
+    assert lines[lines.index("next:") - 1].endswith("7 checks passed")
 
 
 def test_lines_come_every_few_seconds(monkeypatch, capsys):
@@ -216,7 +217,7 @@ def test_a_bar_on_a_terminal(tiny, tmp_path):
     plain = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", frame).strip("\n") for frame in frames]
     assert frames and all(len(line) <= 80 for frame in plain for line in frame.splitlines())
     assert any("layer" in frame and "/11" in frame for frame in plain)
-    last = text.rstrip("\n").split("\n")[-1]
+    last = text.replace("\r", "").partition("\nnext:")[0].split("\n")[-1]
     assert "9 layers in" in last and "━" not in last
     assert "━" not in on_terminal("verify", tmp_path / "out", "--quick", TERM="dumb")
 
