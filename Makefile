@@ -16,16 +16,23 @@ FACTORY := .venv-llamafactory
 FACTORY_PINS := llamafactory==0.9.5 transformers==5.6.0 tokenizers==0.22.2 huggingface_hub==1.17.0 datasets==4.0.0 \
   accelerate==1.11.0 peft==0.18.1 trl==0.24.0 httpx==0.28.1 httpcore==1.0.9 omegaconf==2.3.0 \
   antlr4-python3-runtime==4.9.3
+# An S3 server of its own for tests/checkpoint/test_buckets.py: its libraries need older ones than ours, and none of ours.
+MOTO := .venv-moto
+MOTO_PINS := moto==5.2.5 blinker==1.9.0 boto3==1.44.8 botocore==1.44.8 certifi==2026.10.19.post1 cffi==2.1.1 \
+  charset-normalizer==3.5.3 click==8.5.1 cryptography==50.0.2 Flask==3.1.3 flask-cors==6.0.5 idna==3.20 \
+  itsdangerous==2.2.0 Jinja2==3.1.6 jmespath==1.1.0 MarkupSafe==3.0.4 py-partiql-parser==0.6.3 pycparser==2.22 \
+  python-dateutil==2.9.0.post0 PyYAML==6.0.4 requests==2.34.2 responses==0.26.3 s3transfer==0.19.3 six==1.17.0 \
+  urllib3==2.8.0 Werkzeug==3.1.9 xmltodict==1.0.4
 RAY := .ray
 RAY_PIN := ray==2.60.0
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint docs site bench gpu inits oracle trainers cluster clean
+.PHONY: demo test fast lint docs site bench gpu inits oracle trainers buckets cluster clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
 
-test: $(VENV)/.test oracle trainers lint site  ## the whole test suite, with the real model, beside mergekit and other trainers
+test: $(VENV)/.test oracle trainers buckets lint site  ## the whole test suite, with the real model, beside mergekit and other trainers
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 fast: $(VENV)/.test  ## the tests that take seconds
@@ -58,7 +65,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) --editable ".[test,lora,train]"
+	$(PIP) --editable ".[test,lora,train,remote]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.test
@@ -82,6 +89,15 @@ $(ORACLE)/.ready: $(VENV)/.test Makefile
 	$(ORACLE)/bin/python -c 'import mergekit.merge'
 	touch $@
 
+buckets: $(MOTO)/.ready  ## the environment of the S3 server of tests/checkpoint/test_buckets.py
+
+$(MOTO)/.ready: $(VENV)/.test Makefile
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python --disable-pip-version-check --quiet install --no-deps $(MOTO_PINS)
+	$(@D)/bin/moto_server --help > /dev/null
+	touch $@
+
 # LLaMA-Factory needs Python 3.11.
 NEWER := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")')
 
@@ -102,4 +118,4 @@ $(AXOLOTL)/.ready $(FACTORY)/.ready: $(VENV)/.test Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) $(RAY) demo .bench .site
+	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) $(MOTO) $(RAY) demo .bench .site

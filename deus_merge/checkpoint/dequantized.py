@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from .formats.base import HOLDS_ZEROS, Format, refuse
 from .formats.registry import formats
 from .quantized import is_cache_scale, quantization, quantized_tensors
 from .reader import Checkpoint
-from .tensor_source import TensorSource
+from .tensor_source import FileStamp, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +65,7 @@ class DequantizedSource:
         self.fingerprint = stored.fingerprint
         section = quantization(stored.config)
         assert section is not None
-        _check_names(section, stored.folders[0] / "config.json")
+        _check_names(section, f"{stored.where}/config.json")
         said = _said_dtype(stored.config)
         weights: dict[str, StoredTensor] = {}  # by the name of the stored tensor whose place they take
         parts: set[str] = set()
@@ -173,6 +172,9 @@ class DequantizedSource:
             stored += [part.name for part in quantized.parts.values()] if quantized else [name]
         self.stored.prefetch(stored)
 
+    def stamp(self) -> list[FileStamp]:
+        return self.stored.stamp()
+
     def root(self, name: str) -> tuple[TensorSource, str]:
         return self.stored.root(name)
 
@@ -186,7 +188,7 @@ class DequantizedSource:
         return 4 * math.prod(weight.shape) + 4 * _BLOCK_BYTES
 
 
-def _check_names(section: Mapping[str, Any], where: Path) -> None:
+def _check_names(section: Mapping[str, Any], where: str) -> None:
     """Check what a section says of modules by their names.
 
     Raises:

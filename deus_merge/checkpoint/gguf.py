@@ -22,7 +22,7 @@ from .gguf_model import GgufModel, described, other_files
 from .header import FileHeader
 from .pickled import has_safetensors
 from .reader import Checkpoint
-from .tensor_source import TensorSource
+from .tensor_source import FileStamp, TensorSource, stamp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,6 +104,9 @@ class GgufSource:
 
     def prefetch(self, names: Iterable[str]) -> None:
         self._raw.prefetch([self._model.tensors[name].name for name in names])
+
+    def stamp(self) -> list[FileStamp]:
+        return stamp(self.files)
 
     def root(self, name: str) -> tuple[TensorSource, str]:
         return self, name

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..core.errors import CheckpointError
-from ..core.tensors import StoredTensor
+from ..core.tensors import RemoteBytes, StoredTensor
 from ..core.units import BITS, tensor_bytes
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
@@ -66,35 +66,65 @@ def read_header(path: Path) -> FileHeader:
     fd = open_regular(path)
     with os.fdopen(fd, "rb") as stream:
         status = os.fstat(fd)
-        size = status.st_size
         prefix = stream.read(8)
-        if len(prefix) < 8:
-            _refuse(path, "too short for a safetensors file", expected="at least 8 bytes", got=f"{size} bytes")
-        check_content(prefix, path)
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER:
-            _refuse(path, "the header is too long", expected=f"at most {MAX_HEADER} bytes", got=f"{length} bytes")
-        if 8 + length > size:
-            _refuse(
-                path,
-                "the header is longer than the file",
-                expected=f"at most {size - 8} bytes",
-                got=f"{length} bytes",
-                hint="the download may be incomplete",
-            )
-        raw = stream.read(length)
+        raw = stream.read(header_length(prefix, status.st_size, path))
+    return parse_header(prefix + raw, status.st_size, file_identity(status), path)
+
+
+def header_length(prefix: bytes, size: int, path: Path) -> int:
+    """The length of a file's header without its length prefix.
+
+    Args:
+        prefix: The first 8 bytes of the file.
+        size: The size of the file.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: not a safetensors file, or shorter than its header.
+    """
+    if len(prefix) < 8:
+        _refuse(path, "too short for a safetensors file", expected="at least 8 bytes", got=f"{size} bytes")
+    check_content(prefix, path)
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER:
+        _refuse(path, "the header is too long", expected=f"at most {MAX_HEADER} bytes", got=f"{length} bytes")
+    if 8 + length > size:
+        _refuse(
+            path,
+            "the header is longer than the file",
+            expected=f"at most {size - 8} bytes",
+            got=f"{length} bytes",
+            hint="the download may be incomplete",
+        )
+    return length
+
+
+def parse_header(
+    begin: bytes, size: int, identity: tuple[int, ...], path: Path, remote: RemoteBytes | None = None
+) -> FileHeader:
+    """Check a header.
+
+    Args:
+        begin: The length prefix and the header.
+        size: The size of the file.
+        identity: As `FileHeader.identity`.
+        path: The file.
+        remote: Its bytes, where it is on another machine.
+
+    Raises:
+        CheckpointError: a header that is malformed or does not fit the file.
+    """
+    raw, length = begin[8:], len(begin) - 8
     if not raw.startswith(b"{"):
         _refuse(path, "the header is not JSON", expected="a header that begins with '{'", got=repr(raw[:1]))
     entries = parse_json(raw, path, "header")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse(path, "__metadata__ is malformed", expected="an object of strings")
-    tensors = [_tensor(name, entry, path, 8 + length) for name, entry in entries.items()]
+    tensors = [_tensor(name, entry, path, 8 + length, remote) for name, entry in entries.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     _check_cover(tensors, path, 8 + length, size)
-    return FileHeader(
-        path, size, file_identity(status), tuple(tensors), metadata, hashlib.sha256(prefix + raw).digest()
-    )
+    return FileHeader(path, size, identity, tuple(tensors), metadata, hashlib.sha256(begin).digest())
 
 
 def check_name(name: str, path: Path) -> None:
@@ -111,7 +141,7 @@ def check_name(name: str, path: Path) -> None:
         _refuse(path, "a tensor's name is empty or has control characters", got=repr(name[:200]))
 
 
-def _tensor(name: str, entry: object, path: Path, data_start: int) -> StoredTensor:
+def _tensor(name: str, entry: object, path: Path, data_start: int, remote: RemoteBytes | None) -> StoredTensor:
     check_name(name, path)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _refuse(
@@ -141,7 +171,7 @@ def _tensor(name: str, entry: object, path: Path, data_start: int) -> StoredTens
             expected=f"{nbytes} bytes for {dtype} {shape}",
             got=f"{end - begin} bytes, [{begin}, {end}]",
         )
-    return StoredTensor(name, dtype, tuple(shape), path, data_start + begin, nbytes)
+    return StoredTensor(name, dtype, tuple(shape), path, data_start + begin, nbytes, remote=remote)
 
 
 def _check_cover(tensors: list[StoredTensor], path: Path, data_start: int, size: int) -> None:

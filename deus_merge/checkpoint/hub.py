@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 
 from ..core.errors import CheckpointError
 from ..core.text import some_of
+from ..core.urls import is_url
 from .header import refuse_gguf
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
@@ -96,6 +100,22 @@ def resolve(
                 hint=f"name its folder: {path.parent}",
             )
         return _snapshot(path.absolute())
+    repository, revision = split_revision(ref)
+    if not weights:
+        patterns = tuple(p for p in NEEDED if "safetensors" not in p)
+        return _download(ref, repository, revision, cache_dir, offline, patterns)
+    folder = _download(ref, repository, revision, cache_dir, offline, NEEDED)
+    if pickle and not any(folder.glob("*.safetensors")):
+        folder = _download(ref, repository, revision, cache_dir, offline, NEEDED + PICKLED)
+    return folder
+
+
+def split_revision(ref: str) -> tuple[str, str | None]:
+    """``org/name[@revision]`` -> the repository and the revision.
+
+    Raises:
+        CheckpointError: it has not this form.
+    """
     repository, at, revision = ref.partition("@")
     if at and _local(repository) is not None:
         raise CheckpointError(
@@ -105,13 +125,12 @@ def resolve(
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")
     if at and not _REVISION.fullmatch(revision):
         raise CheckpointError("not a revision", where=ref, expected="a branch, tag or commit", got=repr(revision))
-    if not weights:
-        patterns = tuple(p for p in NEEDED if "safetensors" not in p)
-        return _download(ref, repository, revision or None, cache_dir, offline, patterns)
-    folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED)
-    if pickle and not any(folder.glob("*.safetensors")):
-        folder = _download(ref, repository, revision or None, cache_dir, offline, NEEDED + PICKLED)
-    return folder
+    return repository, revision or None
+
+
+def is_needed(name: str) -> bool:
+    """Whether a merge reads a file of this name, which may have a folder in front of it, in a repository."""
+    return any(fnmatch(name, p) for p in NEEDED) and not any(fnmatch(name, p) for p in UNNEEDED)
 
 
 def repository_of(ref: str) -> str | None:
@@ -150,9 +169,13 @@ def _name_on_hub(folder: Path) -> str:
 
 
 def split_adapter(ref: str) -> tuple[str, str | None]:
-    """``model+adapter`` -> the two; an existing folder whose own name contains a plus takes precedence."""
+    """``model+adapter`` -> the two; an existing folder whose own name contains a plus takes precedence. After an
+    address, an adapter is a folder that exists."""
     if "+" not in ref or _local(ref) is not None:
         return ref, None
+    if is_url(ref):  # a plus may be part of an address
+        base, _, adapter = ref.rpartition("+")
+        return (base, adapter) if _local(adapter) is not None else (ref, None)
     cuts = [i for i, character in enumerate(ref) if character == "+"][-100:]
     found = [(_local(ref[:i]) is not None) + (_local(ref[i + 1 :]) is not None) for i in cuts]
     at = cuts[found.index(max(found))]
@@ -163,6 +186,33 @@ def _download(
     ref: str, repository: str, revision: str | None, cache_dir, offline: bool | None, patterns: tuple[str, ...]
 ) -> Path:
     from huggingface_hub import constants, snapshot_download
+
+    cached_only = constants.HF_HUB_OFFLINE if offline is None else offline
+    with hub_errors(ref, revision, cached_only):
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=cached_only,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(UNNEEDED),
+        )
+    return Path(folder)
+
+
+@contextmanager
+def hub_errors(ref: str, revision: str | None, cached_only: bool = False) -> Iterator[None]:
+    """Turn errors of huggingface_hub into a CheckpointError.
+
+    Args:
+        ref: The reference, for messages.
+        revision: Its revision.
+        cached_only: Whether only the cache is used.
+
+    Raises:
+        CheckpointError: no such repository, revision, right or connection.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -172,24 +222,18 @@ def _download(
         RevisionNotFoundError,
     )
 
-    cached_only = constants.HF_HUB_OFFLINE if offline is None else offline
+    repository = ref.partition("@")[0]
+    page = f"{constants.ENDPOINT}/{repository}"
     try:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=cached_only,
-            allow_patterns=list(patterns),
-            ignore_patterns=list(UNNEEDED),
-        )
+        yield
     except GatedRepoError as error:
-        hint = f"accept its terms at {constants.ENDPOINT}/{repository}, then `hf auth login` or set HF_TOKEN"
+        hint = f"accept its terms at {page}, then `hf auth login` or set HF_TOKEN"
         raise CheckpointError("the repository is gated", where=ref, hint=hint) from error
     except RepositoryNotFoundError as error:
         hint = _demo_hint(repository) or "check the spelling; for a private one `hf auth login` or set HF_TOKEN"
         raise CheckpointError("no such folder, and no such repository on the hub", where=ref, hint=hint) from error
     except RevisionNotFoundError as error:
-        hint = f"its branches and tags: {constants.ENDPOINT}/{repository}/refs"
+        hint = f"its branches and tags: {page}/refs"
         raise CheckpointError("the repository has no such revision", where=ref, got=revision, hint=hint) from error
     except LocalEntryNotFoundError as error:
         if cached_only:
@@ -209,7 +253,6 @@ def _download(
         if type(error).__module__.split(".")[0].startswith(("httpx", "httpcore", "requests", "hf_xet")):
             raise _unreachable(ref, error) from error
         raise
-    return Path(folder)
 
 
 def _demo_hint(repository: str) -> str | None:
@@ -228,6 +271,11 @@ def _unreachable(ref: str, error: Exception) -> CheckpointError:
         hint=_demo_hint(ref)
         or "check the connection and HF_ENDPOINT; what is in the cache is read with HF_HUB_OFFLINE=1",
     )
+
+
+def is_local(ref: str) -> bool:
+    """Whether a reference names a file or folder of this machine."""
+    return _local(ref) is not None
 
 
 def _local(ref: str) -> Path | None:

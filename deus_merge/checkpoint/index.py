@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from ..core.errors import CheckpointError
 from ..core.text import some_of
@@ -29,18 +31,33 @@ def weight_map(folder: Path, index: str, single: str, suffixes: tuple[str, ...])
     path = folder / index
     if not os.path.lexists(path):
         return None
-    files = parse_json(read_small(path), path, "index").get("weight_map")
+    return parse_weight_map(read_small(path), path, os.path.lexists(folder / single) and single, suffixes)
+
+
+def parse_weight_map(raw: bytes, path: Path, single: str | Literal[False], suffixes: tuple[str, ...]) -> dict[str, str]:
+    """The same of an index that was read.
+
+    Args:
+        raw: Its content.
+        path: Its place, for messages.
+        single: A file of the folder that would be the weights without an index; False if it is not there.
+        suffixes: As above.
+
+    Raises:
+        CheckpointError: as above.
+    """
+    files = parse_json(raw, path, "index").get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError("the index has no weight_map", where=path, expected="tensor names -> file names")
     for file in dict.fromkeys(v if isinstance(v, str) else repr(v) for v in files.values()):
         _check_file_name(file, path, suffixes)
     if not all(isinstance(v, str) for v in files.values()):
         raise CheckpointError("weight_map is malformed", where=path, expected="tensor names -> file names")
-    if os.path.lexists(folder / single) and single not in files.values():
+    if single and single not in files.values():
         raise CheckpointError(
             "two checkpoints in one folder",
-            where=folder,
-            expected=f"{single} or {index}",
+            where=path.parent,
+            expected=f"{single} or {path.name}",
             got="both, and the index does not name the file",
             hint="remove the one that is not needed",
         )
@@ -67,7 +84,17 @@ def single_file(folder: Path) -> str:
     """
     if os.path.lexists(folder / SINGLE):
         return SINGLE
-    names = sorted(entry.name for entry in os.scandir(folder))
+    return only_file(sorted(entry.name for entry in os.scandir(folder)), folder)
+
+
+def only_file(names: Sequence[str], folder: Path) -> str:
+    """The same for the names of a folder's files.
+
+    Raises:
+        CheckpointError: as above.
+    """
+    if SINGLE in names:
+        return SINGLE
     found = [n for n in names if n.endswith(".safetensors")]
     if len(found) == 1:
         return found[0]

@@ -18,7 +18,7 @@ from ..core.tensors import StoredTensor
 from .adapter import CONFIG, Adapted, Adapter
 from .quantized import is_packed, quantization_name, quantized_tensors
 from .reader import Checkpoint
-from .tensor_source import TensorSource
+from .tensor_source import FileStamp, TensorSource, stamp
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,9 @@ class LoraSource:
     @property
     def files(self) -> tuple[Path, ...]:
         return (*self.base.files, *self._adapter.files, self.folder / CONFIG)
+
+    def stamp(self) -> list[FileStamp]:
+        return [*self.base.stamp(), *stamp((*self._adapter.files, self.folder / CONFIG))]
 
     @property
     def provenance(self) -> Mapping[str, object]:

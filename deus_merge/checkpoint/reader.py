@@ -8,7 +8,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from ..core.units import BITS, ITEMSIZE, torch_dtype
 from .header import FileHeader, is_same_file, open_regular, parse_json, read_header, read_small, refuse_gguf
 from .index import INDEX, SINGLE, single_file, weight_map
 from .side_files import side_files
-from .tensor_source import TensorSource
+from .tensor_source import FileStamp, TensorSource, stamp
 
 if TYPE_CHECKING:
     import torch
@@ -88,18 +88,22 @@ class Checkpoint:
         promised = weight_map(folder, INDEX, SINGLE, (".safetensors",))
         names = sorted(set(promised.values())) if promised is not None else [single_file(folder)]
         headers = [read_header(folder / name) for name in names]
-        checkpoint = cls(folder, config, headers, _fingerprint(raw_config, names, headers))
-        paths = {file: folder / file for file in names}
-        for name, file in (promised or {}).items():
-            tensor = checkpoint.tensors.get(name)
+        checkpoint = cls(folder, config, headers, checkpoint_fingerprint(raw_config, names, headers))
+        checkpoint._check_promised(promised or {})
+        return checkpoint
+
+    def _check_promised(self, weight_map: Mapping[str, str]) -> None:
+        """Check that every tensor is in the file that the index names."""
+        paths = {file: self.folder / file for file in set(weight_map.values())}
+        for name, file in weight_map.items():
+            tensor = self.tensors.get(name)
             if tensor is None or tensor.file != paths[file]:
                 raise CheckpointError(
                     f"the index promises tensor {name!r} in {file}",
-                    where=folder / INDEX,
+                    where=self.folder / INDEX,
                     expected=f"the tensor in {file}",
                     got="no such tensor" if tensor is None else f"it is in {tensor.file.name}",
                 )
-        return checkpoint
 
     @property
     def headers(self) -> tuple[FileHeader, ...]:
@@ -161,18 +165,25 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, or a file has changed since `open`.
         """
-        joined: list[list] = []
-        for info in sorted((self[n] for n in names), key=lambda t: (t.file, t.offset)):
-            if joined and joined[-1][0] == info.file and joined[-1][2] == info.offset:
-                joined[-1][2] += info.nbytes
-            else:
-                joined.append([info.file, info.offset, info.offset + info.nbytes])
         if hasattr(os, "posix_fadvise"):
-            for file, begin, end in joined:
+            for file, begin, end in self._joined(names):
                 os.posix_fadvise(self._descriptor(file), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
+    def _joined(self, names: Iterable[str]) -> list[tuple[Path, int, int]]:
+        """File, first byte and end of tensors; adjacent ones together."""
+        joined: list[tuple[Path, int, int]] = []
+        for info in sorted((self[n] for n in names), key=lambda t: (t.file, t.offset)):
+            if joined and joined[-1][0] == info.file and joined[-1][2] == info.offset:
+                joined[-1] = (info.file, joined[-1][1], info.offset + info.nbytes)
+            else:
+                joined.append((info.file, info.offset, info.offset + info.nbytes))
+        return joined
+
+    def stamp(self) -> list[FileStamp]:
+        return stamp(self.files)
+
     @property
-    def where(self) -> Path:
+    def where(self) -> object:
         return self.folder
 
     @property
@@ -180,7 +191,7 @@ class Checkpoint:
         return (self.folder,)
 
     @property
-    def side_files(self) -> Mapping[str, Path]:
+    def side_files(self) -> Mapping[str, bytes | Path]:
         return side_files(self.folder)
 
     @property
@@ -221,17 +232,21 @@ class Checkpoint:
             return torch.empty(shape, dtype=dtype)
         # One mapping a read, not one a file: a method that works in place must not change what a later read sees.
         start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(
-            self._descriptor(info.file),
-            offset - start + nbytes,
-            flags=mmap.MAP_PRIVATE | _NORESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=start,
-        )
+        mapped = self._map(info, start, offset + nbytes)
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=nbytes, offset=offset - start)  # (nbytes,)
         if offset % ITEMSIZE[info.dtype]:
             raw = raw.clone()  # other programs' files may have unaligned tensors, which cannot be viewed in their dtype
         return raw.view(dtype).view(shape)
+
+    def _map(self, info: StoredTensor, begin: int, end: int) -> mmap.mmap:
+        """Bytes ``begin`` (at a page) to ``end`` of a tensor's file, mapped privately."""
+        return mmap.mmap(
+            self._descriptor(info.file),
+            end - begin,
+            flags=mmap.MAP_PRIVATE | _NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=begin,
+        )
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:
@@ -250,7 +265,8 @@ def _close_all(fds: dict[Path, int]) -> None:
         os.close(fds.popitem()[1])
 
 
-def _fingerprint(config: bytes, names: list[str], headers: list[FileHeader]) -> str:
+def checkpoint_fingerprint(config: bytes, names: Sequence[str], headers: Sequence[FileHeader]) -> str:
+    """`Checkpoint.fingerprint`, from the bytes of config.json and the headers of the files with these names."""
     digest = hashlib.sha256(b"deus-merge checkpoint 1\n")
     digest.update(hashlib.sha256(config).digest())
     for name, header in zip(names, headers, strict=True):

@@ -9,8 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from ..core.errors import PlanError, printable
-from ..core.tensors import StoredTensor
+from ..core.tensors import RemoteBytes, StoredTensor
 from ..core.units import dtype_name, format_size
 from .header import open_regular
 from .layout import ShardLayout, TensorEntry
@@ -32,6 +34,7 @@ class ShardWriter:
 
     Attributes:
         bytes_written: Bytes of tensors written so far.
+        received: XXH3-128, in hex, of each tensor that was copied from another machine: of the bytes that came.
 
     Raises:
         PlanError: no space for the files; or, on resume, a file is missing or was changed.
@@ -41,6 +44,7 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: Sequence[ShardLayout], *, resume: bool = False):
         self.folder = folder
         self.bytes_written = 0
+        self.received: dict[str, str] = {}
         self._shards = {shard.filename: shard for shard in shards}
         self._shard_of = {name: shard for shard in shards for name in shard.tensors}
         self._fresh = set() if resume else set(self._shard_of)
@@ -113,7 +117,8 @@ class ShardWriter:
         self.copy_many([(name, source)])
 
     def copy_many(self, pairs: Iterable[tuple[str, StoredTensor]]) -> None:
-        """Copy tensors of equal size from other files, file to file; those adjacent in both files go in one call.
+        """Copy tensors of equal size from other files, file to file; those adjacent in both files go in one call. From
+        another machine they are written as they come.
 
         Args:
             pairs: Output name and the stored tensor it comes from.
@@ -129,7 +134,10 @@ class ShardWriter:
                 raise ValueError(f"{name}: {source.nbytes} bytes of {source.name} for {end - begin} bytes")
             if not (runs and runs[-1].extend(name, source, shard, begin)):
                 runs.append(_Run(name, source, shard, begin))
-        for file, group in groupby(runs, key=lambda run: run.file):
+        for run in runs:
+            if run.remote is not None:
+                self._receive(run, run.remote)
+        for file, group in groupby((run for run in runs if run.remote is None), key=lambda run: run.file):
             fd = open_regular(file)
             try:
                 for run in group:
@@ -145,6 +153,33 @@ class ShardWriter:
         for name in names:
             shard, (begin, end) = self._find(name)
             self._wrote(shard, (name,), end - begin)
+
+    def _receive(self, run: _Run, remote: RemoteBytes) -> None:
+        """Write the bytes of a run as they come, and take their checksums: they are never read from there again."""
+        target, at = self._fds[run.shard.filename], run.target_offset
+        tensors = iter(zip(run.names, run.sizes, strict=True))
+        name, left = next(tensors)
+        digest = xxhash.xxh3_128()
+        with remote.stream(run.source_offset, run.source_offset + run.length) as pieces:
+            for piece in pieces:
+                with disk_errors(self.folder / run.shard.filename):
+                    write_all(target, piece, at)
+                at += len(piece)
+                while True:
+                    digest.update(piece[:left])
+                    if len(piece) < left:
+                        left -= len(piece)
+                        break
+                    piece = piece[left:]
+                    self.received[name] = digest.hexdigest()
+                    name, left = next(tensors, ("", 0))
+                    digest = xxhash.xxh3_128()
+                    if not name:
+                        break
+        while name:  # tensors without bytes, for which nothing came
+            self.received[name] = digest.hexdigest()
+            name, left = next(tensors, ("", 0))
+        self._wrote(run.shard, run.names, run.length)
 
     @property
     def layouts(self) -> tuple[ShardLayout, ...]:
@@ -233,7 +268,7 @@ class _Run:
     """Adjacent bytes of one source file that become adjacent bytes of one shard."""
 
     def __init__(self, name: str, source: StoredTensor, shard: ShardLayout, begin: int):
-        self.names = [name]
+        self.names, self.sizes, self.remote = [name], [source.nbytes], source.remote
         self.file, self.source_offset, self.length = source.file, source.offset, source.nbytes
         self.shard, self.target_offset = shard, begin
 
@@ -246,5 +281,6 @@ class _Run:
         )
         if fits:
             self.names.append(name)
+            self.sizes.append(source.nbytes)
             self.length += source.nbytes
         return fits

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ..core.errors import CheckpointError
 from ..core.tensors import StoredTensor
 
 if TYPE_CHECKING:
     import torch
+
+
+class FileStamp(NamedTuple):
+    """The state of a file.
+
+    Attributes:
+        name: Its name.
+        size: Its size in bytes.
+        modified: Its modification time in nanoseconds.
+        tag: Of a file on another machine: its ETag or its commit, or that it has none; None for a file of this one.
+    """
+
+    name: str
+    size: int
+    modified: int
+    tag: str | None = None
+
+
+def stamp(files: Iterable[Path]) -> list[FileStamp]:
+    """The stamp of each file of this machine.
+
+    Raises:
+        CheckpointError: a file does not exist any more.
+    """
+    try:
+        return [FileStamp(f.name, status.st_size, status.st_mtime_ns) for f in files for status in [os.stat(f)]]
+    except OSError as error:
+        raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None
 
 
 class TensorSource(Protocol):
@@ -31,7 +61,15 @@ class TensorSource(Protocol):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file it reads, so that a resumed run can find out whether they are still the same."""
+        """Every file it reads. One on another machine has a path that exists nowhere, see `core.urls.url_path`."""
+        ...
+
+    def stamp(self) -> list[FileStamp]:
+        """The state of each of `files` now, by which a run, or one that is resumed, notices that one has changed.
+
+        Raises:
+            CheckpointError: a file does not exist any more.
+        """
         ...
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..core.tensors import StoredTensor
-from .tensor_source import TensorSource
+from .tensor_source import FileStamp, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,9 @@ class UntiedSource:
 
     def prefetch(self, names: Iterable[str]) -> None:
         self.base.prefetch([self._stored(name) for name in names])
+
+    def stamp(self) -> list[FileStamp]:
+        return self.base.stamp()
 
     def root(self, name: str) -> tuple[TensorSource, str]:
         return self.base.root(self._stored(name))

@@ -103,11 +103,12 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
 @click.option("--tokens", default=16_384, show_default=True, help="Scores: tokens of the text that are used at most.")
 @click.option("--damping", default=0.3, show_default=True, help="Scores: as for calibrate.")
 @click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run.")
+@click.option("--stream", is_flag=True, help="Read a model of the hub by range, without a local copy.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON on stdout.")
 @training_options
 def inspect(
     model: str, similarity: bool, plot: Path | None, scores: bool, text: Path | None, tokens: int, damping: float,
-    allow_pickle: bool, as_json: bool, training: TrainingSettings,
+    allow_pickle: bool, stream: bool, as_json: bool, training: TrainingSettings,
 ):  # fmt: skip
     """Show MODEL's family, layers, heads and sizes; of a deeper model also the memory that training its new layers
     takes.
@@ -123,20 +124,21 @@ def inspect(
         raise click.UsageError("--text is for --scores")
     if plot:
         check_plotting()
-    facts = summary(model, api.LoadOptions(allow_pickle), training)
+    load = api.LoadOptions(allow_pickle, stream=stream)
+    facts = summary(model, load, training)
     if similarity or plot:
         pairs = facts["layers"] - 1
         facts["similarity"] = rows = []
         with steps(pairs, "pair of layers") as shown:
             shown.share("layers 0 and 1")
-            for row in adjacent_similarity(model, api.LoadOptions(allow_pickle)):
+            for row in adjacent_similarity(model, load):
                 rows.append(row)
                 lower, upper = row["layers"]
                 shown.end(f"layers {lower} and {upper}")
                 if upper < pairs:
                     shown.share(f"layers {upper} and {upper + 1}")
     if scores:
-        facts["scores"] = _scores(model, text, tokens, damping, api.LoadOptions(allow_pickle))
+        facts["scores"] = _scores(model, text, tokens, damping, load)
     if plot:
         plot_similarity(facts["similarity"], plot)
     if as_json:

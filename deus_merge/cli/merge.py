@@ -144,7 +144,7 @@ def upscale(
     if calibrate is not None and calibrate.lstrip().startswith("{"):
         section = parse(calibrate, "--calibrate").plain()
     if fit is not None:
-        load = api.LoadOptions(options["allow_pickle"], options["cache_dir"])
+        load = api.LoadOptions(**{name: options[name] for name in _LOAD_OPTIONS})
         fitted = api.fit(model, fit, options["training"], insert=where, load_options=load, **settings)
         where = fitted.insert
     recipe = api.upscale_recipe(model, insert=where, calibrate=section, **settings)
@@ -191,15 +191,19 @@ def plan(
     warn(result.warnings)
 
 
-def _plan(recipe: Recipe, *, allow_pickle: bool, cache_dir: Path | None, **options) -> Plan:
-    return api.plan(recipe, load_options=api.LoadOptions(allow_pickle, cache_dir), **options)
+_LOAD_OPTIONS = ("allow_pickle", "cache_dir", "stream", "cache_size")
+
+
+def _plan(recipe: Recipe, **options) -> Plan:
+    load = api.LoadOptions(**{name: options.pop(name) for name in _LOAD_OPTIONS})
+    return api.plan(recipe, load_options=load, **options)
 
 
 def _run(
     recipe: Recipe, out: Path, *, device, cuda, gpu_rich, max_shard_size, out_shard_size, copy_tokenizer, allow_pickle,
     cache_dir, dry_run, quiet, as_json, verify_output, training: TrainingSettings | None = None,
     fitted: api.Fit | None = None, shard_of: tuple[int, int] | None = None, mixed_machines: bool = False,
-    finishing: bool = False, **options,
+    finishing: bool = False, stream: bool = False, cache_size: int, **options,
 ):  # fmt: skip
     if device is None:  # as in mergekit, --device takes precedence over --cuda
         device = "cuda" if cuda or gpu_rich else "auto" if cuda is None else "cpu"
@@ -211,6 +215,8 @@ def _run(
         copy_tokenizer=copy_tokenizer,
         allow_pickle=allow_pickle,
         cache_dir=cache_dir,
+        stream=stream,
+        cache_size=cache_size,
     )
     if planned.calibration:
         quiet_transformers()

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..checkpoint.storage import DEFAULT_CACHE_SIZE
 from ..core.errors import DeusMergeError
 from ..core.units import parse_size
 from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
@@ -71,7 +72,10 @@ plan_options = _all([
                  help="Copy the tokenizer into the output."),
     click.option("--allow-pickle", is_flag=True, help="Also read .bin and .pt weights: their tensors, nothing is run."),
     click.option("--cache-dir", "--transformers-cache", type=click.Path(path_type=Path, file_okay=False),
-                 help="The folder for models of the hub."),
+                 help="The folder for models of the hub, and for what is read of models by range."),
+    click.option("--stream", is_flag=True, help="Read models of the hub by range, without a local copy."),
+    click.option("--cache-size", type=Size(), default=DEFAULT_CACHE_SIZE, show_default=True,
+                 help="The most that is on the disk at once of models read by range."),
 ])  # fmt: skip
 
 

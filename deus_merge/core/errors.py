@@ -21,6 +21,8 @@ import difflib
 import json
 from collections.abc import Iterable
 
+from .urls import redacted
+
 _LONGEST = 1000  # characters of one part of a message
 
 
@@ -112,8 +114,9 @@ def json_text(data: object, indent: int) -> str:
 
 
 def _brief(value: object) -> str:
-    """`printable`, cut to a length at which a very long name does not hide the message."""
-    text = printable(value)
+    """`printable`, cut to a length at which a very long name does not hide the message, and without the passwords and
+    signatures of addresses."""
+    text = redacted(printable(value))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 

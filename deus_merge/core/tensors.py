@@ -7,11 +7,12 @@ A `StoredTensor` lies in a source's file; a plan says with `methods.base.OutputT
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,8 @@ class StoredTensor:
             from, and ``offset`` means nothing.
         quantization: How a quantised weight is stored. Such a weight is derived (its values are dequantised when it is
             read), ``nbytes`` is the size of all its parts, and ``dtype`` that of the model it stands for.
+        remote: Gives the bytes of a file that is on no disk of this machine; ``file`` is then only its name. None for
+            a file that can be opened.
     """
 
     name: str
@@ -75,6 +78,20 @@ class StoredTensor:
     nbytes: int
     derived: bool = False
     quantization: Quantization | None = None
+    remote: RemoteBytes | None = field(default=None, compare=False, repr=False)
+
+
+class RemoteBytes(Protocol):
+    """The bytes of a file on another machine. Pickles."""
+
+    def stream(self, begin: int, end: int) -> AbstractContextManager[Iterator[memoryview]]:
+        """Bytes ``begin`` to ``end`` in order, in pieces of any size. Requests are made ahead until it is left.
+
+        Raises:
+            CheckpointError: the file has changed, or cannot be read any more.
+            MachineError: the connection is lost.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
 
 from ..checkpoint.dequantized import float_shapes
 from ..checkpoint.hub import resolve, split_adapter
@@ -16,7 +13,8 @@ from ..checkpoint.quantized import is_packed, quantization_name, quantized_tenso
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.side_files import side_files
 from ..checkpoint.storage import LoadOptions, open_source
-from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError, nearest
+from ..checkpoint.tensor_source import FileStamp
+from ..core.errors import ArchitectureError, DeusMergeError, nearest
 from .built import state_depth
 from .config_rules import check_config
 from .modules import view_modules
@@ -33,7 +31,7 @@ class SourceModel:
         ref: The recipe's reference to it.
         checkpoint: Its tensors.
         view: Its tensors by layer and role.
-        stamp: The state of its files when they were opened, from `stamp`.
+        stamp: The state of its files when they were opened.
         notes: Messages for the user about what was read.
     """
 
@@ -75,9 +73,10 @@ class SourceModel:
         load_options = load_options or LoadOptions()
         note = None
         name, adapter = split_adapter(ref.text)
+        address, _ = split_adapter(ref.address or ref.text)
         try:
             if name not in known:
-                known[name] = open_source(name, load_options)
+                known[name] = open_source(address, load_options)
                 state_depth(known[name].config)
             checkpoint: TensorSource = known[name]
             if adapter is not None:
@@ -93,7 +92,7 @@ class SourceModel:
                 error.where = f"{ref.place.where}: {error.where}" if error.where else ref.place.where
             raise
         notes = (f"{ref}: its tokenizer {note}",) if note else ()
-        return cls(ref, checkpoint, view, stamp(checkpoint.files), notes)
+        return cls(ref, checkpoint, view, checkpoint.stamp(), notes)
 
     def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
         """Role -> shape, for role -> tensor name."""
@@ -125,23 +124,3 @@ def _view(checkpoint: TensorSource) -> ModelView:
             got=f"tensors like {next(n for n in checkpoint.tensors if is_packed([n]))}",
             hint="use the original model, or dequantise this one with transformers and save it in floating point",
         ) from error
-
-
-class FileStamp(NamedTuple):
-    """A file's name, size in bytes, and modification time in nanoseconds."""
-
-    name: str
-    size: int
-    modified: int
-
-
-def stamp(files: Iterable[Path]) -> list[FileStamp]:
-    """The stamp of each file, by which a later run notices changed weights.
-
-    Raises:
-        CheckpointError: a file does not exist any more.
-    """
-    try:
-        return [FileStamp(f.name, status.st_size, status.st_mtime_ns) for f in files for status in [os.stat(f)]]
-    except OSError as error:
-        raise CheckpointError("the file cannot be read", where=error.filename, got=error.strerror) from None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from ..checkpoint.reader import TensorSource
+from ..checkpoint.tensor_source import FileStamp, TensorSource
 from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import tensor_bytes
 from ..methods.base import OutputTensor
@@ -49,6 +49,10 @@ class PlannedResult:
     @property
     def files(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys(f for m in self.plan.models for f in m.checkpoint.files))
+
+    def stamp(self) -> list[FileStamp]:
+        stamps = {f: s for m in self.plan.models for f, s in zip(m.checkpoint.files, m.checkpoint.stamp(), strict=True)}
+        return list(stamps.values())
 
     @property
     def provenance(self) -> Mapping[str, object]:

@@ -23,7 +23,7 @@ from ..core.garbage import collector_paused
 from ..core.tensors import Action
 from ..methods.base import OutputTensor
 from ..methods.registry import methods
-from ..models.source import SourceModel, stamp
+from ..models.source import SourceModel
 from ..recipe.types import Recipe
 from .blocks import BlockPlan, in_output_order
 from .display import html_text, short_text
@@ -210,7 +210,7 @@ class Plan:
         """
         for model in self.models:
             files = model.checkpoint.files
-            for old, new, file in zip(model.stamp, stamp(files), files, strict=True):
+            for old, new, file in zip(model.stamp, model.checkpoint.stamp(), files, strict=True):
                 if old != new:
                     raise CheckpointError("the file has changed since the plan was made", where=file)
 

@@ -12,7 +12,7 @@ from ..models.reference import ModelRef
 WRITTEN = "deus_merge.yml"
 #: The recipe as its user wrote it, next to that one.
 ORIGINAL = "deus_merge.original.yml"
-_A_MODEL = "a folder or org/name[@revision], and perhaps +adapter"
+_A_MODEL = "a folder or org/name[@revision], or an address, and perhaps +adapter"
 
 
 def read_model(node: Located) -> ModelRef:
@@ -24,7 +24,7 @@ def read_model(node: Located) -> ModelRef:
     architecture = None
     if isinstance(node.value, dict) and (place := node.value.get("override_architecture")) is not None:
         architecture = place.string("the name of a class, like LlamaForCausalLM") if place.value is not None else None
-    return ModelRef(_text(node), node, architecture)
+    return ModelRef.of(_text(node), node, architecture)
 
 
 def from_file(path: str, file: str | None) -> str:

@@ -10,6 +10,7 @@ import yaml
 from ..checkpoint.hub import split_adapter
 from ..core.located import Plain
 from ..core.units import dtype_name
+from ..core.urls import redacted
 from ..models.reference import ModelRef
 from .parameters import Filtered, Gradient, Settings, Value
 from .types import OutputSlice, Recipe, SliceSource
@@ -35,16 +36,17 @@ def dump_recipe(recipe: Recipe, place: _Place = absolute_path) -> str:
 
 
 def as_written(recipe: Recipe) -> str:
-    """The recipe as its user wrote it: its text, or the values that it was made from as YAML.
+    """The recipe as its user wrote it: its text, or the values that it was made from as YAML. Addresses have neither
+    passwords nor queries.
 
     Args:
         recipe: A recipe; of a plan's, presets are as they were before they were expanded.
     """
     if recipe.text is not None:
-        return recipe.text
+        return redacted(recipe.text)
     if recipe.source.value is None:  # made in Python, of its classes
         return dump_recipe(recipe)
-    return "---\n".join(_dump(r.source.plain()) for r in (*recipe.documents, recipe))
+    return redacted("---\n".join(_dump(r.source.plain()) for r in (*recipe.documents, recipe)))
 
 
 def _dump(data: Plain) -> str:

@@ -58,6 +58,17 @@ def card_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def _card(model: SourceModel) -> dict[str, Any]:
+    """The front matter of the card of a source; that of a model on another machine was fetched with its other files."""
+    if folders := model.checkpoint.folders:
+        return card_of(folders[0])
+    file = model.checkpoint.side_files.get(CARD)
+    try:
+        return split_card(file.decode("utf-8", "replace"))[0] if isinstance(file, bytes) else {}
+    except DeusMergeError:
+        return {}
+
+
 def sources_of(plan: Plan) -> list[SourceModel]:
     """The models that an output was made from, its donor first; for a document, the models that were used in it."""
     plans = (plan, *(document.plan for document in plan.documents))
@@ -68,7 +79,7 @@ def sources_of(plan: Plan) -> list[SourceModel]:
 def front_matter(plan: Plan) -> dict[str, Any]:
     """The front matter of the card of a plan's output."""
     sources = sources_of(plan)
-    cards = {str(model.ref): card_of(model.checkpoint.folders[0]) for model in sources}
+    cards = {str(model.ref): _card(model) for model in sources}
     donor = next(iter(cards.values()), {})
     ids = list(dict.fromkeys(part for model in sources for part in _ids(model, cards[str(model.ref)])))
     architecture = next(iter(plan.config.get("architectures") or ()), "")
@@ -94,7 +105,7 @@ def licenses(plan: Plan) -> list[tuple[str, str]]:
     """Each source's name with its licence, where these are not one and the same known licence."""
     found = []
     for model in sources_of(plan):
-        card = card_of(model.checkpoint.folders[0])
+        card = _card(model)
         found.append((shared_name(str(model.ref)), _said(card) or "not known"))
     words = {word for _, word in found}
     return [] if len(words) == 1 and words != {"not known"} else found
@@ -102,7 +113,7 @@ def licenses(plan: Plan) -> list[tuple[str, str]]:
 
 def unnamed(plan: Plan) -> list[str]:
     """The names of sources whose id on the hub is not known."""
-    return [shared_name(str(m.ref)) for m in sources_of(plan) if not _ids(m, card_of(m.checkpoint.folders[0]))]
+    return [shared_name(str(m.ref)) for m in sources_of(plan) if not _ids(m, _card(m))]
 
 
 def _said(card: Mapping[str, Any]) -> str | None:
@@ -141,7 +152,7 @@ def _ids(model: SourceModel, card: Mapping[str, Any]) -> list[str]:
     for part, folder in zip((base, adapter), model.checkpoint.folders, strict=False):
         name = None if part is None else repository_of(part) or hub_id_of(folder)
         found += [name] if name else []
-    if not found and (model.checkpoint.folders[0] / MANIFEST).is_file():
+    if not found and MANIFEST in model.checkpoint.side_files:
         found = [name for name in _texts(card.get("base_model")) if repository_of(name) == name]
     return found
 

@@ -21,7 +21,7 @@ from ..models.reference import ModelRef
 from ..models.source import SourceModel
 from ..plan.training_memory import TrainingSettings, training_memory
 from ..plan.training_shape import shape_of_source
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST, manifest_among
 from .manifest_parts import Growth
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def summary(
     Raises:
         DeusMergeError: the model cannot be read.
     """
-    source = SourceModel.open(ModelRef(model), {}, load_options)
+    source = SourceModel.open(ModelRef.of(model), {}, load_options)
     checkpoint, view = source.checkpoint, source.view
     config = checkpoint.config
     text = section(config, view.layers_path)
@@ -59,7 +59,7 @@ def summary(
     shape = shape_of_source(source, growths[-1].new_layers if isinstance(growths, tuple) and growths else ())
     memory = training_memory(shape, training or TrainingSettings())
     facts = {
-        "model": model,
+        "model": str(source.ref),
         "family": view.family.name if view.family else f"{view.model_type} (by tensor names)",
         "layers": view.num_layers,
         **{name: next((text[key] for key in keys if text.get(key) is not None), None) for name, keys in _SIZES.items()},
@@ -118,10 +118,10 @@ def _layouts(source: SourceModel) -> list[dict]:
 
 def _growths(checkpoint: TensorSource, layers: int) -> tuple[Growth, ...] | str:
     """The growths that a model's manifest records, the oldest first; or why it cannot be used."""
-    if not isinstance(file := checkpoint.side_files.get(MANIFEST), Path):
-        return ()
     try:
-        manifest = read_manifest(file)
+        manifest = manifest_among(checkpoint.side_files)
+        if manifest is None:
+            return ()
         if manifest.num_layers != layers:
             raise CheckpointError(f"it describes {plural(manifest.num_layers, 'layer')}")
     except DeusMergeError as error:
@@ -161,7 +161,7 @@ def adjacent_similarity(model: str, load_options: LoadOptions | None = None) -> 
 
     from ..ot.costs import unit_rows
 
-    source = SourceModel.open(ModelRef(model), {}, load_options)
+    source = SourceModel.open(ModelRef.of(model), {}, load_options)
     if source.view.family is None:
         raise ArchitectureError(
             f"similarity needs a described family, not {source.view.model_type!r}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 from ..core.errors import CheckpointError, DeusMergeError
 from ..core.text import plural
@@ -12,7 +11,7 @@ from ..models.source import SourceModel
 from ..plan.documents import PlannedResult
 from ..plan.types import Plan
 from ..recipe.writer import dump_recipe
-from .manifest import MANIFEST, read_manifest
+from .manifest import MANIFEST, manifest_among
 from .manifest_parts import Growth
 from .plan_manifest import planned_source, sha256
 from .shareable import shared_name
@@ -50,11 +49,10 @@ def _growths_of(model: SourceModel, warnings: list[str]) -> tuple[Growth, ...]:
             trained=False,
         )
         return (*earlier, own) if earlier or plan.new_layers else ()
-    file = model.checkpoint.side_files.get(MANIFEST)
-    if not isinstance(file, Path):
-        return ()
     try:
-        manifest = read_manifest(file)
+        manifest = manifest_among(model.checkpoint.side_files)
+        if manifest is None:
+            return ()
         if manifest.num_layers != model.view.num_layers:
             raise CheckpointError(f"it describes {plural(manifest.num_layers, 'layer')}, not {model.view.num_layers}")
         return manifest.growths

@@ -202,7 +202,7 @@ class Manifest:
         for name, tensor in self.tensors.items():
             if tensor.action is Action.COPY:
                 index = len(self.sources) if tensor.model is None else tensor.model
-                folders = [source.folder for source in self.sources[index : index + 1]]
+                folders = [source.folder or source.url for source in self.sources[index : index + 1]]
                 if folders in ([], [None]) or tensor.tensor is None:
                     expected = "model and tensor: the index of a source that has a folder, and a tensor's name there"
                     raise Misfit(expected, "the copy of no stored tensor", f"tensors{step(name)}")
@@ -274,6 +274,26 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> Manifest:
         raise CheckpointError("no manifest", where=path, hint=hint)
     try:
         raw = read_small(path)
+    except CheckpointError as error:
+        raise VerifyError(error.message, where=path, got=error.got) from None
+    manifest = parse_manifest(raw, path)
+    for name in needed:
+        if getattr(manifest, name) is None:
+            raise _lacks(name, path)
+    return manifest
+
+
+def parse_manifest(raw: bytes, path: Path) -> Manifest:
+    """A manifest from the content of its file.
+
+    Args:
+        raw: The content.
+        path: The file, for messages.
+
+    Raises:
+        VerifyError: it is damaged or malformed, or has an unknown format.
+    """
+    try:
         data = parse_json(raw, path, "manifest")
     except CheckpointError as error:
         raise VerifyError(error.message, where=path, got=error.got) from None
@@ -284,15 +304,23 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> Manifest:
         hint = "it was damaged or edited: restore it from a backup, or write the output again"
         raise VerifyError("the manifest is not as it was written", where=path, hint=hint)
     try:
-        manifest = Manifest.from_json(found_manifest(data, path.parent))
+        return Manifest.from_json(found_manifest(data, path.parent))
     except Misfit as misfit:
         got = "nothing" if misfit.got is None else misfit.got
         place = f"the manifest is malformed: {misfit.place}"
         raise VerifyError(place, where=path, expected=misfit.expected, got=got) from None
-    for name in needed:
-        if getattr(manifest, name) is None:
-            raise _lacks(name, path)
-    return manifest
+
+
+def manifest_among(files: Mapping[str, bytes | Path]) -> Manifest | None:
+    """The manifest among the side files of a model; None where it has none.
+
+    Raises:
+        VerifyError: as `parse_manifest`.
+    """
+    file = files.get(MANIFEST)
+    if file is None:
+        return None
+    return read_manifest(file) if isinstance(file, Path) else parse_manifest(file, Path(MANIFEST))
 
 
 def _is_sealed(raw: bytes) -> bool:

@@ -18,13 +18,16 @@ class ManifestSource:
     """A model that the output was made from, or a checkpoint that copied tensors are stored in.
 
     Attributes:
-        model: The model in the recipe: a folder's name, ``org/name[@revision]``, either with ``+adapter``, or the name
-            of a document.
+        model: The model in the recipe: a folder's name, ``org/name[@revision]``, an address without its
+            secrets, each perhaps with ``+adapter``, or the name of a document.
         fingerprint: sha256 over its config and its headers: the same for all fine-tunes of a model.
-        contents: sha256 over that and samples of every file, 4 KiB for every 4 MiB; missing in earlier versions, and
-            for results of documents.
+        contents: sha256 over that and samples of every file, 4 KiB for every 4 MiB; missing in earlier versions,
+            for results of documents, and for models on other machines.
         folder: The folder of a checkpoint, or a GGUF file, relative to the output, ``org/name@revision``, or
             ``<private>/name``; None where the tensors are derived from other sources.
+        url: The address of a checkpoint on another machine that was read by range, without its secrets.
+        revision: The commit of one on the hub.
+        etags: The ETags of the files of one elsewhere, by their names.
         layers: The number of its layers; None for checkpoints that the recipe does not name.
         adapter: The folder of an adapter.
         base: The source that the adapter was applied to.
@@ -35,6 +38,9 @@ class ManifestSource:
     fingerprint: str
     contents: str | None = None
     folder: str | None = None
+    url: str | None = None
+    revision: str | None = None
+    etags: Mapping[str, str] | None = None
     layers: Count | None = None
     adapter: str | None = None
     base: Mapping[str, Any] | None = None

@@ -127,7 +127,10 @@ def planned_source(source: TensorSource, name: str, layers: int | None = None) -
     """
     record = {"model": name, "fingerprint": source.fingerprint, **source.provenance}
     planned = parse(ManifestSource, record | ({} if layers is None else {"layers": layers}))
-    return planned if planned.document is not None else replace(planned, contents=contents_digest(source))
+    elsewhere = any(stamp.tag is not None for stamp in source.stamp())  # its ETags or its commit say more
+    if planned.document is not None or elsewhere:
+        return planned
+    return replace(planned, contents=contents_digest(source))
 
 
 def sha256(content: bytes) -> str:

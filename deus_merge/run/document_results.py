@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.reader import TensorSource
+from ..checkpoint.tensor_source import FileStamp, TensorSource
 from ..core.errors import DeusMergeError
 from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import torch_dtype
@@ -63,6 +63,9 @@ class DocumentResult:
                 self._computer.source(block, output.source).prefetch([output.stored.name])
             for i in inputs_read(output):
                 self._computer.source(block, i).prefetch([output.inputs[i].name])
+
+    def stamp(self) -> list[FileStamp]:
+        return self._planned.stamp()
 
     def root(self, name: str) -> tuple[TensorSource, str]:
         return self._planned.root(name)

@@ -113,7 +113,8 @@ def execute(
             manifest = calibrator.run(output, writer, manifest)
         verification = None
         if options.verify:
-            found = verify(output.folder, quick=True, manifest=manifest, sources=list(plan_sources(plan)))
+            sources = list(plan_sources(plan))
+            found = verify(output.folder, quick=True, manifest=manifest, sources=sources, received=writer.received)
             verification = _passed(found, out, "the output was not put in place")
             if made:
                 made.compare(verification.checksums, _calibrated(manifest))

@@ -252,7 +252,9 @@ def is_complete(plan: Plan, out: Path, run_record: Mapping[str, object] | None) 
     same = same and all(manifest.options.get(key) == value for key, value in (run_record or {}).items())
     # fine-tunes of one model have the same headers, so the plan's hash does not tell them apart
     planned = [planned_source(source, name) for source, name in plan_sources(plan).items()]
-    recorded, wanted = ([(s.contents, s.document) for s in both] for both in (manifest.sources, planned))
+    recorded, wanted = (
+        [(s.contents, s.document, s.url, s.revision, s.etags) for s in both] for both in (manifest.sources, planned)
+    )
     untouched = (manifest.calibration is None) == (plan.calibration is None) and not manifest.trained
     return (
         same

@@ -92,6 +92,7 @@ def verify(
     places: Mapping[str, str | Path] | None = None,
     manifest: Manifest | None = None,
     sources: Sequence[TensorSource] | None = None,
+    received: Mapping[str, str] | None = None,
     on_check: Callable[[Check, int], None] | None = None,
     on_begin: Callable[[str], None] | None = None,
 ) -> Verification:
@@ -105,6 +106,8 @@ def verify(
         places: Folders of sources that the manifest does not name, or that have moved, by the ``model`` of the source.
         manifest: The manifest of an output that has none yet: the checksums of its tensors are computed, not compared.
         sources: With ``manifest``: the models it was made from.
+        received: With ``sources``: XXH3-128, in hex, of the bytes that were copied from other machines, by the name of
+            the tensor. They are not read from there again.
         on_check: Called after each check, with the number of all checks.
         on_begin: Called with the name of each check before it runs.
 
@@ -135,7 +138,7 @@ def verify(
             finished(Check("manifest", False, str(error)))
     if manifest and places:
         manifest = _placed(manifest, places)
-    output = Output(folder, manifest, sources, finite=not quick) if manifest else None
+    output = Output(folder, manifest, sources, received or {}, quick=quick) if manifest else None
     for name, check in wanted:
         if on_begin is not None:
             on_begin(name)

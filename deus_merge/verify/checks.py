@@ -9,13 +9,14 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-from ..checkpoint.dequantized import dequantized, float_shapes
+from ..checkpoint.dequantized import DequantizedSource, dequantized, float_shapes
 from ..checkpoint.gguf import GgufSource, is_gguf
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.quantized import is_cache_scale, quantization
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..checkpoint.side_files import side_files
+from ..checkpoint.storage import LoadOptions, open_source
 from ..core.errors import DeusMergeError
 from ..core.tensors import Action, StoredTensor
 from ..core.text import plural, some_of
@@ -31,7 +32,7 @@ from ..report.manifest_parts import ManifestSource
 from ..report.shareable import PRIVATE
 from . import logits
 from . import transformers_model as model
-from .weights import ALGORITHM, ZEROS, TensorCheck, TensorResult, examine
+from .weights import ALGORITHM, ZEROS, Received, TensorCheck, TensorResult, examine
 
 #: Patterns of files that are loaded from a folder: only files that the run wrote may match them.
 _LOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.py", "vocab.txt", "merges.txt")
@@ -51,13 +52,24 @@ class Output:
         folder: The output.
         manifest: Its manifest.
         sources: The models it was made from, if the run is not finished: checksums are then computed, not compared.
-        finite: Whether the pass over the weights looks for NaN and infinity.
+        received: Checksums of what was copied from other machines, by the name of the tensor.
+        quick: Whether the pass over the weights does not look for NaN and infinity, and models on other machines are
+            not opened again.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, sources: Sequence[TensorSource] | None, *, finite: bool):
-        self.folder, self.manifest, self.finite = folder, manifest, finite
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        sources: Sequence[TensorSource] | None,
+        received: Mapping[str, str],
+        *,
+        quick: bool,
+    ):
+        self.folder, self.manifest, self.finite = folder, manifest, not quick
         self.fresh = sources is not None
-        self._sources: Sequence[TensorSource | str] = _reopened(manifest) if sources is None else list(sources)
+        self._received = received
+        self._sources: Sequence[TensorSource | str] = _reopened(manifest, quick) if sources is None else list(sources)
         self._checkpoint: Checkpoint | None = None
         self._view: ModelView | None = None
         self._model: TensorSource | None = None  # its weights as a model in floating point has them
@@ -197,7 +209,9 @@ class Output:
         checks = []
         for name, tensor in self.checkpoint.tensors.items():
             action = self._action(name)
-            copied = self._stored_source(tensor) if action is Action.COPY else None
+            copied: StoredTensor | Received | None = self._stored_source(tensor) if action is Action.COPY else None
+            if isinstance(copied, StoredTensor) and copied.remote is not None and name in self._received:
+                copied = Received(self._received[name])
             checks.append(TensorCheck(tensor, ZEROS if action is Action.ZEROS else copied))
         results = self._results = examine(checks, finite=self.finite)
         if self.fresh:
@@ -364,16 +378,22 @@ class Output:
         base = self._sources[self.manifest.donor]
         if isinstance(base, str):
             raise Skipped(base)
+        if isinstance(base, Checkpoint) and not base.folders:
+            raise Skipped("the base is on another machine: transformers loads folders of this one")
         if not isinstance(base, Checkpoint):
             raise Skipped("the base is derived when it is read: it has no folder to load")
         equal = self.manifest.function_preserving and not self.manifest.trained
         return logits.compare(base.folder, self.folder, text, equal=equal)
 
 
-def _reopened(manifest: Manifest) -> list[TensorSource | str]:
+def _reopened(manifest: Manifest, quick: bool) -> list[TensorSource | str]:
     """The models an output was made from; for one that is not available, the reason."""
     found: list[TensorSource | str] = []
+    options = LoadOptions(stream=True)
     for source in manifest.sources:
+        if source.url is not None and source.folder is None:  # not one that is somewhere else now
+            found.append(f"{source.url} is not read with --quick" if quick else _reopened_remote(source, options))
+            continue
         if source.folder is None:
             found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
             continue
@@ -389,6 +409,19 @@ def _reopened(manifest: Manifest) -> list[TensorSource | str]:
         except DeusMergeError as error:
             found.append(f"source {source.folder} cannot be read: {error.message}; {_how(source)}")
     return found
+
+
+def _reopened_remote(source: ManifestSource, options: LoadOptions) -> TensorSource | str:
+    """A model on another machine, as it is stored; the reason where it is not what it was."""
+    assert source.url is not None
+    repository = "/".join(source.url.split("/")[-2:])
+    try:
+        opened = open_source(f"{repository}@{source.revision}" if source.revision else source.url, options)
+    except DeusMergeError as error:
+        return f"source {source.url} cannot be read: {error.message}"
+    stored = opened.stored if isinstance(opened, DequantizedSource) else opened
+    same = stored.fingerprint == source.fingerprint and stored.provenance.get("etags") == source.etags
+    return stored if same else f"source {source.url} has changed since"
 
 
 def _how(source: ManifestSource) -> str:

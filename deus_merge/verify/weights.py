@@ -12,9 +12,11 @@ folder can also write a new manifest. Measured on the processor of the benchmark
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import xxhash
@@ -26,7 +28,20 @@ from ..core.units import torch_dtype
 
 ALGORITHM = "xxh3_128"
 ZEROS: Literal["zeros"] = "zeros"
-Expected = StoredTensor | Literal["zeros"] | None
+
+
+@dataclass(frozen=True)
+class Received:
+    """The checksum of the bytes that came from another machine, in place of the bytes.
+
+    Attributes:
+        checksum: XXH3-128 in hex.
+    """
+
+    checksum: str
+
+
+Expected = StoredTensor | Received | Literal["zeros"] | None
 _CHUNK = 1 << 18  # bytes
 
 #: float dtype -> unsigned integers of its width, and the smallest magnitude (all bits but the sign) that is not finite
@@ -45,7 +60,7 @@ class TensorCheck:
     Attributes:
         tensor: Where it lies.
         expected: A stored tensor of equal shape whose bytes it must have, or, in a dtype that holds them, whose values;
-            ``ZEROS``; None for nothing to compare with.
+            the checksum of its bytes; ``ZEROS``; None for nothing to compare with.
     """
 
     tensor: StoredTensor
@@ -103,24 +118,23 @@ def _compare_bytes(tensor: StoredTensor, expected: Expected, finite: bool) -> Te
     digest = xxhash.xxh3_128()
     equal, is_finite = True, True if finite and tensor.dtype in {*_NOT_FINITE, *_NAN} else None
     ours, theirs = bytearray(_CHUNK), bytearray(_CHUNK)
-    fds = [open_regular(tensor.file)]
-    try:
-        if isinstance(expected, StoredTensor):
-            fds.append(open_regular(expected.file))
+    compared = None if isinstance(expected, Received) else expected
+    with ExitStack() as stack:
+        fill = _reader(tensor, stack)
+        fill_expected = _reader(expected, stack) if isinstance(expected, StoredTensor) else None
         for at in range(0, tensor.nbytes, _CHUNK):
             size = min(_CHUNK, tensor.nbytes - at)
             chunk = memoryview(ours)[:size]
-            _fill(fds[0], chunk, tensor, at)
+            fill(chunk)
             digest.update(chunk)
-            if isinstance(expected, StoredTensor):
-                _fill(fds[1], memoryview(theirs)[:size], expected, at)
+            if fill_expected is not None:
+                fill_expected(memoryview(theirs)[:size])
             # After a last, shorter read the rest of both buffers is equal, or a difference was found before.
-            equal = equal and (expected is None or ours == theirs)
+            equal = equal and (compared is None or ours == theirs)
             if is_finite:
                 is_finite = _is_finite(chunk, tensor.dtype)
-    finally:
-        for fd in fds:
-            os.close(fd)
+    if isinstance(expected, Received):
+        equal = digest.hexdigest() == expected.checksum
     return TensorResult(digest.hexdigest(), None if expected is None else equal, is_finite)
 
 
@@ -131,29 +145,44 @@ def _equal_values(tensor: StoredTensor, narrower: StoredTensor) -> bool:
     ours, theirs = torch_dtype(tensor.dtype), torch_dtype(narrower.dtype)
     count = _CHUNK // max(ours.itemsize, theirs.itemsize)  # elements at a time
     total, equal = tensor.nbytes // ours.itemsize, True
-    fds = [open_regular(tensor.file), open_regular(narrower.file)]
-    try:
+    with ExitStack() as stack:
+        readers = ((_reader(tensor, stack), ours), (_reader(narrower, stack), theirs))
         for at in range(0, total, count):
             size, parts = min(count, total - at), []
-            for fd, info, dtype in ((fds[0], tensor, ours), (fds[1], narrower, theirs)):
+            for fill, dtype in readers:
                 buffer = bytearray(size * dtype.itemsize)
-                _fill(fd, memoryview(buffer), info, at * dtype.itemsize)
+                fill(memoryview(buffer))
                 parts.append(torch.frombuffer(buffer, dtype=dtype))  # (size,)
             equal = equal and torch.equal(parts[0].view(torch.uint8), parts[1].to(ours).view(torch.uint8))
-    finally:
-        for fd in fds:
-            os.close(fd)
     return equal
 
 
-def _fill(fd: int, buffer: memoryview, tensor: StoredTensor, at: int) -> None:
-    """Fill a buffer with a tensor's bytes from ``at`` on."""
+def _reader(tensor: StoredTensor, stack: ExitStack) -> Callable[[memoryview], None]:
+    """A function that fills a buffer with the next bytes of a tensor, until ``stack`` is left."""
+    if tensor.remote is not None:
+        pieces = stack.enter_context(tensor.remote.stream(tensor.offset, tensor.offset + tensor.nbytes))
+        return partial(_fill_from_pieces, pieces, [memoryview(b"")])
+    fd = open_regular(tensor.file)
+    stack.callback(os.close, fd)
+    return partial(_fill_from_file, fd, tensor, [tensor.offset])
+
+
+def _fill_from_pieces(pieces: Iterator[memoryview], rest: list[memoryview], buffer: memoryview) -> None:
     done = 0
     while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], tensor.offset + at + done)
+        piece = rest[0] if rest[0] else next(pieces)
+        count = min(len(piece), len(buffer) - done)
+        buffer[done : done + count] = piece[:count]
+        rest[0], done = piece[count:], done + count
+
+
+def _fill_from_file(fd: int, tensor: StoredTensor, at: list[int], buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], at[0])
         if count == 0:
             raise CheckpointError("the file ends early", where=tensor.file, got=f"no more bytes of {tensor.name}")
-        done += count
+        at[0], done = at[0] + count, done + count
 
 
 def _is_finite(data: memoryview, dtype: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ...checkpoint.reader import TensorSource
+from ...checkpoint.tensor_source import FileStamp, TensorSource
 from ...core.errors import PlanError
 from ...core.tensors import StoredTensor
 from ...core.units import ITEMSIZE, promoted, torch_dtype
@@ -121,6 +121,9 @@ class PermutedCheckpoint:
             if name in self._permuted:
                 for source in self._permuted[name].sources.values():
                     source.prefetch([name])
+
+    def stamp(self) -> list[FileStamp]:
+        return self._stored.stamp()
 
     def root(self, name: str) -> tuple[TensorSource, str]:
         return self._stored.root(name)

@@ -69,7 +69,15 @@ class _Crew:
         self._deaths: Counter[int | None] = Counter()
         self._workers: list[_Worker] = []
         self._setup = pickle.dumps(
-            (job.plan, job.writer.folder, job.writer.layouts, job.seed, job.threads, _part(job.max_memory, count))
+            (
+                job.plan,
+                job.writer.folder,
+                job.writer.layouts,
+                job.seed,
+                job.threads,
+                _part(job.max_memory, count),
+                count,
+            )
         )
 
     def __enter__(self) -> _Crew:
@@ -106,7 +114,8 @@ class _Crew:
                 if kind == "error":
                     raise content[0]
                 if kind == "finished":
-                    index, diagnostics = content
+                    index, diagnostics, received = content
+                    self._job.writer.received |= received
                     block = self._job.plan.blocks[index]
                     self._workers[number].batch.remove(index)
                     left.discard(index)

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...checkpoint.shards import ShardWriter
+from ...checkpoint.storage import divide_spools
 from ...checkpoint.system import keep_freed_memory
 from ...core.errors import DeusMergeError
 from ...plan.blocks import BlockPlan
@@ -27,7 +28,8 @@ _SHARE_SECONDS = 0.5  # from one report about a block to the next, at least
 def main() -> None:
     """Make the blocks that come through the socket whose descriptor is the last argument."""
     connection = Connection(int(sys.argv[-1]))
-    plan, folder, layouts, seed, threads, max_memory = pickle.loads(connection.recv_bytes())
+    plan, folder, layouts, seed, threads, max_memory, count = pickle.loads(connection.recv_bytes())
+    divide_spools((model.checkpoint for model in plan.models), count)
     name = connection.recv()
     send = _sender(connection)
     batches: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
@@ -70,7 +72,9 @@ def _make(plan: Plan, batch: list[int], writer: ShardWriter, send: Callable[...,
     sent = 0.0
 
     def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
-        send("finished", block.index, diagnostics)
+        names = [tensor.name for output in block.outputs for tensor in output.written]
+        received = {name: writer.received[name] for name in names if name in writer.received}
+        send("finished", block.index, diagnostics, received)
 
     def written(block: BlockPlan, share: float) -> None:
         nonlocal sent

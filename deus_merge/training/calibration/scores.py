@@ -75,8 +75,11 @@ def score_gaps(
     options = options or CalibrationOptions()
     options.check()
     options = replace(options, method="kfac")
-    source = SourceModel.open(ModelRef(str(model)), {}, load_options)
+    source = SourceModel.open(ModelRef.of(str(model)), {}, load_options)
     view, tensors = source.view, source.checkpoint
+    if not tensors.folders:
+        hint = "download it and name the folder"
+        raise TrainingError("gaps are scored only of models on this machine", where=tensors.where, hint=hint)
     device = choose_device(options.device)
     set_threads(options.threads)
     try:

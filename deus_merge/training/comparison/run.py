@@ -276,6 +276,9 @@ def _begin(threads: int) -> None:
 def _base_folder(plan: Plan, needed: bool) -> Path:
     """The folder of the base model, which has its tokenizer."""
     folders = plan.donor.checkpoint.folders
+    if not folders:
+        hint = "download it and name the folder"
+        raise TrainingError("a model on another machine is not trained", where=str(plan.donor.ref), hint=hint)
     if not folders[0].is_dir():
         hint = "write it as a folder first (merge_method: passthrough), and compare with that"
         raise TrainingError("transformers does not train a model in one file", where=str(plan.donor.ref), hint=hint)

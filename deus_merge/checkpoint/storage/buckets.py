@@ -1,0 +1,50 @@
+"""Buckets: S3 and what speaks like it, Google Cloud Storage, Azure. Credentials and endpoints come from the environment
+variables that obstore reads."""
+
+from __future__ import annotations
+
+from ...core.errors import CheckpointError
+from ...core.urls import public_url
+from ..tensor_source import TensorSource
+from ._remote import open_remote
+from ._transfer import Remote, check_installed
+from .base import LoadOptions
+
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; AWS_SKIP_SIGNATURE=true for public"
+    " data",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT; GOOGLE_SKIP_SIGNATURE=true for public data",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_KEY or AZURE_CLIENT_ID ...;"
+    " AZURE_SKIP_SIGNATURE=true for public data",
+}
+
+
+class Buckets:
+    """The storage ``buckets``."""
+
+    summary = "a folder in a bucket of S3, Google Cloud Storage or Azure, read by range"
+    example = "s3://bucket/model, gs://bucket/model or az://container/model"
+
+    def takes(self, ref: str, options: LoadOptions) -> bool:
+        return _scheme(ref) in _CREDENTIALS
+
+    def open(self, ref: str, options: LoadOptions) -> TensorSource:
+        name = public_url(ref).rstrip("/")
+        if name != ref.rstrip("/"):
+            raise CheckpointError(
+                "an address of a bucket has no user, password or query",
+                where=name,
+                expected=self.example,
+                hint=f"credentials are read from the environment: {_CREDENTIALS[_scheme(ref)]}",
+            )
+        check_installed(ref)
+        hint = f"set {_CREDENTIALS[_scheme(ref)]}"
+        remote = Remote(name, name, "bucket", patience=options.patience, credentials=hint)
+        return open_remote(remote, options.spool, remote.list())
+
+
+def _scheme(ref: str) -> str:
+    return ref.partition("://")[0] if "://" in ref else ""
+
+
+STORAGE = Buckets()

@@ -1,0 +1,145 @@
+"""Models in a bucket: S3 as moto's server speaks it, which runs in an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from support import make_model
+
+from deus_merge import api
+
+obstore = pytest.importorskip("obstore")
+pytest.importorskip("obstore.store")
+
+MOTO = Path(os.environ.get("DEUS_MERGE_MOTO", Path(__file__).parents[2] / ".venv-moto")) / "bin/moto_server"
+SECRET = "a-secret-access-key-of-nobody"
+RECIPES = {
+    "passthrough": "slices: [{sources: [{model: MODEL, layer_range: [0, 2]}]}]\nmerge_method: passthrough\n",
+    "linear": "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: MODEL}, {model: OTHER}]\n",
+    "ot_fuse": "base_model: MODEL\nupscale: {preset: opt_deus, insert: all}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, seed in (("base", 0), ("other", 1)):
+        make_model(root / name, layers=2, seed=seed, max_shard_size="60KB")
+    return root
+
+
+@pytest.fixture(scope="module")
+def s3(models):
+    """A server with both models in the bucket ``models``, and the environment that obstore reads."""
+    if not MOTO.exists():
+        reason = f"no moto at {MOTO}: run `make buckets`"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    with open(models / "log", "wb") as log:
+        process = subprocess.Popen([MOTO, "-H", "127.0.0.1", "-p", "0"], stdout=log, stderr=log)
+    patch = pytest.MonkeyPatch()
+    try:
+        url = _address(process, models / "log")
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in {
+            "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET,
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        urllib.request.urlopen(urllib.request.Request(f"{url}/models", method="PUT"), timeout=10)
+        store = obstore.store.S3Store("models")
+        for file in models.glob("*/*"):
+            obstore.put(store, f"deep/{file.relative_to(models)}", file.read_bytes())
+        yield url
+    finally:
+        patch.undo()
+        process.kill()
+        process.wait()
+
+
+def _address(process, log: Path) -> str:
+    """Where the server listens, from its log."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        for word in log.read_text().split():
+            if word.startswith("http://127.0.0.1:"):
+                return word
+        time.sleep(0.05)
+    return pytest.fail(f"moto did not start: {log.read_text()[-2000:]}")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_bytes_of_a_local_run(run, s3, models, tmp_path, name):
+    recipe = tmp_path / "recipe.yml"
+    outs = []
+    for root in (str(models), "s3://models/deep"):
+        recipe.write_text(RECIPES[name].replace("MODEL", f"{root}/base").replace("OTHER", f"{root}/other"))
+        outs.append(tmp_path / f"out{len(outs)}")
+        done = run("merge", recipe, outs[-1])
+    assert weights(outs[0]) == weights(outs[1])
+    assert {p.name for p in outs[0].iterdir()} == {p.name for p in outs[1].iterdir()}
+    text = (outs[1] / "deus_merge.json").read_text()
+    assert '"s3://models/deep/base"' in text and "etags" in text
+    assert all(SECRET not in part for part in (done.out, done.err, text))
+
+
+def test_a_changed_object_is_refused(s3, models):
+    plan = api.plan(RECIPES["passthrough"].replace("MODEL", "s3://models/deep/base"))
+    name, tensor = next(iter(plan.donor.checkpoint.tensors.items()))
+    key = f"deep/base/{tensor.file.name}"
+    store = obstore.store.S3Store("models")
+    before = bytes(obstore.get(store, key).bytes())
+    obstore.put(store, key, before[:-1] + b"x")
+    try:
+        with pytest.raises(api.DeusMergeError, match=f"s3://models/{key}: the file has changed since it was opened"):
+            plan.donor.checkpoint.read(name)
+        with pytest.raises(api.DeusMergeError, match="changed since the plan was made"):
+            plan.check_sources()
+    finally:
+        obstore.put(store, key, before)
+
+
+@pytest.mark.parametrize(
+    ("ref", "text"),
+    [
+        ("s3://models/nothing", "s3://models/nothing: there are no files under this address"),
+        ("s3://nobody/model", "s3://nobody/model: no such bucket"),
+        ("s3://models/deep/base/config.json", "there are no files under this address"),
+        (f"s3://me:{SECRET}@models/deep/base", "has no user, password or query"),
+        (f"s3://models/deep/base?sig={SECRET}", "has no user, password or query"),
+    ],
+)
+def test_refusals(run, s3, ref, text):
+    done = run("inspect", ref, expect=2)
+    assert text in done.err and SECRET not in done.err
+
+
+def test_no_right_and_no_credentials(run, s3, monkeypatch):
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    denied = run("inspect", "s3://models/deep/base", expect=2)
+    assert "s3://models/deep/base/config.json: no right to read it" in denied.err and "AWS_ACCESS_KEY_ID" in denied.err
+    monkeypatch.delenv("AWS_SKIP_SIGNATURE")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    # where credentials are looked for without these, on a machine in the cloud: nobody answers
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("deus_merge.checkpoint.storage._transfer.FIRST_CONTACT", 0.5)
+    missing = run("inspect", "s3://models/deep/base", expect=2)
+    assert "AWS_ACCESS_KEY_ID" in missing.err or "cannot be reached" in missing.err
+    assert SECRET not in denied.err + missing.err
+
+
+def test_other_buckets_name_what_they_need(run, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("AZURE_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    done = run("inspect", "az://container/model", expect=2)
+    assert "AZURE_STORAGE_ACCOUNT_NAME" in done.err
