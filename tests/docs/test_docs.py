@@ -15,13 +15,17 @@ from pathlib import Path
 import pytest
 import yaml
 from support import make_model
+from tiny_models import make as make_tiny
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 #: pages whose commands run in a test, in order and in one folder
-PAGES = ("README.md", "docs/recipes.md", "docs/training.md", "docs/many-machines.md")
+PAGES = (
+    "README.md", "docs/recipes.md", "docs/training.md", "docs/many-machines.md", "docs/one-card.md",
+    "docs/experts-and-vision.md",
+)  # fmt: skip
 
 
 def page(name: str) -> str:
@@ -42,6 +46,8 @@ def workplace(tmp_path, tiny):
         make_model(folder / name, layers=30, tied=True, vocab_size=2048)
         for file in tiny.glob("token*"):
             shutil.copy(file, folder / name)
+    make_tiny(folder / "Qwen/Qwen3-30B-A3B", "qwen3_moe")
+    make_tiny(folder / "Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl_text")
     (folder / "corpus.txt").write_text("\n".join(f"Line {i} of some text, number {i % 13}." for i in range(30_000)))
     return folder
 
@@ -93,6 +99,14 @@ def test_readme_training_snippet(run, workplace, monkeypatch):
     exec(snippet, scope)
     trained = {n for n, p in scope["model"].named_parameters() if p.requires_grad}
     assert trained == scope["new"] and len(trained) == 29 * 9
+
+
+def test_the_recipe_with_modules_runs(run, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    Path("vlm.yml").write_text(re.search(r"```yaml\n(.*?)```", page("docs/experts-and-vision.md"), re.DOTALL)[1])
+    run("merge", "vlm.yml", "out")
+    assert load_config("out")["text_config"]["num_hidden_layers"] == 8
+    assert run("verify", "out", "--quick", "--json").json()["passed"]
 
 
 def test_readme_recipe_is_one(workplace, monkeypatch):
