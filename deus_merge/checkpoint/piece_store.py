@@ -74,7 +74,7 @@ class PieceStore:
 
     def __init__(self, area: StagingArea, plan_hash: str):
         self.out = area.out
-        self.top = area.out.parent / f".{area.out.name}.deus-pieces"
+        self.top = area.pieces
         self.folder = self.top / plan_hash[:_HASH_LETTERS]
         self._plan_hash = plan_hash
         self._done, self._work = self.folder / "done", self.folder / "work"
@@ -151,14 +151,21 @@ class PieceStore:
             sync_path(self._done)
         self._finished.add(record.folder)
 
+    @property
+    def other_plans(self) -> list[str]:
+        """The names of folders with finished pieces of other plans for this output."""
+        done = self.top.glob("*/done")
+        return sorted(d.parent.name for d in done if d.parent != self.folder and any(d.glob("*.json")))
+
     def discard(self) -> None:
-        """Remove all pieces for this output, unfinished ones and those of other plans included.
+        """Remove the pieces of this plan, unfinished ones included.
 
         Raises:
             MachineError: something cannot be removed.
         """
-        with disk_errors(self.top):
-            if self._done.exists():
-                shutil.rmtree(self._done)  # records first: without them the rest is only leftovers
-            if self.top.exists():
-                shutil.rmtree(self.top)
+        with disk_errors(self.folder):
+            for folder in (self._done, self.folder):  # records first: without them the rest is only leftovers
+                if folder.exists():
+                    shutil.rmtree(folder)
+            if self.top.exists() and not os.listdir(self.top):
+                self.top.rmdir()

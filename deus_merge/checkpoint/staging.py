@@ -65,6 +65,7 @@ class StagingArea:
         new: The output folder under construction, in `staging`.
         old: The replaced output folder until it is removed, in `staging`.
         lock: The lock file.
+        pieces: The folder next to it in which workers put pieces of the output, see `piece_store`.
 
     Raises:
         PlanError: ``out`` is an address like ``s3://bucket/model``, or a loop of links.
@@ -79,6 +80,7 @@ class StagingArea:
         self.staging = self.out.parent / f".{self.out.name}.deus-tmp"
         self.new, self.old = self.staging / "new", self.staging / "old"
         self.lock = self.out.parent / f".{self.out.name}.deus-lock"
+        self.pieces = self.out.parent / f".{self.out.name}.deus-pieces"
 
     def check(self, overwrite: bool) -> None:
         """Check that the output folder may be created here; changes nothing on the disk.
@@ -177,7 +179,7 @@ class StagingArea:
         if not parent.is_dir():
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         self._check_rights(parent)
-        longest = max(len(os.fsencode(name)) for name in (self.lock.name, *self.out.relative_to(parent).parts))
+        longest = max(len(os.fsencode(name)) for name in (self.pieces.name, *self.out.relative_to(parent).parts))
         if longest > os.pathconf(parent, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         owners = (0, os.stat(parent).st_uid, os.stat(self.out).st_uid) if exists else ()

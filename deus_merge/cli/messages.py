@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import click
 
 from ..core.errors import nearest, printable
+from ..core.urls import redacted
 
 _COLORS = {"error": "red", "warning": "yellow"}
 
@@ -30,7 +31,7 @@ def label(kind: str) -> str:
 
 def show_error(text: object) -> None:
     """Print an error, whose control characters are escaped, on stderr."""
-    click.echo(f"{label('error')} {text}", err=True)
+    click.echo(f"{label('error')} {redacted(str(text))}", err=True)
 
 
 def usage_text(error: click.ClickException) -> str:

@@ -99,6 +99,8 @@ def show_share(share: Share, out: Path, quiet: bool, as_json: bool) -> None:
             "warnings": list(share.warnings),
         })  # fmt: skip
     found = f", {len(share.found)} finished already" if share.found else ""
+    if not (share.made or share.found or share.complete):
+        found = ": there are fewer pieces than shares, a smaller --max-shard-size makes more"
     left = f"{share.left} of the output left" if share.left else f"deus-merge finish puts {out} together"
     left = f"{out} is complete" if share.complete else left
     note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet)

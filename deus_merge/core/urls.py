@@ -8,7 +8,11 @@ from typing import NamedTuple
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.ASCII | re.DOTALL)
 #: also as a `Path` writes them, which has joined the two slashes into one
-_IN_TEXT = re.compile(r"\b(?:([A-Za-z][A-Za-z0-9+.-]*)://|(https?|s3a?|gs|az):/(?=[\w\[]))([^\s'\"<>]*)", re.ASCII)
+_IN_TEXT = re.compile(
+    r"\b(?:([A-Za-z][A-Za-z0-9+.-]*)://|(https?|s3a?|gs|az):/(?=[\w\[]))"
+    r"((?:(?!\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"<>])*)",  # up to the next one, as in OLD=NEW
+    re.ASCII,
+)
 _CLOSING = ",;)]}"
 #: what stands before a host; a password may also hold characters that should have been encoded
 _USER = re.compile(r"([^/?#]*)@|([^/?#:@]+:(?!\d*(?:[/?#]|$))[^@]*)@")

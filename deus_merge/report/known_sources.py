@@ -2,7 +2,8 @@
 
 ``~/.cache/deus_merge/sources/DIGEST`` holds the folder in which a source was when an output was made from it; DIGEST is
 the source's ``contents`` in the manifest. So ``verify`` and ``strip`` find sources again on the machine that made an
-output, and nowhere else. Losing these files loses nothing: ``--source`` says where a source is.
+output, and nowhere else. Losing these files loses nothing: ``--source`` says where a source is. ``DEUS_MERGE_CACHE`` is
+another folder for them; where it is empty, nothing is noted.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ def remember(sources: Iterable[ManifestSource]) -> None:
     Args:
         sources: As this machine has them, with absolute folders.
     """
-    for source in sources:
+    for source in sources if _cache() else ():
         if source.contents and source.folder and os.path.isabs(source.folder):
-            with suppress(OSError):
-                _write(_cache() / source.contents, source.folder)
+            with suppress(OSError, ValueError):
+                _write(Path(_cache(), source.contents), source.folder)
 
 
 def known_folder(contents: str) -> str | None:
@@ -35,22 +36,24 @@ def known_folder(contents: str) -> str | None:
     Args:
         contents: The ``contents`` of the source.
     """
-    if not re.fullmatch(r"[0-9a-f]{64}", contents):
+    if not (_cache() and re.fullmatch(r"[0-9a-f]{64}", contents)):
         return None
     try:
-        folder = (_cache() / contents).read_text(encoding="utf-8")
+        folder = os.fsdecode(Path(_cache(), contents).read_bytes())
     except (OSError, ValueError):
         return None
     return folder if os.path.isabs(folder) and os.path.exists(folder) else None
 
 
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("DEUS_MERGE_CACHE") or Path(home, "deus_merge")) / "sources"
+def _cache() -> str:
+    """The folder of the notes; empty where there are none."""
+    usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "deus_merge")
+    folder = os.environ.get("DEUS_MERGE_CACHE", usual)
+    return os.path.join(folder, "sources") if folder else ""
 
 
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(os.fsencode(text))
     os.replace(part, file)

@@ -67,7 +67,8 @@ def model_card(plan: Plan, recipe_yaml: str, ancestors: Sequence[Growth] = ()) -
         lines += [f"| {layers} | {_markdown(origin)} | {how} |" for layers, origin, how in _layer_rows(entries)]
     lines += ["", "## Recipe", "", "As it was written" + (", without folders of its author." if private else ".")]
     lines += [f"`{RECIPE}` is the same, expanded, with local models as seen from this folder:"]
-    lines += [f"`deus-merge merge {RECIPE} NEW_FOLDER` runs it again.", ""]
+    lines += [f"`deus-merge merge {RECIPE} NEW_FOLDER` runs this merge again, without what came after it (training, or"]
+    lines += ["`deus-merge calibrate`).", ""]
     text = "\n".join(map(printable, recipe_yaml.strip().splitlines()))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lines += [f"{fence}yaml", text, fence, ""]
@@ -117,7 +118,8 @@ def _training(plan: Plan) -> list[str]:
         "model, tokenizer = training.prepare(path)  # only the new layers train",
         "```",
         "",
-        "`deus-merge export-training FOLDER --for axolotl` (`llama-factory`, `trainer`) prints settings for a trainer.",
+        "`deus-merge export-training FOLDER` prints settings for transformers' Trainer; `--for axolotl` or",
+        "`--for llama-factory` for these, or why they cannot train these layers alone.",
     ]
 
 

@@ -24,7 +24,7 @@ PRIVATE = "<private>/"
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/([\w.-]*\w)@([0-9a-f]{40})", re.ASCII)
 #: An absolute path in text for people: after a space, a quote or a bracket, not inside a word or an address.
-_ABSOLUTE = re.compile(r"""(?<![\w.~:/<>@-])/[^\s'"`,;()\[\]{}#]*[^\s'"`,;()\[\]{}#.:]""")
+_ABSOLUTE = re.compile(r"""(?<![\w.~/])/[^\s'"`,;:()\[\]{}<>#]*[^\s'"`,;:()\[\]{}<>#.]""")
 #: Parts of a manifest without a path of this machine: too large to search for nothing, or the base's own.
 _PLAIN = frozenset({"tensors", "files", "weights", "layer_facts", "donor_config", "new_parameters", "versions"})
 
@@ -192,8 +192,9 @@ def found_manifest(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     found = _mapped(data, lambda key, text: found_path(text, folder) if key in ("folder", "adapter") else text)
     sources = found.get("sources")
     for record in sources if isinstance(sources, list) else ():
-        if isinstance(record, dict) and str(record.get("folder", "")).startswith(PRIVATE):
-            record["folder"] = known_folder(str(record.get("contents"))) or record["folder"]
+        place = record.get("folder") if isinstance(record, dict) else None
+        if isinstance(place, str) and (place.startswith(PRIVATE) or not os.path.exists(place)):  # or it was moved
+            record["folder"] = known_folder(str(record.get("contents"))) or place
     return found
 
 

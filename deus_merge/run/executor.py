@@ -79,7 +79,7 @@ def execute(
         for block in plan.blocks:
             on_block(block, True)
         hint = "write it again with --overwrite"
-        verification = _passed(verify(output.out, quick=True), out, hint) if options.verify else None
+        verification = passed(verify(output.out, quick=True), out, hint) if options.verify else None
         record = read_manifest(output.out).calibration if calibrator else None
         return Outcome(verification, plan.warnings + ready.warnings, record)
     past, unknown_past = ancestors(plan)
@@ -115,7 +115,7 @@ def execute(
         if options.verify:
             sources = list(plan_sources(plan))
             found = verify(output.folder, quick=True, manifest=manifest, sources=sources, received=writer.received)
-            verification = _passed(found, out, "the output was not put in place")
+            verification = passed(found, out, "the output was not put in place")
             if made:
                 made.compare(verification.checksums, _calibrated(manifest))
             manifest = manifest.with_checksums(verification.checksums)
@@ -134,7 +134,7 @@ def execute(
     return Outcome(verification, warnings, manifest.calibration)
 
 
-def _passed(verification: Verification, out: Path, hint: str) -> Verification:
+def passed(verification: Verification, out: Path, hint: str) -> Verification:
     """The checks of a folder that is, or will be, ``out``.
 
     Raises:
@@ -173,15 +173,20 @@ def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], optio
         files[INDEX] = index_json(plan.shards)
     files["config.json"] = (json_text(plan.config, indent=2) + "\n").encode()
     if options.private_paths:
-        files[RECIPE], files[ORIGINAL] = dump_recipe(plan.recipe).encode(), as_written(plan.recipe).encode()
+        files[RECIPE], files[ORIGINAL] = dump_recipe(plan.recipe).encode(), _readable(as_written(plan.recipe))
     else:
         recipe = dump_recipe(plan.recipe, lambda path: shared_path(path, output.out))
-        files[RECIPE], files[ORIGINAL] = recipe.encode(), written.encode()
+        files[RECIPE], files[ORIGINAL] = recipe.encode(), _readable(written)
     if options.model_card:
-        files["README.md"] = model_card(plan, written, past).encode()
+        files["README.md"] = _readable(model_card(plan, written, past))
     for name, content in files.items():
         output.put(name, content)
     return files
+
+
+def _readable(text: str) -> bytes:
+    """Text for people as UTF-8; bytes of names that are not are escaped."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 @contextmanager

@@ -48,14 +48,14 @@ class PieceJob:
     def __init__(self, plan: Plan, out: Path, options: RunOptions, *, mixed_machines: bool = False):
         self.plan, self.options = plan, options
         device, run_record = computing(plan, options)
-        self.device = str(device) if device else None
+        self.device, self._run_record = str(device) if device else None, run_record
         self.threads = int(str(run_record["threads"]))
         self.warnings = check_memory(plan, options)
-        self.identity = run_identity(run_record, device) | {"sources": _sources(plan)}
+        self.identity = run_identity(run_record, device) | {"sources": source_states(plan)}
         area = StagingArea(out)
         check_apart(area.out, [m.checkpoint for m in plan.models])
         self.store = PieceStore(area, plan.hash)
-        self.complete = is_complete(plan, area.out, run_record)
+        self.complete = not options.overwrite and is_complete(plan, area.out, run_record)
         if not self.complete:
             area.check(options.overwrite)
             if record := self.store.any_record():
@@ -77,15 +77,17 @@ class PieceJob:
         Raises:
             DeusMergeError: a tensor cannot be read, merged or written.
         """
-        if self.complete or self.store.record(piece.name):
+        if self.complete or finished_piece(self.store, piece):
             for block in piece.blocks:
                 on_block(block, True)
             return False
         try:
             self._make(piece, on_block, on_share)
         except DeusMergeError:
-            self.complete = is_complete(self.plan, self.store.out, None)
-            if not self.complete:  # otherwise others have made this piece, too, and finished the output
+            # others may have made this piece, too, and finished the output
+            overwrite = self.options.overwrite
+            self.complete = not overwrite and is_complete(self.plan, self.store.out, self._run_record)
+            if not self.complete:
                 raise
         return True
 
@@ -130,6 +132,21 @@ def _written(piece: Piece, folder: Path) -> Iterator[StoredTensor]:
             yield StoredTensor(name, entry.dtype, entry.shape, folder / shard.filename, begin, end - begin)
 
 
+def finished_piece(store: PieceStore, piece: Piece) -> PieceRecord | None:
+    """The record of a finished piece: one that has all its files, tensors and blocks, and no others."""
+    record = store.record(piece.name)
+    if record is None:
+        return None
+    fits = (
+        dict(record.files) == {shard.filename: shard.size for shard in piece.shards}
+        and record.checksums.keys() == {name for shard in piece.shards for name in shard.tensors}
+        and record.blocks.keys() == {str(block.index) for block in piece.blocks}
+        and all(isinstance(lines, list) and all(isinstance(x, dict) for x in lines) for lines in record.blocks.values())
+        and {"device", "threads", "seed", "sources"} <= record.identity.keys()
+    )
+    return record if fits else None
+
+
 def checked_identity(
     identities: Sequence[Mapping[str, object]], mixed_machines: bool, folder: Path
 ) -> tuple[Mapping[str, object], tuple[str, ...]]:
@@ -142,27 +159,33 @@ def checked_identity(
     names = sorted({n for i in identities for n in first.keys() | i.keys() if first.get(n) != i.get(n)})
     if not names:
         return first, ()
-    rounding = set(names) <= _ROUNDING
-    if rounding and mixed_machines:
+    if set(names) <= _ROUNDING and mixed_machines:
         return first, ("its pieces come from machines that round differently: a single run may give other last digits",)
     other = next(i for i in identities if i != first)
     raise PlanError(
         f"the pieces are of different runs: they differ in {', '.join(names)}",
         where=folder,
-        expected={name: first.get(name) for name in names},
-        got={name: other.get(name) for name in names},
-        hint="--mixed-machines accepts other machines, which round differently"
-        if rounding
-        else "use the same sources, versions and options, or remove this folder to start over",
+        expected=", ".join(f"{name} {first.get(name)}" for name in names),
+        got=", ".join(f"{name} {other.get(name)}" for name in names),
+        hint=_how_to_agree(names, first),
     )
 
 
-def _sources(plan: Plan) -> list[list]:
+def _how_to_agree(names: Sequence[str], first: Mapping[str, object]) -> str:
+    """What to do about pieces whose identities differ in these names."""
+    if names == ["threads"]:
+        return f"run it with --threads {first.get('threads')}; --mixed-machines accepts another number"
+    if set(names) <= _ROUNDING:
+        return "--mixed-machines accepts other machines, which round differently"
+    return "use the same sources, versions and options, or remove this folder to start over"
+
+
+def source_states(plan: Plan) -> list[list]:
     """The state of the sources, equal on all machines that read the same files: of the hub's cache the names of its
-    blobs, which are digests; of other files name, size and modification time."""
+    blobs, which are digests; of files elsewhere their tag; of others name, size and modification time."""
     return [
         [
-            [stamp.name, stamp.size, blob if (blob := _blob(file)) else stamp.modified]
+            [stamp.name, stamp.size, stamp.tag or _blob(file) or stamp.modified]
             for stamp, file in zip(model.stamp, model.checkpoint.files, strict=True)
         ]
         for model in plan.models

@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import __version__
 from ..checkpoint.piece_store import PieceRecord, PieceStore
 from ..checkpoint.staging import StagingArea
 from ..core.errors import PlanError
 from ..core.text import plural, some_of
 from ..plan.pieces import Piece, pieces, share
 from ..plan.types import Plan
+from ..report.manifest import read_manifest
+from ..verify import verify
 from .engines import FinishedPieces, OnShare
 from .engines.finished_pieces import run_record_of
-from .executor import Outcome, execute
-from .piece_job import OnBlock, PieceJob, checked_identity
+from .executor import Outcome, execute, passed
+from .piece_job import OnBlock, PieceJob, checked_identity, finished_piece, source_states
 from .preflight import Calibrator, RunOptions, is_complete
 
 
@@ -74,7 +77,7 @@ def make_share(
     mine = share(found, number, total)
     job = PieceJob(plan, out, options, mixed_machines=mixed_machines)
     fresh = {piece.name: job.make(piece, on_block, on_share) for piece in mine}
-    left = 0 if job.complete else sum(job.store.record(piece.name) is None for piece in found)
+    left = 0 if job.complete else sum(finished_piece(job.store, piece) is None for piece in found)
     made, earlier = (tuple(piece for piece in mine if fresh[piece.name] is new) for new in (True, False))
     return Share(made, earlier, left, plan.warnings + job.warnings, job.complete)
 
@@ -107,14 +110,27 @@ def finish(
     """
     area = StagingArea(out)
     store = PieceStore(area, plan.hash)
-    records = {piece.name: record for piece in pieces(plan) if (record := store.record(piece.name))}
-    run_record = next((run_record_of(record.identity) for record in records.values()), {})
-    complete = is_complete(plan, area.out, run_record)  # a finisher that was stopped may have left some pieces
-    made = None if complete else _finished(plan, records, store, mixed_machines)
-    options = replace(options, resume=complete or area.resumable_blocks > 0, workers=1)
-    outcome = execute(plan, out, options, on_block, calibrator, made)
+    records = {piece.name: record for piece in pieces(plan) if (record := finished_piece(store, piece))}
+    run_record = next((run_record_of(record.identity) for record in records.values()), {"seed": options.seed})
+    # a finisher that was stopped may have left some pieces
+    if not options.overwrite and is_complete(plan, area.out, run_record):
+        outcome = _complete(plan, area.out, options, on_block)
+    else:
+        made = _finished(plan, records, store, mixed_machines)
+        options = replace(options, resume=area.resumable_blocks > 0, workers=1)
+        outcome = execute(plan, out, options, on_block, calibrator, made)
     store.discard()
     return outcome
+
+
+def _complete(plan: Plan, out: Path, options: RunOptions, on_block: OnBlock) -> Outcome:
+    """The outcome of an output that is there already."""
+    for block in plan.blocks:
+        on_block(block, True)
+    hint = "make its pieces again, and finish them, with --overwrite"
+    verification = passed(verify(out, quick=True), out, hint) if options.verify else None
+    warnings = (*plan.warnings, "the output is already complete: nothing was left to do")
+    return Outcome(verification, warnings, read_manifest(out).calibration)
 
 
 def _finished(
@@ -131,9 +147,19 @@ def _finished(
             f"{len(missing)} of {plural(len(found), 'piece')} {'is' if len(missing) == 1 else 'are'} missing",
             where=store.folder,
             got=f"not finished: {some_of((piece.title for piece in missing), 5)}",
-            hint="merge RECIPE OUT --shard-of 1/1 makes what is missing; so does every worker's command, run again",
+            hint=f"pieces of another plan are here, too ({', '.join(others)}): give finish the options of the workers"
+            if (others := store.other_plans)
+            else "merge RECIPE OUT --shard-of 1/1 makes what is missing; so does every worker's command, run again",
         )
     done = list(records.values())
+    now = {"deus_merge": __version__, "sources": source_states(plan)}
+    wrong = sorted({name for record in done for name in now if record.identity.get(name) != now[name]})
+    if wrong:
+        raise PlanError(
+            f"the pieces were made with other {' and '.join(wrong)}",
+            where=store.folder,
+            hint="make them again with what there is now: remove this folder, or bring the sources back",
+        )
     identity, warnings = checked_identity([record.identity for record in done], mixed_machines, store.folder)
     return FinishedPieces(
         files={name: path for record in done for name, path in store.files(record).items()},

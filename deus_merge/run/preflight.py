@@ -143,7 +143,8 @@ def preflight(
     warnings = check_memory(plan, options) if made is None else ()
     identity = run_identity(run_record, device) | {"sources": [m.stamp for m in plan.models]}
     if made is not None:
-        run_record, identity = made.run_record, dict(made.identity)
+        computed = calibrator is None or made.run_record["device"] != "none"
+        run_record, identity = made.run_record if computed else run_record, dict(made.identity)
     if calibrator is not None:
         identity["calibrate"] = dict(calibrator.identity)
         warnings += calibrator.warnings

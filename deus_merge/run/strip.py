@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, OutputFolder, ShardLayout, TensorEntry, index_json, plan_shards
+from ..checkpoint.contents import contents_digest
 from ..checkpoint.dequantized import dequantized, float_shapes
 from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
@@ -360,7 +361,8 @@ def _original_base(manifest: Manifest) -> Checkpoint | None:
         base = Checkpoint.open(source.folder)
     except DeusMergeError:  # pickled, or damaged since
         return None
-    return base if base.fingerprint == source.fingerprint else None
+    same = base.fingerprint == source.fingerprint and source.contents in (None, contents_digest(base))
+    return base if same else None
 
 
 def _compare(written: Checkpoint, base: Checkpoint) -> tuple[int, int, tuple[str, ...]]:

@@ -44,6 +44,12 @@ def test_lists_in_yaml_stay():
     assert redacted(text) == "models: [{model: https://host/a}, https://host/b], s3://c/d)."
 
 
+def test_addresses_that_follow_each_other():
+    for between in ("=", "+", ",", ";"):
+        text = f"https://me:{SECRET}@host/a{between}https://me:{SECRET}@host/b?sig={SECRET}"
+        assert SECRET not in redacted(text) and "host/b" in redacted(text), redacted(text)
+
+
 def test_parts():
     assert split_url("https://a:b%40c@host/x?y=1#z") == ("https", "a:b%40c", "host/x", "y=1")
 

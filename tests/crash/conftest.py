@@ -44,7 +44,8 @@ def warm(arena, base) -> Iterator[Warm]:
 @pytest.fixture(scope="session")
 def stages(warm, arena, base) -> dict[str, Stage]:
     """Copies alone, computed layers, and an output that is overwritten, with and without an exchange of names."""
-    common = ("upscale", base, "out", "--insert", "all", "--max-shard-size", "30kB")
+    # --private-paths: the same files wherever OUT is
+    common = ("upscale", base, "out", "--insert", "all", "--max-shard-size", "30kB", "--private-paths")
     copies, computes = (*common, "--preset", "copy_next"), (*common, "--preset", "opt_deus")
     before = arena / "before"  # more shards, and an index
     before.mkdir()

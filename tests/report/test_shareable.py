@@ -155,11 +155,14 @@ def test_texts(tmp_path, monkeypatch):
     known = [str(tmp_path / "my models/a b"), str(tmp_path / "my models"), str(snapshot)]
     rows = {
         f"# see {home}/notes/a.md, then sleep": "# see <private>/a.md, then sleep",
+        f"# me@host:{home}/notes/a.md, <{home}/notes>": "# me@host:<private>/a.md, <<private>/notes>",
+        f"# $PWD:{home}/notes/a.md:{home}/notes": "# $PWD:<private>/a.md:<private>/notes",
+        f"# file://{home}/notes/a.md -{home}/notes": "# file:<private>/a.md -<private>/notes",
         f"model: '{tmp_path}/my models/a b'  # {tmp_path}/my models": "model: '<private>/a b'  # <private>/my models",
         f"[{{model: {snapshot}, x: 1}}]": f"[{{model: org/name@{'0' * 40}, x: 1}}]",
         f"{snapshot}+{home}/adapter": f"org/name@{'0' * 40}+<private>/adapter",
         f"{tmp_path}/never/there/file {tmp_path}/homes": f"{tmp_path}/never/there/file <private>/homes",
-        f"file://{home}/x": "file://~/x",
+        f"file://{home}/x": "file:<private>/x",
     }
     for text, expected in rows.items():
         assert shared_text(text, known) == expected

@@ -13,7 +13,7 @@ import yaml
 from support import make_model, write_recipe
 
 from deus_merge import api
-from deus_merge.core.errors import CheckpointError, PlanError, VerifyError
+from deus_merge.core.errors import CheckpointError, MachineError, PlanError, VerifyError
 from deus_merge.run import piece_job
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,11 @@ def test_what_is_missing_is_named(plan, tmp_path):
     assert not out.exists() and len(records(out)) == len(made)
 
 
-@pytest.mark.parametrize("damage", ["no file", "short", "torn record", "another plan", "outside", "not JSON"])
+EMPTIED = {"blocks": {}, "files": {}, "checksums": {}, "identity": {}}
+DAMAGES = ["no file", "short", "torn record", "another plan", "outside", "not JSON", *EMPTIED, "block 7"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_record_that_does_not_match_its_files_is_no_piece(plan, whole, tmp_path, damage):
     """The piece is made again."""
     out = tmp_path / "out"
@@ -138,6 +142,10 @@ def test_a_record_that_does_not_match_its_files_is_no_piece(plan, whole, tmp_pat
         record.write_bytes(record.read_bytes()[:-20])
     elif damage == "not JSON":
         record.write_text("[]")
+    elif damage in EMPTIED:
+        record.write_text(json.dumps(data | {damage: EMPTIED[damage]}))
+    elif damage == "block 7":
+        record.write_text(json.dumps(data | {"blocks": dict.fromkeys(data["blocks"], 7)}))
     else:
         change = {"plan_hash": "0" * 64} if damage == "another plan" else {"folder": f"../work/{data['folder']}"}
         record.write_text(json.dumps(data | change))
@@ -261,6 +269,62 @@ def test_sources_that_change_between_two_workers(models, tmp_path):
         shutil.copyfile(file, base / file.name)
     with pytest.raises((PlanError, CheckpointError), match="sources"):
         api.make_share(api.plan(recipe, max_shard_size=SIZE), tmp_path / "out", 2, 2, mixed_machines=True)
+
+
+def test_sources_that_change_before_the_end(models, tmp_path):
+    """Also where no tensor is copied, so that nothing could be compared with them."""
+    two = [Path(shutil.copytree(model, tmp_path / model.name)) for model in models[:2]]
+    slices = ", ".join(f"{{model: {model}, layer_range: [0, 6]}}" for model in two)
+    text = f"merge_method: slerp\nbase_model: {two[0]}\nparameters: {{t: 0.5}}\nslices: [{{sources: [{slices}]}}]\n"
+    recipe, out = write_recipe(tmp_path / "r.yml", text), tmp_path / "out"
+    api.make_share(api.plan(recipe, max_shard_size=SIZE), out, 1, 1)
+    for file in models[2].glob("*.safetensors"):
+        shutil.copyfile(file, two[1] / file.name)
+    with pytest.raises(PlanError, match="made with other sources"):
+        api.finish(api.plan(recipe, max_shard_size=SIZE), out, mixed_machines=True)
+    assert not out.exists() and records(out)
+
+
+def test_a_damaged_output_is_made_again_by_shares(plan, whole, tmp_path):
+    out = tmp_path / "out"
+    api.merge(plan, out, api.RunOptions())
+    file = next(out.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(VerifyError):
+        api.finish(plan, out)
+    options = api.RunOptions(overwrite=True)
+    with pytest.raises(PlanError, match="missing"):
+        api.finish(plan, out, options)
+    assert len(api.make_share(plan, out, 1, 1, options).made) == len(api.pieces(plan))
+    api.finish(plan, out, options)
+    assert content(out) == whole
+
+
+def test_an_error_beside_another_output_is_an_error(plan, monkeypatch, tmp_path):
+    """The output that is there is of another seed: it is not what this worker was asked for."""
+    out = tmp_path / "out"
+    api.merge(plan, out)
+
+    def full(workers):
+        raise MachineError("no space left")
+
+    monkeypatch.setattr(piece_job, "engine_of", full)
+    with pytest.raises(MachineError):
+        api.make_share(plan, out, 1, 1, api.RunOptions(seed=1, overwrite=True))
+    with pytest.raises(PlanError, match="missing"):
+        api.finish(plan, out, api.RunOptions(seed=1, overwrite=True))
+
+
+def test_pieces_of_another_plan_are_named_and_stay(plan, whole, tmp_path):
+    out = tmp_path / "out"
+    other = api.plan(plan.recipe, max_shard_size=10**9)
+    api.make_share(other, out, 1, 1)
+    with pytest.raises(PlanError, match="missing") as raised:
+        api.finish(plan, out)
+    assert "pieces of another plan" in str(raised.value) and other.hash[:16] in str(raised.value)
+    api.make_share(plan, out, 1, 1)
+    api.finish(plan, out)
+    assert content(out) == whole and sorted(os.listdir(tmp_path)) == [".out.deus-pieces", "out"]
 
 
 def test_an_output_that_is_in_the_way(plan, whole, models, tmp_path):

@@ -41,7 +41,7 @@ TERMS = ACTIONS | {
     "to train": "Parameters of the new layers.",
     "plan": "What was to be done, computed from the recipe and the headers of the models before a tensor was read."
     " The same recipe and models have the same number here.",
-    "fingerprint": "sha256 of a source's config, headers and samples of weights: whether it is the one that was used.",
+    "contents": "sha256 of a source's config, headers and samples of weights: whether it is the one that was used.",
     "base": "The model whose config, tokenizer, embeddings and head the output has.",
     "computes what the base computes": "New layers add zero, so the output's results are the base's until it is"
     " trained.",
