@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
+from ..checkpoint.contents import contents_digest
 from ..checkpoint.dequantized import DequantizedSource, dequantized, float_shapes
 from ..checkpoint.gguf import GgufSource, is_gguf
 from ..checkpoint.header import parse_json, read_small
@@ -270,12 +271,24 @@ class Output:
             weights = "weight was" if len(plain) == 1 else "weights were"
             reasons.append(f"{len(plain)} quantised {weights} saved in floating point")
         if not names and not derived and not plain:
+            if changed := self._changed_source():
+                raise Skipped(f"no tensor was copied; source {changed} has changed since")
             return True, "no tensor was copied"
         sources = {name: self._stored_source(self.checkpoint.tensors[name]) for name in compared}
         widened = sum(source is not None and source.dtype != self._dtype_of(name) for name, source in sources.items())
         wider = f"{widened} of them in a wider dtype" if widened else "byte for byte"
         equal = f"{len(compared)} equal to their sources, {wider}" if compared else "none compared"
         return (None, f"{equal}; {some_of(reasons, _SHOWN)}") if reasons else (True, equal)
+
+    def _changed_source(self) -> str | None:
+        """A source whose contents are not those that the manifest notes, by a sample; None where there is none."""
+        if self.fresh:
+            return None
+        for opened, source in zip(self._sources, self.manifest.sources, strict=True):
+            known = source.contents is not None and source.url is None
+            if known and isinstance(opened, Checkpoint) and contents_digest(opened) != source.contents:
+                return source.folder or source.model
+        return None
 
     def _saved_as_floats(self) -> list[str]:
         """Quantised weights of the frozen base that a trainer saved in floating point."""

@@ -150,3 +150,27 @@ def test_a_source_that_the_manifest_does_not_name(base, run, tmp_path, monkeypat
     for option, message in (("bass=elsewhere", "base"), ("base", "NAME=FOLDER"), ("=x", "NAME=FOLDER")):
         error = run("verify", "out", "--quick", "--source", option, expect=2).err
         assert message in error and "Traceback" not in error
+
+
+def test_a_changed_source_of_a_merge_that_copies_nothing_is_reported(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("one", "two", "other")):
+        make_model(tmp_path / name, layers=2, seed=seed)
+    Path("r.yml").write_text(
+        "merge_method: slerp\nbase_model: one\nparameters: {t: 0.5}\n"
+        "slices: [{sources: [{model: one, layer_range: [0, 2]}, {model: two, layer_range: [0, 2]}]}]\n"
+    )
+    run("merge", "r.yml", "out")
+    run("verify", "out", "--quick", "--strict")
+    shutil.copy("other/model.safetensors", "two/model.safetensors")
+    found = run("verify", "out", "--quick").out
+    assert "no tensor was copied" in found and "has changed since" in " ".join(found.split())
+    run("verify", "out", "--quick", "--strict", expect=3)
+
+
+def test_a_folder_whose_name_is_not_utf8(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = os.fsdecode(b"base\xff")
+    make_model(tmp_path / base, layers=2)
+    run("upscale", base, "out", "--insert", "all")
+    run("verify", "out", "--quick", "--strict")
