@@ -52,7 +52,7 @@ def test_depths_are_positive_integers(depth):
         (4, (0, 1, 2), "3 layers, missing: 3"),
         (2, (0, 1, 2), "3 layers, up to 2"),
         (2, (0, 2), "2 layers, missing: 1"),
-        (9, (8,), "1 layers, missing: 0, 1, 2, 3, 4 and 3 more"),
+        (9, (8,), "1 layer, missing: 0, 1, 2, 3, 4 and 3 more"),
     ],
 )
 def test_depths_fit_the_tensors(depth, stored, got):

@@ -95,26 +95,27 @@ def test_workers_are_killed(plan, whole, tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_the_process_that_started_them_dies(plan, whole, base, tmp_path, how):
     """Its workers end at once, and a run with another number of workers goes on from its journal."""
-    write_recipe(tmp_path / "r.yml", f"base_model: {base}\nupscale: {{insert: all}}\n")
-    arguments = ["merge", "r.yml", "out", "--max-shard-size", str(SIZE), "-j", "1", "--workers", "2"]
+    recipe = f"{{'base_model': {str(base)!r}, 'upscale': {{'insert': 'all'}}}}"
+    code = (
+        f"from deus_merge import api; plan = api.plan({recipe}, max_shard_size={SIZE}); "
+        "api.merge(plan, 'out', api.RunOptions(workers=2, threads=1), on_block=lambda *block: print(block, flush=True))"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "deus_merge", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True, bufsize=1,
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    assert process.stderr
-    while "[" not in process.stderr.readline():
-        assert process.poll() is None
+    assert process.stdout and process.stdout.readline()  # a block is finished
     workers = children(process.pid)
     process.send_signal(how)
     process.wait()
-    process.stderr.close()
+    process.stdout.close()
     assert 0 < len(workers) <= 2 and not (tmp_path / "out").exists()
     deadline = time.monotonic() + 20
     while any(command(pid) for pid in workers):
         assert time.monotonic() < deadline, "workers go on without the process that started them"
         time.sleep(0.05)
     api.merge(plan, tmp_path / "out", api.RunOptions(resume=True, **ONE_THREAD))
-    assert content(tmp_path / "out") == whole and sorted(os.listdir(tmp_path)) == ["out", "r.yml"]
+    assert content(tmp_path / "out") == whole and os.listdir(tmp_path) == ["out"]
 
 
 def test_an_error_in_a_worker_is_the_error_of_the_run(base, tmp_path):

@@ -68,7 +68,9 @@ def test_the_trainer_reads_its_settings(run, tmp_path, trainer):
         )
         for name, (options, made) in OPTIMIZERS.items():
             if trainer in made:
-                texts[place, name] = run("export-training", outs[place], "--for", trainer, *options).out
+                texts[place, name] = run(
+                    "export-training", outs[place], "--for", trainer, "--private-paths", *options
+                ).out
     typo = next(iter(texts.values())).replace("unfrozen_parameters", "unfrozen_parameter")
     texts["", "typo"] = typo.replace("freeze_trainable_layers", "freeze_trainable_layer")
     answers = ask(trainer, tmp_path, texts)

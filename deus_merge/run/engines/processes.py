@@ -26,7 +26,7 @@ from ...plan.blocks import BlockPlan
 from ...plan.types import block_seconds
 from .base import Job, OnFinished
 
-_DEATHS = 2  # of workers over the same block: then the block is to blame
+_DEATHS = 3  # of workers over the same block: then the block is to blame
 _BATCHES = 8  # into how many parts a share is cut, at most
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deus_merge.run.engines.worker import main; main()"
