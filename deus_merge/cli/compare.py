@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,15 @@ from ..core.yaml_text import parse
 from ..training.comparison import parse_budget
 from ..training.comparison.candidates import insert_text
 from ..training.comparison.options import PRECISIONS
+from ..training.comparison.result import TABLE, Comparison
 from ..training.comparison.store import RUNS
 from ..training.optimizers import KINDS
 from .completion import complete_devices, complete_inits, complete_inserts, complete_models, words
 from .failures import report_bus_errors
-from .output import emit_json, note, quiet_transformers, table
+from .output import emit_json, note, quiet_transformers, table, text_width
 
+_WIDE = 140  # characters, in which the whole table has room
+_MAIN = ("init", "places", "optimizer", "lr", "last loss", "tokens")
 _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
 
 
@@ -160,12 +164,22 @@ def compare(
         emit_json(done.describe())
         return
     if done.runs:
-        columns, rows = done.table()
-        table("", columns, rows, right=tuple(range(3, len(columns))))
+        _show_table(done)
     if not done.complete:
         note("the budget ended before all runs: the same command with another --budget goes on")
     if files:
         note(f"written: {', '.join(map(str, files))}")
+
+
+def _show_table(done: Comparison) -> None:
+    """Print the table: where there is little room, its main columns."""
+    columns, rows = done.table()
+    width = text_width() or shutil.get_terminal_size().columns
+    if width < _WIDE:
+        shown = [i for i, column in enumerate(columns) if column in _MAIN]
+        columns, rows = [columns[i] for i in shown], [[row[i] for i in shown] for row in rows]
+        note(f"all columns: {done.folder / TABLE}")
+    table("", columns, rows, right=tuple(range(3, len(columns))))
 
 
 def _progress() -> Callable[[Any, int, float], None]:

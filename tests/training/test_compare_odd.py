@@ -89,6 +89,12 @@ def test_hidden_states_are_stored_as_they_are_used(run, tiny, text, tmp_path, mo
     )
     run("compare", tiny, "--text", text, "--out", tmp_path, *ONE)
     assert seen == [2, 4]
+    for columns, whole in (("80", False), ("200", True)):  # finished runs are not run again
+        monkeypatch.setenv("COLUMNS", columns)
+        done = run("compare", tiny, "--text", text, "--out", tmp_path, *ONE)
+        assert ("TFLOP" in done.out) is whole and ("all columns: " in done.err) is not whole
+        assert max(map(len, done.out.splitlines())) <= int(columns)
+    assert seen == [2, 4]
 
 
 def test_runs_that_diverged(run, tiny, text, tmp_path):

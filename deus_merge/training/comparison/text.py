@@ -64,8 +64,12 @@ class Tokens:
                 where="--text",
                 expected=f"{plural(count, 'window')} of {plural(length, 'token')}",
                 got=f"{plural(found, 'window')}",
-                hint="give more text, or fewer tokens with --tokens, --held-out or --length"
-                f" (every {_HELD_OUT}th piece of {_PIECE} characters is held out)",
+                hint=(
+                    "give more text"
+                    if found == 0
+                    else "give more text, or fewer tokens with --tokens, --held-out or --length"
+                )
+                + f" (every {_HELD_OUT}th piece of {_PIECE} characters is held out)",
             )
         chosen = torch.randperm(found, generator=generator)[:count]
         return ids[: found * length].view(found, length)[chosen]
