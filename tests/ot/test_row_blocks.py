@@ -32,8 +32,7 @@ def many_blocks(monkeypatch):
     monkeypatch.setattr("deus_merge.ot.blocks.BLOCK_ELEMENTS", 800)  # 7 rows, which do not divide them
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("reg", [0.02, "auto"])
+@pytest.mark.parametrize(("reg", "dtype"), [(0.02, torch.float32), ("auto", torch.float64)])
 @pytest.mark.parametrize("name", [pytest.param("progot", marks=pytest.mark.slow), "sinkhorn", "unbalanced"])
 def test_a_limit_of_memory_changes_no_bit(name, reg, dtype, many_blocks):
     _, free = solve(name, dtype, reg, None)
