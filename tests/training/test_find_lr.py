@@ -146,10 +146,9 @@ def test_what_is_refused(case, deeper):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_suggestion_trains_well_for_longer(kind, tiny, tmp_path):
-    """On text unlike the base's, beside rates that are trained for 100 steps: it does not diverge, and is near the
-    best."""
+def test_a_suggestion_trains_well_for_longer(tiny, tmp_path):
+    """With Muon, which has AdamW in it, on text unlike the base's, beside rates that are trained for 100 steps: it does
+    not diverge, and is near the best."""
     out = grow(tiny, tmp_path / "out", "copy_next")
     drawn = torch.randint(len(WORDS), (30_000,), generator=torch.Generator().manual_seed(0))
     text = " ".join(WORDS[word] for word in drawn)  # a fixed text: of another one, another rate is the best
@@ -160,7 +159,7 @@ def test_a_suggestion_trains_well_for_longer(kind, tiny, tmp_path):
 
     def final(lr: float) -> float:
         model = ready(out)
-        optimizer = training.optimizer(model, out, kind=kind, lr=lr)
+        optimizer = training.optimizer(model, out, kind="muon", lr=lr)
         losses = []
         for batch in batches[:100]:
             loss = model(input_ids=batch, labels=batch).loss
@@ -171,7 +170,7 @@ def test_a_suggestion_trains_well_for_longer(kind, tiny, tmp_path):
             optimizer.zero_grad()
         return sum(losses[-20:]) / 20
 
-    found = training.find_lr(ready(out), out, batches, kind=kind, budget_tokens=50_000)
+    found = training.find_lr(ready(out), out, batches, kind="muon", budget_tokens=50_000)
     grid = {lr: final(lr) for lr in (1e-3, 1e-2, 1e-1)}
     reached = final(found.suggestion)
     print(found, grid, reached)
