@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..report.manifest_parts import CalibratedLayer
 from ..run.engines.ray_tasks import make_pieces
 from ..run.executor import Outcome, execute
 from ..run.piece_job import OnBlock
-from ..run.pieces import finish
+from ..run.pieces import finish, finished_pieces
 from ..run.preflight import Calibrator, RunOptions
 from ..run.preflight import preflight as check_run
 from ..run.strip import Stripped
@@ -73,7 +74,7 @@ def merge(
     copy_tokenizer: bool = True,
     on_block: Callable[[BlockPlan, bool], None] | None = None,
     on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
-    on_share: Callable[[BlockPlan, float], None] | None = None,
+    on_fraction: Callable[[BlockPlan, float], None] | None = None,
     progress: OnProgress | None = None,
 ) -> MergeResult:
     """Run a recipe and write the checkpoint. With ``calibrate`` in the recipe, the outputs of the new layers are set in
@@ -86,7 +87,7 @@ def merge(
         max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
         on_block: Called after each block with the block and whether an earlier run had finished it.
         on_layer: Called after each calibrated layer, with whether an earlier run had finished it.
-        on_share: Called within blocks, with the share of the block that is written; from several threads.
+        on_fraction: Called within blocks, with the fraction of the block that is written; from several threads.
         progress: Called after each of these steps, with how many there are.
 
     Returns:
@@ -104,7 +105,7 @@ def merge(
 
     def run(block_finished: OnBlock, calibrator: Calibrator | None) -> Outcome:
         if isinstance(options.workers, int):
-            return execute(recipe, target, options, block_finished, calibrator, on_share=on_share)
+            return execute(recipe, target, options, block_finished, calibrator, on_fraction=on_fraction)
         make_pieces(recipe, target, options, options.workers, on_block=block_finished)
         return finish(recipe, target, options, lambda block, resumed: None, calibrator)
 
@@ -191,13 +192,22 @@ def upscale(
     return merge(planned, target, options, progress=progress)
 
 
-def preflight(plan: Plan, out: str | Path, options: RunOptions | None = None) -> tuple[str, ...]:
+def preflight(
+    plan: Plan,
+    out: str | Path,
+    options: RunOptions | None = None,
+    *,
+    finishing: bool = False,
+    mixed_machines: bool = False,
+) -> tuple[str, ...]:
     """Check everything that can be known to go wrong with a run, a calibration included; writes nothing.
 
     Args:
         plan: A plan from `plan`.
         out: The output folder.
         options: As for `merge`.
+        finishing: Check what `finish` would do: whether all pieces are there, and fit together.
+        mixed_machines: As for `finish`.
 
     Returns:
         Warnings about this machine and the text of a calibration.
@@ -208,7 +218,11 @@ def preflight(plan: Plan, out: str | Path, options: RunOptions | None = None) ->
     options = instance(options, RunOptions, "options")
     if not isinstance(plan, Plan):
         raise PlanError("not a plan", where="plan", expected="the result of deus_merge.plan", got=type(plan).__name__)
-    return check_run(plan, path_of(out, "out"), options, calibrator_of(plan, options)).warnings
+    target, made = path_of(out, "out"), None
+    if finishing:
+        made, _ = finished_pieces(plan, target, options, mixed_machines=mixed_machines)
+        options = replace(options, resume=True)
+    return check_run(plan, target, options, calibrator_of(plan, options), made).warnings
 
 
 def upscale_recipe(

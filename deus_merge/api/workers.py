@@ -28,7 +28,7 @@ def make_share(
     *,
     mixed_machines: bool = False,
     on_block: OnBlock = lambda block, resumed: None,
-    on_share: Callable[[BlockPlan, float], None] | None = None,
+    on_fraction: Callable[[BlockPlan, float], None] | None = None,
 ) -> run.Share:
     """Make one share of the pieces of an output, in a folder next to it; `finish` puts the output together.
 
@@ -44,7 +44,7 @@ def make_share(
         options: Device, threads, seed, memory; overwrite, if `finish` will replace a folder.
         mixed_machines: Go on where finished pieces come from machines that round differently.
         on_block: Called after each block with the block and whether it was finished already.
-        on_share: Called within blocks, as for `merge`.
+        on_fraction: Called within blocks, as for `merge`.
 
     Returns:
         What was made, and how much of the output is left.
@@ -60,7 +60,7 @@ def make_share(
         total,
         mixed_machines=mixed_machines,
         on_block=on_block,
-        on_share=on_share,
+        on_fraction=on_fraction,
     )
 
 

@@ -16,6 +16,8 @@ from .header import refuse_gguf
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
+#: Begins a reference to a model whose folder is not written, in files that people share.
+PRIVATE = "<private>/"
 #: The files that a merge reads of a repository. Weights in other formats are not downloaded.
 NEEDED = (
     "config.json",
@@ -120,6 +122,13 @@ def split_revision(ref: str) -> tuple[str, str | None]:
     if at and _local(repository) is not None:
         raise CheckpointError(
             "a local folder has no revisions", where=ref, got=f"@{revision}", hint=f"remove @{revision}"
+        )
+    if ref.startswith(PRIVATE):
+        raise CheckpointError(
+            "the recipe does not say where this model is, since it was written to be shared",
+            where=ref,
+            expected="a folder, or org/name[@revision] on the hub",
+            hint=f"--model '{ref}=FOLDER' names it",
         )
     if not _is_repository(repository):
         raise CheckpointError("no such folder", where=ref, expected="a folder, or org/name[@revision] on the hub")

@@ -44,7 +44,7 @@ def demo(out: Path, tiny: bool, preset: str, insert: str):
         note(f"{target} exists already and is not computed again; remove it to start over")
     else:
         with block_progress(plan) as shown:
-            api.merge(plan, target, api.RunOptions(resume=True), on_block=shown.on_block, on_share=shown.on_share)
+            api.merge(plan, target, api.RunOptions(resume=True), on_block=shown.on_block, on_fraction=shown.on_fraction)
     with check_progress() as progress:
         checked = api.verify(target, logits_text=argparse.__doc__, **progress)  # English prose that every Python has
     show_verification(checked)

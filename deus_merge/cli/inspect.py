@@ -130,13 +130,13 @@ def inspect(
         pairs = facts["layers"] - 1
         facts["similarity"] = rows = []
         with steps(pairs, "pair of layers") as shown:
-            shown.share("layers 0 and 1")
+            shown.fraction("layers 0 and 1")
             for row in adjacent_similarity(model, load):
                 rows.append(row)
                 lower, upper = row["layers"]
                 shown.end(f"layers {lower} and {upper}")
                 if upper < pairs:
-                    shown.share(f"layers {upper} and {upper + 1}")
+                    shown.fraction(f"layers {upper} and {upper + 1}")
     if scores:
         facts["scores"] = _scores(model, text, tokens, damping, load)
     if plot:

@@ -221,7 +221,7 @@ def _run(
     if planned.calibration:
         quiet_transformers()
     if dry_run:
-        warnings = api.preflight(planned, out, run)
+        warnings = api.preflight(planned, out, run, finishing=finishing, mixed_machines=mixed_machines)
         if as_json:
             emit_json(planned.describe(training) | ({"fit": fitted.describe()} if fitted else {}))
         else:
@@ -238,7 +238,7 @@ def _run(
         with block_progress(planned, quiet, shard_of) as shown:
             share = api.make_share(
                 planned, out, *shard_of, run, mixed_machines=mixed_machines,
-                on_block=shown.on_block, on_share=shown.on_share,
+                on_block=shown.on_block, on_fraction=shown.on_fraction,
             )  # fmt: skip
         show_share(share, out, quiet, as_json)
         return
@@ -247,7 +247,7 @@ def _run(
         if finishing:
             result = api.finish(planned, out, run, mixed_machines=mixed_machines, **reports)
         else:
-            result = api.merge(planned, out, run, on_share=shown.on_share, **reports)
+            result = api.merge(planned, out, run, on_fraction=shown.on_fraction, **reports)
     warn(result.warnings)
     if as_json:
         emit_json(result.describe())

@@ -30,8 +30,8 @@ class Steps:
     Args:
         total: How many steps there are; 0 while that is not known.
         noun: What a step is.
-        bar: Shows a title, the number of ended steps with the shares of those that have begun, and the total; None for
-            lines.
+        bar: Shows a title, the number of ended steps with the fractions of those that have begun, and the total; None
+            for lines.
         quiet: Whether nothing is shown.
         by: Who has finished the steps that are not made now.
     """
@@ -40,17 +40,17 @@ class Steps:
                  by: str = "the earlier run"):  # fmt: skip
         self.total, self._noun, self._bar, self._quiet, self._by = total, noun, bar, quiet, by
         self._ended = self._resumed = 0
-        self._open: dict[str, tuple[float, float]] = {}  # title -> when it began, its share
+        self._open: dict[str, tuple[float, float]] = {}  # title -> when it began, its fraction
         self._began = self._last = time.monotonic()
         self._lock = threading.Lock()
 
-    def share(self, title: str, share: float = 0.0) -> None:
-        """A step begins, or this share of it is done. May be called from any thread."""
+    def fraction(self, title: str, fraction: float = 0.0) -> None:
+        """A step begins, or this fraction of it is done. May be called from any thread."""
         with self._lock:
             now = time.monotonic()
             began, _ = self._open.get(title, (now, 0.0))
-            self._open[title] = began, share
-            line = f"{title}: {share:.0%} in {_seconds(now - began)}" if 0 < share < 1 else None
+            self._open[title] = began, fraction
+            line = f"{title}: {fraction:.0%} in {_seconds(now - began)}" if 0 < fraction < 1 else None
             self._show(title, line, now)
 
     def end(self, title: str, detail: str = "", resumed: bool = False, total: int | None = None) -> None:
@@ -85,14 +85,14 @@ class Steps:
         with self._lock:
             now = time.monotonic()
             if self._open and now - self._last >= SILENCE:
-                title, (began, share) = next(iter(self._open.items()))
-                what = f"{share:.0%} in" if share else "running for"
+                title, (began, fraction) = next(iter(self._open.items()))
+                what = f"{fraction:.0%} in" if fraction else "running for"
                 self._show(title, f"{title}: {what} {_seconds(now - began)}", now)
 
     def _show(self, title: str, line: str | None, now: float) -> None:
         """Show the present state; a line only if none was printed for a while."""
         if self._bar:
-            self._bar(title, self._ended + sum(share for _, share in self._open.values()), self.total)
+            self._bar(title, self._ended + sum(fraction for _, fraction in self._open.values()), self.total)
         elif line is not None and not self._quiet and now - self._last >= INTERVAL:
             self._last = now
             note(f"[{self._ended}/{self.total}] {line} ({_seconds(now - self._began)} so far)")
@@ -152,9 +152,9 @@ class PlanSteps:
         if not self._left:
             self._steps.phase(self._last)
 
-    def on_share(self, block: BlockPlan, share: float) -> None:
-        """This share of a block is written."""
-        self._steps.share(block.title, share)
+    def on_fraction(self, block: BlockPlan, fraction: float) -> None:
+        """This fraction of a block is written."""
+        self._steps.fraction(block.title, fraction)
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def check_progress(quiet: bool = False) -> Iterator[dict[str, Any]]:
         def ended(step: Progress) -> None:
             shown.end(step.title, total=step.total)
 
-        yield {"on_begin": shown.share, "progress": ended}
+        yield {"on_begin": shown.fraction, "progress": ended}
 
 
 def layer_notes(quiet: bool = False) -> Callable[[CalibratedLayer, bool], None]:

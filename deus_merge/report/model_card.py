@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from .. import __version__
-from ..checkpoint.hub import split_adapter
+from ..checkpoint.hub import PRIVATE, split_adapter
 from ..core.errors import printable
 from ..core.tensors import Action
 from ..core.typed_json import parse
@@ -22,7 +22,7 @@ from ..plan.types import Plan
 from .card_metadata import front_matter, join_card, licenses, unnamed
 from .manifest import MANIFEST, RECIPE
 from .manifest_parts import Growth, ManifestLayer
-from .shareable import PRIVATE, shared_name, shared_text
+from .shareable import shared_name, shared_text
 
 #: The card is for Markdown of the hub; `card_edits` finds these lines again once a model is calibrated or trained.
 SAME = "It computes exactly what {base} computes: the new layers add nothing until they are trained."

@@ -14,13 +14,11 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint.hub import split_adapter
+from ..checkpoint.hub import PRIVATE, split_adapter
 from ..plan.types import Plan
 from ..recipe.writer import as_written
 from .known_sources import known_folder
 
-#: Begins a path whose folder is not written.
-PRIVATE = "<private>/"
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})")
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/([\w.-]*\w)@([0-9a-f]{40})", re.ASCII)
 #: An absolute path in text for people: after a space, a quote or a bracket, not inside a word or an address.

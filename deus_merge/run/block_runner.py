@@ -25,6 +25,9 @@ from .quantize import QuantizedWriter
 if TYPE_CHECKING:
     import torch
 
+#: called when a block begins and while it is made, with the fraction of its elements that is written
+OnFraction = Callable[[BlockPlan, float], None]
+
 
 def run_blocks(
     plan: Plan,
@@ -35,7 +38,7 @@ def run_blocks(
     seed: int = 0,
     max_memory: int | None = None,
     on_block: Callable[[BlockPlan, list[dict]], None] = lambda block, diagnostics: None,
-    on_share: Callable[[BlockPlan, float], None] | None = None,
+    on_fraction: OnFraction | None = None,
 ) -> None:
     """Make blocks of a plan and write their tensors.
 
@@ -52,7 +55,7 @@ def run_blocks(
         seed: For methods that draw random numbers.
         max_memory: Bytes that the process may take; None for no limit.
         on_block: Called after each block, when all its tensors are written, with its diagnostics as JSON data.
-        on_share: Called when a block begins and after each write, with the share of the block's elements that is
+        on_fraction: Called when a block begins and after each write, with the fraction of the block's elements that is
             written. Calls come from several threads.
 
     Raises:
@@ -65,7 +68,7 @@ def run_blocks(
     if isinstance(device, str):
         device = choose_device(device)
     with ExitStack() as stack:
-        runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack, on_share)
+        runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack, on_fraction)
         for block in blocks:
             with _memory_errors(block):
                 diagnostics = runner.run(block)
@@ -103,9 +106,9 @@ class _BlockRunner:
         seed: int,
         max_memory: int | None,
         stack: ExitStack,
-        on_share: Callable[[BlockPlan, float], None] | None,
+        on_fraction: OnFraction | None,
     ):
-        self._on_share, self._written = on_share, lambda elements: None
+        self._on_fraction, self._written = on_fraction, lambda elements: None
         self._writer, self._quantized = writer, QuantizedWriter(writer)
         self._results = document_results(plan, device, seed, limited=max_memory is not None)
         self._computer = BlockComputer(plan, device, seed, plan.block_memory(max_memory), self._results)
@@ -122,7 +125,7 @@ class _BlockRunner:
         Returns:
             The diagnostics of its method, and of documents' blocks that were computed for it.
         """
-        self._written = _share_counter(block, self._on_share)
+        self._written = _fraction_counter(block, self._on_fraction)
         copies = [(t.name, t.stored) for o in block.outputs for t in o.written if t.stored is not None]
         if copies:
             self._writer.copy_many(copies)
@@ -202,9 +205,9 @@ class _BlockRunner:
         return loaded
 
 
-def _share_counter(block: BlockPlan, on_share: Callable[[BlockPlan, float], None] | None) -> Callable[[int], None]:
-    """A function that counts written elements of a block and reports their share, also now: the block begins."""
-    if on_share is None:
+def _fraction_counter(block: BlockPlan, on_fraction: OnFraction | None) -> Callable[[int], None]:
+    """A function that counts written elements of a block and reports their fraction, also now: the block begins."""
+    if on_fraction is None:
         return lambda elements: None
     total, written, lock = sum(math.prod(output.shape) for output in block.outputs), 0, threading.Lock()
 
@@ -212,7 +215,7 @@ def _share_counter(block: BlockPlan, on_share: Callable[[BlockPlan, float], None
         nonlocal written
         with lock:
             written += elements
-            on_share(block, min(1.0, written / max(1, total)))
+            on_fraction(block, min(1.0, written / max(1, total)))
 
     add(0)
     return add

@@ -64,6 +64,23 @@ def _no_device(name: str, count: int) -> PlanError:
     )
 
 
+def check_alike(device: torch.device, workers: int) -> None:
+    """Check that the GPUs which several workers use are of one model: others round differently.
+
+    Raises:
+        PlanError: they are not.
+    """
+    import torch
+
+    if device.type != "cuda" or device.index is not None or workers == 1:
+        return
+    models = {torch.cuda.get_device_name(i) for i in range(min(workers, torch.cuda.device_count()))}
+    if len(models) > 1:
+        hint = "fewer --workers, or --device cuda:N for all of them"
+        got = ", ".join(sorted(models))
+        raise PlanError("the GPUs are not alike", where="--workers", expected="one model", got=got, hint=hint)
+
+
 def set_threads(threads: int | None) -> int:
     """Set the CPU threads for arithmetic; None leaves torch's own choice.
 

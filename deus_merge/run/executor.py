@@ -26,7 +26,7 @@ from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..report.shareable import shared_path, shared_recipe
 from ..verify import Verification, verify
-from .engines import FinishedPieces, Job, OnShare, engine_of
+from .engines import FinishedPieces, Job, OnFraction, engine_of
 from .preflight import Calibrator, RunOptions, preflight, processes_of
 
 
@@ -52,7 +52,7 @@ def execute(
     on_block: Callable[[BlockPlan, bool], None],
     calibrator: Calibrator | None = None,
     made: FinishedPieces | None = None,
-    on_share: OnShare | None = None,
+    on_fraction: OnFraction | None = None,
 ) -> Outcome:
     """Carry out a plan.
 
@@ -63,7 +63,7 @@ def execute(
         on_block: Called once for every block when it is finished, with whether an earlier run had done so: those first.
         calibrator: What calibrates the output, where the plan has a calibration.
         made: The finished pieces of all blocks, where workers have made them.
-        on_share: As for `run_blocks`.
+        on_fraction: As for `run_blocks`.
 
     Returns:
         The verification, all warnings, and the record of the calibration.
@@ -97,7 +97,7 @@ def execute(
             on_block(block, made is not None)
 
         device = str(ready.device) if ready.device else None
-        job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory, on_share)
+        job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory, on_fraction)
         with _unchanged_sources(plan):
             (made or engine_of(processes_of(options))).run(job, finished)
         diagnostics = dict(sorted(diagnostics.items()))

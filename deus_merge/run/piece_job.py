@@ -17,7 +17,7 @@ from ..plan.blocks import BlockPlan
 from ..plan.pieces import Piece
 from ..plan.types import Plan
 from ..verify.weights import TensorCheck, examine
-from .engines import Job, OnShare, engine_of
+from .engines import Job, OnFraction, engine_of
 from .preflight import RunOptions, check_apart, check_memory, computing, is_complete, processes_of, run_identity
 
 #: called after each block, with whether it was finished already
@@ -62,14 +62,14 @@ class PieceJob:
                 checked_identity([record.identity, self.identity], mixed_machines, self.store.folder)
 
     def make(
-        self, piece: Piece, on_block: OnBlock = lambda block, resumed: None, on_share: OnShare | None = None
+        self, piece: Piece, on_block: OnBlock = lambda block, resumed: None, on_fraction: OnFraction | None = None
     ) -> bool:
         """Make a piece, unless it is finished.
 
         Args:
             piece: The piece.
             on_block: Called after each block, with whether it was finished already.
-            on_share: As for `run_blocks`.
+            on_fraction: As for `run_blocks`.
 
         Returns:
             Whether it was made.
@@ -82,7 +82,7 @@ class PieceJob:
                 on_block(block, True)
             return False
         try:
-            self._make(piece, on_block, on_share)
+            self._make(piece, on_block, on_fraction)
         except DeusMergeError:
             # others may have made this piece, too, and finished the output
             overwrite = self.options.overwrite
@@ -91,7 +91,7 @@ class PieceJob:
                 raise
         return True
 
-    def _make(self, piece: Piece, on_block: OnBlock, on_share: OnShare | None) -> None:
+    def _make(self, piece: Piece, on_block: OnBlock, on_fraction: OnFraction | None) -> None:
         began, blocks = time.monotonic(), {}
 
         def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
@@ -104,7 +104,7 @@ class PieceJob:
                 indices = [block.index for block in piece.blocks]
                 options = self.options
                 limits = self.threads, options.max_memory
-                job = Job(self.plan, indices, writer, self.device, options.seed, *limits, on_share)
+                job = Job(self.plan, indices, writer, self.device, options.seed, *limits, on_fraction)
                 engine_of(processes_of(options)).run(job, finished)
             finally:
                 writer.close()

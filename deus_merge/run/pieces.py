@@ -20,7 +20,7 @@ from ..plan.pieces import Piece, pieces, share
 from ..plan.types import Plan
 from ..report.manifest import read_manifest
 from ..verify import verify
-from .engines import FinishedPieces, OnShare
+from .engines import FinishedPieces, OnFraction
 from .engines.finished_pieces import run_record_of
 from .executor import Outcome, execute, passed
 from .piece_job import OnBlock, PieceJob, checked_identity, finished_piece, source_states
@@ -55,7 +55,7 @@ def make_share(
     *,
     mixed_machines: bool = False,
     on_block: OnBlock = lambda block, resumed: None,
-    on_share: OnShare | None = None,
+    on_fraction: OnFraction | None = None,
 ) -> Share:
     """Make one share of the pieces of an output, those that are not finished.
 
@@ -67,7 +67,7 @@ def make_share(
         total: How many shares there are.
         mixed_machines: Go on where finished pieces come from machines that round differently.
         on_block: Called after each block, with whether it was finished already.
-        on_share: As for `run_blocks`.
+        on_fraction: As for `run_blocks`.
 
     Raises:
         DeusMergeError: the run is impossible; a tensor cannot be read, merged or written; there are finished pieces of
@@ -76,7 +76,7 @@ def make_share(
     found = pieces(plan)
     mine = share(found, number, total)
     job = PieceJob(plan, out, options, mixed_machines=mixed_machines)
-    fresh = {piece.name: job.make(piece, on_block, on_share) for piece in mine}
+    fresh = {piece.name: job.make(piece, on_block, on_fraction) for piece in mine}
     left = 0 if job.complete else sum(finished_piece(job.store, piece) is None for piece in found)
     made, earlier = (tuple(piece for piece in mine if fresh[piece.name] is new) for new in (True, False))
     return Share(made, earlier, left, plan.warnings + job.warnings, job.complete)
@@ -110,17 +110,42 @@ def finish(
     """
     area = StagingArea(out)
     store = PieceStore(area, plan.hash)
+    made, run_record = finished_pieces(plan, out, options, mixed_machines=mixed_machines)
+    try:
+        resume = area.resumable_blocks > 0
+        again = replace(options, resume=resume, workers=1)
+        outcome = execute(plan, out, again, on_block, calibrator, made) if made else None
+    except PlanError:
+        if options.overwrite or not is_complete(plan, area.out, run_record):
+            raise
+        outcome = None  # another finisher was faster
+    outcome = outcome or _complete(plan, area.out, options, on_block)
+    store.discard()
+    return outcome
+
+
+def finished_pieces(
+    plan: Plan, out: Path, options: RunOptions, *, mixed_machines: bool = False
+) -> tuple[FinishedPieces | None, Mapping[str, object]]:
+    """What `finish` puts together.
+
+    Args:
+        plan, out, options, mixed_machines: As for `finish`.
+
+    Returns:
+        The pieces, or None where the output is there already; and the options of the workers.
+
+    Raises:
+        PlanError: pieces are missing, or do not belong together.
+    """
+    area = StagingArea(out)
+    store = PieceStore(area, plan.hash)
     records = {piece.name: record for piece in pieces(plan) if (record := finished_piece(store, piece))}
     run_record = next((run_record_of(record.identity) for record in records.values()), {"seed": options.seed})
     # a finisher that was stopped may have left some pieces
     if not options.overwrite and is_complete(plan, area.out, run_record):
-        outcome = _complete(plan, area.out, options, on_block)
-    else:
-        made = _finished(plan, records, store, mixed_machines)
-        options = replace(options, resume=area.resumable_blocks > 0, workers=1)
-        outcome = execute(plan, out, options, on_block, calibrator, made)
-    store.discard()
-    return outcome
+        return None, run_record
+    return _finished(plan, records, store, mixed_machines), run_record
 
 
 def _complete(plan: Plan, out: Path, options: RunOptions, on_block: OnBlock) -> Outcome:

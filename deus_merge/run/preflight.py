@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,7 +19,7 @@ from ..core.units import format_size
 from ..plan.types import Plan
 from ..report.manifest import MANIFEST, Manifest, read_manifest
 from ..report.plan_manifest import plan_sources, planned_source
-from .device import check_device_name, choose_device, default_threads, machine_identity, set_threads
+from .device import check_alike, check_device_name, choose_device, default_threads, machine_identity, set_threads
 from .engines.finished_pieces import FinishedPieces
 from .limits import allow_open_files, memory
 
@@ -139,6 +139,8 @@ def preflight(
             or interrupted there, no such device.
         CheckpointError: a source has changed since it was planned with.
     """
+    if made is not None and made.run_record["threads"]:  # a calibration rounds as it would in a single run
+        options = replace(options, threads=int(str(made.run_record["threads"])))
     device, run_record = computing(plan, options, computes=calibrator is not None)
     warnings = check_memory(plan, options) if made is None else ()
     identity = run_identity(run_record, device) | {"sources": [m.stamp for m in plan.models]}
@@ -182,6 +184,7 @@ def computing(
     if not (computes or any(b.computes for b in plan.blocks)):
         return None, {"device": "none", "threads": 0, "seed": options.seed}
     device = choose_device(options.device)
+    check_alike(device, processes_of(options))
     threads = set_threads(options.threads or default_threads(processes_of(options)))
     return device, {"device": device.type, "threads": threads, "seed": options.seed}
 

@@ -24,11 +24,12 @@ from typing import Any
 import yaml
 
 from ..checkpoint.header import parse_json, read_small
+from ..checkpoint.hub import PRIVATE
 from ..checkpoint.quantized import quantization
 from ..core.errors import TrainingError, nearest
 from ..models.family import families
 from ..report.manifest import Manifest
-from ..report.shareable import PRIVATE, shared_path
+from ..report.shareable import shared_path
 from .export_optimizers import Exported, OptimizerSettings, for_axolotl, for_llama_factory
 from .freeze import new_layers, new_names, read_training
 

@@ -161,7 +161,7 @@ def _placed(manifest: Manifest, places: Mapping[str, str | Path]) -> Manifest:
             raise PlanError(
                 "the output has no such source",
                 where=f"source {name}",
-                expected=" | ".join(names) or "nothing: every source is derived when it is read",
+                expected=" | ".join(names) or "nothing: no source is a folder of this machine",
                 got=name,
                 hint=nearest(name, names),
             )

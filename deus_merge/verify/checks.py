@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-from ..checkpoint.contents import contents_digest
-from ..checkpoint.dequantized import DequantizedSource, dequantized, float_shapes
-from ..checkpoint.gguf import GgufSource, is_gguf
+from ..checkpoint.dequantized import dequantized, float_shapes
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.quantized import is_cache_scale, quantization
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..checkpoint.side_files import side_files
-from ..checkpoint.storage import LoadOptions, open_source
-from ..core.errors import DeusMergeError
 from ..core.tensors import Action, StoredTensor
 from ..core.text import plural, some_of
 from ..core.units import dtype_name, promoted
-from ..models.built import state_depth
 from ..models.config_json import section
 from ..models.config_rules import check_config
 from ..models.layer_facts import expand, plain
 from ..models.modules import view_modules
 from ..models.view import ModelView, view_model
 from ..report.manifest import MANIFEST, USER_FILES, Manifest
-from ..report.manifest_parts import ManifestSource
-from ..report.shareable import PRIVATE
 from . import logits
 from . import transformers_model as model
+from .sources import changed_source, reopened
 from .weights import ALGORITHM, ZEROS, Received, TensorCheck, TensorResult, examine
 
 #: Patterns of files that are loaded from a folder: only files that the run wrote may match them.
@@ -70,7 +63,7 @@ class Output:
         self.folder, self.manifest, self.finite = folder, manifest, not quick
         self.fresh = sources is not None
         self._received = received
-        self._sources: Sequence[TensorSource | str] = _reopened(manifest, quick) if sources is None else list(sources)
+        self._sources: Sequence[TensorSource | str] = reopened(manifest, quick) if sources is None else list(sources)
         self._checkpoint: Checkpoint | None = None
         self._view: ModelView | None = None
         self._model: TensorSource | None = None  # its weights as a model in floating point has them
@@ -271,7 +264,7 @@ class Output:
             weights = "weight was" if len(plain) == 1 else "weights were"
             reasons.append(f"{len(plain)} quantised {weights} saved in floating point")
         if not names and not derived and not plain:
-            if changed := self._changed_source():
+            if changed := None if self.fresh else changed_source(self._sources, self.manifest):
                 raise Skipped(f"no tensor was copied; source {changed} has changed since")
             return True, "no tensor was copied"
         sources = {name: self._stored_source(self.checkpoint.tensors[name]) for name in compared}
@@ -279,16 +272,6 @@ class Output:
         wider = f"{widened} of them in a wider dtype" if widened else "byte for byte"
         equal = f"{len(compared)} equal to their sources, {wider}" if compared else "none compared"
         return (None, f"{equal}; {some_of(reasons, _SHOWN)}") if reasons else (True, equal)
-
-    def _changed_source(self) -> str | None:
-        """A source whose contents are not those that the manifest notes, by a sample; None where there is none."""
-        if self.fresh:
-            return None
-        for opened, source in zip(self._sources, self.manifest.sources, strict=True):
-            known = source.contents is not None and source.url is None
-            if known and isinstance(opened, Checkpoint) and contents_digest(opened) != source.contents:
-                return source.folder or source.model
-        return None
 
     def _saved_as_floats(self) -> list[str]:
         """Quantised weights of the frozen base that a trainer saved in floating point."""
@@ -397,48 +380,6 @@ class Output:
             raise Skipped("the base is derived when it is read: it has no folder to load")
         equal = self.manifest.function_preserving and not self.manifest.trained
         return logits.compare(base.folder, self.folder, text, equal=equal)
-
-
-def _reopened(manifest: Manifest, quick: bool) -> list[TensorSource | str]:
-    """The models an output was made from; for one that is not available, the reason."""
-    found: list[TensorSource | str] = []
-    options = LoadOptions(stream=True)
-    for source in manifest.sources:
-        if source.url is not None and source.folder is None:  # not one that is somewhere else now
-            found.append(f"{source.url} is not read with --quick" if quick else _reopened_remote(source, options))
-            continue
-        if source.folder is None:
-            found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
-            continue
-        if source.folder.startswith(PRIVATE):
-            found.append(f"the manifest does not name the folder of source {source.model}: {_how(source)}")
-            continue
-        try:
-            gguf = is_gguf(source.folder)
-            checkpoint = GgufSource.open(source.folder) if gguf else Checkpoint.open(source.folder)
-            state_depth(checkpoint.config)
-            changed = checkpoint.fingerprint != source.fingerprint
-            found.append(f"source {source.folder} has changed since" if changed else checkpoint)
-        except DeusMergeError as error:
-            found.append(f"source {source.folder} cannot be read: {error.message}; {_how(source)}")
-    return found
-
-
-def _reopened_remote(source: ManifestSource, options: LoadOptions) -> TensorSource | str:
-    """A model on another machine, as it is stored; the reason where it is not what it was."""
-    assert source.url is not None
-    repository = "/".join(source.url.split("/")[-2:])
-    try:
-        opened = open_source(f"{repository}@{source.revision}" if source.revision else source.url, options)
-    except DeusMergeError as error:
-        return f"source {source.url} cannot be read: {error.message}"
-    stored = opened.stored if isinstance(opened, DequantizedSource) else opened
-    same = stored.fingerprint == source.fingerprint and stored.provenance.get("etags") == source.etags
-    return stored if same else f"source {source.url} has changed since"
-
-
-def _how(source: ManifestSource) -> str:
-    return f"--source {shlex.quote(source.model)}=FOLDER says where it is"
 
 
 #: name, check, and whether it needs transformers or a look at every value

@@ -142,7 +142,7 @@ def test_without_a_terminal_a_short_run_prints_its_result_only(run, tiny, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_lines_have_the_blocks_own_time_and_its_share(run, tiny, tmp_path, monkeypatch, workers):
+def test_lines_have_the_blocks_own_time_and_its_fraction(run, tiny, tmp_path, monkeypatch, workers):
     monkeypatch.setattr("deus_merge.cli.progress.INTERVAL", 0)
     lines = run("upscale", tiny, tmp_path / "out", "--workers", workers).err.splitlines()
     ended = [re.fullmatch(r"\[(\d+)/11\] (.+): ([a-z +]+) in ([\d.]+) s \(([\d.]+) s so far\)", x) for x in lines]
@@ -151,8 +151,8 @@ def test_lines_have_the_blocks_own_time_and_its_share(run, tiny, tmp_path, monke
     assert len({match[2] for match in ended}) == 11
     assert sum(float(match[4]) for match in ended) <= workers * float(ended[-1][5]) + 11 * 0.05
     if workers == 1:
-        shares = [int(match[1]) for x in lines if (match := re.search(r"layer 3: (\d+)% in", x))]
-        assert len(shares) > 3 and shares == sorted(shares) and shares[0] > 0 and shares[-1] < 100
+        fractions = [int(match[1]) for x in lines if (match := re.search(r"layer 3: (\d+)% in", x))]
+        assert len(fractions) > 3 and fractions == sorted(fractions) and fractions[0] > 0 and fractions[-1] < 100
     assert lines[lines.index("next:") - 1].endswith("7 checks passed")
 
 
@@ -165,9 +165,9 @@ def test_lines_come_every_few_seconds(monkeypatch, capsys):
         for i in range(2):
             steps.end(f"layer {i}", "copy", resumed=True)
         for i in range(2, 10):
-            steps.share(f"layer {i}")
+            steps.fraction(f"layer {i}")
             now[0] += 2
-            steps.share(f"layer {i}", 0.5)
+            steps.fraction(f"layer {i}", 0.5)
             now[0] += 2
             steps.end(f"layer {i}", "copy")
     assert capsys.readouterr().err.splitlines() == [
@@ -187,7 +187,7 @@ def test_a_long_step_is_not_silent(monkeypatch, capsys):
     monkeypatch.setattr(progress, "SILENCE", 0.1)
     monkeypatch.setattr(progress, "INTERVAL", 0.1)
     with progress.steps(3, "check") as steps:
-        steps.share("checksums")
+        steps.fraction("checksums")
         time.sleep(1.3)
     told = capsys.readouterr().err
     assert re.fullmatch(r"\[0/3\] checksums: running for 1\.\d s \(1\.\d s so far\)\n", told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -104,9 +105,17 @@ def test_same_recipe_same_bytes_and_sources_untouched(run, tmp_path):
     assert torch.equal(load(tmp_path / "one")(torch.arange(9)[None]).logits, load(base)(torch.arange(9)[None]).logits)
 
 
-def test_resolved_recipe_runs_again(run, tiny, tmp_path):
-    run("upscale", tiny, tmp_path / "one", "--insert", "{count: 2, where: even}", "-p", "reg=0.05", "-p", "t=0.25")
+def test_resolved_recipe_runs_again(run, tiny, tmp_path, monkeypatch):
+    """As it is where base and output lie in one tree; else with the base's folder, which it does not name."""
+    base = shutil.copytree(tiny, tmp_path / "base")
+    run("upscale", base, tmp_path / "one", "--insert", "{count: 2, where: even}", "-p", "reg=0.05", "-p", "t=0.25")
     run("merge", tmp_path / "one" / "deus_merge.yml", tmp_path / "two")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # what both share lies above it
+    run("upscale", base, tmp_path / "far", "--insert", "{count: 1}")
+    lost = run("merge", tmp_path / "far/deus_merge.yml", tmp_path / "again", expect=2).err
+    assert "written to be shared" in lost and "--model '<private>/base=FOLDER'" in lost
+    run("merge", tmp_path / "far/deus_merge.yml", tmp_path / "again", "--model", f"<private>/base={base}")
+    assert (tmp_path / "far/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
     assert str(tiny.parent) not in (tmp_path / "one/README.md").read_text()
     hashes = [json.loads((tmp_path / n / "deus_merge.json").read_text())["plan_hash"] for n in ("one", "two")]

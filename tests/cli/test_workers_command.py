@@ -6,8 +6,11 @@ import json
 import os
 
 import pytest
+import torch
 from support import make_model, weights
 
+from deus_merge.core.errors import PlanError
+from deus_merge.run.device import check_alike
 from deus_merge.run.engines import processes
 
 
@@ -92,6 +95,18 @@ def test_a_cluster_without_ray(run, place, monkeypatch):
     done = run("merge", *COMMON, "--workers", "ray://head:10001", expect=2)
     assert "Ray is not installed" in done.err and "deus-merge[ray]" in done.err
     assert os.listdir(place) == ["base"]
+
+
+def test_gpus_of_several_models_are_refused(monkeypatch):
+    """They round differently, so the bytes would depend on who makes which block."""
+    models = ["H200", "H200", "A100"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(models))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: models[device])
+    for name, workers in (("cuda", 2), ("cuda", 1), ("cuda:2", 3), ("cpu", 3)):
+        check_alike(torch.device(name), workers)
+    with pytest.raises(PlanError, match="not alike") as raised:
+        check_alike(torch.device("cuda"), 3)
+    assert "A100, H200" in str(raised.value)
 
 
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch):

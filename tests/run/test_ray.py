@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
+from run_content import content
 from support import make_model, write_recipe
-from test_shares import content
 
 from deus_merge import api
 

@@ -10,22 +10,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from run_content import content
 from support import make_model, write_recipe
 
 from deus_merge import api
 from deus_merge.core.errors import CheckpointError, MachineError, PlanError, VerifyError
 from deus_merge.run import piece_job
+from deus_merge.run import pieces as run_pieces
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yml"))
 SIZE = 60_000  # several files
-
-
-def content(out: Path) -> dict[str, object]:
-    """Every file; of the manifest all but times, of the card all but the lines that name the folder."""
-    found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    untimed = lambda d: {k: d[k] for k in d if k not in ("seconds", "sha256", "created", "date")}  # noqa: E731
-    return found | {"deus_merge.json": json.loads(found["deus_merge.json"], object_hook=untimed)}
 
 
 @pytest.fixture(scope="module")
@@ -177,18 +172,23 @@ def test_a_flipped_bit_is_found_at_the_end(plan, whole, tmp_path):
         api.finish(plan, out)
 
 
+def meanwhile(monkeypatch, work) -> None:
+    """Do something while the next worker has begun its first piece and has written nothing."""
+    real, begun = piece_job.engine_of, []
+
+    def engine_of(workers):
+        if not begun:
+            begun.append(True)
+            work()
+        return real(workers)
+
+    monkeypatch.setattr(piece_job, "engine_of", engine_of)
+
+
 def test_two_workers_at_the_same_piece(plan, whole, monkeypatch, tmp_path):
     """One begins, another makes the whole share meanwhile, the first ends: either record is right."""
     out = tmp_path / "out"
-    real, inside = piece_job.engine_of, []
-
-    def slow(workers):
-        if not inside:
-            inside.append(True)
-            api.make_share(plan, out, 1, 1)
-        return real(workers)
-
-    monkeypatch.setattr(piece_job, "engine_of", slow)
+    meanwhile(monkeypatch, lambda: api.make_share(plan, out, 1, 1))
     share = api.make_share(plan, out, 1, 1)
     assert len(share.made) == 1 and len(share.found) == len(api.pieces(plan)) - 1
     assert len(list(store(out).glob("work/00001-*"))) == 2
@@ -199,19 +199,40 @@ def test_two_workers_at_the_same_piece(plan, whole, monkeypatch, tmp_path):
 def test_a_worker_that_comes_too_late(plan, whole, monkeypatch, tmp_path):
     """The output is finished while it still makes a piece that another one has made, too."""
     out = tmp_path / "out"
-    real, inside = piece_job.engine_of, []
-
-    def late(workers):
-        if not inside:
-            inside.append(True)
-            api.make_share(plan, out, 1, 1)
-            api.finish(plan, out)
-        return real(workers)
-
-    monkeypatch.setattr(piece_job, "engine_of", late)
+    meanwhile(monkeypatch, lambda: (api.make_share(plan, out, 1, 1), api.finish(plan, out)))
     assert api.make_share(plan, out, 1, 1).complete and content(out) == whole
     assert api.make_share(plan, out, 1, 1).complete
     assert api.finish(plan, out).verification.passed and content(out) == whole
+
+
+def test_a_finisher_that_another_one_overtakes(plan, whole, monkeypatch, tmp_path):
+    """It began with all pieces there; when it gets the folder's lock, the output has its name."""
+    out = tmp_path / "out"
+    api.make_share(plan, out, 1, 1)
+    real, begun = run_pieces.execute, []
+
+    def overtaken(*arguments, **more):
+        if not begun:
+            begun.append(True)
+            api.finish(plan, out)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(run_pieces, "execute", overtaken)
+    result = api.finish(plan, out)
+    assert result.verification.passed and any("already complete" in text for text in result.warnings)
+    assert content(out) == whole and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_dry_run_of_the_end(plan, tmp_path):
+    """Says what `finish` would say, and touches nothing."""
+    out = tmp_path / "out"
+    with pytest.raises(PlanError, match="missing"):
+        api.preflight(plan, out, finishing=True)
+    api.make_share(plan, out, 1, 1)
+    api.preflight(plan, out, finishing=True)
+    assert os.listdir(tmp_path) == [".out.deus-pieces"] and len(records(out)) == len(api.pieces(plan))
+    api.finish(plan, out)
+    assert any("already complete" in text for text in api.preflight(plan, out, finishing=True))
 
 
 @pytest.mark.parametrize("at", ["linked", "journalled", "renamed"])

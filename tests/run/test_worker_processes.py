@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from run_content import content
 from support import make_model, write_recipe
-from test_shares import content
 
 from deus_merge import api
 from deus_merge.core.errors import MachineError, SolverError

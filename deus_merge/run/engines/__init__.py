@@ -1,6 +1,6 @@
 """Engines, one file each: who makes the blocks of a plan. They only hand out numbers; the bytes are the same."""
 
-from .base import Engine, Job, OnShare
+from .base import Engine, Job, OnFraction
 from .finished_pieces import FinishedPieces
 from .one_process import OneProcess
 from .processes import Processes
@@ -11,4 +11,4 @@ def engine_of(workers: int) -> Engine:
     return OneProcess() if workers == 1 else Processes(workers)
 
 
-__all__ = ["Engine", "FinishedPieces", "Job", "OnShare", "OneProcess", "Processes", "engine_of"]
+__all__ = ["Engine", "FinishedPieces", "Job", "OnFraction", "OneProcess", "Processes", "engine_of"]

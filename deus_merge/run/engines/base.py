@@ -9,11 +9,10 @@ from typing import Protocol
 from ...checkpoint.shards import ShardWriter
 from ...plan.blocks import BlockPlan
 from ...plan.types import Plan
+from ..block_runner import OnFraction
 
 #: called when all tensors of a block are written, with its diagnostics as JSON data
 OnFinished = Callable[[BlockPlan, list[dict]], None]
-#: called when a block begins and while it is made, with the share of its elements that is written
-OnShare = Callable[[BlockPlan, float], None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Job:
         seed: For methods that draw random numbers.
         threads: CPU threads of each process.
         max_memory: Bytes that all processes may take together; None for no limit.
-        on_share: Called with the share of a block that is written, from any thread.
+        on_fraction: Called with the fraction of a block that is written, from any thread.
     """
 
     plan: Plan
@@ -38,7 +37,7 @@ class Job:
     seed: int
     threads: int
     max_memory: int | None
-    on_share: OnShare | None = None
+    on_fraction: OnFraction | None = None
 
 
 class Engine(Protocol):

@@ -20,5 +20,5 @@ class OneProcess:
             seed=job.seed,
             max_memory=job.max_memory,
             on_block=on_finished,
-            on_share=job.on_share,
+            on_fraction=job.on_fraction,
         )

@@ -121,10 +121,10 @@ class _Crew:
                     left.discard(index)
                     self._job.writer.written_elsewhere(w.name for output in block.outputs for w in output.written)
                     on_finished(block, diagnostics)
-                elif kind == "share":
-                    if self._job.on_share:
-                        index, share = content
-                        self._job.on_share(self._job.plan.blocks[index], share)
+                elif kind == "fraction":
+                    if self._job.on_fraction:
+                        index, fraction = content
+                        self._job.on_fraction(self._job.plan.blocks[index], fraction)
                 else:
                     self._hand_out(number)
 

@@ -6,17 +6,15 @@ Ray starts a task again when its worker or its node is lost; whatever was finish
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import DeusMergeError, MachineError, PlanError
-from ...plan.blocks import BlockPlan
 from ...plan.pieces import pieces
 from ...plan.types import Plan
-from ..piece_job import PieceJob
+from ..piece_job import OnBlock, PieceJob
 from ..preflight import CLUSTER, RunOptions
 
 _RETRIES = 10  # of a piece whose worker or node was lost
@@ -29,7 +27,7 @@ def make_pieces(
     address: str,
     *,
     mixed_machines: bool = False,
-    on_block: Callable[[BlockPlan, bool], None] = lambda block, resumed: None,
+    on_block: OnBlock = lambda block, resumed: None,
 ) -> None:
     """Make all pieces of an output, those that are not finished, by tasks of a Ray cluster.
 

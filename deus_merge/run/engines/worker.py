@@ -22,7 +22,7 @@ from ..block_runner import run_blocks
 from ..device import choose_device, set_threads
 from ..limits import allow_open_files
 
-_SHARE_SECONDS = 0.5  # from one report about a block to the next, at least
+_FRACTION_SECONDS = 0.5  # from one report about a block to the next, at least
 
 
 def main() -> None:
@@ -76,13 +76,13 @@ def _make(plan: Plan, batch: list[int], writer: ShardWriter, send: Callable[...,
         received = {name: writer.received[name] for name in names if name in writer.received}
         send("finished", block.index, diagnostics, received)
 
-    def written(block: BlockPlan, share: float) -> None:
+    def written(block: BlockPlan, fraction: float) -> None:
         nonlocal sent
-        if not share or time.monotonic() - sent > _SHARE_SECONDS:
+        if not fraction or time.monotonic() - sent > _FRACTION_SECONDS:
             sent = time.monotonic()
-            send("share", block.index, share)
+            send("fraction", block.index, fraction)
 
-    run_blocks(plan, batch, writer, on_block=finished, on_share=written, **options)
+    run_blocks(plan, batch, writer, on_block=finished, on_fraction=written, **options)
 
 
 def _sendable(error: Exception) -> Exception:

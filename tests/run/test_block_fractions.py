@@ -11,10 +11,12 @@ from deus_merge import api
 from deus_merge.core.tensors import Action
 
 
-def shares(plan, out, **options) -> dict[str, list[float]]:
-    """The shares that a run reports, by the title of the block."""
+def fractions(plan, out, **options) -> dict[str, list[float]]:
+    """The fractions that a run reports, by the title of the block."""
     found: dict[str, list[float]] = defaultdict(list)
-    api.merge(plan, out, api.RunOptions(**options), on_share=lambda block, share: found[block.title].append(share))
+    api.merge(
+        plan, out, api.RunOptions(**options), on_fraction=lambda block, fraction: found[block.title].append(fraction)
+    )
     return found
 
 
@@ -27,7 +29,7 @@ def test_every_block_begins_at_nothing_and_ends_at_all(tmp_path, dtype, threads)
     recipes = [{"merge_method": "linear", "models": list(weights)}, {"base_model": str(base), "upscale": {}}]
     for i, recipe in enumerate(recipes):
         plan = api.plan(recipe | ({"dtype": dtype} if dtype else {}))
-        found = shares(plan, tmp_path / f"out{i}", threads=threads, device="cpu")
+        found = fractions(plan, tmp_path / f"out{i}", threads=threads, device="cpu")
         assert list(found) == [block.title for block in plan.blocks]
         for block in plan.blocks:
             reported = found[block.title]
@@ -35,17 +37,17 @@ def test_every_block_begins_at_nothing_and_ends_at_all(tmp_path, dtype, threads)
             made = [output for output in block.outputs if output.action not in (Action.COPY, Action.ZEROS)]
             assert len(reported) >= 2 + len(made), block.title
             if block.merges and block.layers:
-                assert any(0 < share < 1 for share in reported)
+                assert any(0 < fraction < 1 for fraction in reported)
 
 
 def test_workers_report_them_too(tiny, tmp_path):
     plan = api.plan({"base_model": str(tiny), "upscale": {}})
-    found = shares(plan, tmp_path / "out", workers=2, threads=1, device="cpu")
+    found = fractions(plan, tmp_path / "out", workers=2, threads=1, device="cpu")
     assert set(found) == {block.title for block in plan.blocks}
     assert all(reported[0] == 0 and reported == sorted(reported) for reported in found.values())
 
 
 def test_a_resumed_block_reports_nothing(tiny, tmp_path):
     plan = api.plan({"base_model": str(tiny), "upscale": {"preset": "stack"}})
-    assert shares(plan, tmp_path / "out")
-    assert not shares(plan, tmp_path / "out", resume=True)
+    assert fractions(plan, tmp_path / "out")
+    assert not fractions(plan, tmp_path / "out", resume=True)

@@ -1,0 +1,73 @@
+"""The models that a finished output was made from, opened again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from ..checkpoint.contents import contents_digest
+from ..checkpoint.dequantized import DequantizedSource
+from ..checkpoint.gguf import GgufSource, is_gguf
+from ..checkpoint.hub import PRIVATE
+from ..checkpoint.reader import Checkpoint, TensorSource
+from ..checkpoint.storage import LoadOptions, open_source
+from ..core.errors import DeusMergeError
+from ..models.built import state_depth
+from ..report.manifest import Manifest
+from ..report.manifest_parts import ManifestSource
+
+
+def reopened(manifest: Manifest, quick: bool) -> list[TensorSource | str]:
+    """The models an output was made from; for one that is not available, the reason."""
+    found: list[TensorSource | str] = []
+    options = LoadOptions(stream=True)
+    for source in manifest.sources:
+        if source.url is not None and source.folder is None:  # not one that is somewhere else now
+            found.append(f"{source.url} is not read with --quick" if quick else _reopened_remote(source, options))
+            continue
+        if source.folder is None:
+            found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
+            continue
+        if source.folder.startswith(PRIVATE):
+            found.append(f"the manifest does not name the folder of source {source.model}: {_how(source)}")
+            continue
+        try:
+            gguf = is_gguf(source.folder)
+            checkpoint = GgufSource.open(source.folder) if gguf else Checkpoint.open(source.folder)
+            state_depth(checkpoint.config)
+            changed = checkpoint.fingerprint != source.fingerprint
+            found.append(f"source {source.folder} has changed since" if changed else checkpoint)
+        except DeusMergeError as error:
+            found.append(f"source {source.folder} cannot be read: {error.message}; {_how(source)}")
+    return found
+
+
+def _reopened_remote(source: ManifestSource, options: LoadOptions) -> TensorSource | str:
+    """A model on another machine, as it is stored; the reason where it is not what it was."""
+    assert source.url is not None
+    repository = "/".join(source.url.split("/")[-2:])
+    try:
+        opened = open_source(f"{repository}@{source.revision}" if source.revision else source.url, options)
+    except DeusMergeError as error:
+        return f"source {source.url} cannot be read: {error.message}"
+    stored = opened.stored if isinstance(opened, DequantizedSource) else opened
+    same = stored.fingerprint == source.fingerprint and stored.provenance.get("etags") == source.etags
+    return stored if same else f"source {source.url} has changed since"
+
+
+def _how(source: ManifestSource) -> str:
+    return f"--source {shlex.quote(source.model)}=FOLDER says where it is"
+
+
+def changed_source(opened: Sequence[TensorSource | str], manifest: Manifest) -> str | None:
+    """A local source whose contents are not those that the manifest notes, by a sample; None where there is none.
+
+    Args:
+        opened: What `reopened` gave for the manifest.
+        manifest: The manifest.
+    """
+    for checkpoint, source in zip(opened, manifest.sources, strict=True):
+        known = source.contents is not None and source.url is None
+        if known and isinstance(checkpoint, Checkpoint) and contents_digest(checkpoint) != source.contents:
+            return source.folder or source.model
+    return None
