@@ -95,7 +95,7 @@ def test_one_command_gives_the_tensors_of_two(run, text, grown, tmp_path, monkey
     assert all(check["passed"] for check in checks)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deeper", "one", "recipe.yml", "two"]
     monkeypatch.chdir(tmp_path)
-    run("merge", "one/deus_merge.yml", "again", "--device", "cpu")
+    run("merge", "one/deus_merge.yml", "again", "--device", "cpu", "--model", tiny_model())
     assert content(tmp_path / "again") == content(tmp_path / "one") == content(grown)
 
 
