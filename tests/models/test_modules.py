@@ -214,7 +214,7 @@ def test_default_means_the_same_as_the_top_level(run, tmp_path, body):
     plain = write_recipe(tmp_path / "plain.yml", f"merge_method: linear\n{body}\n{weight}\n")
     module = write_recipe(tmp_path / "m.yml", f"merge_method: linear\nmodules: {{default: {{{body}, {weight}}}}}\n")
     hashes = [run("plan", recipe, "--json").json()["plan_hash"] for recipe in (plain, module)]
-    expanded = write_recipe(tmp_path / "e.yml", run("plan", module, "--expand").out)
+    expanded = write_recipe(tmp_path / "e.yml", run("plan", module, "--expand", "--private-paths").out)
     assert hashes[0] == hashes[1] == run("plan", expanded, "--json").json()["plan_hash"]
 
 
