@@ -23,10 +23,12 @@ from ..core.typed_json import Misfit, Range, dump, parse, step
 from ..models.view import ModelView, prefix_of, view_model
 from ..recipe.references import ORIGINAL, WRITTEN
 from .manifest_parts import (
+    BlockSeconds,
     Calibration,
     Count,
     DocumentRecord,
     Growth,
+    ManifestBlock,
     ManifestLayer,
     ManifestModule,
     ManifestSource,
@@ -34,6 +36,7 @@ from .manifest_parts import (
     RunSettings,
     VocabularyRecord,
     WeightFile,
+    total_seconds,
 )
 from .old_formats import upgraded
 from .shareable import found_manifest, shared_manifest
@@ -79,6 +82,7 @@ class Manifest:
         files: sha256 of each file other than weights, manifest and model card, by its name.
         weights: The safetensors files, by their names.
         warnings: The warnings of the plan.
+        blocks: The blocks of the plan and what their making took its time for; earlier versions did not write it.
         vocabulary: The outcome of the recipe's tokenizer settings, where it has any.
         lineage: The runs that added layers, the oldest first and this one last; missing where this is the first.
         trained: Whether the weights were trained after the run.
@@ -109,6 +113,7 @@ class Manifest:
     files: Mapping[str, str]
     weights: Mapping[str, WeightFile]
     warnings: tuple[str, ...]
+    blocks: tuple[ManifestBlock, ...] = ()
     vocabulary: VocabularyRecord | None = None
     lineage: tuple[Growth, ...] = ()
     trained: bool = False
@@ -160,6 +165,11 @@ class Manifest:
     def growths(self) -> tuple[Growth, ...]:
         """All growths, the oldest first, its own last: at least one."""
         return (*self.lineage[:-1], self.growth)
+
+    @property
+    def times(self) -> BlockSeconds | None:
+        """What all blocks took their time for; None where the manifest does not say it."""
+        return total_seconds(self.blocks) if self.blocks else None
 
     @cached_property
     def model_tensors(self) -> Mapping[str, ManifestTensor]:

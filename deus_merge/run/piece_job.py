@@ -17,6 +17,7 @@ from ..plan.blocks import BlockPlan
 from ..plan.pieces import Piece
 from ..plan.types import Plan
 from ..verify.weights import TensorCheck, examine
+from .block_runner import BlockRecord, is_record
 from .engines import Job, OnFraction, engine_of
 from .preflight import RunOptions, check_apart, check_memory, computing, is_complete, processes_of, run_identity
 
@@ -94,8 +95,8 @@ class PieceJob:
     def _make(self, piece: Piece, on_block: OnBlock, on_fraction: OnFraction | None) -> None:
         began, blocks = time.monotonic(), {}
 
-        def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
-            blocks[str(block.index)] = diagnostics
+        def finished(block: BlockPlan, told: BlockRecord) -> None:
+            blocks[str(block.index)] = told
             on_block(block, False)
 
         with self.store.attempt(piece.name) as folder:
@@ -141,7 +142,7 @@ def finished_piece(store: PieceStore, piece: Piece) -> PieceRecord | None:
         dict(record.files) == {shard.filename: shard.size for shard in piece.shards}
         and record.checksums.keys() == {name for shard in piece.shards for name in shard.tensors}
         and record.blocks.keys() == {str(block.index) for block in piece.blocks}
-        and all(isinstance(lines, list) and all(isinstance(x, dict) for x in lines) for lines in record.blocks.values())
+        and all(map(is_record, record.blocks.values()))
         and {"device", "threads", "seed", "sources"} <= record.identity.keys()
     )
     return record if fits else None

@@ -188,7 +188,7 @@ def _finished(
     identity, warnings = checked_identity([record.identity for record in done], mixed_machines, store.folder)
     return FinishedPieces(
         files={name: path for record in done for name, path in store.files(record).items()},
-        blocks={int(index): list(lines) for record in done for index, lines in record.blocks.items()},
+        blocks={int(index): told for record in done for index, told in record.blocks.items()},
         checksums={name: checksum for record in done for name, checksum in record.checksums.items()},
         identity=identity,
         seconds=sum(record.seconds for record in done),

@@ -9,10 +9,10 @@ from typing import Protocol
 from ...checkpoint.shards import ShardWriter
 from ...plan.blocks import BlockPlan
 from ...plan.types import Plan
-from ..block_runner import OnFraction
+from ..block_runner import BlockRecord, OnFraction
 
-#: called when all tensors of a block are written, with its diagnostics as JSON data
-OnFinished = Callable[[BlockPlan, list[dict]], None]
+#: called when all tensors of a block are written, with what the manifest says of it
+OnFinished = Callable[[BlockPlan, BlockRecord], None]
 
 
 @dataclass(frozen=True)

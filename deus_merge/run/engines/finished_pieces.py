@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...core.errors import VerifyError
 from ...core.text import some_of
+from ..block_runner import BlockRecord
 from .base import Job, OnFinished
 
 
@@ -25,7 +26,7 @@ class FinishedPieces:
     """
 
     files: Mapping[str, Path]
-    blocks: Mapping[int, list[dict]]
+    blocks: Mapping[int, BlockRecord]
     checksums: Mapping[str, str]
     identity: Mapping[str, object]
     seconds: float

@@ -114,13 +114,13 @@ class _Crew:
                 if kind == "error":
                     raise content[0]
                 if kind == "finished":
-                    index, diagnostics, received = content
+                    index, record, received = content
                     self._job.writer.received |= received
                     block = self._job.plan.blocks[index]
                     self._workers[number].batch.remove(index)
                     left.discard(index)
                     self._job.writer.written_elsewhere(w.name for output in block.outputs for w in output.written)
-                    on_finished(block, diagnostics)
+                    on_finished(block, record)
                 elif kind == "fraction":
                     if self._job.on_fraction:
                         index, fraction = content
