@@ -145,7 +145,9 @@ def carry_out(
     calibrator = calibrator_of(plan, options, layer_finished)
     counter.total = len(plan.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
     done = run(block_finished, calibrator)
-    return MergeResult(out, plan, done.verification, done.warnings, time.monotonic() - started, done.calibration)
+    return MergeResult(
+        out, plan, done.verification, done.warnings, time.monotonic() - started, done.calibration, done.times
+    )
 
 
 def upscale(

@@ -17,6 +17,7 @@ from ..plan.training_memory import TrainingSettings
 from ..plan.types import Plan
 from ..recipe.types import Recipe
 from ..recipe.writer import absolute_path, dump_recipe
+from ..report.block_times import in_words
 from ..report.shareable import shared_path
 from .completion import (
     complete_dtypes,
@@ -262,4 +263,6 @@ def _run(
                 f" fitted on {plural(record.tokens, 'token')}"
             )
         note(f"{out}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}")
+        if times := in_words(result.times):
+            note(times)
         show_next(out, new_layers=bool(planned.new_layers))

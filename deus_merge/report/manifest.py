@@ -23,7 +23,6 @@ from ..core.typed_json import Misfit, Range, dump, parse, step
 from ..models.view import ModelView, prefix_of, view_model
 from ..recipe.references import ORIGINAL, WRITTEN
 from .manifest_parts import (
-    BlockSeconds,
     Calibration,
     Count,
     DocumentRecord,
@@ -36,7 +35,6 @@ from .manifest_parts import (
     RunSettings,
     VocabularyRecord,
     WeightFile,
-    total_seconds,
 )
 from .old_formats import upgraded
 from .shareable import found_manifest, shared_manifest
@@ -165,11 +163,6 @@ class Manifest:
     def growths(self) -> tuple[Growth, ...]:
         """All growths, the oldest first, its own last: at least one."""
         return (*self.lineage[:-1], self.growth)
-
-    @property
-    def times(self) -> BlockSeconds | None:
-        """What all blocks took their time for; None where the manifest does not say it."""
-        return total_seconds(self.blocks) if self.blocks else None
 
     @cached_property
     def model_tensors(self) -> Mapping[str, ManifestTensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
@@ -200,14 +200,6 @@ class ManifestBlock:
 
     block: str
     seconds: BlockSeconds
-
-
-def total_seconds(blocks: Iterable[ManifestBlock]) -> BlockSeconds:
-    """What all blocks took their time for."""
-    seconds = [block.seconds for block in blocks]
-    read, computed = sum(s["read"] for s in seconds), sum(s["computed"] for s in seconds)
-    wrote, waited = sum(s["wrote"] for s in seconds), sum(s["waited"] for s in seconds)
-    return {"read": read, "computed": computed, "wrote": wrote, "waited": waited}
 
 
 class _RequiredSettings(TypedDict):

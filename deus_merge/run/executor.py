@@ -19,6 +19,7 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.references import ORIGINAL
 from ..recipe.writer import as_written, dump_recipe
+from ..report.block_times import total_seconds
 from ..report.known_sources import remember
 from ..report.lineage import ancestors
 from ..report.manifest import MANIFEST, RECIPE, Manifest, read_manifest
@@ -43,7 +44,7 @@ class Outcome:
         verification: The result of the checks; None if they were switched off.
         warnings: All warnings.
         calibration: The record of the calibration; None where the plan has none.
-        times: What its blocks took their time for, all together.
+        times: What its blocks took their time for, all together; None where the output was there already.
     """
 
     verification: Verification | None
@@ -140,7 +141,7 @@ def execute(
         *_convergence(plan, diagnostics),
         *_scale_warnings(diagnostics),
     )
-    return Outcome(verification, warnings, manifest.calibration, manifest.times)
+    return Outcome(verification, warnings, manifest.calibration, total_seconds(manifest.blocks))
 
 
 def passed(verification: Verification, out: Path, hint: str) -> Verification:

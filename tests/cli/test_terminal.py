@@ -134,7 +134,7 @@ def test_everything_fits_80_columns(run, tiny, tmp_path, monkeypatch, arguments)
 
 def test_without_a_terminal_a_short_run_prints_its_result_only(run, tiny, tmp_path):
     assert re.fullmatch(
-        r"\S+: 6 -> 9 layers in [\d.]+ s, 7 checks passed\nnext:\n(  [a-z]+ .*\n){4}",
+        r"\S+: 6 -> 9 layers in [\d.]+ s, 7 checks passed\nread .* %: [a-z]+ bounds this run\nnext:\n(  [a-z]+ .*\n){4}",
         run("upscale", tiny, tmp_path / "out").err,
     )
     done = run("verify", tmp_path / "out", "--quick")

@@ -181,7 +181,7 @@ class _Crew:
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())],
-                env=os.environ | {"OMP_NUM_THREADS": str(self._job.threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(max(1, self._job.threads))},  # 0: nothing is computed
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
