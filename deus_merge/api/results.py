@@ -64,7 +64,7 @@ class MergeResult:
             "function_preserving": self.plan.function_preserving and not self._is_set,
             "bytes_written": self.plan.bytes_written,
             "seconds": round(self.seconds, 3),
-            "times": self.times and {kind: round(value, 3) for kind, value in self.times.items()},
+            "times": self.times and dict(self.times),
             "verification": self.verification and self.verification.describe(),
             "warnings": list(self.warnings),
             **({"calibration": dump(self.calibration)} if self.calibration else {}),

@@ -103,7 +103,7 @@ def show_share(share: Share, out: Path, quiet: bool, as_json: bool) -> None:
         found = ": there are fewer pieces than shares, a smaller --max-shard-size makes more"
     left = f"{share.left} of the output left" if share.left else f"deus-merge finish puts {out} together"
     left = f"{out} is complete" if share.complete else left
-    note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet)
+    note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet or as_json)
 
 
 def _layer_table(plan: Plan) -> None:

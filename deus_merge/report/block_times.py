@@ -16,6 +16,7 @@ def total_seconds(blocks: Iterable[ManifestBlock]) -> BlockSeconds:
     seconds = [block.seconds for block in blocks]
     read, computed = sum(s["read"] for s in seconds), sum(s["computed"] for s in seconds)
     wrote, waited = sum(s["wrote"] for s in seconds), sum(s["waited"] for s in seconds)
+    read, computed, wrote, waited = (round(value, 4) for value in (read, computed, wrote, waited))
     return {"read": read, "computed": computed, "wrote": wrote, "waited": waited}
 
 

@@ -30,6 +30,7 @@ from ..report.shareable import shared_path, shared_recipe
 from ..verify import Verification, verify
 from .block_runner import BlockRecord, is_record
 from .engines import FinishedPieces, Job, OnFraction, engine_of
+from .events import OnEvent, unheard
 from .preflight import Calibrator, RunOptions, preflight, processes_of
 
 #: what methods reported, by the index of the block
@@ -61,6 +62,7 @@ def execute(
     calibrator: Calibrator | None = None,
     made: FinishedPieces | None = None,
     on_fraction: OnFraction | None = None,
+    on_event: OnEvent = unheard,
 ) -> Outcome:
     """Carry out a plan.
 
@@ -72,6 +74,7 @@ def execute(
         calibrator: What calibrates the output, where the plan has a calibration.
         made: The finished pieces of all blocks, where workers have made them.
         on_fraction: As for `run_blocks`.
+        on_event: Called when a block begins and ends, and with what happens to workers.
 
     Returns:
         The verification, all warnings, and the record of the calibration.
@@ -106,7 +109,8 @@ def execute(
             on_block(block, made is not None)
 
         device = str(ready.device) if ready.device else None
-        job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory, on_fraction)
+        limits = ready.threads, options.max_memory
+        job = Job(plan, missing, writer, device, options.seed, *limits, on_fraction, on_event)
         with _unchanged_sources(plan):
             (made or engine_of(processes_of(options))).run(job, finished)
         diagnostics = {index: record["tensors"] for index, record in sorted(records.items())}

@@ -19,6 +19,7 @@ from ..plan.types import Plan
 from ..verify.weights import TensorCheck, examine
 from .block_runner import BlockRecord, is_record
 from .engines import Job, OnFraction, engine_of
+from .events import OnEvent, unheard
 from .preflight import RunOptions, check_apart, check_memory, computing, is_complete, processes_of, run_identity
 
 #: called after each block, with whether it was finished already
@@ -63,7 +64,11 @@ class PieceJob:
                 checked_identity([record.identity, self.identity], mixed_machines, self.store.folder)
 
     def make(
-        self, piece: Piece, on_block: OnBlock = lambda block, resumed: None, on_fraction: OnFraction | None = None
+        self,
+        piece: Piece,
+        on_block: OnBlock = lambda block, resumed: None,
+        on_fraction: OnFraction | None = None,
+        on_event: OnEvent = unheard,
     ) -> bool:
         """Make a piece, unless it is finished.
 
@@ -71,6 +76,7 @@ class PieceJob:
             piece: The piece.
             on_block: Called after each block, with whether it was finished already.
             on_fraction: As for `run_blocks`.
+            on_event: Called with what happens.
 
         Returns:
             Whether it was made.
@@ -81,18 +87,21 @@ class PieceJob:
         if self.complete or finished_piece(self.store, piece):
             for block in piece.blocks:
                 on_block(block, True)
+            on_event(about(piece, "piece found"))
             return False
+        on_event(about(piece, "piece started"))
         try:
-            self._make(piece, on_block, on_fraction)
+            self._make(piece, on_block, on_fraction, on_event)
         except DeusMergeError:
             # others may have made this piece, too, and finished the output
             overwrite = self.options.overwrite
             self.complete = not overwrite and is_complete(self.plan, self.store.out, self._run_record)
             if not self.complete:
                 raise
+        on_event(about(piece, "piece done"))
         return True
 
-    def _make(self, piece: Piece, on_block: OnBlock, on_fraction: OnFraction | None) -> None:
+    def _make(self, piece: Piece, on_block: OnBlock, on_fraction: OnFraction | None, on_event: OnEvent) -> None:
         began, blocks = time.monotonic(), {}
 
         def finished(block: BlockPlan, told: BlockRecord) -> None:
@@ -105,7 +114,7 @@ class PieceJob:
                 indices = [block.index for block in piece.blocks]
                 options = self.options
                 limits = self.threads, options.max_memory
-                job = Job(self.plan, indices, writer, self.device, options.seed, *limits, on_fraction)
+                job = Job(self.plan, indices, writer, self.device, options.seed, *limits, on_fraction, on_event)
                 engine_of(processes_of(options)).run(job, finished)
             finally:
                 writer.close()
@@ -123,6 +132,11 @@ class PieceJob:
                 seconds=round(time.monotonic() - began, 3),
             )
             self.store.finish(record)
+
+
+def about(piece: Piece, event: str, **more: object) -> dict[str, object]:
+    """An event of a piece."""
+    return {"event": event, "piece": piece.name, "blocks": [block.title for block in piece.blocks], **more}
 
 
 def _written(piece: Piece, folder: Path) -> Iterator[StoredTensor]:

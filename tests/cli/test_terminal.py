@@ -134,7 +134,7 @@ def test_everything_fits_80_columns(run, tiny, tmp_path, monkeypatch, arguments)
 
 def test_without_a_terminal_a_short_run_prints_its_result_only(run, tiny, tmp_path):
     assert re.fullmatch(
-        r"\S+: 6 -> 9 layers in [\d.]+ s, 7 checks passed\nread .* %: [a-z]+ bounds this run\nnext:\n(  [a-z]+ .*\n){4}",
+        r"\S+: 6 -> 9 layers in [\d.]+ s, 7 checks passed\nread .*: \w+ bounds this run\nnext:\n(  [a-z]+ .*\n){4}",
         run("upscale", tiny, tmp_path / "out").err,
     )
     done = run("verify", tmp_path / "out", "--quick")
@@ -153,7 +153,7 @@ def test_lines_have_the_blocks_own_time_and_its_fraction(run, tiny, tmp_path, mo
     if workers == 1:
         fractions = [int(match[1]) for x in lines if (match := re.search(r"layer 3: (\d+)% in", x))]
         assert len(fractions) > 3 and fractions == sorted(fractions) and fractions[0] > 0 and fractions[-1] < 100
-    assert lines[lines.index("next:") - 1].endswith("7 checks passed")
+    assert lines[lines.index("next:") - 2].endswith("7 checks passed")
 
 
 def test_lines_come_every_few_seconds(monkeypatch, capsys):
@@ -217,8 +217,8 @@ def test_a_bar_on_a_terminal(tiny, tmp_path):
     plain = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", frame).strip("\n") for frame in frames]
     assert frames and all(len(line) <= 80 for frame in plain for line in frame.splitlines())
     assert any("layer" in frame and "/11" in frame for frame in plain)
-    last = text.replace("\r", "").partition("\nnext:")[0].split("\n")[-1]
-    assert "9 layers in" in last and "━" not in last
+    last = text.replace("\r", "").partition("\nnext:")[0].split("\n")[-2:]
+    assert "9 layers in" in last[0] and "bounds this run" in last[1] and "━" not in "".join(last)
     assert "━" not in on_terminal("verify", tmp_path / "out", "--quick", TERM="dumb")
 
 

