@@ -115,7 +115,7 @@ def _connection(address: str):
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise PlanError(
-            "Ray is not installed", where="--workers", got=address, hint="pip install 'deus-merge[ray]'"
+            "Ray is not installed", where="--workers", got=address, hint='pip install "deus-merge[ray]"'
         ) from None
     name = address.removeprefix(CLUSTER)
     if ray.is_initialized():
