@@ -22,7 +22,8 @@ def echo(text: str) -> None:
 def echo_wrapped(text: str) -> None:
     """Print a paragraph on stdout, wrapped to the width of tables."""
     width = text_width() or shutil.get_terminal_size().columns
-    click.echo(textwrap.fill(_safe(text), width, subsequent_indent="  ", break_on_hyphens=False))
+    kept = {"break_on_hyphens": False, "break_long_words": False}  # paths stay in one piece
+    click.echo(textwrap.fill(_safe(text), width, subsequent_indent="  ", **kept))
 
 
 def emit_json(data: object) -> None:

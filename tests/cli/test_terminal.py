@@ -106,10 +106,22 @@ def test_one_of_anything_is_no_plural(run, tmp_path):
 # widths ---------------------------------------------------------------------------------------------------------------
 
 
+LONG = """
+name: a-very-long-name-of-a-document-that-nobody-would-ever-give
+merge_method: linear
+models: [{model: tiny, parameters: {weight: 0.5}}, {model: tiny, parameters: {weight: 0.5}}]
+---
+base_model: a-very-long-name-of-a-document-that-nobody-would-ever-give
+upscale: {preset: copy_next}
+calibrate: {text: a text with a long name for the calibration.txt}
+"""
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("plan", "opt_deus", "--model", "tiny"),
+        ("plan", "long.yml"),
         ("inspect", "tiny", "--similarity"),
         ("recipes",),
         ("methods",),
@@ -121,6 +133,8 @@ def test_one_of_anything_is_no_plural(run, tmp_path):
 def test_everything_fits_80_columns(run, tiny, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(tiny)
+    (tmp_path / "long.yml").write_text(LONG)
+    (tmp_path / "a text with a long name for the calibration.txt").write_text("words " * 9999)
     monkeypatch.setenv("COLUMNS", "80")
     lines = run(*arguments).out.splitlines()
     assert len(lines) > 5 and max(map(len, lines)) <= 80
