@@ -22,8 +22,8 @@ def echo(text: str) -> None:
 def echo_wrapped(text: str) -> None:
     """Print a paragraph on stdout, wrapped to the width of tables."""
     width = text_width() or shutil.get_terminal_size().columns
-    kept = {"break_on_hyphens": False, "break_long_words": False}  # paths stay in one piece
-    click.echo(textwrap.fill(_safe(text), width, subsequent_indent="  ", **kept))
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    click.echo(wrapper.fill(_safe(text)))  # paths stay in one piece
 
 
 def emit_json(data: object) -> None:

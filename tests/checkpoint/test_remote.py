@@ -356,6 +356,24 @@ def test_verify_reads_the_source_again_unless_quick(run, server, local, tmp_path
     assert f"source {server.url}/base has changed since" in changed["copied tensors"]["detail"]
 
 
+def test_verify_takes_addresses(run, server, local, tmp_path, models):
+    """Of a source that was local, and of one that has moved; signatures are not shown."""
+    out, (there, _) = tmp_path / "out", local("passthrough")
+    run("merge", written(RECIPES["passthrough"], server.url, tmp_path), out)
+    place = f"{server.url}/base?signature=a=b&{SECRET}"
+    for folder, name in ((out, f"{server.url}/base"), (there, "base")):
+        server.requests.clear()
+        done = run("verify", folder, "--json", "--source", f"{name}={place}")
+        found = next(check for check in done.json()["checks"] if check["name"] == "copied tensors")
+        assert found["passed"] is True and server.ranges and SECRET not in done.out + done.err
+        told = run("verify", folder, "--quick", "--source", f"{name}={place}").out
+        assert "is not read with --quick" in " ".join(told.split()) and SECRET not in told
+    other = run("verify", out, "--json", "--source", f"{server.url}/base={models}/base").json()["checks"]
+    assert next(check for check in other if check["name"] == "copied tensors")["passed"] is True
+    wrong = run("verify", there, "--source", f"base={server.url}/missing?{SECRET}")
+    assert "cannot be read" in wrong.out and SECRET not in wrong.out
+
+
 def test_a_changed_output_is_found_by_the_checksums_that_came(server, tmp_path, models):
     """The run's own verification compares what is on the disk with what came over the wire."""
     plan = api.plan(str(written(RECIPES["passthrough"], server.url, tmp_path)))
