@@ -130,6 +130,7 @@ class PieceJob:
                 checksums={name: result.checksum for name, result in results.items()},
                 blocks=blocks,
                 seconds=round(time.monotonic() - began, 3),
+                received=writer.received,
             )
             self.store.finish(record)
 

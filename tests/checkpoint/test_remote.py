@@ -148,10 +148,16 @@ def test_the_bytes_of_a_local_run(run, server, local, tmp_path, name):
     assert len(source["etags"]) == 4 and all(re.fullmatch('"[0-9a-f]{40}"', tag) for tag in source["etags"].values())
 
 
-def test_nothing_is_fetched_twice_for_copies_and_their_verification(run, server, models, tmp_path):
-    """Copies are checked by the checksums of what came, not by reading the source again."""
+@pytest.mark.parametrize("shares", [0, 2])
+def test_nothing_is_fetched_twice_for_copies_and_their_verification(run, server, models, tmp_path, shares):
+    """Copies are checked by the checksums of what came, not by reading the source again; in shares, too."""
     text = RECIPES["passthrough"].replace("[1, 4]", "[3, 4]")
-    run("merge", written(text, server.url, tmp_path), tmp_path / "out")
+    plan = api.plan(str(written(text, server.url, tmp_path)), max_shard_size=100_000)
+    for number in range(shares):
+        api.make_share(plan, tmp_path / "out", number + 1, shares)
+    result = (api.finish if shares else api.merge)(plan, tmp_path / "out")
+    copied = next(check for check in result.verification.checks if check.name == "copied tensors")
+    assert copied.passed is True
     size = sum(p.stat().st_size for p in (models / "base").glob("*.safetensors"))
     headers = [asked for asked in server.ranges if not asked.of_tensors]
     fetched = sum(asked.end - asked.begin for asked in server.ranges if asked.of_tensors)
