@@ -31,6 +31,11 @@ def emit_json(data: object) -> None:
     click.echo(json_text(data, indent=2))
 
 
+def emit_line(data: object) -> None:
+    """Print JSON as one line on stderr."""
+    _to_stderr(json_text(data))
+
+
 def note(text: str, quiet: bool = False) -> None:
     """Print one line for people on stderr."""
     if not quiet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -10,8 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-
-import click
 
 from ..api import Progress
 from ..core.errors import printable
@@ -22,7 +19,7 @@ from ..plan.pieces import pieces, share
 from ..plan.types import Plan
 from ..report.manifest_parts import CalibratedLayer
 from ..run.events import unheard
-from .output import note
+from .output import emit_line, note
 
 INTERVAL = 5.0  # seconds from one line to the next, at least
 SILENCE = 30.0  # seconds after which a step that reports nothing gets a line
@@ -198,8 +195,7 @@ class EventLines:
 
     def on_event(self, event: Mapping[str, object]) -> None:
         """Print an event."""
-        line = {"event": event["event"], "at": round(time.monotonic() - self._began, 3), **event}
-        click.echo(json.dumps(line, ensure_ascii=False), err=True)
+        emit_line({"event": event["event"], "at": round(time.monotonic() - self._began, 3), **event})
 
     def on_block(self, block: BlockPlan, resumed: bool) -> None:
         """A block has ended: what this run makes tells of itself."""

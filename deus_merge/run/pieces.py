@@ -196,5 +196,5 @@ def _finished(
         identity=identity,
         seconds=sum(record.seconds for record in done),
         warnings=warnings,
-        received={name: checksum for record in done for name, checksum in record.received.items()},
+        received={name: digest for record in done for name, digest in record.received.items()},
     )
