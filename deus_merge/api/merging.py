@@ -12,6 +12,7 @@ from ..checkpoint.storage import LoadOptions
 from ..core.errors import PlanError
 from ..core.located import Plain, locate
 from ..core.units import parse_size
+from ..core.urls import address_of
 from ..plan.blocks import BlockPlan
 from ..plan.build import DEFAULT_SHARD_SIZE, build_plan
 from ..plan.fit import Fit, check, choose
@@ -21,10 +22,11 @@ from ..recipe.presets import PRESETS, check_upscale
 from ..recipe.reader import recipe_from
 from ..recipe.types import Recipe
 from ..report.manifest_parts import CalibratedLayer
+from ..run.bucket import check_bucket_run
 from ..run.engines.ray_tasks import make_pieces
 from ..run.executor import Outcome, execute
 from ..run.piece_job import OnBlock
-from ..run.pieces import finish, finished_pieces
+from ..run.pieces import finish, finished_pieces, make_in_bucket
 from ..run.preflight import Calibrator, RunOptions
 from ..run.preflight import preflight as check_run
 from ..run.strip import Stripped
@@ -104,6 +106,8 @@ def merge(
         recipe = plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
 
     def run(block_finished: OnBlock, calibrator: Calibrator | None) -> Outcome:
+        if address_of(target):
+            return make_in_bucket(recipe, target, options, block_finished, on_fraction)
         if isinstance(options.workers, int):
             return execute(recipe, target, options, block_finished, calibrator, on_fraction=on_fraction)
         make_pieces(recipe, target, options, options.workers, on_block=block_finished)
@@ -222,6 +226,8 @@ def preflight(
     if finishing:
         made, _ = finished_pieces(plan, target, options, mixed_machines=mixed_machines)
         options = replace(options, resume=True)
+    if address_of(target):
+        return check_bucket_run(plan, target, options)
     return check_run(plan, target, options, calibrator_of(plan, options), made).warnings
 
 

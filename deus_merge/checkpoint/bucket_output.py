@@ -224,4 +224,9 @@ class BucketOutput:
 
 def same_object(found: Identity | None, recorded: Identity) -> bool:
     """Whether an object is the one that was recorded: by its ETag, where the store has such, and its size."""
-    return found is not None and found.size == recorded.size and found.etag == recorded.etag
+    return found is not None and found.size == recorded.size and _plain(found.etag) == _plain(recorded.etag)
+
+
+def _plain(etag: str | None) -> str | None:
+    """An ETag without quotes: Azure's lists leave them out."""
+    return etag and etag.strip('"')

@@ -1,4 +1,4 @@
-"""The pieces of an output in a bucket: made on a scratch folder of the worker, uploaded under their last names, recorded.
+"""The pieces of an output in a bucket: made in a scratch folder, uploaded under their last names, and recorded.
 
 No lock is needed. A file gets its name when its last part has come; a piece is finished when its record appears, which
 names the ETags of its files. Where two workers make the same piece, the record that fits the files counts, and a piece

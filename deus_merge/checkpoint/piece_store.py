@@ -92,9 +92,20 @@ class PieceStore:
         self.out = area.out
         self.top = area.pieces
         self.folder = self.top / plan_hash[:_HASH_LETTERS]
-        self._plan_hash = plan_hash
+        self._area, self._plan_hash = area, plan_hash
         self._done, self._work = self.folder / "done", self.folder / "work"
         self._finished: set[str] = set()  # folders of attempts in this process that became pieces
+
+    def claim(self, overwrite: bool) -> None:
+        """Check that the output folder may be created here; changes nothing on the disk.
+
+        Args:
+            overwrite: Whether a model folder with this path may be replaced.
+
+        Raises:
+            PlanError: as `StagingArea.check`.
+        """
+        self._area.check(overwrite)
 
     def record(self, piece: str) -> PieceRecord | None:
         """The record of a finished piece; None where there is none, or one that does not match its files.

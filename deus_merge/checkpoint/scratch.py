@@ -55,7 +55,9 @@ def scratch_folder(name: str) -> Iterator[Path]:
     with disk_errors(root):
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.lstat(root).st_uid != os.getuid() or root.is_symlink():
-            raise PlanError("the scratch folder belongs to somebody else", where=root, hint="set TMPDIR to another folder")
+            raise PlanError(
+                "the scratch folder belongs to somebody else", where=root, hint="set TMPDIR to another folder"
+            )
         _sweep(root)
     with _held(folder):
         with disk_errors(root):

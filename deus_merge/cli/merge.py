@@ -12,6 +12,7 @@ from .. import api
 from ..checkpoint.system import keep_freed_memory
 from ..core.garbage import collector_paused
 from ..core.text import plural
+from ..core.urls import place_name
 from ..core.yaml_text import parse
 from ..plan.training_memory import TrainingSettings
 from ..plan.types import Plan
@@ -261,5 +262,7 @@ def _run(
                 f" {plural(record.held_out_tokens, 'token')} that chose the steps;"
                 f" fitted on {plural(record.tokens, 'token')}"
             )
-        note(f"{out}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}")
+        note(
+            f"{place_name(out)}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}"
+        )
         show_next(out, new_layers=bool(planned.new_layers))

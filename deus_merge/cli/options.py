@@ -14,6 +14,7 @@ import click
 from ..checkpoint.storage import DEFAULT_CACHE_SIZE
 from ..core.errors import DeusMergeError
 from ..core.units import parse_size
+from ..core.urls import address_of
 from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
 from . import mergekit_options as mergekit
 from .completion import complete_devices
@@ -29,6 +30,16 @@ class Size(click.ParamType):
             return parse_size(value)
         except DeusMergeError as error:
             self.fail(f"{value!r} is not a size: expected {error.expected}", param, ctx)
+
+
+class OutputPlace(click.Path):
+    """A folder of this machine, which must exist, or the address of an output in a bucket."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, exists=True, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Path(value) if address_of(value) else super().convert(value, param, ctx)
 
 
 class ShareNumber(click.ParamType):

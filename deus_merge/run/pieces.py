@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import __version__
+from ..checkpoint.bucket_pieces import BucketPieces, uploaded_files
 from ..checkpoint.piece_store import PieceRecord, PieceStore
 from ..checkpoint.staging import StagingArea
 from ..core.errors import PlanError
@@ -20,11 +21,14 @@ from ..plan.pieces import Piece, pieces, share
 from ..plan.types import Plan
 from ..report.manifest import read_manifest
 from ..verify import verify
+from .bucket import check_bucket_run, check_in_bucket, finish_in_bucket, kept_pieces, piece_store
+from .complete import is_complete
 from .engines import FinishedPieces, OnFraction
 from .engines.finished_pieces import run_record_of
+from .engines.ray_tasks import make_pieces
 from .executor import Outcome, execute, passed
-from .piece_job import OnBlock, PieceJob, checked_identity, finished_piece, source_states
-from .preflight import Calibrator, RunOptions, is_complete
+from .piece_job import OnBlock, PieceJob, checked_identity, finished_records, source_states
+from .preflight import Calibrator, RunOptions
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def make_share(
     mine = share(found, number, total)
     job = PieceJob(plan, out, options, mixed_machines=mixed_machines)
     fresh = {piece.name: job.make(piece, on_block, on_fraction) for piece in mine}
-    left = 0 if job.complete else sum(finished_piece(job.store, piece) is None for piece in found)
+    left = 0 if job.complete else len(found) - len(finished_records(job.store, found))
     made, earlier = (tuple(piece for piece in mine if fresh[piece.name] is new) for new in (True, False))
     return Share(made, earlier, left, plan.warnings + job.warnings, job.complete)
 
@@ -108,20 +112,55 @@ def finish(
         PlanError: pieces are missing, or do not belong together.
         DeusMergeError: as `execute`.
     """
-    area = StagingArea(out)
-    store = PieceStore(area, plan.hash)
+    store = piece_store(plan, out)
     made, run_record = finished_pieces(plan, out, options, mixed_machines=mixed_machines)
-    try:
-        resume = area.resumable_blocks > 0
-        again = replace(options, resume=resume, workers=1)
-        outcome = execute(plan, out, again, on_block, calibrator, made) if made else None
-    except PlanError:
-        if options.overwrite or not is_complete(plan, area.out, run_record):
-            raise
-        outcome = None  # another finisher was faster
-    outcome = outcome or _complete(plan, area.out, options, on_block)
+    if isinstance(store, BucketPieces):
+        check_in_bucket(plan, store, options)
+        outcome = finish_in_bucket(plan, store, options, made) if made else None
+    else:
+        try:
+            resume = StagingArea(out).resumable_blocks > 0
+            again = replace(options, resume=resume, workers=1)
+            outcome = execute(plan, out, again, on_block, calibrator, made) if made else None
+        except PlanError:
+            if options.overwrite or not is_complete(plan, store.out, run_record):
+                raise
+            outcome = None  # another finisher was faster
+    outcome = outcome or _complete(plan, store.out, options, on_block)
     store.discard()
     return outcome
+
+
+def make_in_bucket(
+    plan: Plan, out: Path, options: RunOptions, on_block: OnBlock, on_fraction: OnFraction | None = None
+) -> Outcome:
+    """Make an output in a bucket, whole: its pieces, one after another, then what `finish` does.
+
+    Args:
+        plan: The plan.
+        out: The address as a path.
+        options: As for `execute`. Finished pieces of an interrupted run are used, with ``resume`` or without.
+        on_block: As for `execute`.
+        on_fraction: As for `run_blocks`.
+
+    Returns:
+        As `execute`.
+
+    Raises:
+        DeusMergeError: as `make_share` and `finish`; or there is something at this address.
+    """
+    store = piece_store(plan, out)
+    assert isinstance(store, BucketPieces)
+    warnings = check_bucket_run(plan, out, options)
+    if options.overwrite:
+        store.claim(overwrite=True)
+    with kept_pieces(store):
+        if isinstance(options.workers, str):
+            make_pieces(plan, out, options, options.workers, on_block=on_block)
+        else:
+            make_share(plan, out, options, 1, 1, on_block=on_block, on_fraction=on_fraction)
+        outcome = finish(plan, out, options, lambda block, resumed: None)
+    return replace(outcome, warnings=tuple(dict.fromkeys((*warnings, *outcome.warnings))))
 
 
 def finished_pieces(
@@ -138,12 +177,12 @@ def finished_pieces(
     Raises:
         PlanError: pieces are missing, or do not belong together.
     """
-    area = StagingArea(out)
-    store = PieceStore(area, plan.hash)
-    records = {piece.name: record for piece in pieces(plan) if (record := finished_piece(store, piece))}
+    store = piece_store(plan, out)
+    records = finished_records(store, pieces(plan))
     run_record = next((run_record_of(record.identity) for record in records.values()), {"seed": options.seed})
     # a finisher that was stopped may have left some pieces
-    if not options.overwrite and is_complete(plan, area.out, run_record):
+    replaced = options.overwrite and isinstance(store, PieceStore)
+    if not replaced and is_complete(plan, store.out, run_record):
         return None, run_record
     return _finished(plan, records, store, mixed_machines), run_record
 
@@ -159,7 +198,7 @@ def _complete(plan: Plan, out: Path, options: RunOptions, on_block: OnBlock) -> 
 
 
 def _finished(
-    plan: Plan, records: Mapping[str, PieceRecord], store: PieceStore, mixed_machines: bool
+    plan: Plan, records: Mapping[str, PieceRecord], store: PieceStore | BucketPieces, mixed_machines: bool
 ) -> FinishedPieces:
     """The finished pieces of a plan.
 
@@ -193,4 +232,5 @@ def _finished(
         identity=identity,
         seconds=sum(record.seconds for record in done),
         warnings=warnings,
+        uploaded={name: found for record in done for name, found in uploaded_files(record).items()},
     )

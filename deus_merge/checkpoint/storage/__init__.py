@@ -9,10 +9,21 @@ from ...core.urls import is_url, public_url
 from ..tensor_source import TensorSource
 from ._sink import Sink
 from ._spool import RemoteFile
+from ._transfer import Identity
 from .base import DEFAULT_CACHE_SIZE, LoadOptions, Storage
 from .registry import storages
 
-__all__ = ["DEFAULT_CACHE_SIZE", "LoadOptions", "Sink", "Storage", "divide_spools", "open_sink", "open_source", "storages"]
+__all__ = [
+    "DEFAULT_CACHE_SIZE",
+    "Identity",
+    "LoadOptions",
+    "Sink",
+    "Storage",
+    "divide_spools",
+    "open_sink",
+    "open_source",
+    "storages",
+]
 
 
 def open_source(ref: str, options: LoadOptions) -> TensorSource:

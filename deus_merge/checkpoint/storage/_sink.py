@@ -156,15 +156,15 @@ class Sink(Remote):
                         raise GivenUp
             check()
 
-        def write() -> str | None:
+        def write() -> None:
             self.requests += 1
-            return put(store, name, parts(), chunk_size=part, max_concurrency=_CONCURRENT)["e_tag"]
+            put(store, name, parts(), chunk_size=part, max_concurrency=_CONCURRENT)
 
         failing_since, wait = 0.0, 0.25
         while True:
             began = time.monotonic()
             try:
-                etag = _interruptible(write, stopped)
+                _interruptible(write, stopped)
                 self._reached = True
                 break
             except (BaseError, OSError, ValueError) as error:
@@ -180,7 +180,7 @@ class Sink(Remote):
         if found is None or found.size != size:
             got = f"{found.size} bytes" if found else "none"
             raise MachineError("the store does not have what was written", where=f"{self.name}/{name}", got=got)
-        return Identity(size, etag or found.etag, found.modified)
+        return found
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; those that are not there are no error.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...checkpoint.storage import Identity
 from ...core.errors import VerifyError
 from ...core.text import some_of
 from .base import Job, OnFinished
@@ -22,6 +23,7 @@ class FinishedPieces:
         identity: Everything but the plan that decided the bytes, by name: JSON values.
         seconds: Time that all workers took together.
         warnings: Messages for the user.
+        uploaded: The files of an output in a bucket as their workers left them, by name.
     """
 
     files: Mapping[str, Path]
@@ -30,6 +32,7 @@ class FinishedPieces:
     identity: Mapping[str, object]
     seconds: float
     warnings: tuple[str, ...]
+    uploaded: Mapping[str, Identity] = field(default_factory=dict)
 
     workers = 1
 
