@@ -133,7 +133,7 @@ class BucketOutput:
         for name in sorted(files, key=lambda name: (name in _FIRST, name == "config.json")):
             self.sink.put(name, files[name])
 
-    def finish(self, manifest: bytes, weights: Mapping[str, Identity], others: Iterable[str]) -> bool:
+    def put_manifest(self, manifest: bytes, weights: Mapping[str, Identity], others: Iterable[str]) -> bool:
         """Write the manifest, if everything that it speaks of is there.
 
         Args:

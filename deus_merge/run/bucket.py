@@ -1,4 +1,4 @@
-"""Outputs in buckets: their pieces are made one after another on scratch folders and uploaded; the manifest comes last."""
+"""Outputs in buckets: pieces are made in scratch folders and uploaded, and the manifest comes last."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def finish_in_bucket(plan: Plan, store: BucketPieces, options: RunOptions, made:
         manifest = manifest.with_checksums(verification.checksums)
     plan.check_sources()
     content = manifest.sealed(None if options.private_paths else store.out)
-    if not store.finish(content, made.uploaded, files):
+    if not store.put_manifest(content, made.uploaded, files):
         if not is_complete(plan, store.out, made.run_record):
             raise PlanError(
                 "another output has been written to this address meanwhile",

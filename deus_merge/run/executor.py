@@ -222,8 +222,8 @@ def _calibrated(manifest: Manifest) -> frozenset[str]:
 
 
 def block_warnings(diagnostics: Mapping[int, list[dict]]) -> tuple[str, ...]:
-    """What the blocks of a run reported: one warning for all scales that hold zeros, one for all plans that missed their
-    tolerance."""
+    """What the blocks of a run reported: one warning for all plans that missed their tolerance, one for all scales that
+    hold zeros."""
     lines = [line for block in diagnostics.values() for line in block]
     texts = list(dict.fromkeys(d["warning"] for d in lines if "warning" in d))
     return (*_convergence(lines), *((some_of(texts, 3),) if texts else ()))

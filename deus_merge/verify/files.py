@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -76,6 +75,7 @@ class BucketFiles:
     def __init__(self, address: str):
         self._address, self._sink = address, open_sink(address)
         self._read: dict[str, bytes | None] = {}
+        self._loaded: Path | None = None
 
     def names(self) -> list[str]:
         objects, folders = self._sink.listed()
@@ -93,8 +93,13 @@ class BucketFiles:
         assert isinstance(stored, Checkpoint)
         return stored
 
-    @cached_property
+    @property
     def loaded(self) -> Path:
+        if self._loaded is None:
+            self._loaded = self._downloaded()
+        return self._loaded
+
+    def _downloaded(self) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="deus-merge-verify-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name in self.names():

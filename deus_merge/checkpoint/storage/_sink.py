@@ -1,7 +1,7 @@
 """A folder of a bucket that an output is written to: small objects, and files of any size in parts.
 
-No object is ever seen half-written. A file that is given up while it is uploaded leaves nothing, but where the process is
-killed the store keeps parts that nobody sees, until a rule of the bucket removes them.
+No object is ever seen half-written. A file that is given up while it is uploaded leaves nothing, but where the process
+is killed the store keeps parts that nobody sees, until a rule of the bucket removes them.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Sink(Remote):
                 put(store, name, content, mode="create" if create else "overwrite", use_multipart=False)
             except exceptions.AlreadyExistsError:
                 return False
-            except (exceptions.NotSupportedError, exceptions.NotImplementedError):
+            except exceptions.NotSupportedError:
                 if not create:
                     raise
                 if self.identity(name) is not None:
