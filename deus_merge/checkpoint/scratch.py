@@ -1,7 +1,7 @@
 """Private folders for what a process makes before it is uploaded: in ``TMPDIR``, or else in ``/var/tmp``.
 
-A folder is removed when its owner is done with it. What a killed process left is removed by the next one that needs such
-a folder: a lock tells which are in use.
+A folder is removed when its owner is done with it. What a killed process left is removed by the next one that needs
+such a folder: a lock tells which are in use.
 """
 
 from __future__ import annotations

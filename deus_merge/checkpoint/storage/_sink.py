@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from ._transfer import LONGEST_WAIT, Absent, Identity, Remote, _identity, _wait_
 PART = 8 << 20  # bytes of one part of a file
 _MOST_PARTS = 9000  # of a file: S3 takes 10 000
 _CONCURRENT = 8  # parts at once
+_CHECKED = 2.0  # seconds from one look at whether an upload is still wanted to the next
 _DELETED = 500  # objects in one request
 _PART_RETRIES = 1000  # the time decides
 
@@ -123,7 +124,7 @@ class Sink(Remote):
         Args:
             name: Its name.
             file: The file.
-            check: Called right before the object gets its name; raises what the upload is given up with.
+            check: Called every few seconds meanwhile; raises what the upload is given up with.
 
         Returns:
             Its identity.
@@ -154,17 +155,16 @@ class Sink(Remote):
                     yield content
                     if stopped.is_set() or not threading.main_thread().is_alive():
                         raise GivenUp
-            check()
 
         def write() -> None:
             self.requests += 1
             put(store, name, parts(), chunk_size=part, max_concurrency=_CONCURRENT)
 
-        failing_since, wait = 0.0, 0.25
+        failing_since, pause = 0.0, 0.25
         while True:
             began = time.monotonic()
             try:
-                _interruptible(write, stopped)
+                _watched(write, check, stopped)
                 self._reached = True
                 break
             except (BaseError, OSError, ValueError) as error:
@@ -172,10 +172,10 @@ class Sink(Remote):
             self._judge(name, failure, False)
             now = time.monotonic()
             failing_since = failing_since or max(began, now - seconds)
-            if now - failing_since + wait > self.patience:
+            if now - failing_since + pause > self.patience:
                 self._give_up(name, failure, now - failing_since)
-            _wait_or_end(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
+            _wait_or_end(pause)
+            pause = min(2 * pause, LONGEST_WAIT)
         found = self.identity(name)
         if found is None or found.size != size:
             got = f"{found.size} bytes" if found else "none"
@@ -204,22 +204,26 @@ class Sink(Remote):
             self._tried("", remove)
 
 
-def _interruptible(function: Callable[[], Any], stopped: threading.Event) -> Any:
-    """The result of a function, called in a thread of its own: it would not let an interrupt through."""
+def _watched(function: Callable[[], None], check: Callable[[], None], stopped: threading.Event) -> None:
+    """Call a function in a thread of its own, since it would not let an interrupt through, and ``check`` meanwhile: not
+    in that thread, whose waiting would keep obstore from making the request."""
     future: Future = Future()
 
     def call() -> None:
         try:
-            future.set_result(function())
+            function()
+            future.set_result(None)
         except BaseException as error:
             future.set_exception(error)
 
     threading.Thread(target=call, name="upload", daemon=True).start()
     try:
-        return future.result()
+        while not wait([future], _CHECKED).done:
+            check()
     except BaseException:
         stopped.set()
         raise
+    future.result()
 
 
 def check_place(address: str) -> None:
