@@ -31,7 +31,7 @@ from ..run.preflight import Calibrator, RunOptions
 from ..run.preflight import preflight as check_run
 from ..run.strip import Stripped
 from ..training.calibration.planned import calibrator_of
-from .arguments import instance, model_of, path_of, recipe_of
+from .arguments import instance, local_path_of, model_of, path_of, recipe_of
 from .progress import Counter, OnProgress
 from .results import MergeResult
 
@@ -331,5 +331,5 @@ def strip(
     """
     from ..run.strip import strip as run
 
-    source, target = path_of(out, "out"), path_of(base, "base")
+    source, target = local_path_of(out, "out"), path_of(base, "base")
     return run(source, target, manifest=manifest, max_shard_size=max_shard_size, overwrite=overwrite)
