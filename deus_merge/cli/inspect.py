@@ -14,7 +14,7 @@ import click
 from .. import api
 from ..core.typed_json import parse
 from ..core.units import format_count, format_size
-from ..core.urls import place_name
+from ..core.urls import address_of, place_name
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from .completion import complete_models
 from .failures import report_bus_errors
@@ -84,6 +84,8 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
     Example:
       deus-merge report ./deeper --html deeper.html
     """
+    if html is None and address_of(out):
+        raise click.UsageError("the page about an output in a bucket is written here: --html FILE")
     quiet_transformers()
     with check_progress() as progress:
         result = api.verify(out, quick=not full, **progress)

@@ -25,10 +25,11 @@ from .bucket import check_bucket_run, check_in_bucket, finish_in_bucket, kept_pi
 from .complete import is_complete
 from .engines import FinishedPieces, OnFraction
 from .engines.finished_pieces import run_record_of
+from .engines.piece_processes import PieceProcesses
 from .engines.ray_tasks import make_pieces
 from .executor import Outcome, execute, passed
 from .piece_job import OnBlock, PieceJob, checked_identity, finished_records, source_states
-from .preflight import Calibrator, RunOptions
+from .preflight import Calibrator, RunOptions, processes_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ def make_share(
     found = pieces(plan)
     mine = share(found, number, total)
     job = PieceJob(plan, out, options, mixed_machines=mixed_machines)
-    fresh = {piece.name: job.make(piece, on_block, on_fraction) for piece in mine}
+    if isinstance(job.store, BucketPieces) and processes_of(options) > 1 and not job.complete:
+        with PieceProcesses(plan, out, options, job.device, mixed_machines=mixed_machines) as processes:
+            fresh = processes.make(mine, on_block)
+    else:
+        fresh = {piece.name: job.make(piece, on_block, on_fraction) for piece in mine}
     left = 0 if job.complete else len(found) - len(finished_records(job.store, found))
     made, earlier = (tuple(piece for piece in mine if fresh[piece.name] is new) for new in (True, False))
     return Share(made, earlier, left, plan.warnings + job.warnings, job.complete)

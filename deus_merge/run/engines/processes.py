@@ -28,9 +28,7 @@ from .base import Job, OnFinished
 
 _DEATHS = 3  # of workers over the same block: then the block is to blame
 _BATCHES = 8  # into how many parts a share is cut, at most
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deus_merge.run.engines.worker import main; main()"
-)
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deus_merge.run.engines.{} import main; main()"
 
 
 @dataclass
@@ -177,28 +175,34 @@ class _Crew:
                 self._hand_out(other)
 
     def _start(self, number: int, share: deque[int]) -> _Worker:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())],
-                env=os.environ | {"OMP_NUM_THREADS": str(self._job.threads)},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt from the terminal is this process's business
-            )
-        connection = Connection(ours.detach())
+        process, connection = start_process("worker", self._job.threads)
         with suppress(OSError):
             connection.send_bytes(self._setup)
-            connection.send(_device(self._job.device, number))
+            connection.send(device_of(self._job.device, number))
         return _Worker(process, connection, share)
+
+
+def start_process(module: str, threads: int) -> tuple[subprocess.Popen, Connection]:
+    """A new process that runs ``main`` of a module of this folder, and the socket that leads to it: the last argument
+    is its descriptor there."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START.format(module), json.dumps(sys.path), str(theirs.fileno())],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt from the terminal is this process's business
+        )
+    return process, Connection(ours.detach())
 
 
 def _part(limit: int | None, count: int) -> int | None:
     return None if limit is None else limit // count
 
 
-def _device(name: str | None, number: int) -> str | None:
+def device_of(name: str | None, number: int) -> str | None:
     """The device of a worker: with several GPUs, one after another."""
     if name != "cuda":
         return name
