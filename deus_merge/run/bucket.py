@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..checkpoint.scratch import check_scratch
 from ..checkpoint.staging import StagingArea
 from ..core.errors import DeusMergeError, PlanError, VerifyError
 from ..core.urls import address_of
+from ..plan.blocks import BlockPlan
 from ..plan.pieces import pieces
 from ..plan.types import Plan
 from ..report.known_sources import remember
@@ -26,6 +27,9 @@ from .complete import is_complete
 from .engines import FinishedPieces
 from .executor import Outcome, block_warnings, other_files, passed
 from .preflight import RunOptions, check_memory, computing, processes_of
+
+#: called after each block, with whether it was finished already
+OnBlock = Callable[[BlockPlan, bool], None]
 
 
 def piece_store(plan: Plan, out: Path) -> PieceStore | BucketPieces:
@@ -98,11 +102,24 @@ def check_bucket_run(plan: Plan, out: Path, options: RunOptions) -> tuple[str, .
 
 
 @contextmanager
-def kept_pieces(store: BucketPieces) -> Iterator[None]:
-    """Whatever stops a run to a bucket, say how to go on."""
+def kept_pieces(store: BucketPieces, on_block: OnBlock) -> Iterator[OnBlock]:
+    """Whatever stops a run to a bucket once a block is finished, say how to go on.
+
+    Yields:
+        ``on_block``, to be called in its place.
+    """
+    finished = False
+
+    def counted(block: BlockPlan, resumed: bool) -> None:
+        nonlocal finished
+        finished = True
+        on_block(block, resumed)
+
     try:
-        yield
+        yield counted
     except BaseException as error:
+        if not finished:
+            raise
         hint = f"finished pieces are kept in {address_of(store.folder)}; run the same command again to continue"
         if isinstance(error, DeusMergeError) and not isinstance(error, VerifyError):
             error.hint = f"{error.hint}; {hint}" if error.hint else hint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoint.bucket_pieces import BucketPieces
@@ -17,13 +17,11 @@ from ..plan.blocks import BlockPlan
 from ..plan.pieces import Piece
 from ..plan.types import Plan
 from ..verify.weights import TensorCheck, examine
-from .bucket import check_in_bucket, piece_store
+from .bucket import OnBlock, check_in_bucket, piece_store
 from .complete import is_complete
 from .engines import Job, OnFraction, engine_of
 from .preflight import RunOptions, check_apart, check_memory, computing, processes_of, run_identity
 
-#: called after each block, with whether it was finished already
-OnBlock = Callable[[BlockPlan, bool], None]
 #: parts of an identity that round differently at most in the last digits: --mixed-machines allows them to differ
 _ROUNDING = {"torch", "instruction_set", "device_model", "threads", "device"}
 

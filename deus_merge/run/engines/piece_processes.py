@@ -54,7 +54,7 @@ class PieceProcesses:
         count = options.workers
         assert isinstance(count, int)
         self._plan, self._count, self._device = plan, count, device
-        self._threads: int = options.threads or default_threads(count)
+        self._threads: int = options.threads or default_threads(count) or 1
         limit = options.max_memory and options.max_memory // count
         self._options = replace(options, workers=1, threads=self._threads, max_memory=limit)
         self._setup = pickle.dumps((plan, out, mixed_machines, count))
