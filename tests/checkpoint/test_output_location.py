@@ -1,4 +1,4 @@
-"""OUT is a folder of this machine or in a bucket: another address is refused by every command that writes one, before it
+"""OUT is a folder of this machine or in a bucket: every command that writes one refuses another address before it
 writes."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_refused(done, out: str) -> None:
     assert "hint:     write to a local folder" in done.err
 
 
-@pytest.mark.parametrize("out", [a for a in ADDRESSES if not a.startswith(BUCKETS)])
+@pytest.mark.parametrize("out", [a for a in ADDRESSES if a.count("/") == 3 and not a.startswith(BUCKETS)])
 @pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",), ("--dry-run",)])
 def test_upscale(run, tiny, inside, out, more):
     check_refused(run("upscale", tiny, out, *more, expect=2), out)
