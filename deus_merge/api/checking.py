@@ -35,7 +35,7 @@ def verify(
     """Check a finished output.
 
     Args:
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         quick: Leave out finite values and the checks that need transformers.
         logits_text: Also compare the logits of base and output on this text, or on that of the file of a `Path`.
         strict: Count a skipped check as failed.
@@ -70,7 +70,7 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     """Write one self-contained HTML page about a finished output.
 
     Args:
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         html: The page's file; by default ``report.html`` in the output folder, which must then be on this machine.
         verification: The verification that the page shows; None to run a quick one now.
 

@@ -84,7 +84,7 @@ def merge(
 
     Args:
         recipe: A plan from `plan`, or whatever `plan` takes.
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         options: Device, resume, overwrite, verification.
         max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
         on_block: Called after each block with the block and whether an earlier run had finished it.
@@ -174,7 +174,7 @@ def upscale(
 
     Args:
         model: A folder or ``org/name[@revision]``.
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         options: Device, resume, overwrite, verification.
         preset, insert, dtype, parameters, quantize_new, calibrate: As for `upscale_recipe`.
         memory: Put in as many layers as can be trained with this much memory, in bytes or like ``"24GB"``: see `fit`.
@@ -208,7 +208,7 @@ def preflight(
 
     Args:
         plan: A plan from `plan`.
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         options: As for `merge`.
         finishing: Check what `finish` would do: whether all pieces are there, and fit together.
         mixed_machines: As for `finish`.

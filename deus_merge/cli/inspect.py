@@ -44,6 +44,8 @@ def verify(
 ):  # fmt: skip
     """Check every byte of OUT against its manifest, its sources and transformers. Exit code 3 when a check fails.
 
+    OUT is a folder, or in a bucket: s3://bucket/model.
+
     \b
     Example:
       deus-merge verify ./deeper --logits text.txt

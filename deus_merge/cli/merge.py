@@ -54,9 +54,10 @@ from .recipes import load_recipe, recipe_options
 def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str, ...], **options):
     """Run RECIPE and write the checkpoint to OUT.
 
-    RECIPE is a file, - for stdin, or a name that `deus-merge recipes` lists.
+    RECIPE is a file, - for stdin, or a name that `deus-merge recipes` lists. OUT is a folder, or in a bucket:
+    s3://bucket/model, gs://bucket/model, az://container/model.
 
-    With --shard-of any number of machines that share a file system make an output together.
+    With --shard-of any number of machines that share a file system, or a bucket, make an output together.
 
     \b
     Example:
@@ -117,7 +118,7 @@ def upscale(
     calibrate: str | None,
     **options,
 ):
-    """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT.
+    """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT, a folder or s3://bucket/model.
 
     Copies with zeroed outputs (llama_pro, copy_next) learn as fast as opt_deus in our measurements; deus-merge compare
     measures it on your model and text.

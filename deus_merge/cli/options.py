@@ -131,7 +131,7 @@ def run_options(command: Callable) -> Callable:
         plan_options,
         click.option("--dry-run", is_flag=True, help="Do all checks and stop before writing."),
         click.option("--resume", is_flag=True, help="Continue an interrupted run."),
-        click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete; in a bucket, remove it first."),
         click.option("--verify/--no-verify", "verify_output", default=True, show_default=True,
                      help="Check the result before it is renamed to OUT."),
         click.option("--seed", "--random-seed", type=int, default=0, show_default=True,

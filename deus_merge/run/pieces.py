@@ -1,4 +1,4 @@
-"""An output made piece by piece, by workers on any number of machines that share a file system.
+"""An output made piece by piece, by workers on any number of machines that share a file system or a bucket.
 
 A worker makes its share of the pieces (`make_share`), in any order and as often as it likes; whoever comes last puts
 the output together (`finish`). Workers know nothing of each other, so job arrays and clusters of any kind can run them.

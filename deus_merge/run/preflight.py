@@ -40,7 +40,7 @@ class RunOptions:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         max_memory: Bytes the run may take: plans then work in row blocks; too few are refused.
         resume: Continue an interrupted run.
-        overwrite: Replace an existing output, once the new one is complete.
+        overwrite: Replace an existing output, once the new one is complete; one in a bucket is removed first.
         verify: Check the result before it is renamed to OUT.
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic, of each process; None to share the processor's cores.
