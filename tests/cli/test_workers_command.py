@@ -75,7 +75,7 @@ WRONG = {
     "another scheme": (("merge", *COMMON, "--workers", "dask://x"), "'dask://x' is neither", "ray://HOST:PORT"),
     "a file in the way": (("merge", "copy_next", "taken", *COMMON[2:], "--shard-of", "1/2"), "taken", "not a folder"),
     "inside a source": (("merge", "copy_next", "base/x", *COMMON[2:], "--shard-of", "1/2"), "must not contain"),
-    "a bucket": (("merge", "copy_next", "s3://b/x", *COMMON[2:], "--shard-of", "1/2"), "must be on this machine"),
+    "a web server": (("merge", "copy_next", "https://b/x", *COMMON[2:], "--shard-of", "1/2"), "must be on this machine"),
     "too little memory": (("merge", "opt_deus", *COMMON[1:], "--workers", "3", "--max-memory", "500MB"),
                           "more memory than allowed", "--max-memory"),
 }  # fmt: skip
