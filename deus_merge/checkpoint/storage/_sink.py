@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ...core.errors import CheckpointError, MachineError
 from ..header import MAX_JSON
@@ -37,7 +37,7 @@ class GivenUp(Exception):
 class Sink(Remote):
     """A folder of a bucket. Pickles: it then connects again."""
 
-    _no_right: ClassVar[str] = "no right to read or write it"
+    _no_right = "no right to read or write it"
 
     def listed(self, folder: str = "") -> tuple[dict[str, Identity], list[str]]:
         """What lies directly in the folder, or in a folder in it.
@@ -107,8 +107,8 @@ class Sink(Remote):
                 put(store, name, content, mode="create" if create else "overwrite", use_multipart=False)
             except exceptions.AlreadyExistsError:
                 return False
-            except exceptions.NotSupportedError:
-                if not create:
+            except exceptions.BaseError as error:
+                if not create or not _lacks_conditions(error):
                     raise
                 if self.identity(name) is not None:
                     return False
@@ -224,6 +224,13 @@ def _watched(function: Callable[[], None], check: Callable[[], None], stopped: t
         stopped.set()
         raise
     future.result()
+
+
+def _lacks_conditions(error: Exception) -> bool:
+    """Whether a store cannot create an object only where there is none."""
+    from obstore.exceptions import NotSupportedError
+
+    return isinstance(error, NotSupportedError) or "NotImplemented" in str(error) or "status code: 501" in str(error)
 
 
 def check_place(address: str) -> None:

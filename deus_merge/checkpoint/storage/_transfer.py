@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from ...core.errors import CheckpointError, DeusMergeError, MachineError
 from ...core.urls import is_url, public_url, redacted
@@ -85,7 +85,7 @@ class Remote:
     patience: float = 300.0
     credentials: str = ""
 
-    _no_right: ClassVar[str] = "no right to read it"
+    _no_right = "no right to read it"
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
