@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..checkpoint.staging import check_local
 from ..core.errors import DeusMergeError, RecipeError
 from ..core.located import locate
 from ..recipe.calibrate import read_text
@@ -25,6 +26,17 @@ def path_of(value: Any, name: str) -> Path:
     if isinstance(value, str | os.PathLike) and str(value):
         return Path(value)
     raise DeusMergeError("not a path", where=name, expected="text or a Path", got=_shown(value))
+
+
+def local_path_of(value: Any, name: str) -> Path:
+    """A path of this machine.
+
+    Raises:
+        DeusMergeError: neither text nor a path, or an address like ``s3://bucket/model``.
+    """
+    path = path_of(value, name)
+    check_local(path, "the folder", "download it, and name the folder that it is in then")
+    return path
 
 
 def model_of(value: Any, name: str = "model") -> str:

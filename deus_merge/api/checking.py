@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..checkpoint.header import read_small
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import DeusMergeError, VerifyError
+from ..core.urls import address_of
 from ..plan.training_memory import TrainingSettings
 from ..recipe.catalog import catalog, entries_of
 from ..report.inspection import adjacent_similarity, parameter_counts, summary
@@ -15,6 +15,7 @@ from ..report.manifest import RECIPE, read_manifest
 from ..report.shareable import shared_record
 from ..verify import Check, Verification
 from ..verify import verify as run_checks
+from ..verify.files import output_files
 from .arguments import instance, model_of, name_of, path_of, text_of
 from .progress import Counter, OnProgress
 from .results import Catalog, Inspection
@@ -34,7 +35,7 @@ def verify(
     """Check a finished output.
 
     Args:
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         quick: Leave out finite values and the checks that need transformers.
         logits_text: Also compare the logits of base and output on this text, or on that of the file of a `Path`.
         strict: Count a skipped check as failed.
@@ -70,8 +71,8 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     """Write one self-contained HTML page about a finished output.
 
     Args:
-        out: The output folder.
-        html: The page's file; by default ``report.html`` in the output folder.
+        out: The output folder, or its address in a bucket.
+        html: The page's file; by default ``report.html`` in the output folder, which must then be on this machine.
         verification: The verification that the page shows; None to run a quick one now.
 
     Returns:
@@ -83,9 +84,12 @@ def report(out: str | Path, html: str | Path | None = None, *, verification: Ver
     from ..report.page import REPORT, render_page
 
     out = path_of(out, "out")
+    if html is None and address_of(out):
+        hint = "name a file of this machine: --html FILE, or the argument html"
+        raise DeusMergeError("a page cannot be written into a bucket", where=out, hint=hint)
     page = path_of(html, "html") if html is not None else out / REPORT
     manifest = read_manifest(out)
-    recipe = read_small(out / RECIPE).decode(errors="replace") if (out / RECIPE).is_file() else ""
+    recipe = (output_files(out).read(RECIPE) or b"").decode(errors="replace")
     found = (verification or verify(out, quick=True)).describe()
     record = shared_record({"recipe": recipe, **found}, manifest, out)
     facts = {"folder": out.absolute().name, "parameters": parameter_counts(out, manifest.new_layers)}

@@ -12,6 +12,7 @@ from ..checkpoint.storage import LoadOptions
 from ..core.errors import PlanError
 from ..core.located import Plain, locate
 from ..core.units import parse_size
+from ..core.urls import address_of
 from ..plan.blocks import BlockPlan
 from ..plan.build import DEFAULT_SHARD_SIZE, build_plan
 from ..plan.fit import Fit, check, choose
@@ -21,16 +22,17 @@ from ..recipe.presets import PRESETS, check_upscale
 from ..recipe.reader import recipe_from
 from ..recipe.types import Recipe
 from ..report.manifest_parts import CalibratedLayer
+from ..run.bucket import check_bucket_run
 from ..run.engines.ray_tasks import make_pieces
 from ..run.events import OnEvent, unheard
 from ..run.executor import Outcome, execute
 from ..run.piece_job import OnBlock
-from ..run.pieces import finish, finished_pieces
+from ..run.pieces import finish, finished_pieces, make_in_bucket
 from ..run.preflight import Calibrator, RunOptions
 from ..run.preflight import preflight as check_run
 from ..run.strip import Stripped
 from ..training.calibration.planned import calibrator_of
-from .arguments import instance, model_of, path_of, recipe_of
+from .arguments import instance, local_path_of, model_of, path_of, recipe_of
 from .progress import Counter, OnProgress
 from .results import MergeResult
 
@@ -84,7 +86,7 @@ def merge(
 
     Args:
         recipe: A plan from `plan`, or whatever `plan` takes.
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         options: Device, resume, overwrite, verification.
         max_shard_size, load_options, copy_tokenizer: See `plan`; not used for a plan, which has its own.
         on_block: Called after each block with the block and whether an earlier run had finished it.
@@ -107,6 +109,8 @@ def merge(
         recipe = plan(recipe, max_shard_size=max_shard_size, load_options=load_options, copy_tokenizer=copy_tokenizer)
 
     def run(block_finished: OnBlock, calibrator: Calibrator | None) -> Outcome:
+        if address_of(target):
+            return make_in_bucket(recipe, target, options, block_finished, on_fraction, on_event)
         if isinstance(options.workers, int):
             told = {"on_fraction": on_fraction, "on_event": on_event}
             return execute(recipe, target, options, block_finished, calibrator, **told)
@@ -176,7 +180,7 @@ def upscale(
 
     Args:
         model: A folder or ``org/name[@revision]``.
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         options: Device, resume, overwrite, verification.
         preset, insert, dtype, parameters, quantize_new, calibrate: As for `upscale_recipe`.
         memory: Put in as many layers as can be trained with this much memory, in bytes or like ``"24GB"``: see `fit`.
@@ -210,7 +214,7 @@ def preflight(
 
     Args:
         plan: A plan from `plan`.
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         options: As for `merge`.
         finishing: Check what `finish` would do: whether all pieces are there, and fit together.
         mixed_machines: As for `finish`.
@@ -228,6 +232,8 @@ def preflight(
     if finishing:
         made, _ = finished_pieces(plan, target, options, mixed_machines=mixed_machines)
         options = replace(options, resume=True)
+    if address_of(target):
+        return check_bucket_run(plan, target, options)
     return check_run(plan, target, options, calibrator_of(plan, options), made).warnings
 
 
@@ -331,5 +337,5 @@ def strip(
     """
     from ..run.strip import strip as run
 
-    source, target = path_of(out, "out"), path_of(base, "base")
+    source, target = local_path_of(out, "out"), path_of(base, "base")
     return run(source, target, manifest=manifest, max_shard_size=max_shard_size, overwrite=overwrite)

@@ -12,6 +12,7 @@ from ..core.tables import html_titled
 from ..core.text import plural
 from ..core.typed_json import dump
 from ..core.units import format_count, format_seconds, format_size
+from ..core.urls import place_name
 from ..plan.types import Plan
 from ..report.manifest_parts import BlockSeconds, Calibration
 from ..verify import Verification
@@ -52,12 +53,13 @@ class MergeResult:
         passed = sum(check.passed is True for check in self.verification.checks) if self.verification else 0
         checked = f"{plural(passed, 'check')} passed" if self.verification else "not verified"
         layers = f"{self.plan.donor.view.num_layers} -> {plural(self.plan.num_layers, 'layer')}"
-        return f"{self.folder}: {layers}, {len(self.plan.new_layers)} new; {checked}; {format_seconds(self.seconds)}"
+        new, seconds = len(self.plan.new_layers), format_seconds(self.seconds)
+        return f"{place_name(self.folder)}: {layers}, {new} new; {checked}; {seconds}"
 
     def describe(self) -> dict[str, Any]:
         """The result as JSON data."""
         return {
-            "folder": str(self.folder),
+            "folder": place_name(self.folder),
             "plan_hash": self.plan.hash,
             "num_layers": self.plan.num_layers,
             "new_layers": list(self.plan.new_layers),

@@ -11,7 +11,7 @@ from ..report.manifest_parts import CalibratedLayer
 from ..training.calibration import Calibrated, CalibrationOptions
 from ..training.calibration.scores import GapScore
 from ..training.comparison import CompareOptions, Comparison
-from .arguments import instance, model_of, path_of, text_of
+from .arguments import instance, local_path_of, model_of, path_of, text_of
 from .progress import Counter, OnProgress
 
 
@@ -52,7 +52,7 @@ def calibrate(
             on_layer(layer, resumed)
         counter.step(f"layer {layer.layer}", resumed)
 
-    source, target = path_of(out, "out"), path_of(new, "new")
+    source, target = local_path_of(out, "out"), path_of(new, "new")
     return run(source, target, found, instance(options, CalibrationOptions, "options"), finished, start)
 
 
@@ -134,7 +134,7 @@ def compare(
             on_run(result, left, seconds)
         counter.step(str(result["init"]), total=counter.done + 1 + left)
 
-    counter, name, folder = Counter(progress), model_of(model), path_of(out, "out")
+    counter, name, folder = Counter(progress), model_of(model), local_path_of(out, "out")
     files, base_files = listed(text, "text"), listed(base_text, "base_text")
     options = instance(options, CompareOptions, "options")
     return run(name, folder, files, options, base_text=base_files, on_run=finished, on_stage=on_stage)
@@ -168,4 +168,4 @@ def export_training(
     from ..training.export_optimizers import settings_of
 
     settings = settings_of(optimizer, lr, output_ratio)
-    return export(path_of(out, "out"), trainer, settings, private_paths=private_paths)
+    return export(local_path_of(out, "out"), trainer, settings, private_paths=private_paths)

@@ -40,7 +40,7 @@ def make_share(
 
     Args:
         recipe: A plan from `plan`, or whatever `plan` takes.
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         number: Which share, from 1.
         total: How many shares there are.
         options: Device, threads, seed, memory; overwrite, if `finish` will replace a folder.
@@ -82,7 +82,7 @@ def finish(
 
     Args:
         recipe: The plan or recipe that the workers had.
-        out: The output folder.
+        out: The output folder, or its address in a bucket.
         options: Overwrite, verification, model card.
         mixed_machines: Accept pieces from machines that round differently.
         on_block, on_layer, progress: As for `merge`.

@@ -17,7 +17,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,7 @@ class PieceRecord:
         blocks: What the manifest will say of each block, by the block's index in the plan.
         seconds: Wall time.
         received: XXH3-128, in hex, of tensors that were copied from other machines: of the bytes that came.
+        etags: Of files in a bucket, where the store has such: the ETag of each.
     """
 
     format: int
@@ -59,6 +60,21 @@ class PieceRecord:
     blocks: Mapping[str, Any]
     seconds: float
     received: Mapping[str, str] = field(default_factory=dict)
+    etags: Mapping[str, str] = field(default_factory=dict)
+
+    def is_of(self, piece: str, plan_hash: str) -> bool:
+        """Whether it is the record of this piece of this plan, in this format."""
+        return (self.format, self.piece, self.plan_hash) == (FORMAT, piece, plan_hash)
+
+    @property
+    def content(self) -> bytes:
+        """The content of its file."""
+        return (json.dumps(dump(self)) + "\n").encode()
+
+
+def attempt_name(piece: str) -> str:
+    """A name for the folder of one attempt at a piece, which no other attempt has."""
+    return f"{piece}-{os.uname().nodename[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 class PieceStore:
@@ -78,9 +94,20 @@ class PieceStore:
         self.out = area.out
         self.top = area.pieces
         self.folder = self.top / plan_hash[:_HASH_LETTERS]
-        self._plan_hash = plan_hash
+        self._area, self._plan_hash = area, plan_hash
         self._done, self._work = self.folder / "done", self.folder / "work"
         self._finished: set[str] = set()  # folders of attempts in this process that became pieces
+
+    def claim(self, overwrite: bool) -> None:
+        """Check that the output folder may be created here; changes nothing on the disk.
+
+        Args:
+            overwrite: Whether a model folder with this path may be replaced.
+
+        Raises:
+            PlanError: as `StagingArea.check`.
+        """
+        self._area.check(overwrite)
 
     def record(self, piece: str) -> PieceRecord | None:
         """The record of a finished piece; None where there is none, or one that does not match its files.
@@ -91,14 +118,16 @@ class PieceStore:
         try:
             data = json.loads((self._done / f"{piece}.json").read_bytes())
             record = parse(PieceRecord, data)
-            if (record.format, record.piece, record.plan_hash) != (FORMAT, piece, self._plan_hash):
-                return None
-            if Path(record.folder).name != record.folder:
+            if not record.is_of(piece, self._plan_hash) or Path(record.folder).name != record.folder:
                 return None
             sizes = {name: os.lstat(path).st_size for name, path in self.files(record).items()}
         except (OSError, ValueError, RecursionError, Misfit):
             return None
         return record if sizes == dict(record.files) else None
+
+    def records(self, pieces: Iterable[str]) -> dict[str, PieceRecord]:
+        """The records of those of these pieces that are finished, as `record` gives them."""
+        return {piece: record for piece in pieces if (record := self.record(piece))}
 
     def any_record(self) -> PieceRecord | None:
         """The record of a finished piece of this plan; None where there is none."""
@@ -116,7 +145,7 @@ class PieceStore:
         Raises:
             MachineError: no space left, or the disk fails.
         """
-        folder = self._work / f"{piece}-{os.uname().nodename[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
+        folder = self._work / attempt_name(piece)
         with disk_errors(self.folder):
             make_folder(self._done)
             make_folder(self._work)
@@ -145,7 +174,7 @@ class PieceStore:
         with disk_errors(self.folder):
             for file in self.files(record).values():
                 sync_path(file)
-            write_file(part, (json.dumps(dump(record)) + "\n").encode())
+            write_file(part, record.content)
             sync_path(part)
             sync_path(folder)
             sync_path(self._work)

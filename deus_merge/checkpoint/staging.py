@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import stat
+from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ..core.errors import PlanError
 from ..core.text import some_of
+from ..core.urls import address_of
 from .journal import read_journal
 from .side_files import PART
 from .system import exchange, existing, is_mount, sync_path
@@ -32,24 +33,26 @@ _MODEL_FILES = (
     "report.html", "license*", "licence*", "*_license*", "notice*", "copying", "use_policy*", ".gitattributes",
     "*.tiktoken", "tokenizer.model.v*", "*.spm", "vocab.bpe", "system_prompt.txt",
 )  # fmt: skip
-# A `Path` has already joined the two slashes into one. One letter is a drive of Windows.
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 
 
-def check_local(out: Path | str) -> None:
-    """Check that an output is a path of this machine, not an address like ``s3://bucket/model``; reads no disk.
+def check_local(path: Path | str, what: str = "the output", hint: str | None = None) -> None:
+    """Check that a folder is a path of this machine, not an address like ``s3://bucket/model``; reads no disk.
+
+    Args:
+        path: The folder.
+        what: What it is, for the message.
+        hint: Advice; None to write to a local folder.
 
     Raises:
         PlanError: it is an address.
     """
-    if match := _ADDRESS.fullmatch(str(out)):
-        scheme, rest = match.groups()
+    if address := address_of(path):
         raise PlanError(
-            "the output must be on this machine",
-            where=f"{scheme}://{rest}",
+            f"{what} must be on this machine",
+            where=address,
             expected="a local folder",
-            got=f"an address ({scheme}://)",
-            hint="write to a local folder, and upload that",
+            got=f"an address ({address.partition('://')[0]}://)",
+            hint=hint or "write to a local folder, and upload that",
         )
 
 
@@ -200,22 +203,38 @@ class StagingArea:
                 got=some_of(sorted(names)),
                 hint="choose another folder, or replace this one with --overwrite",
             )
-        if not any(n == "config.json" or n.endswith(".safetensors") for n in names):
-            raise PlanError(
-                "the output folder is not empty and holds no model: it will not be overwritten",
-                where=self.out,
-                expected="config.json or *.safetensors in it",
-                got=some_of(sorted(names)),
-                hint="choose another folder, or empty this one",
-            )
-        unknown = sorted(
-            n for n in names if not (PART.fullmatch(n) or any(fnmatch(n.lower(), p.lower()) for p in _MODEL_FILES))
+        check_replaceable(names, self.out)
+
+
+def check_replaceable(names: Collection[str], out: Path | str, *, unfinished: bool = False) -> None:
+    """Check that a folder which is not empty holds a model and nothing else, so that an output may replace it.
+
+    Args:
+        names: What it holds.
+        out: Its path, or its address.
+        unfinished: Whether a run has left it unfinished, so that it need not hold a model.
+
+    Raises:
+        PlanError: it does not.
+    """
+    if not unfinished and not any(n == "config.json" or n.endswith(".safetensors") for n in names):
+        raise PlanError(
+            "the output folder is not empty and holds no model: it will not be overwritten",
+            where=out,
+            expected="config.json or *.safetensors in it",
+            got=some_of(sorted(names)),
+            hint="choose another folder, or empty this one",
         )
-        if unknown:
-            raise PlanError(
-                "the output folder holds more than a model: it will not be overwritten",
-                where=self.out,
-                expected="only what a merge writes",
-                got=some_of(unknown),
-                hint="move these files away, or choose another folder",
-            )
+    if unknown := sorted(n for n in names if not is_model_file(n)):
+        raise PlanError(
+            "the output folder holds more than a model: it will not be overwritten",
+            where=out,
+            expected="only what a merge writes",
+            got=some_of(unknown),
+            hint="move these files away, or choose another folder",
+        )
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a folder of a model may have a file, or a folder, of this name."""
+    return PART.fullmatch(name) is not None or any(fnmatch(name.lower(), p.lower()) for p in _MODEL_FILES)

@@ -12,13 +12,13 @@ from ..recipe.calibrate import read_text
 from .completion import complete_devices, words
 from .failures import report_bus_errors
 from .next_steps import show_next
-from .options import Size
+from .options import OutputPlace, Size
 from .output import emit_json, note, quiet_transformers, table
 from .progress import layer_notes
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=OutputPlace())
 @click.argument("new", type=click.Path(path_type=Path))
 @click.option(
     "--text",

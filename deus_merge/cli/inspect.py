@@ -14,11 +14,11 @@ import click
 from .. import api
 from ..core.typed_json import parse
 from ..core.units import format_count, format_size
-from ..core.urls import redacted
+from ..core.urls import address_of, place_name, redacted
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from .completion import complete_models
 from .failures import report_bus_errors
-from .options import training_options
+from .options import OutputPlace, training_options
 from .output import echo, emit_json, note, quiet_transformers, show_verification, table
 from .plan_view import quantized_text, training_text
 from .progress import check_progress, steps
@@ -29,7 +29,7 @@ _EXPERT = re.compile(r"experts\.(\d+)\.")
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=OutputPlace())
 @click.option("--logits", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TEXT",
               help="A text file: also compare logits of base and output on it.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Leave out finite values, the tokenizer, and building the model.")
@@ -44,6 +44,8 @@ def verify(
     as_json: bool,
 ):  # fmt: skip
     """Check every byte of OUT against its manifest, its sources and transformers. Exit code 3 when a check fails.
+
+    OUT is a folder, or in a bucket: s3://bucket/model.
 
     \b
     Example:
@@ -69,12 +71,12 @@ def verify(
     else:
         show_verification(result)
     if not result.passed:
-        note(f"{out} failed verification: {', '.join(c.name for c in result.failed)}")
+        note(f"{place_name(out)} failed verification: {', '.join(c.name for c in result.failed)}")
         ctx.exit(3)
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=OutputPlace())
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="The page to write; by default report.html in OUT.")  # fmt: skip
 @click.option("--verify", "full", is_flag=True, help="Verify in full first; by default as verify --quick does.")
@@ -86,12 +88,14 @@ def report(ctx: click.Context, out: Path, html: Path | None, full: bool):
     Example:
       deus-merge report ./deeper --html deeper.html
     """
+    if html is None and address_of(out):
+        raise click.UsageError("the page about an output in a bucket is written here: --html FILE")
     quiet_transformers()
     with check_progress() as progress:
         result = api.verify(out, quick=not full, **progress)
     echo(str(api.report(out, html, verification=result)))
     if not result.passed:
-        note(f"{out} failed verification")
+        note(f"{place_name(out)} failed verification")
         ctx.exit(3)
 
 

@@ -12,6 +12,7 @@ from .. import api
 from ..checkpoint.system import keep_freed_memory
 from ..core.garbage import collector_paused
 from ..core.text import plural
+from ..core.urls import place_name
 from ..core.yaml_text import parse
 from ..plan.training_memory import TrainingSettings
 from ..plan.types import Plan
@@ -54,9 +55,10 @@ from .recipes import load_recipe, recipe_options
 def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str, ...], **options):
     """Run RECIPE and write the checkpoint to OUT.
 
-    RECIPE is a file, - for stdin, or a name that `deus-merge recipes` lists.
+    RECIPE is a file, - for stdin, or a name that `deus-merge recipes` lists. OUT is a folder, or in a bucket:
+    s3://bucket/model, gs://bucket/model, az://container/model.
 
-    With --shard-of any number of machines that share a file system make an output together.
+    With --shard-of any number of machines that share a file system, or a bucket, make an output together.
 
     \b
     Example:
@@ -117,7 +119,7 @@ def upscale(
     calibrate: str | None,
     **options,
 ):
-    """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT.
+    """Make MODEL (a folder or org/name[@revision]) deeper and write it to OUT, a folder or s3://bucket/model.
 
     Copies with zeroed outputs (llama_pro, copy_next) learn as fast as opt_deus in our measurements; deus-merge compare
     measures it on your model and text.
@@ -261,7 +263,9 @@ def _run(
                 f" {plural(record.held_out_tokens, 'token')} that chose the steps;"
                 f" fitted on {plural(record.tokens, 'token')}"
             )
-        note(f"{out}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}")
+        note(
+            f"{place_name(out)}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}"
+        )
         if times := in_words(result.times):
             note(times)
         show_next(out, new_layers=bool(planned.new_layers))

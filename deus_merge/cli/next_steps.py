@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from ..core.urls import address_of
 from ..report.page.next_steps import repository_name
 from .output import note
 
@@ -18,6 +19,11 @@ def show_next(out: Path, *, manifest: bool = True, new_layers: bool = True, quie
         new_layers: Whether it has layers to train.
         quiet: Whether nothing is printed.
     """
+    if address := address_of(out):
+        note("next:", quiet)
+        note(f"  {'verify':<8}deus-merge verify {shlex.quote(address)}", quiet)
+        note(f"  {'inspect':<8}deus-merge inspect {shlex.quote(address)}", quiet)
+        return
     place = str(out) if not str(out).startswith("-") else f"./{out}"
     folder = shlex.quote(place)
     steps = [("verify", f"deus-merge verify {folder}"), ("report", f"deus-merge report {folder}")] if manifest else []

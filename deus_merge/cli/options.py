@@ -14,6 +14,7 @@ import click
 from ..checkpoint.storage import DEFAULT_CACHE_SIZE
 from ..core.errors import DeusMergeError
 from ..core.units import parse_size
+from ..core.urls import address_of
 from ..plan.training_memory import BASES, OPTIMIZERS, TrainingSettings
 from . import mergekit_options as mergekit
 from .completion import complete_devices
@@ -29,6 +30,16 @@ class Size(click.ParamType):
             return parse_size(value)
         except DeusMergeError as error:
             self.fail(f"{value!r} is not a size: expected {error.expected}", param, ctx)
+
+
+class OutputPlace(click.Path):
+    """A folder of this machine, which must exist, or the address of an output in a bucket."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, exists=True, file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Path(value) if address_of(value) else super().convert(value, param, ctx)
 
 
 class ShareNumber(click.ParamType):
@@ -120,7 +131,8 @@ def run_options(command: Callable) -> Callable:
         plan_options,
         click.option("--dry-run", is_flag=True, help="Do all checks and stop before writing."),
         click.option("--resume", is_flag=True, help="Continue an interrupted run."),
-        click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete."),
+        click.option("--overwrite", is_flag=True,
+                     help="Replace OUT once the new one is complete; in a bucket it is removed first."),
         click.option("--verify/--no-verify", "verify_output", default=True, show_default=True,
                      help="Check the result before it is renamed to OUT."),
         click.option("--seed", "--random-seed", type=int, default=0, show_default=True,

@@ -11,6 +11,7 @@ import click
 
 from ..core.text import plural
 from ..core.units import dtype_name, format_count, format_seconds, format_size
+from ..core.urls import place_name
 from ..methods.registry import methods
 from ..plan.blocks import BlockPlan
 from ..plan.fit import Fit
@@ -101,8 +102,9 @@ def show_share(share: Share, out: Path, quiet: bool, as_json: bool) -> None:
     found = f", {len(share.found)} finished already" if share.found else ""
     if not (share.made or share.found or share.complete):
         found = ": there are fewer pieces than shares, a smaller --max-shard-size makes more"
-    left = f"{share.left} of the output left" if share.left else f"deus-merge finish puts {out} together"
-    left = f"{out} is complete" if share.complete else left
+    place = place_name(out)
+    left = f"{share.left} of the output left" if share.left else f"deus-merge finish puts {place} together"
+    left = f"{place} is complete" if share.complete else left
     note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet or as_json)
 
 

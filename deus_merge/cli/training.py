@@ -11,12 +11,12 @@ from ..core.text import plural, some_of
 from ..training.export import TRAINERS
 from ..training.optimizers import KINDS
 from .next_steps import show_next
-from .options import Size, private_paths_option
+from .options import OutputPlace, Size, private_paths_option
 from .output import echo, emit_json, note
 
 
 @click.command("export-training")
-@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=OutputPlace())
 @click.option("--for", "trainer", type=click.Choice(list(TRAINERS)), default="trainer", show_default=True,
               help="The trainer; 'trainer' is that of transformers.")  # fmt: skip
 @click.option(
@@ -45,7 +45,7 @@ def export_training(
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=OutputPlace())
 @click.argument("base", type=click.Path(path_type=Path))
 @click.option(
     "--manifest",

@@ -13,6 +13,8 @@ _IN_TEXT = re.compile(
     r"((?:(?!\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"<>])*)",  # up to the next one, as in OLD=NEW
     re.ASCII,
 )
+#: one letter is a drive of Windows
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+([^/].*)", re.ASCII | re.DOTALL)
 _CLOSING = ",;)]}"
 #: what stands before a host; a password may also hold characters that should have been encoded
 _USER = re.compile(r"([^/?#]*)@|([^/?#:@]+:(?!\d*(?:[/?#]|$))[^@]*)@")
@@ -72,6 +74,18 @@ def _public(scheme: str, rest: str) -> str:
 def url_path(url: str, *names: str) -> Path:
     """A file of an address as a `Path`: its name in messages and plans. There is no such file on this machine."""
     return Path(public_url(url).rstrip("/").replace("://", ":/", 1), *names)
+
+
+def address_of(path: Path | str) -> str | None:
+    """The address that a path was made from, as `url_path` or `Path` write one; None for a path of this machine."""
+    match = _ADDRESS.fullmatch(str(path))
+    return f"{match[1]}://{match[2]}" if match else None
+
+
+def place_name(path: Path | str) -> str:
+    """A path of this machine, or the address that it was made from, for messages."""
+    address = address_of(path)
+    return redacted(address) if address else str(path)
 
 
 def _parts(scheme: str, rest: str) -> Url:

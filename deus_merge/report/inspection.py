@@ -14,6 +14,7 @@ from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
 from ..core.errors import ArchitectureError, CheckpointError, DeusMergeError
 from ..core.text import plural
+from ..core.urls import address_of
 from ..models.config_json import section
 from ..models.head_layout import layer_heads
 from ..models.layer_facts import expand, layer_kinds
@@ -89,7 +90,7 @@ def parameter_counts(folder: Path, new_layers: Collection[int]) -> tuple[int, in
         None where the model cannot be read.
     """
     try:
-        shape = shape_of_source(SourceModel.open(ModelRef(str(folder)), {}), new_layers)
+        shape = shape_of_source(SourceModel.open(ModelRef(address_of(folder) or str(folder)), {}), new_layers)
     except DeusMergeError:
         return None
     return shape.parameters, shape.new_parameters

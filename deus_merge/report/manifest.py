@@ -17,9 +17,11 @@ from ..checkpoint.dequantized import dequantized
 from ..checkpoint.header import parse_json, read_small
 from ..checkpoint.quantized import is_cache_scale
 from ..checkpoint.reader import TensorSource
+from ..checkpoint.storage import open_sink
 from ..core.errors import CheckpointError, VerifyError, json_text
 from ..core.tensors import Action
 from ..core.typed_json import Misfit, Range, dump, parse, step
+from ..core.urls import address_of
 from ..models.view import ModelView, prefix_of, view_model
 from ..recipe.references import ORIGINAL, WRITTEN
 from .manifest_parts import (
@@ -264,26 +266,35 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> Manifest:
     """The manifest of a finished output.
 
     Args:
-        folder: The output, or the manifest itself.
+        folder: The output, which may be an address as a path, or the manifest itself.
         needed: Attributes that must not be None: format 1 lacks some.
 
     Raises:
         CheckpointError: there is none, or it lacks something that is needed.
         VerifyError: it is damaged or malformed, or has an unknown format.
     """
-    path = folder if folder.is_file() else folder / MANIFEST
-    if not path.exists():
+    raw, path = _stored_manifest(folder)
+    if raw is None:
         hint = "merge and upscale write one; training.carry_manifest copies it to a trained model"
         raise CheckpointError("no manifest", where=path, hint=hint)
-    try:
-        raw = read_small(path)
-    except CheckpointError as error:
-        raise VerifyError(error.message, where=path, got=error.got) from None
     manifest = parse_manifest(raw, path)
     for name in needed:
         if getattr(manifest, name) is None:
             raise _lacks(name, path)
     return manifest
+
+
+def _stored_manifest(folder: Path) -> tuple[bytes | None, Path]:
+    """The content of a manifest, None where there is none, and its path."""
+    if address := address_of(folder):
+        return open_sink(address).read(MANIFEST), folder / MANIFEST
+    path = folder if folder.is_file() else folder / MANIFEST
+    if not path.exists():
+        return None, path
+    try:
+        return read_small(path), path
+    except CheckpointError as error:
+        raise VerifyError(error.message, where=path, got=error.got) from None
 
 
 def parse_manifest(raw: bytes, path: Path) -> Manifest:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint.hub import PRIVATE, split_adapter
+from ..core.urls import address_of
 from ..plan.types import Plan
 from ..recipe.writer import as_written
 from .known_sources import known_folder
@@ -41,14 +42,17 @@ def shared_path(path: Path | str, folder: Path) -> str:
 
     Args:
         path: A folder or a file.
-        folder: The output's folder, which need not exist.
+        folder: The output's folder, which need not exist; or its address as a path.
     """
     if str(path).startswith(PRIVATE):
         return str(path)
+    elsewhere = address_of(folder) is not None
     path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     cache = hub_cache()
     if path.is_relative_to(cache) and (match := _CACHED.fullmatch(path.relative_to(cache).as_posix())):
         return f"{match[1]}/{match[2]}@{match[3]}"
+    if elsewhere:  # nothing is relative to it
+        return PRIVATE + path.name
     try:
         common = Path(os.path.commonpath((path, folder)))
     except ValueError:  # another drive

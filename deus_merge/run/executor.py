@@ -118,7 +118,9 @@ def execute(
         output.flush(wait=False)  # while the result is checked
         seconds = time.monotonic() - began + (made.seconds if made else 0.0)
         run_record = ready.run_record | {"seconds": round(seconds, 3)}
-        files = _write_files(plan, output, past, options)
+        files = other_files(plan, output.out, past, options)
+        for name, content in files.items():
+            output.put(name, content)
         manifest = manifest_of(plan, files, diagnostics, times, run_record, past)
         if made:
             manifest = replace(manifest, warnings=(*manifest.warnings, *made.warnings))
@@ -142,8 +144,7 @@ def execute(
         *unknown_past,
         *output.notes,
         *(made.warnings if made else ()),
-        *_convergence(plan, diagnostics),
-        *_scale_warnings(diagnostics),
+        *block_warnings(diagnostics),
     )
     return Outcome(verification, warnings, manifest.calibration, total_seconds(manifest.blocks))
 
@@ -179,8 +180,15 @@ def _unchanged_sources(plan: Plan) -> Iterator[None]:
     check()
 
 
-def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], options: RunOptions) -> dict[str, bytes]:
-    """Write all files but the weights and the manifest."""
+def other_files(plan: Plan, out: Path, past: Sequence[Growth], options: RunOptions) -> dict[str, bytes]:
+    """All files of an output but the weights and the manifest: name -> content.
+
+    Args:
+        plan: The plan.
+        out: The output folder, or its address as a path.
+        past: Earlier growths of the sources.
+        options: Model card, private paths.
+    """
     written = shared_recipe(plan)
     files = {name: c if isinstance(c, bytes) else read_small(c) for name, c in plan.files.items()}
     if len(plan.shards) > 1:
@@ -189,12 +197,10 @@ def _write_files(plan: Plan, output: OutputFolder, past: Sequence[Growth], optio
     if options.private_paths:
         files[RECIPE], files[ORIGINAL] = dump_recipe(plan.recipe).encode(), _readable(as_written(plan.recipe))
     else:
-        recipe = dump_recipe(plan.recipe, lambda path: shared_path(path, output.out))
+        recipe = dump_recipe(plan.recipe, lambda path: shared_path(path, out))
         files[RECIPE], files[ORIGINAL] = recipe.encode(), _readable(written)
     if options.model_card:
         files["README.md"] = _readable(model_card(plan, written, past))
-    for name, content in files.items():
-        output.put(name, content)
     return files
 
 
@@ -228,15 +234,16 @@ def _calibrated(manifest: Manifest) -> frozenset[str]:
     return frozenset(name for layer in layers for name in layer.tensors)
 
 
-def _scale_warnings(diagnostics: Diagnostics) -> tuple[str, ...]:
-    """One warning for all scales that hold zeros."""
-    texts = list(dict.fromkeys(d["warning"] for lines in diagnostics.values() for d in lines if "warning" in d))
-    return (some_of(texts, 3),) if texts else ()
+def block_warnings(diagnostics: Diagnostics) -> tuple[str, ...]:
+    """What the blocks of a run reported: one warning for all plans that missed their tolerance, one for all scales that
+    hold zeros."""
+    lines = [line for block in diagnostics.values() for line in block]
+    texts = list(dict.fromkeys(d["warning"] for d in lines if "warning" in d))
+    return (*_convergence(lines), *((some_of(texts, 3),) if texts else ()))
 
 
-def _convergence(plan: Plan, diagnostics: Diagnostics) -> tuple[str, ...]:
-    """One warning for all plans that missed their tolerance."""
-    missed = [d for lines in diagnostics.values() for d in lines if d.get("converged") is False]
+def _convergence(lines: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    missed = [d for d in lines if d.get("converged") is False]
     if not missed:
         return ()
     worst = max(missed, key=lambda d: d["marginal_error"])

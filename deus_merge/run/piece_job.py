@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..checkpoint.bucket_pieces import BucketPieces
 from ..checkpoint.piece_store import FORMAT, PieceRecord, PieceStore
 from ..checkpoint.shards import ShardWriter
-from ..checkpoint.staging import StagingArea
 from ..core.errors import DeusMergeError, PlanError
 from ..core.tensors import StoredTensor
 from ..plan.blocks import BlockPlan
@@ -18,12 +18,12 @@ from ..plan.pieces import Piece
 from ..plan.types import Plan
 from ..verify.weights import TensorCheck, examine
 from .block_runner import BlockRecord, is_record
+from .bucket import OnBlock, check_in_bucket, piece_store
+from .complete import is_complete
 from .engines import Job, OnFraction, engine_of
 from .events import OnEvent, unheard
-from .preflight import RunOptions, check_apart, check_memory, computing, is_complete, processes_of, run_identity
+from .preflight import RunOptions, check_apart, check_memory, computing, processes_of, run_identity
 
-#: called after each block, with whether it was finished already
-OnBlock = Callable[[BlockPlan, bool], None]
 #: parts of an identity that round differently at most in the last digits: --mixed-machines allows them to differ
 _ROUNDING = {"torch", "instruction_set", "device_model", "threads", "device"}
 
@@ -54,12 +54,14 @@ class PieceJob:
         self.threads = int(str(run_record["threads"]))
         self.warnings = check_memory(plan, options)
         self.identity = run_identity(run_record, device) | {"sources": source_states(plan)}
-        area = StagingArea(out)
-        check_apart(area.out, [m.checkpoint for m in plan.models])
-        self.store = PieceStore(area, plan.hash)
-        self.complete = not options.overwrite and is_complete(plan, area.out, run_record)
+        self.store = piece_store(plan, out)
+        if isinstance(self.store, BucketPieces):
+            check_in_bucket(plan, self.store, options)
+        else:
+            check_apart(self.store.out, [m.checkpoint for m in plan.models])
+        self.complete = self._is_complete()
         if not self.complete:
-            area.check(options.overwrite)
+            self.store.claim(options.overwrite)
             if record := self.store.any_record():
                 checked_identity([record.identity, self.identity], mixed_machines, self.store.folder)
 
@@ -94,12 +96,17 @@ class PieceJob:
             self._make(piece, on_block, on_fraction, on_event)
         except DeusMergeError:
             # others may have made this piece, too, and finished the output
-            overwrite = self.options.overwrite
-            self.complete = not overwrite and is_complete(self.plan, self.store.out, self._run_record)
+            self.complete = self._is_complete()
             if not self.complete:
                 raise
         on_event(about(piece, "piece done"))
         return True
+
+    def _is_complete(self) -> bool:
+        """Whether the output is there already. One in a bucket is not replaced by workers that begin after it was
+        finished: there, the model that --overwrite replaces is gone before the first piece is made."""
+        replaced = self.options.overwrite and isinstance(self.store, PieceStore)
+        return not replaced and is_complete(self.plan, self.store.out, self._run_record)
 
     def _make(self, piece: Piece, on_block: OnBlock, on_fraction: OnFraction | None, on_event: OnEvent) -> None:
         began, blocks = time.monotonic(), {}
@@ -148,19 +155,26 @@ def _written(piece: Piece, folder: Path) -> Iterator[StoredTensor]:
             yield StoredTensor(name, entry.dtype, entry.shape, folder / shard.filename, begin, end - begin)
 
 
-def finished_piece(store: PieceStore, piece: Piece) -> PieceRecord | None:
+def finished_piece(store: PieceStore | BucketPieces, piece: Piece) -> PieceRecord | None:
     """The record of a finished piece: one that has all its files, tensors and blocks, and no others."""
     record = store.record(piece.name)
-    if record is None:
-        return None
-    fits = (
+    return record if record and _fits(record, piece) else None
+
+
+def finished_records(store: PieceStore | BucketPieces, found: Iterable[Piece]) -> dict[str, PieceRecord]:
+    """The records of those of these pieces that are finished, by name: as `finished_piece` gives them."""
+    by_name = {piece.name: piece for piece in found}
+    return {name: record for name, record in store.records(by_name).items() if _fits(record, by_name[name])}
+
+
+def _fits(record: PieceRecord, piece: Piece) -> bool:
+    return (
         dict(record.files) == {shard.filename: shard.size for shard in piece.shards}
         and record.checksums.keys() == {name for shard in piece.shards for name in shard.tensors}
         and record.blocks.keys() == {str(block.index) for block in piece.blocks}
         and all(map(is_record, record.blocks.values()))
         and {"device", "threads", "seed", "sources"} <= record.identity.keys()
     )
-    return record if fits else None
 
 
 def checked_identity(

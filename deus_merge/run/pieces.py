@@ -1,4 +1,4 @@
-"""An output made piece by piece, by workers on any number of machines that share a file system.
+"""An output made piece by piece, by workers on any number of machines that share a file system or a bucket.
 
 A worker makes its share of the pieces (`make_share`), in any order and as often as it likes; whoever comes last puts
 the output together (`finish`). Workers know nothing of each other, so job arrays and clusters of any kind can run them.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import __version__
+from ..checkpoint.bucket_pieces import BucketPieces, uploaded_files
 from ..checkpoint.piece_store import PieceRecord, PieceStore
 from ..checkpoint.staging import StagingArea
 from ..core.errors import PlanError
@@ -20,12 +21,16 @@ from ..plan.pieces import Piece, pieces, share
 from ..plan.types import Plan
 from ..report.manifest import read_manifest
 from ..verify import verify
+from .bucket import check_bucket_run, check_in_bucket, finish_in_bucket, kept_pieces, piece_store
+from .complete import is_complete
 from .engines import FinishedPieces, OnFraction
 from .engines.finished_pieces import run_record_of
+from .engines.piece_processes import PieceProcesses
+from .engines.ray_tasks import make_pieces
 from .events import OnEvent, unheard
 from .executor import Outcome, execute, passed
-from .piece_job import OnBlock, PieceJob, checked_identity, finished_piece, source_states
-from .preflight import Calibrator, RunOptions, is_complete
+from .piece_job import OnBlock, PieceJob, checked_identity, finished_records, source_states
+from .preflight import Calibrator, RunOptions, processes_of
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,12 @@ def make_share(
     found = pieces(plan)
     mine = share(found, number, total)
     job = PieceJob(plan, out, options, mixed_machines=mixed_machines)
-    fresh = {piece.name: job.make(piece, on_block, on_fraction, on_event) for piece in mine}
-    left = 0 if job.complete else sum(finished_piece(job.store, piece) is None for piece in found)
+    if isinstance(job.store, BucketPieces) and processes_of(options) > 1 and not job.complete:
+        with PieceProcesses(plan, out, options, job.device, mixed_machines=mixed_machines) as processes:
+            fresh = processes.make(mine, on_block, on_fraction, on_event)
+    else:
+        fresh = {piece.name: job.make(piece, on_block, on_fraction, on_event) for piece in mine}
+    left = 0 if job.complete else len(found) - len(finished_records(job.store, found))
     made, earlier = (tuple(piece for piece in mine if fresh[piece.name] is new) for new in (True, False))
     return Share(made, earlier, left, plan.warnings + job.warnings, job.complete)
 
@@ -111,20 +120,62 @@ def finish(
         PlanError: pieces are missing, or do not belong together.
         DeusMergeError: as `execute`.
     """
-    area = StagingArea(out)
-    store = PieceStore(area, plan.hash)
+    store = piece_store(plan, out)
     made, run_record = finished_pieces(plan, out, options, mixed_machines=mixed_machines)
-    try:
-        resume = area.resumable_blocks > 0
-        again = replace(options, resume=resume, workers=1)
-        outcome = execute(plan, out, again, on_block, calibrator, made) if made else None
-    except PlanError:
-        if options.overwrite or not is_complete(plan, area.out, run_record):
-            raise
-        outcome = None  # another finisher was faster
-    outcome = outcome or _complete(plan, area.out, options, on_block)
+    if isinstance(store, BucketPieces):
+        check_in_bucket(plan, store, options)
+        outcome = finish_in_bucket(plan, store, options, made) if made else None
+    else:
+        try:
+            resume = StagingArea(out).resumable_blocks > 0
+            again = replace(options, resume=resume, workers=1)
+            outcome = execute(plan, out, again, on_block, calibrator, made) if made else None
+        except PlanError:
+            if options.overwrite or not is_complete(plan, store.out, run_record):
+                raise
+            outcome = None  # another finisher was faster
+    outcome = outcome or _complete(plan, store.out, options, on_block)
     store.discard()
     return outcome
+
+
+def make_in_bucket(
+    plan: Plan,
+    out: Path,
+    options: RunOptions,
+    on_block: OnBlock,
+    on_fraction: OnFraction | None = None,
+    on_event: OnEvent = unheard,
+) -> Outcome:
+    """Make an output in a bucket, whole: its pieces, one after another, then what `finish` does.
+
+    Args:
+        plan: The plan.
+        out: The address as a path.
+        options: As for `execute`. Finished pieces of an interrupted run are used, with ``resume`` or without.
+        on_block: As for `execute`.
+        on_fraction: As for `run_blocks`.
+        on_event: Called with what happens.
+
+    Returns:
+        As `execute`.
+
+    Raises:
+        DeusMergeError: as `make_share` and `finish`; or there is something at this address.
+    """
+    store = piece_store(plan, out)
+    assert isinstance(store, BucketPieces)
+    warnings = check_bucket_run(plan, out, options)
+    if options.overwrite:
+        store.claim(overwrite=True)
+    with kept_pieces(store, on_block) as counted:
+        if isinstance(options.workers, str):
+            make_pieces(plan, out, options, options.workers, on_block=counted, on_event=on_event)
+        else:
+            told = {"on_fraction": on_fraction, "on_event": on_event}
+            make_share(plan, out, options, 1, 1, on_block=counted, **told)
+        outcome = finish(plan, out, options, lambda block, resumed: None)
+    return replace(outcome, warnings=tuple(dict.fromkeys((*warnings, *outcome.warnings))))
 
 
 def finished_pieces(
@@ -141,12 +192,12 @@ def finished_pieces(
     Raises:
         PlanError: pieces are missing, or do not belong together.
     """
-    area = StagingArea(out)
-    store = PieceStore(area, plan.hash)
-    records = {piece.name: record for piece in pieces(plan) if (record := finished_piece(store, piece))}
+    store = piece_store(plan, out)
+    records = finished_records(store, pieces(plan))
     run_record = next((run_record_of(record.identity) for record in records.values()), {"seed": options.seed})
     # a finisher that was stopped may have left some pieces
-    if not options.overwrite and is_complete(plan, area.out, run_record):
+    replaced = options.overwrite and isinstance(store, PieceStore)
+    if not replaced and is_complete(plan, store.out, run_record):
         return None, run_record
     return _finished(plan, records, store, mixed_machines), run_record
 
@@ -162,7 +213,7 @@ def _complete(plan: Plan, out: Path, options: RunOptions, on_block: OnBlock) -> 
 
 
 def _finished(
-    plan: Plan, records: Mapping[str, PieceRecord], store: PieceStore, mixed_machines: bool
+    plan: Plan, records: Mapping[str, PieceRecord], store: PieceStore | BucketPieces, mixed_machines: bool
 ) -> FinishedPieces:
     """The finished pieces of a plan.
 
@@ -197,4 +248,5 @@ def _finished(
         seconds=sum(record.seconds for record in done),
         warnings=warnings,
         received={name: digest for record in done for name, digest in record.received.items()},
+        uploaded={name: found for record in done for name, found in uploaded_files(record).items()},
     )

@@ -13,12 +13,12 @@ from ..checkpoint.output_folder import OutputFolder
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.shards import ShardWriter
 from ..checkpoint.system import existing
-from ..core.errors import DeusMergeError, PlanError
+from ..core.errors import PlanError
 from ..core.text import plural
 from ..core.units import format_size
 from ..plan.types import Plan
-from ..report.manifest import MANIFEST, Manifest, read_manifest
-from ..report.plan_manifest import plan_sources, planned_source
+from ..report.manifest import Manifest
+from .complete import is_complete
 from .device import check_alike, check_device_name, choose_device, default_threads, machine_identity, set_threads
 from .engines.finished_pieces import FinishedPieces
 from .limits import allow_open_files, memory
@@ -40,7 +40,7 @@ class RunOptions:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         max_memory: Bytes the run may take: plans then work in row blocks; too few are refused.
         resume: Continue an interrupted run.
-        overwrite: Replace an existing output, once the new one is complete.
+        overwrite: Replace an existing output, once the new one is complete; one in a bucket is removed first.
         verify: Check the result before it is renamed to OUT.
         seed: For methods that draw random numbers.
         threads: CPU threads for arithmetic, of each process; None to share the processor's cores.
@@ -238,34 +238,6 @@ def _folders(path: Path) -> Iterator[tuple[int, int]]:
 def _identity(path: Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def is_complete(plan: Plan, out: Path, run_record: Mapping[str, object] | None) -> bool:
-    """Whether a finished output is what a run would make.
-
-    Args:
-        plan: The plan of the run.
-        out: The output folder.
-        run_record: Its options as the manifest records them; None where they do not matter.
-    """
-    try:
-        manifest, written = read_manifest(out), os.stat(out / MANIFEST).st_mtime_ns
-    except (DeusMergeError, OSError):
-        return False
-    same = (manifest.plan_hash, manifest.deus_merge) == (plan.hash, __version__)
-    same = same and all(manifest.options.get(key) == value for key, value in (run_record or {}).items())
-    # fine-tunes of one model have the same headers, so the plan's hash does not tell them apart
-    planned = [planned_source(source, name) for source, name in plan_sources(plan).items()]
-    recorded, wanted = (
-        [(s.contents, s.document, s.url, s.revision, s.etags) for s in both] for both in (manifest.sources, planned)
-    )
-    untouched = (manifest.calibration is None) == (plan.calibration is None) and not manifest.trained
-    return (
-        same
-        and untouched
-        and recorded == wanted
-        and all(file.modified <= written for m in plan.models for file in m.stamp)
-    )
 
 
 def check_memory(plan: Plan, options: RunOptions) -> tuple[str, ...]:

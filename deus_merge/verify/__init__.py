@@ -12,7 +12,7 @@ from ..checkpoint.reader import TensorSource
 from ..core.errors import DeusMergeError, PlanError, VerifyError, nearest, printable
 from ..core.tables import html_titled
 from ..core.text import plural, some_of
-from ..core.urls import is_url, public_url
+from ..core.urls import is_url, place_name, public_url
 from ..report.manifest import Manifest, read_manifest
 from ..report.manifest_parts import ManifestSource
 from .checks import CHECKS, CheckResult, Output, Skipped
@@ -77,12 +77,14 @@ class Verification:
         failed, count = self.failed, sum(c.passed is True for c in self.checks)
         skipped = sum(c.passed is None for c in self.checks)
         result = f"FAILED {some_of(c.name for c in failed)}; " if failed else ""
-        return f"{self.folder}: {result}{plural(count, 'check')} passed" + (f", {skipped} skipped" if skipped else "")
+        return f"{place_name(self.folder)}: {result}{plural(count, 'check')} passed" + (
+            f", {skipped} skipped" if skipped else ""
+        )
 
     def describe(self) -> dict:
         """As JSON data."""
         checks = [{**vars(c), "facts": dict(c.facts), "seconds": round(c.seconds, 4)} for c in self.checks]
-        return {"folder": str(self.folder), "passed": self.passed, "strict": self.strict, "checks": checks}
+        return {"folder": place_name(self.folder), "passed": self.passed, "strict": self.strict, "checks": checks}
 
 
 def verify(

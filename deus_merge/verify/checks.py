@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.dequantized import dequantized, float_shapes
-from ..checkpoint.header import parse_json, read_small
+from ..checkpoint.header import parse_json
 from ..checkpoint.index import INDEX
 from ..checkpoint.quantized import is_cache_scale, quantization
 from ..checkpoint.reader import Checkpoint, TensorSource
-from ..checkpoint.side_files import side_files
 from ..core.tensors import Action, StoredTensor
 from ..core.text import plural, some_of
 from ..core.units import dtype_name, promoted
+from ..core.urls import address_of
 from ..models.config_json import section
 from ..models.config_rules import check_config
 from ..models.layer_facts import expand, plain
@@ -25,6 +25,7 @@ from ..models.view import ModelView, view_model
 from ..report.manifest import MANIFEST, USER_FILES, Manifest
 from . import logits
 from . import transformers_model as model
+from .files import output_files
 from .sources import changed_source, reopened
 from .weights import ALGORITHM, ZEROS, Received, TensorCheck, TensorResult, examine
 
@@ -61,6 +62,7 @@ class Output:
         quick: bool,
     ):
         self.folder, self.manifest, self.finite = folder, manifest, not quick
+        self._files = output_files(folder)
         self.fresh = sources is not None
         self._received = received
         self._sources: Sequence[TensorSource | str] = reopened(manifest, quick) if sources is None else list(sources)
@@ -76,32 +78,31 @@ class Output:
         self._only_before_training()
         digests, wrong = self.manifest.files, []
         for name, digest in digests.items():
-            path = self.folder / name
             if name in USER_FILES:
                 continue
-            if not path.is_file():
+            content = self._files.read(name)
+            if content is None:
                 wrong.append(f"{name} is missing")
-            elif hashlib.sha256(read_small(path)).hexdigest() != digest:
+            elif hashlib.sha256(content).hexdigest() != digest:
                 wrong.append(f"{name} is not as it was written")
         if self.manifest.format > 1:  # format 1 does not name all files
             known = {*digests, *self.manifest.weights, MANIFEST}
-            strange = (name for name in side_files(self.folder) if name not in known)
+            strange = (name for name in self._files.names() if name not in known)
             wrong += [f"{n} was not written by the run" for n in strange if any(fnmatch(n, p) for p in _LOADED)]
         return (False, some_of(wrong, _SHOWN)) if wrong else (True, f"{len(digests.keys() - USER_FILES)} as written")
 
     def headers(self) -> CheckResult:
         """The index and every header are valid, as they were written, and agree with each other."""
-        checkpoint = self._checkpoint = Checkpoint.open(self.folder)
+        checkpoint = self._checkpoint = self._files.open()
         planned, wrong = {} if self.manifest.trained else self.manifest.weights, []
-        names = {header.file.relative_to(self.folder).as_posix(): header for header in checkpoint.headers}
+        names = {header.file.relative_to(checkpoint.folder).as_posix(): header for header in checkpoint.headers}
         for name, header in names.items():
             file = planned.get(name)
             if file and (header.size, header.digest.hex()) != (file.bytes, file.header_sha256):
                 wrong.append(f"{name} does not have the header that was written")
         wrong += [f"{name} does not belong to the checkpoint any more" for name in planned if name not in names]
-        index = self.folder / INDEX
-        if index.exists():
-            content = parse_json(read_small(index), index, "index")
+        if index := self._files.read(INDEX):
+            content = parse_json(index, self.folder / INDEX, "index")
             unnamed = sorted(checkpoint.tensors.keys() - content["weight_map"].keys())
             if unnamed:
                 wrong.append(f"{INDEX} does not name {some_of(unnamed, _SHOWN)}")
@@ -354,7 +355,7 @@ class Output:
 
     def tokenizer(self) -> CheckResult:
         """Every token has a row in the embeddings, and the id that was planned."""
-        return model.tokenizer(self.model, self.view, self.manifest)
+        return model.tokenizer(self.model, self.view, self.manifest, self._files.loaded)
 
     def transformers(self) -> CheckResult:
         """transformers loads the output as cleanly as its base."""
@@ -367,11 +368,13 @@ class Output:
     @cached_property
     def _built(self) -> model.BuiltModel:
         sources = [source if isinstance(source, str) else dequantized(source) for source in self._sources]
-        return model.BuiltModel(self.model, self.view, self.manifest, sources)
+        return model.BuiltModel(self.model, self.view, self.manifest, sources, self._files.loaded)
 
     def logits(self, text: str) -> CheckResult:
         """Base and output give finite logits over a text: equal ones where that was planned."""
         base = self._sources[self.manifest.donor]
+        if address_of(self.folder):
+            raise Skipped("the output is in a bucket: transformers loads folders of this machine, so download it first")
         if isinstance(base, str):
             raise Skipped(base)
         if isinstance(base, Checkpoint) and not base.folders:

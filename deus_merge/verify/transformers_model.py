@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.reader import TensorSource
@@ -48,22 +49,24 @@ _SHOWN = 3  # names in a detail
 _EMBEDDINGS = re.compile(r"embed_tokens|embed_in|embeddings\.weight|(?:^|\.)embed\.weight|wte")
 
 
-def tokenizer(checkpoint: TensorSource, view: ModelView, manifest: Manifest) -> tuple[bool | None, str]:
+def tokenizer(checkpoint: TensorSource, view: ModelView, manifest: Manifest, folder: Path) -> tuple[bool | None, str]:
     """Check that every token has a row in the embeddings, and the id that was planned.
+
+    Args:
+        checkpoint, view, manifest: The output.
+        folder: A folder with its files, weights apart.
 
     Returns:
         Whether it has (None: not known), and a detail.
     """
     if not any(name in manifest.files for name in TOKENIZER_FILES):
         return True, "the output has no tokenizer"
-    if not any((checkpoint.folders[0] / name).exists() for name in TOKENIZER_FILES):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None, "the folder has no tokenizer: tokenizer.save_pretrained(folder) puts it there"
     import transformers
 
     try:
-        vocabulary = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folders[0], trust_remote_code=False
-        ).get_vocab()
+        vocabulary = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     except (ImportError, ValueError) as error:  # it may need a package that is not installed
         return None, f"transformers cannot load it here: {' '.join(str(error).split())}"
     planned = manifest.vocabulary
@@ -89,12 +92,19 @@ class BuiltModel:
         view: The output by layer and role.
         manifest: Its manifest.
         sources: The models of the manifest; for one that is not available, the reason.
+        folder: A folder with the output's files, weights apart.
     """
 
     def __init__(
-        self, checkpoint: TensorSource, view: ModelView, manifest: Manifest, sources: Sequence[TensorSource | str]
+        self,
+        checkpoint: TensorSource,
+        view: ModelView,
+        manifest: Manifest,
+        sources: Sequence[TensorSource | str],
+        folder: Path,
     ):
         self.checkpoint, self.view, self.manifest, self.sources = checkpoint, view, manifest, sources
+        self.folder = folder
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -108,7 +118,7 @@ class BuiltModel:
         if self.checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
             resolved_config(self.checkpoint.config)  # says why
         try:
-            config = transformers.AutoConfig.from_pretrained(self.checkpoint.folders[0], trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:
             raise CannotBuild(f"transformers cannot read the config.json: {reason(error)}") from None
         return build(config)

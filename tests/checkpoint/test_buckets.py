@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from s3_server import SECRET
 from support import make_model
 
 from deus_merge import api
@@ -16,8 +14,7 @@ from deus_merge import api
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("obstore.store")
 
-MOTO = Path(os.environ.get("DEUS_MERGE_MOTO", Path(__file__).parents[2] / ".venv-moto")) / "bin/moto_server"
-SECRET = "a-secret-access-key-of-nobody"
+pytestmark = pytest.mark.xdist_group("buckets")
 RECIPES = {
     "passthrough": "slices: [{sources: [{model: MODEL, layer_range: [0, 2]}]}]\nmerge_method: passthrough\n",
     "linear": "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: MODEL}, {model: OTHER}]\n",
@@ -34,43 +31,14 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def s3(models):
+def s3(models, moto):
     """A server with both models in the bucket ``models``, and the environment that obstore reads."""
-    if not MOTO.exists():
-        reason = f"no moto at {MOTO}: run `make buckets`"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    with open(models / "log", "wb") as log:
-        process = subprocess.Popen([MOTO, "-H", "127.0.0.1", "-p", "0"], stdout=log, stderr=log)
-    patch = pytest.MonkeyPatch()
-    try:
-        url = _address(process, models / "log")
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name, value in {
-            "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET,
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        urllib.request.urlopen(urllib.request.Request(f"{url}/models", method="PUT"), timeout=10)
+    with moto.used():
+        moto.make_bucket("models")
         store = obstore.store.S3Store("models")
         for file in models.glob("*/*"):
             obstore.put(store, f"deep/{file.relative_to(models)}", file.read_bytes())
-        yield url
-    finally:
-        patch.undo()
-        process.kill()
-        process.wait()
-
-
-def _address(process, log: Path) -> str:
-    """Where the server listens, from its log."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        for word in log.read_text().split():
-            if word.startswith("http://127.0.0.1:"):
-                return word
-        time.sleep(0.05)
-    return pytest.fail(f"moto did not start: {log.read_text()[-2000:]}")
+        yield moto.url
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -87,7 +87,7 @@ WRONG = {
     "another scheme": (("merge", *COMMON, "--workers", "dask://x"), "'dask://x' is neither", "ray://HOST:PORT"),
     "a file in the way": (("merge", "copy_next", "taken", *COMMON[2:], "--shard-of", "1/2"), "taken", "not a folder"),
     "inside a source": (("merge", "copy_next", "base/x", *COMMON[2:], "--shard-of", "1/2"), "must not contain"),
-    "a bucket": (("merge", "copy_next", "s3://b/x", *COMMON[2:], "--shard-of", "1/2"), "must be on this machine"),
+    "a web server": (("merge", "copy_next", "ftp://b/x", *COMMON[2:], "--shard-of", "1/2"), "must be on this machine"),
     "too little memory": (("merge", "opt_deus", *COMMON[1:], "--workers", "3", "--max-memory", "500MB"),
                           "more memory than allowed", "--max-memory"),
 }  # fmt: skip
@@ -123,6 +123,6 @@ def test_gpus_of_several_models_are_refused(monkeypatch):
 
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    names = [processes._device("cuda", number) for number in range(3)]
+    names = [processes.device_of("cuda", number) for number in range(3)]
     assert names == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [processes._device(name, 1) for name in ("cpu", "cuda:1", None)] == ["cpu", "cuda:1", None]
+    assert [processes.device_of(name, 1) for name in ("cpu", "cuda:1", None)] == ["cpu", "cuda:1", None]

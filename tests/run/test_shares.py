@@ -243,7 +243,7 @@ def test_a_finisher_that_is_stopped(plan, whole, monkeypatch, tmp_path, at):
     count = len(records(out))
     target, name = {
         "linked": ("deus_merge.checkpoint.output_folder.ShardWriter.__init__", None),
-        "journalled": ("deus_merge.run.executor._write_files", None),
+        "journalled": ("deus_merge.run.executor.other_files", None),
         "renamed": ("deus_merge.checkpoint.piece_store.PieceStore.discard", None),
     }[at]
 

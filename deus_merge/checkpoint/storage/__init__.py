@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ...core.errors import CheckpointError
+from ...core.errors import CheckpointError, PlanError
 from ...core.urls import is_url, public_url
 from ..tensor_source import TensorSource
+from ._sink import Sink
 from ._spool import RemoteFile
+from ._transfer import Identity
 from .base import DEFAULT_CACHE_SIZE, LoadOptions, Storage
 from .registry import storages
 
-__all__ = ["DEFAULT_CACHE_SIZE", "LoadOptions", "Storage", "divide_spools", "open_source", "storages"]
+__all__ = [
+    "DEFAULT_CACHE_SIZE",
+    "Identity",
+    "LoadOptions",
+    "Sink",
+    "Storage",
+    "divide_spools",
+    "open_sink",
+    "open_source",
+    "storages",
+]
 
 
 def open_source(ref: str, options: LoadOptions) -> TensorSource:
@@ -32,6 +44,29 @@ def open_source(ref: str, options: LoadOptions) -> TensorSource:
         "no storage has such addresses",
         where=public_url(ref) if is_url(ref) else ref,
         expected=" | ".join(storage.example for storage in storages().values()),
+    )
+
+
+def open_sink(address: str) -> Sink:
+    """The folder of a bucket that an output is written to, or was. Nothing is asked of the store.
+
+    Args:
+        address: Like ``s3://bucket/model``.
+
+    Raises:
+        PlanError: outputs cannot be written there.
+        CheckpointError: as `Storage.sink`.
+    """
+    options = LoadOptions()
+    for storage in storages().values():
+        if storage.takes(address, options) and (sink := storage.sink(address)):
+            return sink
+    raise PlanError(
+        "the output must be on this machine, or in a bucket",
+        where=public_url(address),
+        expected="a local folder, s3://bucket/model, gs://bucket/model or az://container/model",
+        got=f"an address ({address.partition('://')[0]}://)",
+        hint="write to a local folder, and upload that",
     )
 
 

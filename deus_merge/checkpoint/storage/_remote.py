@@ -133,7 +133,7 @@ def open_remote(remote: Remote, spool: Spool, names: Collection[str] | None) -> 
             return {name: content for name, content in zip(listed, found, strict=True) if content is not None}
 
         if names is None:
-            small = fetch(("config.json", INDEX, _MANIFEST))
+            small = fetch(("config.json", INDEX, MANIFEST))
             if "config.json" in small:
                 small |= fetch(_usual_names(small).difference(small))
                 if "tokenizer.json" not in small:
@@ -186,7 +186,7 @@ def _optional(remote: Remote, name: str, listed: bool) -> bytes | None:
 
 
 #: The manifest of an output: it names every file.
-_MANIFEST = "deus_merge.json"
+MANIFEST = "deus_merge.json"
 #: What is tried where a server lists no files: few enough that planning costs about one request a file of weights.
 _USUAL = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -198,8 +198,8 @@ _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
 
 def _usual_names(small: Mapping[str, bytes]) -> set[str]:
     """The names of the files that may be there, of a model whose files are not listed."""
-    if _MANIFEST in small:
-        files = parse_json(small[_MANIFEST], Path(_MANIFEST), "manifest").get("files")
+    if MANIFEST in small:
+        files = parse_json(small[MANIFEST], Path(MANIFEST), "manifest").get("files")
         if isinstance(files, dict):
             return {name for name in files if is_needed(name) and not name.endswith(_WEIGHTS)}
     return {*_USUAL, *_code_names(parse_json(small["config.json"], Path("config.json"), "config"))}

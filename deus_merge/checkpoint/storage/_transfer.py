@@ -85,6 +85,8 @@ class Remote:
     patience: float = 300.0
     credentials: str = ""
 
+    _no_right = "no right to read it"
+
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._opened: Any = None
@@ -220,26 +222,32 @@ class Remote:
         raise Changed("the file has changed since it was opened", where=f"{self.name}/{name}")
 
     def _store(self) -> Any:
-        from obstore.exceptions import BaseError
-        from obstore.store import HTTPStore, from_url
-
         with self._lock:
             if self._opened is None:
                 # Patience is ours: obstore's own retries are few, so that a connection that came back is soon used.
-                client: dict[str, Any] = {"connect_timeout": "10s", "read_timeout": f"{STALLED}s", "timeout": "1h"}
-                retry: Any = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
-                if self.kind == "http":
-                    client |= {"allow_http": True, "default_headers": dict(self.headers)}
-                else:
-                    client |= _client_options()
-                try:
-                    open_: Any = HTTPStore if self.kind == "http" else from_url
-                    self._opened = open_(self.url, client_options=client, retry_config=retry)
-                except (BaseError, ValueError) as error:
-                    got = _reason(error)
-                    hint = self.credentials or None
-                    raise CheckpointError("the address cannot be opened", where=self.name, got=got, hint=hint) from None
+                self._opened = self._connected({"max_retries": 1, "retry_timeout": timedelta(seconds=10)})
             return self._opened
+
+    def _connected(self, retry: Any) -> Any:
+        """obstore's store.
+
+        Args:
+            retry: How often it makes a request again by itself.
+        """
+        from obstore.exceptions import BaseError
+        from obstore.store import HTTPStore, from_url
+
+        client: dict[str, Any] = {"connect_timeout": "10s", "read_timeout": f"{STALLED}s", "timeout": "1h"}
+        if self.kind == "http":
+            client |= {"allow_http": True, "default_headers": dict(self.headers)}
+        else:
+            client |= _client_options()
+        open_: Any = HTTPStore if self.kind == "http" else from_url
+        try:
+            return open_(self.url, client_options=client, retry_config=retry)
+        except (BaseError, ValueError) as error:
+            got, hint = _reason(error), self.credentials or None
+            raise CheckpointError("the address cannot be opened", where=self.name, got=got, hint=hint) from None
 
     def _tried(self, name: str, get: Callable[[Any], Any], known: bool = False) -> Any:
         """The result of a request, which is made again while that may help."""
@@ -281,7 +289,7 @@ class Remote:
         if not denied and code not in (401, 403) and _NO_CREDENTIALS.search(text):
             raise CheckpointError("no credentials were found", where=where, hint=self.credentials or None) from None
         if denied or code in (401, 403):
-            raise Absent("no right to read it", where=where, got=_reason(error), hint=self.credentials) from None
+            raise Absent(self._no_right, where=where, got=_reason(error), hint=self.credentials) from None
         if "builder error" in text:
             raise CheckpointError("the address cannot be opened", where=where, hint=self.credentials or None) from None
         if "Content-Length" in text:
@@ -352,4 +360,4 @@ def check_installed(ref: str) -> None:
     if importlib.util.find_spec("obstore") is None:
         where = public_url(ref) if is_url(ref) else ref
         hint = 'pip install "deus-merge[remote]"'
-        raise CheckpointError("models are read by range with obstore, which is not installed", where=where, hint=hint)
+        raise CheckpointError("buckets and servers need obstore, which is not installed", where=where, hint=hint)

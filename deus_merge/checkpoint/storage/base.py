@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ...core.units import parse_size
 from ..tensor_source import TensorSource
+from ._sink import Sink
 from ._spool import Spool
 
 DEFAULT_CACHE_SIZE = "20GB"
@@ -59,5 +60,14 @@ class Storage(Protocol):
 
         Raises:
             CheckpointError: it cannot be opened, or is malformed.
+        """
+        ...
+
+    def sink(self, ref: str) -> Sink | None:
+        """The folder with this address, to write an output to; nothing is asked of the store. None where outputs are
+        not written through a `Sink`.
+
+        Raises:
+            CheckpointError: no address of this storage.
         """
         ...

@@ -3,10 +3,13 @@ variables that obstore reads."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ...core.errors import CheckpointError
 from ...core.urls import public_url
 from ..tensor_source import TensorSource
 from ._remote import open_remote
+from ._sink import Sink, check_place
 from ._transfer import Remote, check_installed
 from .base import LoadOptions
 
@@ -22,13 +25,26 @@ _CREDENTIALS = {
 class Buckets:
     """The storage ``buckets``."""
 
-    summary = "a folder in a bucket of S3, Google Cloud Storage or Azure, read by range"
+    summary = "a folder in a bucket of S3, Google Cloud Storage or Azure, read by range; an output can be one"
     example = "s3://bucket/model, gs://bucket/model or az://container/model"
 
     def takes(self, ref: str, options: LoadOptions) -> bool:
         return _scheme(ref) in _CREDENTIALS
 
     def open(self, ref: str, options: LoadOptions) -> TensorSource:
+        remote = Remote(*self._place(ref), patience=options.patience, credentials=_hint(ref))
+        return open_remote(remote, options.spool, remote.list())
+
+    def sink(self, ref: str) -> Sink:
+        check_place(ref)
+        return Sink(*self._place(ref), credentials=_hint(ref))
+
+    def _place(self, ref: str) -> tuple[str, str, Literal["bucket"]]:
+        """Address, name and kind of a folder.
+
+        Raises:
+            CheckpointError: not an address of a bucket; or obstore is missing.
+        """
         name = public_url(ref).rstrip("/")
         if name != ref.rstrip("/"):
             raise CheckpointError(
@@ -38,9 +54,11 @@ class Buckets:
                 hint=f"credentials are read from the environment: {_CREDENTIALS[_scheme(ref)]}",
             )
         check_installed(ref)
-        hint = f"set {_CREDENTIALS[_scheme(ref)]}"
-        remote = Remote(name, name, "bucket", patience=options.patience, credentials=hint)
-        return open_remote(remote, options.spool, remote.list())
+        return name, name, "bucket"
+
+
+def _hint(ref: str) -> str:
+    return f"set {_CREDENTIALS[_scheme(ref)]}"
 
 
 def _scheme(ref: str) -> str:

@@ -40,5 +40,8 @@ class Hub:
         remote = Remote(url, name, "http", headers, info.sha, options.patience, hint)
         return open_remote(remote, options.spool, [file.rfilename for file in info.siblings or ()])
 
+    def sink(self, ref: str) -> None:
+        return None
+
 
 STORAGE = Hub()

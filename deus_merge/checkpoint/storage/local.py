@@ -28,5 +28,8 @@ class Local:
         pickled = options.allow_pickle and not has_safetensors(folder)
         return dequantized((PickledCheckpoint if pickled else Checkpoint).open(folder))
 
+    def sink(self, ref: str) -> None:
+        return None
+
 
 STORAGE = Local()

@@ -39,6 +39,9 @@ class Web:
         remote = Remote(url, name, "http", headers, patience=options.patience, credentials=hint)
         return open_remote(remote, options.spool, _listed(remote))
 
+    def sink(self, ref: str) -> None:
+        return None
+
 
 class _SameHost(HTTPRedirectHandler):
     """Follows no redirection to another host, which would get the password."""

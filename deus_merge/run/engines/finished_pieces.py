@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...checkpoint.storage import Identity
 from ...core.errors import VerifyError
 from ...core.text import some_of
 from ..block_runner import BlockRecord
@@ -24,6 +25,7 @@ class FinishedPieces:
         seconds: Time that all workers took together.
         warnings: Messages for the user.
         received: Checksums of what was copied from other machines, by the name of the tensor.
+        uploaded: The files of an output in a bucket as their workers left them, by name.
     """
 
     files: Mapping[str, Path]
@@ -33,6 +35,7 @@ class FinishedPieces:
     seconds: float
     warnings: tuple[str, ...]
     received: Mapping[str, str]
+    uploaded: Mapping[str, Identity] = field(default_factory=dict)
 
     workers = 1
 

@@ -29,9 +29,7 @@ from .base import Job, OnFinished
 
 _DEATHS = 3  # of workers over the same block: then the block is to blame
 _BATCHES = 8  # into how many parts a share is cut, at most
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deus_merge.run.engines.worker import main; main()"
-)
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deus_merge.run.engines.{} import main; main()"
 
 
 @dataclass
@@ -184,7 +182,7 @@ class _Crew:
         """Start a worker in place of one that died; its unfinished blocks come first."""
         dead = self._workers[number]
         code = dead.process.wait()
-        self._tell("worker lost", number, dead.batch, how=_ending(code))
+        self._tell("worker lost", number, dead.batch, how=ending(code))
         first = dead.batch[0] if dead.batch else None  # the block at which it died; None: before its first one
         self._deaths[first] += 1
         if self._deaths[first] >= _DEATHS:
@@ -198,28 +196,34 @@ class _Crew:
                 self._hand_out(other)
 
     def _start(self, number: int, share: deque[int]) -> _Worker:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())],
-                env=os.environ | {"OMP_NUM_THREADS": str(max(1, self._job.threads))},  # 0: nothing is computed
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt from the terminal is this process's business
-            )
-        connection = Connection(ours.detach())
+        process, connection = start_process("worker", self._job.threads)
         with suppress(OSError):
             connection.send_bytes(self._setup)
-            connection.send(_device(self._job.device, number))
+            connection.send(device_of(self._job.device, number))
         return _Worker(process, connection, share)
+
+
+def start_process(module: str, threads: int) -> tuple[subprocess.Popen, Connection]:
+    """A new process that runs ``main`` of a module of this folder, and the socket that leads to it: the last argument
+    is its descriptor there."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START.format(module), json.dumps(sys.path), str(theirs.fileno())],
+            env=os.environ | {"OMP_NUM_THREADS": str(max(1, threads))},  # 0: nothing is computed
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt from the terminal is this process's business
+        )
+    return process, Connection(ours.detach())
 
 
 def _part(limit: int | None, count: int) -> int | None:
     return None if limit is None else limit // count
 
 
-def _device(name: str | None, number: int) -> str | None:
+def device_of(name: str | None, number: int) -> str | None:
     """The device of a worker: with several GPUs, one after another."""
     if name != "cuda":
         return name
@@ -228,12 +232,13 @@ def _device(name: str | None, number: int) -> str | None:
     return f"cuda:{number % torch.cuda.device_count()}"
 
 
-def _ending(code: int) -> str:
+def ending(code: int) -> str:
+    """How a process has ended, in words, by what `Popen.wait` gives."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _death(block: BlockPlan | None, code: int) -> MachineError:
-    got = _ending(code)
+    got = ending(code)
     hint = "--workers 1 shows the reason"
     if block is not None and -code == signal.SIGKILL:
         hint = f"memory may be short: the block was estimated at {format_size(block.workspace())}; use fewer --workers"

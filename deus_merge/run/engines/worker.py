@@ -18,7 +18,7 @@ from ...checkpoint.system import keep_freed_memory
 from ...core.errors import DeusMergeError
 from ...plan.blocks import BlockPlan
 from ...plan.types import Plan
-from ..block_runner import BlockRecord, run_blocks
+from ..block_runner import BlockRecord, OnFraction, run_blocks
 from ..device import choose_device, set_threads
 from ..limits import allow_open_files
 
@@ -31,9 +31,9 @@ def main() -> None:
     plan, folder, layouts, seed, threads, max_memory, count = pickle.loads(connection.recv_bytes())
     divide_spools((model.checkpoint for model in plan.models), count)
     name = connection.recv()
-    send = _sender(connection)
+    send = sender(connection)
     batches: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, batches), daemon=True).start()
+    threading.Thread(target=listen, args=(connection, batches), daemon=True).start()
     try:
         keep_freed_memory()
         allow_open_files(len(layouts) + sum(len(m.checkpoint.files) for m in plan.models))
@@ -44,12 +44,12 @@ def main() -> None:
             send("ready")
             _make(plan, batches.get(), writer, send, device=device, seed=seed, max_memory=max_memory)
     except Exception as error:
-        send("error", _sendable(error))
+        send("error", sendable(error))
 
 
-def _listen(connection: Connection, batches: queue.SimpleQueue[list[int]]) -> None:
-    """Take batches as they come; end this process when the one at the other end is gone, even in mid-block: another
-    run may soon write into the same files."""
+def listen(connection: Connection, batches: queue.SimpleQueue) -> None:
+    """Take what comes; end this process when the one at the other end is gone, even in mid-block: another run may soon
+    write into the same files."""
     try:
         while True:
             batches.put(connection.recv())
@@ -57,7 +57,7 @@ def _listen(connection: Connection, batches: queue.SimpleQueue[list[int]]) -> No
         os._exit(1)
 
 
-def _sender(connection: Connection) -> Callable[..., None]:
+def sender(connection: Connection) -> Callable[..., None]:
     """A function that sends a message, from any thread."""
     lock = threading.Lock()
 
@@ -69,12 +69,17 @@ def _sender(connection: Connection) -> Callable[..., None]:
 
 
 def _make(plan: Plan, batch: list[int], writer: ShardWriter, send: Callable[..., None], **options: Any) -> None:
-    sent = 0.0
-
     def finished(block: BlockPlan, record: BlockRecord) -> None:
         names = [tensor.name for output in block.outputs for tensor in output.written]
         received = {name: writer.received[name] for name in names if name in writer.received}
         send("finished", block.index, record, received)
+
+    run_blocks(plan, batch, writer, on_block=finished, on_fraction=fractions(send), **options)
+
+
+def fractions(send: Callable[..., None]) -> OnFraction:
+    """A function that sends the fraction of a block that is written: that it begins, then every now and then."""
+    sent = 0.0
 
     def written(block: BlockPlan, fraction: float) -> None:
         nonlocal sent
@@ -82,10 +87,10 @@ def _make(plan: Plan, batch: list[int], writer: ShardWriter, send: Callable[...,
             sent = time.monotonic()
             send("fraction", block.index, fraction)
 
-    run_blocks(plan, batch, writer, on_block=finished, on_fraction=written, **options)
+    return written
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """An error that another process can raise: as it is, or with its traceback as its text."""
     if isinstance(error, DeusMergeError):
         return error
