@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bucket_runs import KILLED, RECIPES, content, files_of, objects, put, recipe_of
 from makers import fp8
 from s3_server import SECRET
 from support import make_model, train_tokenizer, write_recipe
@@ -26,21 +27,6 @@ pytestmark = pytest.mark.xdist_group("buckets")
 ROOT = Path(__file__).parents[2]
 SIZE = 60_000  # several files
 OPTIONS = api.RunOptions(threads=1)
-RECIPES = {
-    "ot_fuse": "base_model: BASE\nupscale: {preset: opt_deus, insert: all}\n",
-    "documents": """
-name: mean
-merge_method: linear
-parameters: {weight: 1}
-models: [{model: BASE}, {model: OTHER}]
----
-base_model: BASE
-slices:
-- {merge_method: slerp, parameters: {t: 0.5}, sources: [{model: BASE}, {model: mean}]}
-tokenizer_source: union
-""",
-    "quantised": "base_model: FP8\nupscale: {preset: opt_deus, insert: {count: 1}}\n",
-}
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +59,6 @@ def out(request, tmp_path, monkeypatch) -> str:
     return f"s3://outputs/{tmp_path.name}/out"
 
 
-def recipe_of(name: str, models: Path, folder: Path) -> Path:
-    text = RECIPES[name]
-    for word, model in (("BASE", "base"), ("OTHER", "other"), ("FP8", "fp8")):
-        text = text.replace(word, str(models / model))
-    return write_recipe(folder / f"{name}.yml", text)
-
-
 @pytest.fixture
 def plan(models, tmp_path):
     return api.plan(recipe_of("ot_fuse", models, tmp_path), max_shard_size=SIZE)
@@ -91,31 +70,6 @@ def local(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
     api.merge(api.plan(recipe_of("ot_fuse", models, folder), max_shard_size=SIZE), folder / "out", OPTIONS)
     return content(files_of(folder / "out"))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def objects(out: str) -> dict[str, bytes]:
-    """Every object under an address."""
-    store = obstore.store.from_url(out, client_options={"allow_http": True})
-    names = [meta["path"] for found in obstore.list(store) for meta in found]
-    return {name: bytes(obstore.get(store, name).bytes()) for name in names}
-
-
-def put(out: str, name: str, content: bytes) -> None:
-    obstore.put(obstore.store.from_url(out, client_options={"allow_http": True}), name, content)
-
-
-def content(files: dict[str, bytes]) -> dict[str, object]:
-    """Every file, without times, and without paths, which are relative to a local output."""
-    left_out = ("seconds", "sha256", "created", "date", "folder")
-    untimed = lambda d: {k: d[k] for k in d if k not in left_out}  # noqa: E731
-    manifest = json.loads(files["deus_merge.json"], object_hook=untimed)
-    del manifest["files"]["deus_merge.yml"]
-    kept = {name: text for name, text in files.items() if name not in ("deus_merge.yml", "README.md")}
-    return kept | {"deus_merge.json": manifest}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -159,7 +113,7 @@ def test_shares_and_finish(plan, out, local):
 
 def test_a_worker_that_is_lost(plan, out, local):
     """Its piece is made again. Events tell of workers, pieces and blocks; the result has the times of all blocks."""
-    events, pids, killed = [], {}, []
+    events, ended, pids, killed = [], [], {}, []
 
     def heard(event):
         events.append(event)
@@ -168,8 +122,10 @@ def test_a_worker_that_is_lost(plan, out, local):
             killed.append(event["worker"])
             os.kill(pids[killed[0]], signal.SIGKILL)
 
-    result = api.merge(plan, out, api.RunOptions(threads=1, workers=2), on_event=heard)
-    assert content(objects(out)) == local
+    result = api.merge(
+        plan, out, api.RunOptions(threads=1, workers=2), on_event=heard, on_block=lambda b, was: ended.append(b)
+    )
+    assert content(objects(out)) == local and sorted(b.index for b in ended) == list(range(len(plan.blocks)))
     told = {name: [event for event in events if event["event"] == name] for name in {e["event"] for e in events}}
     assert [(e["worker"], e["how"]) for e in told["worker lost"]] == [(killed[0], "killed by SIGKILL")]
     assert len(told["worker started"]) == 3 and len({e["pid"] for e in told["worker started"]}) == 3
@@ -194,32 +150,6 @@ def test_what_was_copied_from_elsewhere_is_not_read_again(models, out, s3, tmp_p
     checks = api.finish(plan, out).verification.checks
     assert {check.name: check.passed for check in checks}["copied tensors"]
     assert f"GET /outputs/{tmp_path.name}/source/model" not in s3.log.read_text()[before:]
-
-
-KILLED = """
-import os, signal, sys
-from deus_merge import api
-from deus_merge.checkpoint.storage import _sink
-_sink.PART, reads = 5 << 20, 0
-
-def opening(*arguments):
-    file = open(*arguments)
-    class Killing:
-        def __enter__(self): return self
-        def __exit__(self, *error): file.close()
-        def read(self, size):
-            global reads
-            reads += 1
-            if reads == int(sys.argv[3]):
-                import time
-                time.sleep(0.3)  # the first part of the second file is there
-                os.kill(os.getpid(), signal.SIGKILL)
-            return file.read(size)
-    return Killing()
-
-_sink.open = opening
-api.merge(api.plan(sys.argv[1], max_shard_size=6_000_000), sys.argv[2], api.RunOptions(threads=1))
-"""
 
 
 def test_a_run_killed_while_it_uploads_goes_on(out, s3, tmp_path, monkeypatch):

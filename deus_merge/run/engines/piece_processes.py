@@ -85,7 +85,7 @@ class PieceProcesses:
 
         Args:
             mine: The pieces.
-            on_block: Called after each block, with whether it was finished already.
+            on_block: Called once for each block, with whether it was finished already.
             on_fraction: As for `run_blocks`.
             on_event: Called with what happens to workers, and to the pieces and blocks of each.
 
@@ -98,10 +98,12 @@ class PieceProcesses:
         """
         self._by_name, self._on_event = {piece.name: piece for piece in mine}, on_event
         made: dict[str, bool] = {}
+        ended: set[int] = set()
         deaths: Counter[str | None] = Counter()
         for number in range(min(self._count, len(mine))):
             part = share(mine, number + 1, min(self._count, len(mine)))
             self._workers.append(self._start(number, deque(piece.name for piece in part)))
+            self._tell_of_start(number)
         while len(made) < len(mine):
             numbers = {worker.connection: number for number, worker in enumerate(self._workers)}
             for connection in wait(list(numbers)):
@@ -126,7 +128,9 @@ class PieceProcesses:
                     made[name], worker.piece = fresh, None
                 elif kind == "block":
                     index, resumed = content
-                    on_block(self._plan.blocks[index], resumed)
+                    if index not in ended:  # a lost worker may have made some blocks of its piece
+                        ended.add(index)
+                        on_block(self._plan.blocks[index], resumed)
                 elif kind == "fraction":
                     index, fraction = content
                     if on_fraction is not None:
@@ -141,6 +145,10 @@ class PieceProcesses:
         """Tell of something that happened to a worker and its pieces."""
         blocks = [block.title for name in names for block in self._by_name[name].blocks]
         self._on_event({"event": event, "worker": number + 1, "blocks": blocks, **more})
+
+    def _tell_of_start(self, number: int) -> None:
+        worker = self._workers[number]
+        self._tell("worker started", number, worker.share, pid=worker.process.pid)
 
     def _hand_out(self, number: int) -> None:
         """Give a worker its next piece; the last one of the worker that has most left, where it has none of its own."""
@@ -161,6 +169,7 @@ class PieceProcesses:
         if dead.piece is not None:
             dead.share.appendleft(dead.piece)
         self._workers[number] = self._start(number, dead.share)
+        self._tell_of_start(number)
 
     def _start(self, number: int, part: deque[str]) -> _Worker:
         process, connection = start_process("piece_processes", self._threads)
@@ -168,7 +177,6 @@ class PieceProcesses:
         with suppress(OSError):
             connection.send_bytes(self._setup)
             connection.send(options)
-        self._tell("worker started", number, part, pid=process.pid)
         return _Worker(process, connection, part)
 
     def _death(self, worker: _Worker, code: int) -> MachineError:
