@@ -18,17 +18,22 @@ import time
 from typing import TYPE_CHECKING
 
 from ...core.errors import SolverError
+from ..costs import PointCost
 from ..coupling import PermutationCoupling
+from ..lower_bounds import LowerBounds, fast_precision
 from ..problem import DEFAULT_OPTIONS, OTProblem, OTSolution, SolverOptions
 from ..solver import OTSolver
-from ._pruning import Passes
+from ._pruning import Edges, Passes
 from ._sparse_matching import SparseMatching
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 _DENSE = 1024  # rows up to which SciPy's dense solver is as fast
 _ROUNDS = 20  # of column generation, at most
+_NEAR = 3.0  # edges a row, of those retained, below whose price all edges are added in a round
 #: How to find potentials: the factor by which reg falls, and Sinkhorn steps at each reg; the second if the first fails.
 _ATTEMPTS = ((1 / 4, 1), (1 / 2, 4))
 
@@ -57,17 +62,32 @@ class Assignment(OTSolver):
                 hint="use `solver: emd`",
             )
         start = time.perf_counter()
-        passes = Passes(problem)
-        found = None
+        found, count = None, 0
         if len(problem.a) > _DENSE:
-            problem.keep(options.memory)
-            for attempt in _ATTEMPTS:
-                found = found or _sparse(passes, *attempt)
+            for cost in _costs(problem.cost):
+                problem = problem.with_cost(cost)
+                problem.keep(options.memory)
+                passes = Passes(problem)
+                for attempt in _ATTEMPTS:
+                    found = found or _sparse(passes, *attempt)
+                count += passes.count
+                if found:
+                    break
+                problem.keep(0)
         if found is None:
             problem = problem.stored()
         columns, gap = found or (_dense(problem.matrix), None)  # (n,)
         coupling = PermutationCoupling(columns.argsort(), problem.a)
-        return OTSolution.of(problem, coupling, options, started=start, iterations=passes.count, gap=gap)
+        return OTSolution.of(problem, coupling, options, started=start, iterations=count, gap=gap)
+
+
+def _costs(cost: Tensor | PointCost) -> Iterator[Tensor | PointCost]:
+    """What to read instead of the cost, the cheapest first; for points, bounds that leave near ties to exact costs."""
+    if isinstance(cost, PointCost):
+        if precision := fast_precision(cost):
+            yield LowerBounds(cost, precision)
+        yield LowerBounds(cost, cost.dtype)
+    yield cost
 
 
 def _dense(cost: Tensor) -> Tensor:
@@ -80,28 +100,45 @@ def _dense(cost: Tensor) -> Tensor:
 
 def _sparse(passes: Passes, factor: float, steps: int) -> tuple[Tensor, float] | None:
     """The optimal column of every row, (n,), and the relative duality gap; None where few edges do not suffice."""
+    import numpy as np
     import torch
 
     n, device = passes.n, passes.problem.cost.device
     g, edges = passes.prune(*passes.potentials(factor, steps))  # (n,)
     g = g.double().cpu().numpy()
-    graph = SparseMatching(n, edges)
+    graph = SparseMatching(n, edges, settled=not passes.bounded)
     rows, columns = graph.unmatched()
     if len(rows) ** 2 > 16 * n:
         return None
     if len(rows):
-        graph.add(passes.entries(*(torch.from_numpy(x).to(device) for x in (rows, columns))))
+        graph.add(passes.entries(*(torch.from_numpy(x).to(device) for x in (rows, columns))), not passes.bounded)
+    shift = reach = 0.0  # by which bounds are below costs; up to which price an estimated edge is computed
     for _ in range(_ROUNDS):
         if (solved := graph.solve(g)) is None:
             return None
         match, f, g = solved  # (n,) each
-        least, missing = passes.price(*(torch.from_numpy(x).to(device) for x in (f, g)))
-        if not len(missing.cost):
+        while len((edges := graph.open(f, g, reach)).cost):
+            known = passes.exact(edges)
+            if not reach:
+                errors = known.cost - edges.cost
+                shift = float(errors.mean())
+                graph.shift(shift)
+                f, reach = f + shift, 2 * float(abs(errors - shift).max())
+            graph.add(known)
+            if (solved := graph.solve(g)) is None:
+                return None
+            match, f, g = solved
+        near = max(0.0, graph.price_of(_NEAR, f, g) - shift)
+        priced = passes.price(*(torch.from_numpy(x).to(device) for x in (f, g)), near)
+        if priced is None:
+            return None
+        least, edges, proved = priced
+        if proved:
             paid, bound = float(graph.cost(match).sum()), float(least.sum()) + float(g.sum())
             # A matching that costs nothing is measured by its potentials.
             size = max(abs(paid), 2.0**-30 * float(abs(f).sum() + abs(g).sum()))
             return torch.from_numpy(match).to(device), max(0.0, paid - bound) / size if size else 0.0
-        graph.add(missing)
+        graph.add(edges)
     return None
 
 
