@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _CLOSE = {"torch.float32": 2.0**-7, "torch.float64": 2.0**-20}
 #: Close pairs recomputed at once: bounds the (pairs, d) buffer.
 _PAIRS = 2048
-#: Elements of the differences of single pairs computed at once: 2 MiB of float32.
-_DIFFERENCES = 1 << 19
+#: Elements of the differences of single pairs computed at once: 1 MiB of float32.
+_DIFFERENCES = 1 << 18
 
 
 #: The costs a recipe can name.
@@ -160,9 +160,14 @@ class PointCost:
 
         x, y = self.points
         found = self._norms[0].new_empty(len(rows), dtype=torch.float64)  # (q,)
-        for part in row_blocks(len(rows), x.shape[1], _DIFFERENCES):
-            away = x[rows[part]].sub_(y[columns[part]])  # (p, d)
-            found[part] = torch.linalg.vector_norm(away, dim=1, dtype=torch.float64)
+        parts = list(row_blocks(len(rows), x.shape[1], _DIFFERENCES))
+        most = max((part.stop - part.start for part in parts), default=0)
+        pair = x.new_empty(2, most, x.shape[1])  # memory that is used again stays in the cache
+        for part in parts:
+            away, other = pair[:, : part.stop - part.start]  # (p, d) each
+            torch.index_select(x, 0, rows[part], out=away)
+            torch.index_select(y, 0, columns[part], out=other)
+            found[part] = torch.linalg.vector_norm(away.sub_(other), dim=1, dtype=torch.float64)
         if self.name == "euclidean":
             return found
         return found.square_() if self.name == "sqeuclidean" else found.square_().mul_(0.5)
