@@ -38,7 +38,8 @@ def verify(
         quick: Leave out finite values and the checks that need transformers.
         logits_text: Also compare the logits of base and output on this text, or on that of the file of a `Path`.
         strict: Count a skipped check as failed.
-        sources: Folders of sources that the manifest does not name, or that have moved, by their names there.
+        sources: Folders, or addresses like ``s3://bucket/model``, of sources that the manifest does not name, or that
+            have moved, by their names there.
         check: Whether a failed check raises an error.
         on_begin: Called with the name of each check before it runs.
         progress: Called after each check, with how many there are.

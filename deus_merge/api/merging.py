@@ -22,6 +22,7 @@ from ..recipe.reader import recipe_from
 from ..recipe.types import Recipe
 from ..report.manifest_parts import CalibratedLayer
 from ..run.engines.ray_tasks import make_pieces
+from ..run.events import OnEvent, unheard
 from ..run.executor import Outcome, execute
 from ..run.piece_job import OnBlock
 from ..run.pieces import finish, finished_pieces
@@ -75,6 +76,7 @@ def merge(
     on_block: Callable[[BlockPlan, bool], None] | None = None,
     on_layer: Callable[[CalibratedLayer, bool], None] | None = None,
     on_fraction: Callable[[BlockPlan, float], None] | None = None,
+    on_event: OnEvent = unheard,
     progress: OnProgress | None = None,
 ) -> MergeResult:
     """Run a recipe and write the checkpoint. With ``calibrate`` in the recipe, the outputs of the new layers are set in
@@ -88,6 +90,7 @@ def merge(
         on_block: Called after each block with the block and whether an earlier run had finished it.
         on_layer: Called after each calibrated layer, with whether an earlier run had finished it.
         on_fraction: Called within blocks, with the fraction of the block that is written; from several threads.
+        on_event: Called with what happens to blocks, pieces and workers, as JSON data.
         progress: Called after each of these steps, with how many there are.
 
     Returns:
@@ -105,8 +108,9 @@ def merge(
 
     def run(block_finished: OnBlock, calibrator: Calibrator | None) -> Outcome:
         if isinstance(options.workers, int):
-            return execute(recipe, target, options, block_finished, calibrator, on_fraction=on_fraction)
-        make_pieces(recipe, target, options, options.workers, on_block=block_finished)
+            told = {"on_fraction": on_fraction, "on_event": on_event}
+            return execute(recipe, target, options, block_finished, calibrator, **told)
+        make_pieces(recipe, target, options, options.workers, on_block=block_finished, on_event=on_event)
         return finish(recipe, target, options, lambda block, resumed: None, calibrator)
 
     return carry_out(run, recipe, target, options, started, on_block, on_layer, progress)
@@ -145,7 +149,9 @@ def carry_out(
     calibrator = calibrator_of(plan, options, layer_finished)
     counter.total = len(plan.blocks) + (len(calibrator.job.writers.layers) if calibrator else 0)
     done = run(block_finished, calibrator)
-    return MergeResult(out, plan, done.verification, done.warnings, time.monotonic() - started, done.calibration)
+    return MergeResult(
+        out, plan, done.verification, done.warnings, time.monotonic() - started, done.calibration, done.times
+    )
 
 
 def upscale(

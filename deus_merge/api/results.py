@@ -13,7 +13,7 @@ from ..core.text import plural
 from ..core.typed_json import dump
 from ..core.units import format_count, format_seconds, format_size
 from ..plan.types import Plan
-from ..report.manifest_parts import Calibration
+from ..report.manifest_parts import BlockSeconds, Calibration
 from ..verify import Verification
 
 
@@ -28,6 +28,8 @@ class MergeResult:
         warnings: Warnings of the plan and of the run (transport plans that did not converge).
         seconds: Wall time.
         calibration: The record of the calibration; None where the recipe has no ``calibrate``.
+        times: Seconds that the blocks were read, computed, written and waited for, of all threads and processes
+            together; None where the output was there already.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class MergeResult:
     warnings: tuple[str, ...]
     seconds: float
     calibration: Calibration | None = None
+    times: BlockSeconds | None = None
 
     def __repr__(self) -> str:
         return f"MergeResult({self._title})"
@@ -61,6 +64,7 @@ class MergeResult:
             "function_preserving": self.plan.function_preserving and not self._is_set,
             "bytes_written": self.plan.bytes_written,
             "seconds": round(self.seconds, 3),
+            "times": self.times and dict(self.times),
             "verification": self.verification and self.verification.describe(),
             "warnings": list(self.warnings),
             **({"calibration": dump(self.calibration)} if self.calibration else {}),

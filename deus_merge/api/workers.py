@@ -10,6 +10,7 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..report.manifest_parts import CalibratedLayer
 from ..run import pieces as run
+from ..run.events import OnEvent, unheard
 from ..run.executor import Outcome
 from ..run.piece_job import OnBlock
 from ..run.preflight import Calibrator, RunOptions
@@ -29,6 +30,7 @@ def make_share(
     mixed_machines: bool = False,
     on_block: OnBlock = lambda block, resumed: None,
     on_fraction: Callable[[BlockPlan, float], None] | None = None,
+    on_event: OnEvent = unheard,
 ) -> run.Share:
     """Make one share of the pieces of an output, in a folder next to it; `finish` puts the output together.
 
@@ -45,6 +47,7 @@ def make_share(
         mixed_machines: Go on where finished pieces come from machines that round differently.
         on_block: Called after each block with the block and whether it was finished already.
         on_fraction: Called within blocks, as for `merge`.
+        on_event: Called with what happens to pieces, blocks and workers, as JSON data.
 
     Returns:
         What was made, and how much of the output is left.
@@ -61,6 +64,7 @@ def make_share(
         mixed_machines=mixed_machines,
         on_block=on_block,
         on_fraction=on_fraction,
+        on_event=on_event,
     )
 
 

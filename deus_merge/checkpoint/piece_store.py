@@ -19,7 +19,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class PieceRecord:
         checksums: XXH3-128 of every tensor, in hex.
         blocks: What the manifest will say of each block, by the block's index in the plan.
         seconds: Wall time.
+        received: XXH3-128, in hex, of tensors that were copied from other machines: of the bytes that came.
     """
 
     format: int
@@ -57,6 +58,7 @@ class PieceRecord:
     checksums: Mapping[str, str]
     blocks: Mapping[str, Any]
     seconds: float
+    received: Mapping[str, str] = field(default_factory=dict)
 
 
 class PieceStore:

@@ -14,6 +14,7 @@ import click
 from .. import api
 from ..core.typed_json import parse
 from ..core.units import format_count, format_size
+from ..core.urls import redacted
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from .completion import complete_models
 from .failures import report_bus_errors
@@ -33,8 +34,9 @@ _EXPERT = re.compile(r"experts\.(\d+)\.")
               help="A text file: also compare logits of base and output on it.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Leave out finite values, the tokenizer, and building the model.")
 @click.option("--strict", is_flag=True, help="Fail also if a check is impossible (a source is missing).")
-@click.option("--source", "sources", multiple=True, metavar="NAME=FOLDER",
-              help="Where a source is that the manifest does not name, or that has moved.")  # fmt: skip
+@click.option("--source", "sources", multiple=True, metavar="NAME=PLACE",
+              help="The folder or address (s3://bucket/model ...) of a source that the manifest does not name, or that"
+                   " has moved.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.pass_context
 def verify(
@@ -55,10 +57,11 @@ def verify(
     report_bus_errors()
     places = {}
     for item in sources:
-        name, _, folder = item.rpartition("=")
-        if not name or not folder:
-            raise click.BadParameter(f"{item!r} is not NAME=FOLDER", param_hint="--source")
-        places[name] = folder
+        address = re.fullmatch(r"([^=]+)=([A-Za-z][A-Za-z0-9+.-]*://.*)", item, re.DOTALL)  # a signature may have =
+        name, place = address.groups() if address else item.rpartition("=")[::2]
+        if not name or not place:
+            raise click.BadParameter(f"{redacted(item)!r} is not NAME=PLACE", param_hint="--source")
+        places[name] = place
     with check_progress() as progress:
         result = api.verify(out, quick=quick, logits_text=text, strict=strict, sources=places, **progress)
     if as_json:

@@ -17,6 +17,7 @@ from ..plan.training_memory import TrainingSettings
 from ..plan.types import Plan
 from ..recipe.types import Recipe
 from ..recipe.writer import absolute_path, dump_recipe
+from ..report.block_times import in_words
 from ..report.shareable import shared_path
 from .completion import (
     complete_dtypes,
@@ -38,7 +39,7 @@ from .options import (
 )
 from .output import emit_json, note, quiet_transformers, warn
 from .plan_view import fit_text, show_plan, show_share
-from .progress import block_progress, layer_notes
+from .progress import block_progress
 from .recipes import load_recipe, recipe_options
 
 
@@ -61,7 +62,7 @@ def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str,
     Example:
       deus-merge merge opt_deus ./deeper --model ./SmolLM2-135M --device cuda
     """
-    _run(load_recipe(recipe, models, settings, options["quiet"]), out, **options)
+    _run(load_recipe(recipe, models, settings, options["quiet"] or options["as_json"]), out, **options)
 
 
 @click.command()
@@ -81,7 +82,7 @@ def finish(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str
       deus-merge merge opt_deus ./deeper --model ./SmolLM2-135M --shard-of 2/2
       deus-merge finish opt_deus ./deeper --model ./SmolLM2-135M
     """
-    _run(load_recipe(recipe, models, settings, options["quiet"]), out, finishing=True, **options)
+    _run(load_recipe(recipe, models, settings, options["quiet"] or options["as_json"]), out, finishing=True, **options)
 
 
 @click.command()
@@ -234,20 +235,19 @@ def _run(
     if fitted:
         note(fit_text(fitted), quiet)
     keep_freed_memory()
-    if shard_of:
-        with block_progress(planned, quiet, shard_of) as shown:
-            share = api.make_share(
-                planned, out, *shard_of, run, mixed_machines=mixed_machines,
-                on_block=shown.on_block, on_fraction=shown.on_fraction,
-            )  # fmt: skip
-        show_share(share, out, quiet, as_json)
-        return
-    with block_progress(planned, quiet, by="workers" if finishing else "the earlier run") as shown:
-        reports: Any = {"on_block": shown.on_block, "on_layer": layer_notes(quiet)}
-        if finishing:
+    by = "workers" if finishing else "the earlier run"
+    with block_progress(planned, quiet, shard_of, by, as_json=as_json) as shown:
+        blocks: Any = {"on_block": shown.on_block, "on_fraction": shown.on_fraction, "on_event": shown.on_event}
+        if shard_of:
+            share = api.make_share(planned, out, *shard_of, run, mixed_machines=mixed_machines, **blocks)
+        elif finishing:
+            reports: Any = {"on_block": shown.on_block, "on_layer": shown.on_layer}
             result = api.finish(planned, out, run, mixed_machines=mixed_machines, **reports)
         else:
-            result = api.merge(planned, out, run, on_fraction=shown.on_fraction, **reports)
+            result = api.merge(planned, out, run, on_layer=shown.on_layer, **blocks)
+    if shard_of:
+        show_share(share, out, quiet, as_json)
+        return
     warn(result.warnings)
     if as_json:
         emit_json(result.describe())
@@ -262,4 +262,6 @@ def _run(
                 f" fitted on {plural(record.tokens, 'token')}"
             )
         note(f"{out}: {depth} -> {plural(planned.num_layers, 'layer')} in {result.seconds:.1f} s, {checked}")
+        if times := in_words(result.times):
+            note(times)
         show_next(out, new_layers=bool(planned.new_layers))

@@ -134,7 +134,8 @@ def run_options(command: Callable) -> Callable:
                      help="Write a README.md into the output."),
         private_paths_option,
         click.option("--quiet/--no-quiet", "-q", is_eager=True, help="Print errors and warnings only."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+        click.option("--json", "as_json", is_flag=True,
+                     help="Print the result as JSON on stdout, and events as lines of JSON on stderr."),
         *mergekit.options(),
     ]  # fmt: skip
     return _all(options)(command)

@@ -22,12 +22,18 @@ def echo(text: str) -> None:
 def echo_wrapped(text: str) -> None:
     """Print a paragraph on stdout, wrapped to the width of tables."""
     width = text_width() or shutil.get_terminal_size().columns
-    click.echo(textwrap.fill(_safe(text), width, subsequent_indent="  ", break_on_hyphens=False))
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    click.echo(wrapper.fill(_safe(text)))  # paths stay in one piece
 
 
 def emit_json(data: object) -> None:
     """Print one JSON document on stdout."""
     click.echo(json_text(data, indent=2))
+
+
+def emit_line(data: object) -> None:
+    """Print JSON as one line on stderr."""
+    _to_stderr(json_text(data))
 
 
 def note(text: str, quiet: bool = False) -> None:

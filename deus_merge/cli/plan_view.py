@@ -17,7 +17,7 @@ from ..plan.fit import Fit
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from ..plan.types import Plan, quantized_of
 from ..run.pieces import Share
-from .output import echo, echo_wrapped, emit_json, note, table, warn
+from .output import echo_wrapped, emit_json, note, table, warn
 
 
 def show_plan(plan: Plan, training: TrainingSettings | None = None) -> None:
@@ -32,26 +32,26 @@ def show_plan(plan: Plan, training: TrainingSettings | None = None) -> None:
         cached = f"{document.cached_blocks} at a time in memory"
         made = "is computed when it is read" if count == 1 else "are computed when they are read"
         how = f"{plural(count, 'block')} {made}, {cached}" if count else "only copied from"
-        echo(f"document {document.name}, not written: {how}")
+        echo_wrapped(f"document {document.name}, not written: {how}")
         _layer_table(document.plan)
         click.echo()
     _layer_table(plan)
     click.echo()
     if vocabulary := plan.vocabulary:
         counts = plural(vocabulary["tokens"], "token"), plural(vocabulary["rows"], "row")
-        echo(f"tokenizer {vocabulary['tokenizer']}: {', '.join(counts)}")
+        echo_wrapped(f"tokenizer {vocabulary['tokenizer']}: {', '.join(counts)}")
     layers = f"{plan.donor.view.num_layers} -> {plural(plan.num_layers, 'layer')}, {len(plan.new_layers)} new"
     same = "; computes the same function as the base" if plan.function_preserving and not plan.calibration else ""
-    click.echo(f"{layers}{same}")
+    echo_wrapped(f"{layers}{same}")
     old, new = plan.shape.parameters - plan.shape.new_parameters, plan.shape.new_parameters
-    click.echo(f"{format_count(old)} -> {format_count(old + new)} parameters, {format_count(new)} new")
+    echo_wrapped(f"{format_count(old)} -> {format_count(old + new)} parameters, {format_count(new)} new")
     if plan.calibration:
-        echo(str(plan.calibration))
+        echo_wrapped(str(plan.calibration))
     if any(map(quantized_of, plan.models)):
         dtypes = sorted({dtype_name(o.dtype) for _, o in plan.outputs if not o.quantization})
         written = f"{quantized_text(plan.quantized)}, byte for byte" if plan.quantized else "nothing quantised"
-        echo(f"writes {written}; all else in {' and '.join(dtypes)}")
-    click.echo(
+        echo_wrapped(f"writes {written}; all else in {' and '.join(dtypes)}")
+    echo_wrapped(
         f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.bytes_written)} in"
         f" {plural(len(plan.shards), 'file')}; about {format_size(plan.peak_memory)} of memory,"
         f" {format_seconds(plan.seconds)}"
@@ -103,7 +103,7 @@ def show_share(share: Share, out: Path, quiet: bool, as_json: bool) -> None:
         found = ": there are fewer pieces than shares, a smaller --max-shard-size makes more"
     left = f"{share.left} of the output left" if share.left else f"deus-merge finish puts {out} together"
     left = f"{out} is complete" if share.complete else left
-    note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet)
+    note(f"{plural(len(share.made), 'piece')} made{found}; {left}", quiet or as_json)
 
 
 def _layer_table(plan: Plan) -> None:
@@ -114,7 +114,7 @@ def _layer_table(plan: Plan) -> None:
         family = view.family.name if view.family else f"{view.model_type} (by tensor names)"
         role = ", base" if model is plan.donor else ""
         codes = f", {quantized_text(share)}" if (share := quantized_of(model)) else ""
-        echo(f"{letters[i]} = {model.ref}  [{family}, {plural(view.num_layers, 'layer')}{codes}{role}]")
+        echo_wrapped(f"{letters[i]} = {model.ref}  [{family}, {plural(view.num_layers, 'layer')}{codes}{role}]")
     click.echo()
     rows = []
     for _, group in groupby(enumerate(plan.blocks), key=lambda item: _likeness(*item)):

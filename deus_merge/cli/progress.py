@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,8 @@ from ..plan.blocks import BlockPlan
 from ..plan.pieces import pieces, share
 from ..plan.types import Plan
 from ..report.manifest_parts import CalibratedLayer
-from .output import note
+from ..run.events import unheard
+from .output import emit_line, note
 
 INTERVAL = 5.0  # seconds from one line to the next, at least
 SILENCE = 30.0  # seconds after which a step that reports nothing gets a line
@@ -142,8 +143,9 @@ def _bar(total: int) -> Iterator[Callable[[str, float, int], None]]:
 class PlanSteps:
     """The callbacks of `api.merge` that show the progress of a plan's blocks."""
 
-    def __init__(self, shown: Steps, count: int, last: str):
+    def __init__(self, shown: Steps, count: int, last: str, quiet: bool):
         self._steps, self._left, self._last = shown, count, last
+        self.on_layer, self.on_event = layer_notes(quiet), unheard
 
     def on_block(self, block: BlockPlan, resumed: bool) -> None:
         """A block has ended."""
@@ -159,19 +161,51 @@ class PlanSteps:
 
 @contextmanager
 def block_progress(
-    plan: Plan, quiet: bool = False, shard_of: tuple[int, int] | None = None, by: str = "the earlier run"
-) -> Iterator[PlanSteps]:
-    """Yields the callbacks for a plan's blocks.
+    plan: Plan,
+    quiet: bool = False,
+    shard_of: tuple[int, int] | None = None,
+    by: str = "the earlier run",
+    *,
+    as_json: bool = False,
+) -> Iterator[PlanSteps | EventLines]:
+    """Yields the callbacks of `api.merge`.
 
     Args:
         plan: The plan.
         quiet: Whether nothing is shown.
         shard_of: The number of a share and how many there are, where only this one is made.
         by: Who has finished the blocks that are not made now.
+        as_json: Whether events are printed as JSON in place of the progress.
     """
+    if as_json and not quiet:
+        yield EventLines()
+        return
     count = sum(len(piece.blocks) for piece in share(pieces(plan), *shard_of)) if shard_of else len(plan.blocks)
     with steps(count, "block", quiet, by) as shown:
-        yield PlanSteps(shown, count, "calibrating" if plan.calibration and not shard_of else "checking")
+        yield PlanSteps(shown, count, "calibrating" if plan.calibration and not shard_of else "checking", quiet)
+
+
+class EventLines:
+    """The callbacks of `api.merge` that print what happens as JSON, one event a line on stderr: with ``--json``."""
+
+    on_fraction = None
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def on_event(self, event: Mapping[str, object]) -> None:
+        """Print an event."""
+        emit_line({"event": event["event"], "at": round(time.monotonic() - self._began, 3), **event})
+
+    def on_block(self, block: BlockPlan, resumed: bool) -> None:
+        """A block has ended: what this run makes tells of itself."""
+        if resumed:
+            self.on_event({"event": "block found", "block": block.title, "index": block.index})
+
+    def on_layer(self, layer: CalibratedLayer, resumed: bool) -> None:
+        """A layer is calibrated."""
+        losses = {"loss_before": layer.loss_before, "loss_after": layer.loss_after}
+        self.on_event({"event": "layer calibrated", "layer": layer.layer, **losses, "found": resumed})
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def printable(value: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def json_text(data: object, indent: int) -> str:
+def json_text(data: object, indent: int | None = None) -> str:
     """JSON text in which letters of any script are written as they are and unprintable characters are escaped."""
     text = json.dumps(data, indent=indent, ensure_ascii=False)
     if text.replace("\n", "").isprintable():

@@ -27,6 +27,7 @@ from .manifest_parts import (
     Count,
     DocumentRecord,
     Growth,
+    ManifestBlock,
     ManifestLayer,
     ManifestModule,
     ManifestSource,
@@ -79,6 +80,7 @@ class Manifest:
         files: sha256 of each file other than weights, manifest and model card, by its name.
         weights: The safetensors files, by their names.
         warnings: The warnings of the plan.
+        blocks: The blocks of the plan and what their making took its time for; earlier versions did not write it.
         vocabulary: The outcome of the recipe's tokenizer settings, where it has any.
         lineage: The runs that added layers, the oldest first and this one last; missing where this is the first.
         trained: Whether the weights were trained after the run.
@@ -109,6 +111,7 @@ class Manifest:
     files: Mapping[str, str]
     weights: Mapping[str, WeightFile]
     warnings: tuple[str, ...]
+    blocks: tuple[ManifestBlock, ...] = ()
     vocabulary: VocabularyRecord | None = None
     lineage: tuple[Growth, ...] = ()
     trained: bool = False

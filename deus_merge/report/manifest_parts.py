@@ -173,6 +173,35 @@ class Growth:
     trained: bool
 
 
+class BlockSeconds(TypedDict):
+    """What the making of a block took its time for: seconds of all threads that made it, each moment of a thread once.
+
+    Attributes:
+        read: Tensors that were read onto the device, dequantised or adapted, and bytes that came from other machines.
+        computed: Computing: of a processor, the time on it.
+        wrote: Tensors that were written, and copies from file to file, which the kernel reads and writes at once.
+        waited: For what another thread reads or writes, for pages of mapped files, and for a processor that others use.
+    """
+
+    read: float
+    computed: float
+    wrote: float
+    waited: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestBlock:
+    """A block of the plan: what was made as one.
+
+    Attributes:
+        block: Its title: a layer, several layers, embeddings, the head.
+        seconds: What its making took its time for.
+    """
+
+    block: str
+    seconds: BlockSeconds
+
+
 class _RequiredSettings(TypedDict):
     device: str
     threads: Count

@@ -25,8 +25,10 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from .manifest import FORMAT, USER_FILES, Manifest
 from .manifest_parts import (
+    BlockSeconds,
     DocumentRecord,
     Growth,
+    ManifestBlock,
     ManifestLayer,
     ManifestModule,
     ManifestSource,
@@ -41,6 +43,7 @@ def manifest_of(
     plan: Plan,
     files: Mapping[str, bytes],
     diagnostics: Mapping[int, Sequence[Mapping]],
+    times: Mapping[int, BlockSeconds],
     options: Mapping[str, object],
     ancestors: Sequence[Growth] = (),
 ) -> Manifest:
@@ -51,6 +54,7 @@ def manifest_of(
         files: The files other than the weights: name -> bytes. They get a checksum, but for the model card, which is
             the user's to edit.
         diagnostics: By the index of a block: what its method reported about each tensor, as JSON data.
+        times: By the index of a block: what its making took its time for.
         options: Of the run: device, threads, seconds.
         ancestors: Earlier growths of the sources (`lineage.ancestors`).
 
@@ -97,6 +101,7 @@ def manifest_of(
         files={name: sha256(content) for name, content in sorted(files.items()) if name not in USER_FILES},
         weights={s.filename: WeightFile(bytes=s.size, header_sha256=sha256(s.header)) for s in plan.shards},
         warnings=plan.warnings,
+        blocks=tuple(ManifestBlock(block=b.title, seconds=times[b.index]) for b in plan.blocks if b.index in times),
         vocabulary=parse(VocabularyRecord, dict(plan.vocabulary)) if plan.vocabulary else None,
     )
     return replace(manifest, lineage=(*ancestors, manifest.growth)) if ancestors else manifest

@@ -5,28 +5,52 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..checkpoint.shards import ShardWriter
 from ..core.errors import MachineError, PlanError
 from ..core.tensors import Action
+from ..core.typed_json import Misfit, parse
 from ..core.units import ITEMSIZE, format_size
 from ..methods.base import CONCURRENT_OUTPUTS, OutputTensor
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
+from ..report.manifest_parts import BlockSeconds
 from .compute import BlockComputer, Computed, Loaded
 from .device import choose_device
 from .document_results import document_results
 from .quantize import QuantizedWriter
+from .times import COMPUTED, READ, WAITED, WROTE, Stopwatch
 
 if TYPE_CHECKING:
     import torch
 
 #: called when a block begins and while it is made, with the fraction of its elements that is written
 OnFraction = Callable[[BlockPlan, float], None]
+
+
+class BlockRecord(TypedDict):
+    """What the manifest will say of a block: JSON data.
+
+    Attributes:
+        tensors: The diagnostics of its method.
+        seconds: What it took its time for.
+    """
+
+    tensors: Sequence[Mapping[str, Any]]
+    seconds: BlockSeconds
+
+
+def is_record(value: object) -> bool:
+    """Whether a JSON value is a `BlockRecord`."""
+    try:
+        parse(BlockRecord, value)
+    except Misfit:
+        return False
+    return True
 
 
 def run_blocks(
@@ -37,7 +61,7 @@ def run_blocks(
     device: torch.device | str | None,
     seed: int = 0,
     max_memory: int | None = None,
-    on_block: Callable[[BlockPlan, list[dict]], None] = lambda block, diagnostics: None,
+    on_block: Callable[[BlockPlan, BlockRecord], None] = lambda block, record: None,
     on_fraction: OnFraction | None = None,
 ) -> None:
     """Make blocks of a plan and write their tensors.
@@ -54,7 +78,7 @@ def run_blocks(
         device: Where the arithmetic is done, or its name; None when these blocks only copy.
         seed: For methods that draw random numbers.
         max_memory: Bytes that the process may take; None for no limit.
-        on_block: Called after each block, when all its tensors are written, with its diagnostics as JSON data.
+        on_block: Called after each block, when all its tensors are written, with what the manifest says of it.
         on_fraction: Called when a block begins and after each write, with the fraction of the block's elements that is
             written. Calls come from several threads.
 
@@ -71,8 +95,8 @@ def run_blocks(
         runner = _BlockRunner(plan, blocks, writer, device, seed, max_memory, stack, on_fraction)
         for block in blocks:
             with _memory_errors(block):
-                diagnostics = runner.run(block)
-            on_block(block, diagnostics)
+                record = runner.run(block)
+            on_block(block, record)
 
 
 def _checked_blocks(plan: Plan, indices: Iterable[int], writer: ShardWriter) -> list[BlockPlan]:
@@ -117,28 +141,37 @@ class _BlockRunner:
         self._map = _parallel_map(stack) if device and device.type == "cpu" else None
         self._writing: Future | None = None
         self._upcoming = iter([block for block in blocks if block.computes])
+        on_processor = device is not None and device.type == "cpu"
+        self._watches = {block.index: Stopwatch(on_processor) for block in blocks}
         self._loading = self._read_ahead()
 
-    def run(self, block: BlockPlan) -> list[dict]:
+    def run(self, block: BlockPlan) -> BlockRecord:
         """Make one block.
 
         Returns:
-            The diagnostics of its method, and of documents' blocks that were computed for it.
+            Its times, and the diagnostics of its method and of documents' blocks that were computed for it.
         """
         self._written = _fraction_counter(block, self._on_fraction)
+        self._watch = self._watches[block.index]
+        diagnostics = self._make(block)
+        for result in self._results.values():
+            diagnostics += result.take_diagnostics()
+        return {"tensors": diagnostics, "seconds": self._watch.seconds}
+
+    def _make(self, block: BlockPlan) -> list[dict]:
         copies = [(t.name, t.stored) for o in block.outputs for t in o.written if t.stored is not None]
-        if copies:
-            self._writer.copy_many(copies)
-        for output in block.outputs:
-            if output.action is Action.ZEROS and output.quantization:
-                self._quantized.zeros(output)
-            elif output.action is Action.ZEROS:
-                self._writer.zeros(output.name)
+        for kind, remote in ((READ, True), (WROTE, False)):  # from another machine, they are written as they come
+            if found := [pair for pair in copies if (pair[1].remote is not None) is remote]:
+                with self._watch.during(kind):
+                    self._writer.copy_many(found)
+        with self._watch.during(WROTE):
+            self._zeros(block)
         constant = (Action.COPY, Action.ZEROS)
         self._written(sum(math.prod(output.shape) for output in block.outputs if output.action in constant))
         diagnostics: list[dict] = []
         if block.computes:
-            diagnostics += self._computer.scale_warnings(block)
+            with self._watch.during(READ):
+                diagnostics += self._computer.scale_warnings(block)
             loaded = self._loaded()
             independent = self._computer.independent_outputs(block) if self._map else []
             computing = (
@@ -146,22 +179,30 @@ class _BlockRunner:
                 if independent
                 else self._computer.compute(block, diagnostics, loaded)
             )
-            for computed in computing:
+            for computed in self._watch.each(COMPUTED, computing):
                 self._write_behind(computed)
             self._await_write()
             diagnostics += self._compute_independent(block, independent, loaded)
-        for result in self._results.values():
-            diagnostics += result.take_diagnostics()
         return diagnostics
+
+    def _zeros(self, block: BlockPlan) -> None:
+        for output in block.outputs:
+            if output.action is Action.ZEROS and output.quantization:
+                self._quantized.zeros(output)
+            elif output.action is Action.ZEROS:
+                self._writer.zeros(output.name)
 
     def _compute_independent(self, block: BlockPlan, outputs: Sequence[OutputTensor], loaded: Loaded) -> list[dict]:
         """Compute outputs that do not depend on each other, a thread each. A single one, too: runs are so short that
         threads that shared them would mostly wait for each other."""
 
+        watch = self._watch
+
         def one(output: OutputTensor) -> list[dict]:
             diagnostics: list[dict] = []
-            for computed in self._computer.merge_outputs(block, diagnostics, loaded, only=output):
-                self._write(computed)
+            merged = self._computer.merge_outputs(block, diagnostics, loaded, only=output)
+            for computed in watch.each(COMPUTED, merged):
+                self._write(computed, watch)
             return diagnostics
 
         if not outputs or self._map is None:
@@ -171,9 +212,13 @@ class _BlockRunner:
     def _write_behind(self, computed: Computed) -> None:
         """Hand to the writing thread; at most one tensor waits, so that memory stays bounded."""
         self._await_write()
-        self._writing = self._behind.submit(self._write, computed)
+        self._writing = self._behind.submit(self._write, computed, self._watch)
 
-    def _write(self, computed: Computed) -> None:
+    def _write(self, computed: Computed, watch: Stopwatch) -> None:
+        with watch.during(WROTE):
+            self._write_now(computed)
+
+    def _write_now(self, computed: Computed) -> None:
         import torch
 
         output, chunk = computed
@@ -190,17 +235,23 @@ class _BlockRunner:
     def _await_write(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            with self._watch.during(WAITED):
+                writing.result()
 
     def _read_ahead(self) -> Future[Loaded] | None:
         """Begin with the next block that computes something."""
         block = next(self._upcoming, None)
-        return self._ahead.submit(self._computer.load, block) if block else None
+        return self._ahead.submit(self._load, block) if block else None
+
+    def _load(self, block: BlockPlan) -> Loaded:
+        with self._watches[block.index].during(READ):
+            return self._computer.load(block)
 
     def _loaded(self) -> Loaded:
         loading = self._loading
         assert loading is not None
-        loaded = loading.result()
+        with self._watch.during(WAITED):
+            loaded = loading.result()
         self._loading = self._read_ahead()
         return loaded
 

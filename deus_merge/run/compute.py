@@ -22,6 +22,7 @@ from ..plan.blocks import CAST_BYTES, BlockPlan
 from ..plan.documents import inputs_read
 from ..plan.types import Plan
 from .aligned import merge_aligned
+from .times import READ, during
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,9 @@ class BlockComputer:
                 continue
             stored, source = output.stored, self.source(block, output.source)
             if not stored.shape:
-                yield output, _finish(output, OutputChunk(output.role, source.read(stored.name)))
+                with during(READ):
+                    values = source.read(stored.name)
+                yield output, _finish(output, OutputChunk(output.role, values))
                 continue
             row_bytes = max(stored.nbytes // max(1, stored.shape[0]), tensor_bytes("F32", stored.shape[1:]))
             rows = max(1, (_DEQUANTIZED_BYTES if stored.quantization else CAST_BYTES) // max(1, row_bytes))
@@ -181,7 +184,17 @@ def _finish(output: OutputTensor, chunk: OutputChunk) -> OutputChunk:
 
 
 def _rows(source: TensorSource, stored: StoredTensor) -> Callable[[int, int], torch.Tensor]:
-    """A function that gives rows of a tensor, as `TensorSource.slice` does."""
+    """A function that gives rows of a tensor, as `TensorSource.slice` does, and counts its time as reading."""
+    rows = _row_reader(source, stored)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        with during(READ):
+            return rows(start, stop)
+
+    return read
+
+
+def _row_reader(source: TensorSource, stored: StoredTensor) -> Callable[[int, int], torch.Tensor]:
     if stored.quantization and isinstance(source, PermutedCheckpoint):
         source = source.givers(stored.name)[0]
     if stored.quantization and isinstance(source, DequantizedSource):
@@ -200,8 +213,9 @@ class _BlockInputs:
     def read(self, role: str, source: int) -> torch.Tensor:
         if (role, source) in self._loaded:
             return self._loaded.pop((role, source))
-        stored = self._computer.source(self._block, source).read(self._inputs[role][source].name)
-        return stored.to(self._computer.device)
+        with during(READ):
+            stored = self._computer.source(self._block, source).read(self._inputs[role][source].name)
+            return stored.to(self._computer.device)
 
     def flat(self, role: str, source: int) -> FlatTensor:
         checkpoint, stored = self._computer.source(self._block, source), self._inputs[role][source]

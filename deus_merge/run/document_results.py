@@ -15,6 +15,7 @@ from ..core.units import torch_dtype
 from ..plan.documents import PlannedResult, inputs_read
 from ..plan.types import Plan
 from .compute import BlockComputer, Computed
+from .times import COMPUTED, during
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,8 @@ class DocumentResult:
             self._blocks[block.index] = _PartialBlock(self._computer.compute(block, self._diagnostics))
         self._blocks.move_to_end(block.index)
         try:
-            return self._blocks[block.index].tensor(name)
+            with during(COMPUTED):  # though it is read
+                return self._blocks[block.index].tensor(name)
         except DeusMergeError as error:
             error.where = f"{self._planned.where}: {error.where}" if error.where else self._planned.where
             raise

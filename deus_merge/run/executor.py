@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
@@ -18,16 +19,22 @@ from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
 from ..recipe.references import ORIGINAL
 from ..recipe.writer import as_written, dump_recipe
+from ..report.block_times import total_seconds
 from ..report.known_sources import remember
 from ..report.lineage import ancestors
 from ..report.manifest import MANIFEST, RECIPE, Manifest, read_manifest
-from ..report.manifest_parts import Calibration, Growth
+from ..report.manifest_parts import BlockSeconds, Calibration, Growth
 from ..report.model_card import model_card
 from ..report.plan_manifest import manifest_of, plan_sources
 from ..report.shareable import shared_path, shared_recipe
 from ..verify import Verification, verify
+from .block_runner import BlockRecord, is_record
 from .engines import FinishedPieces, Job, OnFraction, engine_of
+from .events import OnEvent, unheard
 from .preflight import Calibrator, RunOptions, preflight, processes_of
+
+#: what methods reported, by the index of the block
+Diagnostics = Mapping[int, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,13 @@ class Outcome:
         verification: The result of the checks; None if they were switched off.
         warnings: All warnings.
         calibration: The record of the calibration; None where the plan has none.
+        times: What its blocks took their time for, all together; None where the output was there already.
     """
 
     verification: Verification | None
     warnings: tuple[str, ...]
     calibration: Calibration | None = None
+    times: BlockSeconds | None = None
 
 
 def execute(
@@ -53,6 +62,7 @@ def execute(
     calibrator: Calibrator | None = None,
     made: FinishedPieces | None = None,
     on_fraction: OnFraction | None = None,
+    on_event: OnEvent = unheard,
 ) -> Outcome:
     """Carry out a plan.
 
@@ -64,6 +74,7 @@ def execute(
         calibrator: What calibrates the output, where the plan has a calibration.
         made: The finished pieces of all blocks, where workers have made them.
         on_fraction: As for `run_blocks`.
+        on_event: Called when a block begins and ends, and with what happens to workers.
 
     Returns:
         The verification, all warnings, and the record of the calibration.
@@ -85,27 +96,30 @@ def execute(
     past, unknown_past = ancestors(plan)
     with _resume_hints(output), output:
         writer = output.shards(plan.shards, made.files if made else {}, link=calibrator is None)
-        diagnostics = {int(index): line["tensors"] for index, line in output.finished.items() if index.isdigit()}
-        missing = [block.index for block in plan.blocks if block.index not in diagnostics]
+        earlier = ((index, r) for index, r in output.finished.items() if index.isdigit() and is_record(r))
+        records: dict[int, Any] = {int(index): record for index, record in earlier}
+        missing = [block.index for block in plan.blocks if block.index not in records]
         for block in plan.blocks:
-            if block.index in diagnostics:
+            if block.index in records:
                 on_block(block, True)
 
-        def finished(block: BlockPlan, lines: list[dict]) -> None:
-            diagnostics[block.index] = lines
-            output.record(str(block.index), {"tensors": lines})
+        def finished(block: BlockPlan, record: BlockRecord) -> None:
+            records[block.index] = record
+            output.record(str(block.index), record)
             on_block(block, made is not None)
 
         device = str(ready.device) if ready.device else None
-        job = Job(plan, missing, writer, device, options.seed, ready.threads, options.max_memory, on_fraction)
+        limits = ready.threads, options.max_memory
+        job = Job(plan, missing, writer, device, options.seed, *limits, on_fraction, on_event)
         with _unchanged_sources(plan):
             (made or engine_of(processes_of(options))).run(job, finished)
-        diagnostics = dict(sorted(diagnostics.items()))
+        diagnostics = {index: record["tensors"] for index, record in sorted(records.items())}
+        times = {index: record["seconds"] for index, record in records.items()}
         output.flush(wait=False)  # while the result is checked
         seconds = time.monotonic() - began + (made.seconds if made else 0.0)
         run_record = ready.run_record | {"seconds": round(seconds, 3)}
         files = _write_files(plan, output, past, options)
-        manifest = manifest_of(plan, files, diagnostics, run_record, past)
+        manifest = manifest_of(plan, files, diagnostics, times, run_record, past)
         if made:
             manifest = replace(manifest, warnings=(*manifest.warnings, *made.warnings))
         if calibrator is not None:
@@ -131,7 +145,7 @@ def execute(
         *_convergence(plan, diagnostics),
         *_scale_warnings(diagnostics),
     )
-    return Outcome(verification, warnings, manifest.calibration)
+    return Outcome(verification, warnings, manifest.calibration, total_seconds(manifest.blocks))
 
 
 def passed(verification: Verification, out: Path, hint: str) -> Verification:
@@ -214,13 +228,13 @@ def _calibrated(manifest: Manifest) -> frozenset[str]:
     return frozenset(name for layer in layers for name in layer.tensors)
 
 
-def _scale_warnings(diagnostics: Mapping[int, list[dict]]) -> tuple[str, ...]:
+def _scale_warnings(diagnostics: Diagnostics) -> tuple[str, ...]:
     """One warning for all scales that hold zeros."""
     texts = list(dict.fromkeys(d["warning"] for lines in diagnostics.values() for d in lines if "warning" in d))
     return (some_of(texts, 3),) if texts else ()
 
 
-def _convergence(plan: Plan, diagnostics: Mapping[int, list[dict]]) -> tuple[str, ...]:
+def _convergence(plan: Plan, diagnostics: Diagnostics) -> tuple[str, ...]:
     """One warning for all plans that missed their tolerance."""
     missed = [d for lines in diagnostics.values() for d in lines if d.get("converged") is False]
     if not missed:

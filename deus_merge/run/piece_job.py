@@ -17,7 +17,9 @@ from ..plan.blocks import BlockPlan
 from ..plan.pieces import Piece
 from ..plan.types import Plan
 from ..verify.weights import TensorCheck, examine
+from .block_runner import BlockRecord, is_record
 from .engines import Job, OnFraction, engine_of
+from .events import OnEvent, unheard
 from .preflight import RunOptions, check_apart, check_memory, computing, is_complete, processes_of, run_identity
 
 #: called after each block, with whether it was finished already
@@ -62,7 +64,11 @@ class PieceJob:
                 checked_identity([record.identity, self.identity], mixed_machines, self.store.folder)
 
     def make(
-        self, piece: Piece, on_block: OnBlock = lambda block, resumed: None, on_fraction: OnFraction | None = None
+        self,
+        piece: Piece,
+        on_block: OnBlock = lambda block, resumed: None,
+        on_fraction: OnFraction | None = None,
+        on_event: OnEvent = unheard,
     ) -> bool:
         """Make a piece, unless it is finished.
 
@@ -70,6 +76,7 @@ class PieceJob:
             piece: The piece.
             on_block: Called after each block, with whether it was finished already.
             on_fraction: As for `run_blocks`.
+            on_event: Called with what happens.
 
         Returns:
             Whether it was made.
@@ -80,22 +87,25 @@ class PieceJob:
         if self.complete or finished_piece(self.store, piece):
             for block in piece.blocks:
                 on_block(block, True)
+            on_event(about(piece, "piece found"))
             return False
+        on_event(about(piece, "piece started"))
         try:
-            self._make(piece, on_block, on_fraction)
+            self._make(piece, on_block, on_fraction, on_event)
         except DeusMergeError:
             # others may have made this piece, too, and finished the output
             overwrite = self.options.overwrite
             self.complete = not overwrite and is_complete(self.plan, self.store.out, self._run_record)
             if not self.complete:
                 raise
+        on_event(about(piece, "piece done"))
         return True
 
-    def _make(self, piece: Piece, on_block: OnBlock, on_fraction: OnFraction | None) -> None:
+    def _make(self, piece: Piece, on_block: OnBlock, on_fraction: OnFraction | None, on_event: OnEvent) -> None:
         began, blocks = time.monotonic(), {}
 
-        def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
-            blocks[str(block.index)] = diagnostics
+        def finished(block: BlockPlan, told: BlockRecord) -> None:
+            blocks[str(block.index)] = told
             on_block(block, False)
 
         with self.store.attempt(piece.name) as folder:
@@ -104,7 +114,7 @@ class PieceJob:
                 indices = [block.index for block in piece.blocks]
                 options = self.options
                 limits = self.threads, options.max_memory
-                job = Job(self.plan, indices, writer, self.device, options.seed, *limits, on_fraction)
+                job = Job(self.plan, indices, writer, self.device, options.seed, *limits, on_fraction, on_event)
                 engine_of(processes_of(options)).run(job, finished)
             finally:
                 writer.close()
@@ -120,8 +130,14 @@ class PieceJob:
                 checksums={name: result.checksum for name, result in results.items()},
                 blocks=blocks,
                 seconds=round(time.monotonic() - began, 3),
+                received=writer.received,
             )
             self.store.finish(record)
+
+
+def about(piece: Piece, event: str, **more: object) -> dict[str, object]:
+    """An event of a piece."""
+    return {"event": event, "piece": piece.name, "blocks": [block.title for block in piece.blocks], **more}
 
 
 def _written(piece: Piece, folder: Path) -> Iterator[StoredTensor]:
@@ -141,7 +157,7 @@ def finished_piece(store: PieceStore, piece: Piece) -> PieceRecord | None:
         dict(record.files) == {shard.filename: shard.size for shard in piece.shards}
         and record.checksums.keys() == {name for shard in piece.shards for name in shard.tensors}
         and record.blocks.keys() == {str(block.index) for block in piece.blocks}
-        and all(isinstance(lines, list) and all(isinstance(x, dict) for x in lines) for lines in record.blocks.values())
+        and all(map(is_record, record.blocks.values()))
         and {"device", "threads", "seed", "sources"} <= record.identity.keys()
     )
     return record if fits else None

@@ -22,6 +22,7 @@ from ..report.manifest import read_manifest
 from ..verify import verify
 from .engines import FinishedPieces, OnFraction
 from .engines.finished_pieces import run_record_of
+from .events import OnEvent, unheard
 from .executor import Outcome, execute, passed
 from .piece_job import OnBlock, PieceJob, checked_identity, finished_piece, source_states
 from .preflight import Calibrator, RunOptions, is_complete
@@ -56,6 +57,7 @@ def make_share(
     mixed_machines: bool = False,
     on_block: OnBlock = lambda block, resumed: None,
     on_fraction: OnFraction | None = None,
+    on_event: OnEvent = unheard,
 ) -> Share:
     """Make one share of the pieces of an output, those that are not finished.
 
@@ -68,6 +70,7 @@ def make_share(
         mixed_machines: Go on where finished pieces come from machines that round differently.
         on_block: Called after each block, with whether it was finished already.
         on_fraction: As for `run_blocks`.
+        on_event: Called with what happens.
 
     Raises:
         DeusMergeError: the run is impossible; a tensor cannot be read, merged or written; there are finished pieces of
@@ -76,7 +79,7 @@ def make_share(
     found = pieces(plan)
     mine = share(found, number, total)
     job = PieceJob(plan, out, options, mixed_machines=mixed_machines)
-    fresh = {piece.name: job.make(piece, on_block, on_fraction) for piece in mine}
+    fresh = {piece.name: job.make(piece, on_block, on_fraction, on_event) for piece in mine}
     left = 0 if job.complete else sum(finished_piece(job.store, piece) is None for piece in found)
     made, earlier = (tuple(piece for piece in mine if fresh[piece.name] is new) for new in (True, False))
     return Share(made, earlier, left, plan.warnings + job.warnings, job.complete)
@@ -188,9 +191,10 @@ def _finished(
     identity, warnings = checked_identity([record.identity for record in done], mixed_machines, store.folder)
     return FinishedPieces(
         files={name: path for record in done for name, path in store.files(record).items()},
-        blocks={int(index): list(lines) for record in done for index, lines in record.blocks.items()},
+        blocks={int(index): told for record in done for index, told in record.blocks.items()},
         checksums={name: checksum for record in done for name, checksum in record.checksums.items()},
         identity=identity,
         seconds=sum(record.seconds for record in done),
         warnings=warnings,
+        received={name: digest for record in done for name, digest in record.received.items()},
     )

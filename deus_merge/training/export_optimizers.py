@@ -27,7 +27,7 @@ from ..core.tensors import Action
 from ..models.view import view_model
 from ..report.manifest import Manifest
 from .freeze import new_names
-from .optimizers import check_kind, check_rates
+from .optimizers import check_kind, check_rates, without_zeros
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")  # transformers makes one tensor of all
 
@@ -99,6 +99,8 @@ def for_axolotl(wanted: OptimizerSettings, out: Path, manifest: Manifest) -> Exp
     if wanted.output_ratio == 1:
         return Exported(settings)
     zeroed = [name for name in new if manifest.model_tensors[name].action is Action.ZEROS]
+    if not zeroed:
+        return Exported(settings, (f"# {without_zeros(manifest, wanted.output_ratio)}",))
     weights = [name for name in zeroed if len(manifest.model_tensors[name].shape or ()) > 1]
     if numbered := next(filter(_EXPERT.search, weights), None):
         raise _refused("axolotl", "the name of this tensor in a loaded model is not known", numbered)

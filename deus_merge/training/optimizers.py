@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import TrainingError, nearest
+from ..report.manifest import Manifest
 from .freeze import optimizer_groups, read_training
 from .names import parameters_of
 
@@ -47,6 +49,7 @@ def optimizer(
         lr: The learning rate; `find_lr` suggests one.
         kind: ``adamw`` or ``muon``.
         output_ratio: The learning rate of what began as zeros, in units of ``lr``. 1 to 4 are worth a try; see LoRA+.
+            Where nothing is zero, as after a calibration, it has no effect, and a warning says so.
         zeroed_lr: That learning rate itself, in place of ``output_ratio``: as for `optimizer_groups`.
         weight_decay: The weight decay of matrices, decoupled; norms and biases have none.
         betas, eps: Of AdamW.
@@ -76,6 +79,8 @@ def optimizer(
     groups = optimizer_groups(
         model, path, lr=lr, zeroed_lr=lr * output_ratio if zeroed_lr is None else zeroed_lr, weight_decay=weight_decay
     )
+    if output_ratio != 1.0 and not any(group["name"].startswith("zeroed") for group in groups):
+        warnings.warn(without_zeros(read_training(path), output_ratio), stacklevel=2)
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
     if kind == "adamw":
         return torch.optim.AdamW(_ordered(groups), weight_decay=weight_decay, **settings)
@@ -94,6 +99,12 @@ def optimizer(
             name = f"{group['name']} by AdamW" if by_muon else group["name"]
             parted.append(group | {"params": rest, "algorithm": "adamw", "name": name})
     return MuonAdamW(_ordered(parted), matrices, momentum=momentum, **settings)
+
+
+def without_zeros(manifest: Manifest, output_ratio: float) -> str:
+    """What to say of a ratio for an output where nothing that trains is zero."""
+    why = "calibration has set what began as zeros" if manifest.calibration else "nothing that trains began as zeros"
+    return f"output_ratio {output_ratio:g} has no effect, everything trains at lr: {why}"
 
 
 def check_kind(kind: str) -> str:

@@ -12,7 +12,9 @@ from ..checkpoint.reader import TensorSource
 from ..core.errors import DeusMergeError, PlanError, VerifyError, nearest, printable
 from ..core.tables import html_titled
 from ..core.text import plural, some_of
+from ..core.urls import is_url, public_url
 from ..report.manifest import Manifest, read_manifest
+from ..report.manifest_parts import ManifestSource
 from .checks import CHECKS, CheckResult, Output, Skipped
 
 __all__ = ["Check", "Verification", "verify"]
@@ -103,7 +105,8 @@ def verify(
         quick: Leave out finite values and the checks that need transformers.
         logits_text: Also run base and output over this text in float32 and compare their logits.
         strict: Count a skipped check as failed.
-        places: Folders of sources that the manifest does not name, or that have moved, by the ``model`` of the source.
+        places: Folders, or addresses like ``s3://bucket/model``, of sources that the manifest does not name, or that
+            have moved, by the ``model`` of the source.
         manifest: The manifest of an output that has none yet: the checksums of its tensors are computed, not compared.
         sources: With ``manifest``: the models it was made from.
         received: With ``sources``: XXH3-128, in hex, of the bytes that were copied from other machines, by the name of
@@ -155,20 +158,28 @@ def _placed(manifest: Manifest, places: Mapping[str, str | Path]) -> Manifest:
     Raises:
         PlanError: one is no source.
     """
-    names = [source.model for source in manifest.sources if source.folder is not None]
+    names = [source.model for source in manifest.sources if source.folder is not None or source.url is not None]
     for name in places:
         if name not in names:
             raise PlanError(
                 "the output has no such source",
                 where=f"source {name}",
-                expected=" | ".join(names) or "nothing: no source is a folder of this machine",
+                expected=" | ".join(names) or "nothing: no source has files of its own",
                 got=name,
                 hint=nearest(name, names),
             )
-    sources = (
-        replace(s, folder=os.path.abspath(places[s.model])) if s.model in places else s for s in manifest.sources
-    )
-    return replace(manifest, sources=tuple(sources))
+
+    def placed(source: ManifestSource) -> ManifestSource:
+        place = places.get(source.model)
+        if place is None:
+            return source
+        if isinstance(place, str) and is_url(place):
+            same = source.url is not None and source.url == public_url(place)
+            etags = source.etags if same else None  # elsewhere the same file has another one
+            return replace(source, folder=None, url=place, revision=None, etags=etags)
+        return replace(source, folder=os.path.abspath(place))
+
+    return replace(manifest, sources=tuple(map(placed, manifest.sources)))
 
 
 def _run(check: Callable[[Output], CheckResult], output: Output) -> CheckResult:

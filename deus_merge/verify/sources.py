@@ -12,6 +12,7 @@ from ..checkpoint.hub import PRIVATE
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..checkpoint.storage import LoadOptions, open_source
 from ..core.errors import DeusMergeError
+from ..core.urls import public_url
 from ..models.built import state_depth
 from ..report.manifest import Manifest
 from ..report.manifest_parts import ManifestSource
@@ -23,7 +24,7 @@ def reopened(manifest: Manifest, quick: bool) -> list[TensorSource | str]:
     options = LoadOptions(stream=True)
     for source in manifest.sources:
         if source.url is not None and source.folder is None:  # not one that is somewhere else now
-            found.append(f"{source.url} is not read with --quick" if quick else _reopened_remote(source, options))
+            found.append(f"{_address(source)} is not read with --quick" if quick else _remote(source, options))
             continue
         if source.folder is None:
             found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
@@ -42,21 +43,27 @@ def reopened(manifest: Manifest, quick: bool) -> list[TensorSource | str]:
     return found
 
 
-def _reopened_remote(source: ManifestSource, options: LoadOptions) -> TensorSource | str:
+def _address(source: ManifestSource) -> str:
+    """The address of a source elsewhere, without the secrets that ``--source`` may have given it."""
+    assert source.url is not None
+    return public_url(source.url)
+
+
+def _remote(source: ManifestSource, options: LoadOptions) -> TensorSource | str:
     """A model on another machine, as it is stored; the reason where it is not what it was."""
     assert source.url is not None
     repository = "/".join(source.url.split("/")[-2:])
     try:
         opened = open_source(f"{repository}@{source.revision}" if source.revision else source.url, options)
     except DeusMergeError as error:
-        return f"source {source.url} cannot be read: {error.message}"
+        return f"source {_address(source)} cannot be read: {error.message}; {_how(source)}"
     stored = opened.stored if isinstance(opened, DequantizedSource) else opened
-    same = stored.fingerprint == source.fingerprint and stored.provenance.get("etags") == source.etags
-    return stored if same else f"source {source.url} has changed since"
+    same = stored.fingerprint == source.fingerprint and source.etags in (None, stored.provenance.get("etags"))
+    return stored if same else f"source {_address(source)} has changed since"
 
 
 def _how(source: ManifestSource) -> str:
-    return f"--source {shlex.quote(source.model)}=FOLDER says where it is"
+    return f"--source {shlex.quote(source.model)}=PLACE says where it is"
 
 
 def changed_source(opened: Sequence[TensorSource | str], manifest: Manifest) -> str | None:

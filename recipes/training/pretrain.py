@@ -8,7 +8,7 @@ hub (org/name, or org/name:config). Documents are joined, with the end token bet
 --length tokens; one document in twenty is held out. The data is read again and again, in another order, until --steps
 updates are made.
 
-For one GPU (or a CPU, in minutes for a small model); needs pip install ".[train]". --resume goes on after an
+For one GPU (or a CPU, in minutes for a small model); needs pip install "deus-merge[train]". --resume goes on after an
 interruption, with the same losses as without one. The result is an ordinary model: it runs in transformers,
 `deus-merge upscale` can make it deeper, `deus-merge strip` removes the new layers, and sft.py trains it further.
 """

@@ -9,7 +9,7 @@ completion to learn and the others are its prompt, joined by the model's chat te
 
 Only the new layers train. LLaMA-Pro's authors fine-tune all layers after the continued pre-training of the new ones:
 --all-layers, with a rate of about 2e-5. For one GPU (or a CPU, in minutes for a small model); needs Python 3.11 and
-pip install ".[train]".
+pip install "deus-merge[train]".
 """
 
 from __future__ import annotations

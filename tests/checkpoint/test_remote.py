@@ -148,10 +148,16 @@ def test_the_bytes_of_a_local_run(run, server, local, tmp_path, name):
     assert len(source["etags"]) == 4 and all(re.fullmatch('"[0-9a-f]{40}"', tag) for tag in source["etags"].values())
 
 
-def test_nothing_is_fetched_twice_for_copies_and_their_verification(run, server, models, tmp_path):
-    """Copies are checked by the checksums of what came, not by reading the source again."""
+@pytest.mark.parametrize("shares", [0, 2])
+def test_nothing_is_fetched_twice_for_copies_and_their_verification(run, server, models, tmp_path, shares):
+    """Copies are checked by the checksums of what came, not by reading the source again; in shares, too."""
     text = RECIPES["passthrough"].replace("[1, 4]", "[3, 4]")
-    run("merge", written(text, server.url, tmp_path), tmp_path / "out")
+    plan = api.plan(str(written(text, server.url, tmp_path)), max_shard_size=100_000)
+    for number in range(shares):
+        api.make_share(plan, tmp_path / "out", number + 1, shares)
+    result = (api.finish if shares else api.merge)(plan, tmp_path / "out")
+    copied = next(check for check in result.verification.checks if check.name == "copied tensors")
+    assert copied.passed is True
     size = sum(p.stat().st_size for p in (models / "base").glob("*.safetensors"))
     headers = [asked for asked in server.ranges if not asked.of_tensors]
     fetched = sum(asked.end - asked.begin for asked in server.ranges if asked.of_tensors)
@@ -354,6 +360,24 @@ def test_verify_reads_the_source_again_unless_quick(run, server, local, tmp_path
     changed = {check["name"]: check for check in run("verify", out, "--json").json()["checks"]}
     assert changed["copied tensors"]["passed"] is None
     assert f"source {server.url}/base has changed since" in changed["copied tensors"]["detail"]
+
+
+def test_verify_takes_addresses(run, server, local, tmp_path, models):
+    """Of a source that was local, and of one that has moved; signatures are not shown."""
+    out, (there, _) = tmp_path / "out", local("passthrough")
+    run("merge", written(RECIPES["passthrough"], server.url, tmp_path), out)
+    place = f"{server.url}/base?signature=a=b&{SECRET}"
+    for folder, name in ((out, f"{server.url}/base"), (there, "base")):
+        server.requests.clear()
+        done = run("verify", folder, "--json", "--source", f"{name}={place}")
+        found = next(check for check in done.json()["checks"] if check["name"] == "copied tensors")
+        assert found["passed"] is True and server.ranges and SECRET not in done.out + done.err
+        told = run("verify", folder, "--quick", "--source", f"{name}={place}").out
+        assert "is not read with --quick" in " ".join(told.split()) and SECRET not in told
+    other = run("verify", out, "--json", "--source", f"{server.url}/base={models}/base").json()["checks"]
+    assert next(check for check in other if check["name"] == "copied tensors")["passed"] is True
+    wrong = run("verify", there, "--source", f"base={server.url}/missing?{SECRET}")
+    assert "cannot be read" in wrong.out and SECRET not in wrong.out
 
 
 def test_a_changed_output_is_found_by_the_checksums_that_came(server, tmp_path, models):

@@ -106,10 +106,22 @@ def test_one_of_anything_is_no_plural(run, tmp_path):
 # widths ---------------------------------------------------------------------------------------------------------------
 
 
+LONG = """
+name: a-very-long-name-of-a-document-that-nobody-would-ever-give
+merge_method: linear
+models: [{model: tiny, parameters: {weight: 0.5}}, {model: tiny, parameters: {weight: 0.5}}]
+---
+base_model: a-very-long-name-of-a-document-that-nobody-would-ever-give
+upscale: {preset: copy_next}
+calibrate: {text: a text with a long name for the calibration.txt}
+"""
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("plan", "opt_deus", "--model", "tiny"),
+        ("plan", "long.yml"),
         ("inspect", "tiny", "--similarity"),
         ("recipes",),
         ("methods",),
@@ -121,6 +133,8 @@ def test_one_of_anything_is_no_plural(run, tmp_path):
 def test_everything_fits_80_columns(run, tiny, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(tiny)
+    (tmp_path / "long.yml").write_text(LONG)
+    (tmp_path / "a text with a long name for the calibration.txt").write_text("words " * 9999)
     monkeypatch.setenv("COLUMNS", "80")
     lines = run(*arguments).out.splitlines()
     assert len(lines) > 5 and max(map(len, lines)) <= 80
@@ -134,7 +148,7 @@ def test_everything_fits_80_columns(run, tiny, tmp_path, monkeypatch, arguments)
 
 def test_without_a_terminal_a_short_run_prints_its_result_only(run, tiny, tmp_path):
     assert re.fullmatch(
-        r"\S+: 6 -> 9 layers in [\d.]+ s, 7 checks passed\nnext:\n(  [a-z]+ .*\n){4}",
+        r"\S+: 6 -> 9 layers in [\d.]+ s, 7 checks passed\nread .*: \w+ bounds this run\nnext:\n(  [a-z]+ .*\n){4}",
         run("upscale", tiny, tmp_path / "out").err,
     )
     done = run("verify", tmp_path / "out", "--quick")
@@ -153,7 +167,7 @@ def test_lines_have_the_blocks_own_time_and_its_fraction(run, tiny, tmp_path, mo
     if workers == 1:
         fractions = [int(match[1]) for x in lines if (match := re.search(r"layer 3: (\d+)% in", x))]
         assert len(fractions) > 3 and fractions == sorted(fractions) and fractions[0] > 0 and fractions[-1] < 100
-    assert lines[lines.index("next:") - 1].endswith("7 checks passed")
+    assert lines[lines.index("next:") - 2].endswith("7 checks passed")
 
 
 def test_lines_come_every_few_seconds(monkeypatch, capsys):
@@ -217,8 +231,8 @@ def test_a_bar_on_a_terminal(tiny, tmp_path):
     plain = [re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", frame).strip("\n") for frame in frames]
     assert frames and all(len(line) <= 80 for frame in plain for line in frame.splitlines())
     assert any("layer" in frame and "/11" in frame for frame in plain)
-    last = text.replace("\r", "").partition("\nnext:")[0].split("\n")[-1]
-    assert "9 layers in" in last and "━" not in last
+    last = text.replace("\r", "").partition("\nnext:")[0].split("\n")[-2:]
+    assert "9 layers in" in last[0] and "bounds this run" in last[1] and "━" not in "".join(last)
     assert "━" not in on_terminal("verify", tmp_path / "out", "--quick", TERM="dumb")
 
 

@@ -38,15 +38,27 @@ def test_shares_and_what_they_say(run, place):
     told = second.json()
     assert told["left"] == 0 and len(told["made"]) > 1 and told["found"] == [] and second.err == ""
     assert "deus-merge finish puts out together" in run("merge", *COMMON, "--shard-of", "1/1").err
+    found = events(run("merge", *COMMON, "--shard-of", "1/1", "--json").err)
+    assert {event["event"] for event in found} == {"block found", "piece found"}
     done = run("finish", *COMMON, "--json")
     assert done.json()["verification"]["passed"] and done.json()["num_layers"] == 9
     assert sorted(os.listdir(place)) == ["base", "out"]
     assert "out is complete" in run("merge", *COMMON, "--shard-of", "1/2").err
     assert run("verify", "out", "--json").json()["passed"]
-    run("merge", "copy_next", "alone", *COMMON[2:])
+    alone = run("merge", "copy_next", "alone", *COMMON[2:], "--json")
+    told = [(event["event"], event["index"]) for event in events(alone.err)]
+    assert told == [(what, i) for i in range(11) for what in ("block started", "block done")]
+    assert alone.json()["times"]["wrote"] > 0
     assert {name: t.tolist() for name, t in weights(place / "out").items()} == {
         name: t.tolist() for name, t in weights(place / "alone").items()
     }
+
+
+def events(err: str) -> list[dict]:
+    """The events that a command printed, and nothing else."""
+    found = [json.loads(line) for line in err.splitlines()]
+    assert [event["at"] for event in found] == sorted(event["at"] for event in found)
+    return found
 
 
 def test_a_dry_run_of_a_share_writes_nothing(run, place):

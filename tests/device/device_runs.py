@@ -95,8 +95,8 @@ def run_recipe(recipe: Path, out: Path, device: str, seed: int = 0, minimum_memo
             device=_torch_device(device),
             seed=seed,
             max_memory=plan.minimum_memory if minimum_memory else None,
-            on_block=lambda block, lines: result.diagnostics.extend(
-                {key: value for key, value in line.items() if key != "seconds"} for line in lines
+            on_block=lambda block, record: result.diagnostics.extend(
+                {key: value for key, value in line.items() if key != "seconds"} for line in record["tensors"]
             ),
         )
     return result

@@ -80,5 +80,5 @@ def test_a_model_that_no_machine_holds(monkeypatch, tmp_path):
     assert time.process_time() - began < 15 and len(found) >= 90
     shares = [share(found, number, 64) for number in range(1, 65)]
     assert [piece.name for one in shares for piece in one] == [piece.name for piece in found]
-    manifest = manifest_of(plan, {}, {}, {"device": "cpu", "threads": 1, "seed": 0})
+    manifest = manifest_of(plan, {}, {}, {}, {"device": "cpu", "threads": 1, "seed": 0})
     assert len(manifest.sealed()) < MAX_JSON

@@ -89,5 +89,12 @@ def comparison(folder: Path) -> Path:
         for i, one in enumerate(candidates)
         for seed in range(3)
     ]  # fmt: skip
-    Comparison(folder, candidates, tuple(runs), {"model": "0123abcd", "steps": 8, "base_text": ""}, False).write()
+    Comparison(
+        folder,
+        candidates,
+        tuple(runs),
+        {"model": "0123abcd", "steps": 8, "base_text": ""},
+        False,
+        {"model": "org/a model"},
+    ).write()
     return folder / "report.html"

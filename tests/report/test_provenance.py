@@ -140,14 +140,14 @@ def test_a_source_that_the_manifest_does_not_name(base, run, tmp_path, monkeypat
     run("upscale", "base", "out", "--insert", "{after: [1]}")
     os.rename("base", "elsewhere")
     skipped = " ".join(run("verify", "out", "--quick").out.split())
-    assert "cannot be read" in skipped and "--source base=FOLDER says where it is" in skipped
+    assert "cannot be read" in skipped and "--source base=PLACE says where it is" in skipped
     run("verify", "out", "--quick", "--strict", expect=3)
     run("verify", "out", "--quick", "--strict", "--source", "base=elsewhere")
     make_model(Path("wrong"), layers=5, seed=1)
     assert "has changed since" in run("verify", "out", "--quick", "--source", "base=wrong").out
     make_model(Path("alike"), seed=1)  # the same headers
     assert "differs from its source" in run("verify", "out", "--quick", "--source", "base=alike", expect=3).out
-    for option, message in (("bass=elsewhere", "base"), ("base", "NAME=FOLDER"), ("=x", "NAME=FOLDER")):
+    for option, message in (("bass=elsewhere", "base"), ("base", "NAME=PLACE"), ("=x", "NAME=PLACE")):
         error = run("verify", "out", "--quick", "--source", option, expect=2).err
         assert message in error and "Traceback" not in error
 

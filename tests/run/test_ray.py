@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 
 import pytest
 from run_content import content
@@ -46,13 +47,17 @@ def test_a_node_is_lost(plan, cluster, tmp_path):
             threading.Thread(target=cluster.remove_node, args=(second,), kwargs={"allow_graceful": False}).start()
             time.sleep(0.2)
 
-    finished = []
+    finished, events = [], []
     api.merge(
-        plan, tmp_path / "many", api.RunOptions(workers="ray://auto"),
+        plan, tmp_path / "many", api.RunOptions(workers="ray://auto"), on_event=events.append,
         on_block=lambda block, resumed: (finished.append(block.index), lose(block, resumed)),
     )  # fmt: skip
     assert lost and sorted(finished) == list(range(len(plan.blocks)))
     assert content(tmp_path / "many") == content(tmp_path / "one")
+    told = {what: Counter(e["piece"] for e in events if e["event"] == what) for what in {e["event"] for e in events}}
+    every = Counter(piece.name for piece in api.pieces(plan))
+    assert told["piece handed out"] == every + told.get("worker lost", Counter())
+    assert told["piece done"] + told.get("piece found", Counter()) == every
     assert sorted(os.listdir(tmp_path)) == ["base", "many", "one", "r.yml"]
 
 

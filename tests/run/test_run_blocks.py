@@ -181,7 +181,7 @@ def test_diagnostics_are_those_of_the_block_and_of_documents_each_once(models, m
     plan, found = api.plan(write_recipe(tmp_path / "recipe.yml", text)), {}
     api.run_blocks(
         plan, range(len(plan.blocks)), Notes(plan), device=torch.device("cpu"),
-        on_block=lambda block, lines: found.update({block.title: lines}),
+        on_block=lambda block, record: found.update({block.title: record["tensors"]}),
     )  # fmt: skip
     documents = {title: [line for line in lines if "document" in line] for title, lines in found.items()}
     assert [title for title, lines in documents.items() if lines] == ["layer 1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -90,6 +91,29 @@ def test_workers_are_killed(plan, whole, tmp_path):
     result = api.merge(plan, tmp_path / "out", api.RunOptions(workers=2, **ONE_THREAD), on_block=kill)
     assert kills > 1 and result.verification.passed
     assert content(tmp_path / "out") == whole and not children()
+
+
+def test_events_tell_who_makes_what(plan, whole, tmp_path):
+    """One is killed when the other has made its first block; it is replaced, and the other takes over what it can."""
+    events, pids, killed = [], {}, []
+
+    def told(event):
+        events.append(event)
+        if event["event"] == "worker started":
+            pids[event["worker"]] = event["pid"]
+        elif event["event"] == "block done" and not killed:
+            killed.append(3 - event["worker"])
+            os.kill(pids[killed[0]], signal.SIGKILL)
+
+    api.merge(plan, tmp_path / "out", api.RunOptions(workers=2, **ONE_THREAD), on_event=told)
+    assert content(tmp_path / "out") == whole and json.loads(json.dumps(events)) == events
+    of = {event["event"]: [e for e in events if e["event"] == event["event"]] for event in events}
+    assert sorted(event["index"] for event in of["block done"]) == list(range(len(plan.blocks)))
+    assert all(event["worker"] in (1, 2) and event["seconds"]["wrote"] >= 0 for event in of["block done"])
+    (lost,) = of["worker lost"]
+    assert lost["worker"] == killed[0] and lost["how"] == "killed by SIGKILL"
+    assert [event["worker"] for event in of["worker started"]] == [1, 2, killed[0]]
+    assert of["taken over"] and all({event["worker"], event["from"]} == {1, 2} for event in of["taken over"])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

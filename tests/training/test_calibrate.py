@@ -18,7 +18,7 @@ from prose import PROSE, WORDS
 from safetensors.torch import load_file, save_file
 from support import load, make_model, save_tokenizer, train_tokenizer, weights
 
-from deus_merge import api
+from deus_merge import api, training
 from deus_merge.checkpoint.reader import Checkpoint
 from deus_merge.core.tensors import Action
 from deus_merge.models.demo import tiny_model
@@ -216,6 +216,17 @@ def test_it_is_verified_and_stripped_like_any_output(run, calibrated, tmp_path):
     assert [c["name"] for c in failed] == ["checksums"] and name in failed[0]["detail"]
 
 
+def test_a_ratio_for_zeros_that_are_set_is_not_silent(run, calibrated):
+    model = transformers.AutoModelForCausalLM.from_pretrained(calibrated)
+    training.freeze_base(model, calibrated)
+    words = "output_ratio 3 has no effect, everything trains at lr: calibration has set"
+    with pytest.warns(UserWarning, match=words):
+        groups = training.optimizer(model, calibrated, lr=1e-3, output_ratio=3.0).param_groups
+    assert {group["lr"] for group in groups} == {1e-3}
+    text = run("export-training", calibrated, "--for", "axolotl", "--lr", "1e-3", "--output-ratio", 3).out
+    assert f"# {words}" in text and "lr_groups" not in text
+
+
 def test_windows_are_spread_over_a_long_text(deeper):
     """Also over one that is too long to be read as a whole; which are held out depends on the seed."""
     lines = [f"{'rain ' if i < 3000 else 'money '} {WORDS[i % len(WORDS)]} {i}\n" * 4 for i in range(6000)]
@@ -276,7 +287,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)  # as in the tests themselves
 from pathlib import Path
-from deus_merge import api
+from deus_merge import api, training
 from deus_merge.checkpoint.output_folder import OutputFolder
 place, deeper, out, text = sys.argv[1:]
 calls = []

@@ -88,6 +88,10 @@ def test_from_the_command_to_the_page(run, tiny, text, tmp_path):
     assert all(row["rates"] == {"0.003": by[row["init"], 0]["final"]} for row in done["rows"])  # of the search's seed
     page = (tmp_path / "report.html").read_text()
     assert "random_zero" in page and not re.search(r'(src|href)="http', page)
+    settings = more["settings"]
+    for name, shown in (("model", tiny.name), ("text", text.name), ("base_text", text.parent.name)):
+        assert f'<dd>{shown} <code class="soft">{settings[name]}</code>' in page and more["names"][name] == shown
+    assert str(text.parent) not in page
 
 
 def reference_layer(model):

@@ -109,9 +109,8 @@ class Spool:
         self._files: dict[tuple[str, str], IO[bytes]] = {}
         self._cells: OrderedDict[_Key, _Cell] = OrderedDict()  # the least recently used first
         self._state = threading.Condition()
-        self._released: deque[list[_Cell]] = (
-            deque()
-        )  # views that are gone: finalizers may run in the middle of anything
+        # views that are gone: finalizers may run in the middle of anything
+        self._released: deque[list[_Cell]] = deque()
         self._ahead = 0  # calls of `prefetch` whose requests are not finished
         self._threads = Threads(CONCURRENT)
         self.bytes_fetched = 0

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..block_times import bound, in_words, percentages, total_seconds
 from ..manifest import Manifest
 from ..manifest_parts import ManifestLayer
 from .alignment import pictures, tables
-from .figures import plain
+from .figures import is_number, plain
 from .frame import render
 from .layer_map import color, layer_map, layer_table, short_name
 from .next_steps import next_steps
@@ -17,6 +18,14 @@ from .next_steps import next_steps
 REPORT = "report.html"
 #: the folders of an absolute path in a sentence
 _FOLDERS = re.compile(r"(?<![\w./~-])/(?:[^\s/:;,'\"]+/)+")
+
+#: of each kind of work the CSS class of its colour, and what to do where it takes most of a run
+_TIMES = {
+    "read": ("derive", "sources that are nearer, or a faster way to them, would shorten it."),
+    "computed": ("compute", "more workers, or a GPU, would shorten it."),
+    "wrote": ("cast", "a faster disk would shorten it."),
+    "waited": ("other", "a faster disk for the sources, or fewer programs at the same time, would shorten it."),
+}
 
 
 def render_page(
@@ -67,6 +76,7 @@ def render_page(
         "tables": tables(manifest.layers),
         "pictures": pictures(manifest.layers),
         "seconds": manifest.options.get("seconds"),
+        "times": _times(manifest),
         "date": manifest.options.get("date"),
         "steps": list(next_steps(manifest, folder, checked=full)),
     }
@@ -89,6 +99,23 @@ def _stack(title: str, layers: tuple[ManifestLayer, ...], depths: Mapping[str, i
         "legend": {layer.actions: color(layer) for layer in layers},
         "rows": layer_table(layers),
     }
+
+
+def _times(manifest: Manifest) -> dict[str, Any] | None:
+    """What the blocks took their time for; None where the manifest does not say it."""
+    blocks = [b for b in manifest.blocks if all(is_number(b.seconds[kind]) for kind in _TIMES)]
+    total = total_seconds(blocks)
+    shares = percentages(total)
+    if not shares:
+        return None
+    parts = [
+        {"kind": kind, "color": color, "width": f"{share:.2f}", "share": f"{share:.0f}", "seconds": total[kind]}
+        for (kind, share), (color, _) in zip(shares.items(), _TIMES.values(), strict=True)
+    ]
+    longest = max(shares, key=lambda kind: shares[kind])
+    return {
+        "parts": parts, "bound": bound(shares), "words": in_words(total), "advice": _TIMES[longest][1], "blocks": blocks
+    }  # fmt: skip
 
 
 def _depths(manifest: Manifest) -> dict[str, int]:

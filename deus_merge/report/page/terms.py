@@ -64,6 +64,11 @@ TERMS = ACTIONS | {
     "time of the solver": "Wall time of the transport plan.",
     "mean over experts": "Columns of experts.* are means over all experts of the layer; of marginal error and"
     " iterations the largest, of times the sum.",
+    "read": "Tensors that were read onto the device, dequantised or adapted, and bytes that came from other machines.",
+    "computed": "The arithmetic: alignment, fusion, merging, casts.",
+    "wrote": "Tensors that were written, and copies from file to file.",
+    "waited": "For what another thread reads or writes, for pages of files that are read as they are needed, and for a"
+    " processor that other programs use.",
     "closed form": "A regression on the gradient, without training steps.",
     "damping": "What was added to the diagonal of the regression, relative to its mean.",
     "nats a token": "The loss: minus the natural logarithm of the probability of the next token, on average.",

@@ -9,10 +9,11 @@ from typing import Protocol
 from ...checkpoint.shards import ShardWriter
 from ...plan.blocks import BlockPlan
 from ...plan.types import Plan
-from ..block_runner import OnFraction
+from ..block_runner import BlockRecord, OnFraction
+from ..events import OnEvent, unheard
 
-#: called when all tensors of a block are written, with its diagnostics as JSON data
-OnFinished = Callable[[BlockPlan, list[dict]], None]
+#: called when all tensors of a block are written, with what the manifest says of it
+OnFinished = Callable[[BlockPlan, BlockRecord], None]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Job:
         threads: CPU threads of each process.
         max_memory: Bytes that all processes may take together; None for no limit.
         on_fraction: Called with the fraction of a block that is written, from any thread.
+        on_event: Called when a block begins and ends, and with what happens to workers.
     """
 
     plan: Plan
@@ -38,6 +40,16 @@ class Job:
     threads: int
     max_memory: int | None
     on_fraction: OnFraction | None = None
+    on_event: OnEvent = unheard
+
+    def began(self, block: BlockPlan, **more: object) -> None:
+        """Tell that a block has begun."""
+        self.on_event({"event": "block started", "block": block.title, "index": block.index, **more})
+
+    def ended(self, block: BlockPlan, record: BlockRecord, **more: object) -> None:
+        """Tell that a block is written."""
+        facts = {"block": block.title, "index": block.index, "seconds": record["seconds"]}
+        self.on_event({"event": "block done", **facts, **more})
 
 
 class Engine(Protocol):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...core.errors import VerifyError
 from ...core.text import some_of
+from ..block_runner import BlockRecord
 from .base import Job, OnFinished
 
 
@@ -22,14 +23,16 @@ class FinishedPieces:
         identity: Everything but the plan that decided the bytes, by name: JSON values.
         seconds: Time that all workers took together.
         warnings: Messages for the user.
+        received: Checksums of what was copied from other machines, by the name of the tensor.
     """
 
     files: Mapping[str, Path]
-    blocks: Mapping[int, list[dict]]
+    blocks: Mapping[int, BlockRecord]
     checksums: Mapping[str, str]
     identity: Mapping[str, object]
     seconds: float
     warnings: tuple[str, ...]
+    received: Mapping[str, str]
 
     workers = 1
 
@@ -39,6 +42,7 @@ class FinishedPieces:
         return run_record_of(self.identity)
 
     def run(self, job: Job, on_finished: OnFinished) -> None:
+        job.writer.received |= self.received
         for index in job.blocks:
             on_finished(job.plan.blocks[index], self.blocks[index])
 

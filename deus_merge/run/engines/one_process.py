@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..block_runner import run_blocks
+from ...plan.blocks import BlockPlan
+from ..block_runner import BlockRecord, run_blocks
 from .base import Job, OnFinished
 
 
@@ -12,6 +13,19 @@ class OneProcess:
     workers = 1
 
     def run(self, job: Job, on_finished: OnFinished) -> None:
+        begun: set[int] = set()
+
+        def written(block: BlockPlan, fraction: float) -> None:
+            if block.index not in begun:
+                begun.add(block.index)
+                job.began(block)
+            if job.on_fraction is not None:
+                job.on_fraction(block, fraction)
+
+        def finished(block: BlockPlan, record: BlockRecord) -> None:
+            on_finished(block, record)
+            job.ended(block, record)
+
         run_blocks(
             job.plan,
             job.blocks,
@@ -19,6 +33,6 @@ class OneProcess:
             device=job.device,
             seed=job.seed,
             max_memory=job.max_memory,
-            on_block=on_finished,
-            on_fraction=job.on_fraction,
+            on_block=finished,
+            on_fraction=written,
         )

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter, deque
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -35,12 +36,13 @@ _START = (
 
 @dataclass
 class _Worker:
-    """One process, its socket, the blocks that it has now, and those that it will get."""
+    """One process, its socket, the blocks that it will get, those that it has, and the last one that it began."""
 
     process: subprocess.Popen
     connection: Connection
     share: deque[int]
     batch: list[int] = field(default_factory=list)
+    begun: int | None = None
 
 
 class Processes:
@@ -84,6 +86,7 @@ class _Crew:
         try:
             for number, share in enumerate(self._shares()):
                 self._workers.append(self._start(number, share))
+                self._tell("worker started", number, share, pid=self._workers[number].process.pid)
         except BaseException:
             self.__exit__()
             raise
@@ -114,19 +117,32 @@ class _Crew:
                 if kind == "error":
                     raise content[0]
                 if kind == "finished":
-                    index, diagnostics, received = content
+                    index, record, received = content
                     self._job.writer.received |= received
                     block = self._job.plan.blocks[index]
                     self._workers[number].batch.remove(index)
                     left.discard(index)
                     self._job.writer.written_elsewhere(w.name for output in block.outputs for w in output.written)
-                    on_finished(block, diagnostics)
+                    on_finished(block, record)
+                    self._job.ended(block, record, worker=number + 1)
                 elif kind == "fraction":
-                    if self._job.on_fraction:
-                        index, fraction = content
-                        self._job.on_fraction(self._job.plan.blocks[index], fraction)
+                    self._written(number, *content)
                 else:
                     self._hand_out(number)
+
+    def _written(self, number: int, index: int, fraction: float) -> None:
+        """A worker has written this fraction of a block."""
+        block, worker = self._job.plan.blocks[index], self._workers[number]
+        if worker.begun != index:
+            worker.begun = index
+            self._job.began(block, worker=number + 1)
+        if self._job.on_fraction:
+            self._job.on_fraction(block, fraction)
+
+    def _tell(self, event: str, number: int, blocks: Iterable[int], **more: object) -> None:
+        """Tell of something that happened to a worker."""
+        titles = [self._job.plan.blocks[index].title for index in blocks]
+        self._job.on_event({"event": event, "worker": number + 1, "blocks": titles, **more})
 
     def _shares(self) -> list[deque[int]]:
         """The blocks in contiguous shares of about equal work, none of them empty."""
@@ -142,7 +158,7 @@ class _Crew:
         """Give a worker that waits its next blocks; nothing while there are none."""
         worker = self._workers[number]
         if not worker.share:
-            self._steal(worker)
+            self._steal(number)
         batch, seconds = [], 0.0
         while worker.share and (not batch or seconds < self._batch_seconds):
             batch.append(worker.share.popleft())
@@ -152,19 +168,23 @@ class _Crew:
             with suppress(OSError):  # a dead worker: the next read of its socket tells
                 worker.connection.send(batch)
 
-    def _steal(self, thief: _Worker) -> None:
+    def _steal(self, thief: int) -> None:
         """Take over the second half of the work that the slowest worker has not begun."""
-        slowest = max(self._workers, key=lambda worker: sum(self._seconds[i] for i in worker.share))
+        slow = max(range(len(self._workers)), key=lambda n: sum(self._seconds[i] for i in self._workers[n].share))
+        slowest = self._workers[slow]
         half = sum(self._seconds[i] for i in slowest.share) / 2
         taken: deque[int] = deque()
         while slowest.share and (not taken or sum(self._seconds[i] for i in taken) < half):
             taken.appendleft(slowest.share.pop())
-        thief.share = taken
+        self._workers[thief].share = taken
+        if taken:
+            self._tell("taken over", thief, taken, **{"from": slow + 1})
 
     def _replace(self, number: int) -> None:
         """Start a worker in place of one that died; its unfinished blocks come first."""
         dead = self._workers[number]
         code = dead.process.wait()
+        self._tell("worker lost", number, dead.batch, how=_ending(code))
         first = dead.batch[0] if dead.batch else None  # the block at which it died; None: before its first one
         self._deaths[first] += 1
         if self._deaths[first] >= _DEATHS:
@@ -172,6 +192,7 @@ class _Crew:
         dead.connection.close()
         dead.share.extendleft(reversed(dead.batch))
         self._workers[number] = self._start(number, dead.share)
+        self._tell("worker started", number, dead.share, pid=self._workers[number].process.pid)
         for other, worker in enumerate(self._workers):  # who waits in vain for work can have some of this
             if other != number and not worker.batch and not worker.share:
                 self._hand_out(other)
@@ -181,7 +202,7 @@ class _Crew:
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())],
-                env=os.environ | {"OMP_NUM_THREADS": str(self._job.threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(max(1, self._job.threads))},  # 0: nothing is computed
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -207,8 +228,12 @@ def _device(name: str | None, number: int) -> str | None:
     return f"cuda:{number % torch.cuda.device_count()}"
 
 
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
 def _death(block: BlockPlan | None, code: int) -> MachineError:
-    got = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    got = _ending(code)
     hint = "--workers 1 shows the reason"
     if block is not None and -code == signal.SIGKILL:
         hint = f"memory may be short: the block was estimated at {format_size(block.workspace())}; use fewer --workers"

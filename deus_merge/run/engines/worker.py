@@ -18,7 +18,7 @@ from ...checkpoint.system import keep_freed_memory
 from ...core.errors import DeusMergeError
 from ...plan.blocks import BlockPlan
 from ...plan.types import Plan
-from ..block_runner import run_blocks
+from ..block_runner import BlockRecord, run_blocks
 from ..device import choose_device, set_threads
 from ..limits import allow_open_files
 
@@ -71,10 +71,10 @@ def _sender(connection: Connection) -> Callable[..., None]:
 def _make(plan: Plan, batch: list[int], writer: ShardWriter, send: Callable[..., None], **options: Any) -> None:
     sent = 0.0
 
-    def finished(block: BlockPlan, diagnostics: list[dict]) -> None:
+    def finished(block: BlockPlan, record: BlockRecord) -> None:
         names = [tensor.name for output in block.outputs for tensor in output.written]
         received = {name: writer.received[name] for name in names if name in writer.received}
-        send("finished", block.index, diagnostics, received)
+        send("finished", block.index, record, received)
 
     def written(block: BlockPlan, fraction: float) -> None:
         nonlocal sent

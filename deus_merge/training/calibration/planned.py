@@ -114,7 +114,7 @@ def planned_job(plan: Plan, text: str, options: CalibrationOptions, where: str) 
     Raises:
         PlanError, TrainingError: as `calibrator_of`.
     """
-    manifest = manifest_of(plan, {}, {}, {"device": "", "threads": 0})
+    manifest = manifest_of(plan, {}, {}, {}, {"device": "", "threads": 0})
     source = _PlannedOutput(plan)
     view = view_model(source.config, tuple(source.tensors), source.where)
     read = partial(_windows, plan, text, options, where)

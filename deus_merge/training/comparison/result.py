@@ -119,6 +119,7 @@ class Comparison:
         runs: Every result.
         fixed: The settings that all runs share.
         complete: Whether every candidate has its rate and its seeds; else the budget ended.
+        names: What ``model``, ``text`` and ``base_text`` of the settings are called: files, or ids of the hub.
     """
 
     folder: Path
@@ -126,6 +127,7 @@ class Comparison:
     runs: tuple[Run, ...] = field(repr=False)
     fixed: Mapping[str, Any]
     complete: bool
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -142,6 +144,7 @@ class Comparison:
             "folder": str(self.folder),
             "complete": self.complete,
             "settings": dict(self.fixed),
+            "names": dict(self.names),
             "rows": [row.describe() for row in self.rows],
         }
 
@@ -199,6 +202,7 @@ class Comparison:
             "columns": columns,
             "rows": rows,
             "settings": {name: value for name, value in self.fixed.items() if value != ""},
+            "names": self.names,
             "plot": Markup(plot[plot.find("<svg") :]) if plot else None,
         }
         return render("comparison.html", values)

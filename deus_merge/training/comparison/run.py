@@ -13,8 +13,10 @@ from typing import Any
 
 from ...checkpoint.system import keep_freed_memory
 from ...core.errors import MachineError, TrainingError
+from ...core.text import some_of
 from ...plan.build import build_plan
 from ...plan.types import Plan
+from ...report.shareable import shared_name
 from ...run.device import choose_device, set_threads
 from ...run.preflight import check_apart
 from ..reading import load_tokenizer
@@ -104,7 +106,10 @@ class _Comparing:
             for candidate, plan in plans.items():
                 results.check_recipe(candidate, plan.hash)
             complete = self._train(plans, candidates, folder, text, results, on_run)
-        return Comparison(self.out, tuple(candidates), tuple(results.of(candidates)), vars(fixed), complete)
+        named = {"text": text, "base_text": base_text}
+        names = {key: some_of((path.name for path in paths), 3) for key, paths in named.items() if paths}
+        names["model"] = shared_name(self.model)
+        return Comparison(self.out, tuple(candidates), tuple(results.of(candidates)), vars(fixed), complete, names)
 
     def _train(
         self,
