@@ -144,7 +144,7 @@ class PointCost:
             self._points = self._centred = None
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Single entries of the cost, from the differences of their rows: exact to float64's rounding of these.
+        """Single entries of the cost from the differences of their points, added up in float64.
 
         Args:
             rows, columns: (q,) int64.
@@ -152,9 +152,9 @@ class PointCost:
         Returns:
             (q,) float64.
         """
-        return self._distances(rows, columns).div_(self.scale)
+        return self._between(rows, columns).div_(self.scale)
 
-    def _distances(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def _between(self, rows: Tensor, columns: Tensor) -> Tensor:
         """`at` before scaling."""
         import torch
 
@@ -162,15 +162,13 @@ class PointCost:
         found = self._norms[0].new_empty(len(rows), dtype=torch.float64)  # (q,)
         parts = list(row_blocks(len(rows), x.shape[1], _DIFFERENCES))
         most = max((part.stop - part.start for part in parts), default=0)
-        pair = x.new_empty(2, most, x.shape[1])  # memory that is used again stays in the cache
+        pair = x.new_empty(2, most, x.shape[1])  # one memory for all parts stays in the cache
         for part in parts:
             away, other = pair[:, : part.stop - part.start]  # (p, d) each
             torch.index_select(x, 0, rows[part], out=away)
             torch.index_select(y, 0, columns[part], out=other)
             found[part] = torch.linalg.vector_norm(away.sub_(other), dim=1, dtype=torch.float64)
-        if self.name == "euclidean":
-            return found
-        return found.square_() if self.name == "sqeuclidean" else found.square_().mul_(0.5)
+        return found if self.name == "euclidean" else found.square_().mul_(0.5 if self.name == "cosine" else 1)
 
     def _products(self, block: slice, out: Tensor) -> None:
         """The inner products of some rows of x with all of y, (r, m)."""

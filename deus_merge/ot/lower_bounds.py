@@ -13,7 +13,6 @@ follows from the bounds is proved.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .blocks import row_blocks
@@ -43,7 +42,7 @@ class LowerBounds(PointCost):
         self._keep_points, self._stored, self._exact = True, {}, set()
         self._precision, self._rounded, self._buffer = precision, None, None
         assert self._centred is not None, "a cost that keeps its points"
-        terms = self._centred[0].shape[1] + 4  # of a sum; and the steps to a squared distance
+        terms = self._centred[0].shape[1] + 8  # of a sum; and the other steps to a squared distance
         self._relative = terms * torch.finfo(cost.dtype).eps / 2
         if self._low:
             x, y = (_relative_rounding(points, precision) for points in self._centred)
@@ -78,28 +77,24 @@ class LowerBounds(PointCost):
         out.addr_(*sizes, alpha=self._relative)
 
     def _maximum(self) -> float:
-        """The largest entry itself, from those that can be it."""
+        """The largest entry itself, among those that can be it."""
         import torch
 
-        top = torch.stack([rows.max() for _, rows, _ in self._unscaled()]).max()  # (), a lower bound
-        far = self._norms[0].max().sqrt() * self._norms[1].max().sqrt()
-        margin = 4 * (self._relative + (torch.finfo(self._precision).eps if self._low else 0)) * float(far)
-        square = top if self.name == "sqeuclidean" else top.square() if self.name == "euclidean" else 2 * top
-        least = (square.double() - margin).clamp_min(0)
-        if self.name == "euclidean":
-            least = least.sqrt()
-        elif self.name == "cosine":
-            least = least / 2
-        found, count = float(top), 0
+        top = torch.stack([rows.max() for _, rows, _ in self._unscaled()]).max().item()
+        # squared distances are above squared bounds by at most this
+        stored = torch.finfo(self._precision).eps if self._low else 0.0
+        margin = 4 * (self._relative + stored) * math.prod(norms.max().sqrt().item() for norms in self._norms)
+        power, factor = {"euclidean": (2, 1), "sqeuclidean": (1, 1), "cosine": (1, 2)}[self.name]
+        least = max(0.0, factor * top**power - margin) ** (1 / power) / factor
+        found, count = top, 0
         for block, rows, _ in self._unscaled():
-            if float(rows.max()) < float(least):
-                continue
-            r, s = (rows >= float(least)).nonzero().unbind(1)
+            r, s = (rows >= least).nonzero().unbind(1)
             count += len(r)
             if count > _TIED * self.shape[0] * self.shape[1]:
                 self._source.keep(0)
                 return self._source._maximum()
-            found = max(found, float(self._distances(r + block.start, s).max()))
+            if len(r):
+                found = max(found, self._between(r + block.start, s).max().item())
         return found
 
 

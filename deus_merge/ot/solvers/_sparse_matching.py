@@ -26,24 +26,24 @@ class SparseMatching:
     Args:
         n: Rows, and columns.
         edges: The first ones.
-        settled: Whether their costs are exact, not estimates.
+        exact: Whether their costs are exact, not estimates.
     """
 
-    def __init__(self, n: int, edges: Edges, settled: bool = True):
+    def __init__(self, n: int, edges: Edges, exact: bool = True):
         import numpy as np
 
         self.n = n
-        self._keys, self._cost, self._settled = np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool)
-        self.add(edges, settled)
+        self._keys, self._cost, self._exact = np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool)
+        self.add(edges, exact)
 
-    def add(self, edges: Edges, settled: bool = True) -> None:
+    def add(self, edges: Edges, exact: bool = True) -> None:
         """Add edges; of duplicates the last one counts."""
         import numpy as np
 
         keys = np.concatenate([edges.rows * self.n + edges.columns, self._keys])  # (q,)
         self._keys, first = np.unique(keys, return_index=True)
         self._cost = np.concatenate([edges.cost, self._cost])[first]
-        self._settled = np.concatenate([np.full(len(edges.cost), settled), self._settled])[first]
+        self._exact = np.concatenate([np.full(len(edges.cost), exact), self._exact])[first]
         self._rows, self._columns = (x.astype(np.int32) for x in (self._keys // self.n, self._keys % self.n))
         self._starts = np.searchsorted(self._rows, np.arange(self.n))  # (n,) of the rows
 
@@ -84,12 +84,12 @@ class SparseMatching:
 
     def shift(self, difference: float) -> None:
         """Add to the costs that are estimates."""
-        self._cost[~self._settled] += difference
+        self._cost[~self._exact] += difference
 
-    def open(self, f: ndarray, g: ndarray, limit: float) -> Edges:
+    def estimated(self, f: ndarray, g: ndarray, limit: float) -> Edges:
         """The edges with estimated costs that potentials (n,), (n,) price at most at a limit."""
         reduced = self._cost - f[self._rows] - g[self._columns]  # (q,)
-        near = ~self._settled & (reduced <= limit + negligible(f, g))
+        near = ~self._exact & (reduced <= limit + negligible(f, g))
         keys = self._keys[near]
         return Edges(keys // self.n, keys % self.n, self._cost[near])
 
