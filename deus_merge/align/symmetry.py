@@ -27,6 +27,7 @@ from ..core.errors import SolverError
 from ..core.tensors import Diagnostics, OutputChunk
 from ..core.units import all_finite
 from ..models.spec import RESIDUAL, Heads, TensorSpec
+from ..ot.blocks import row_blocks
 from ..ot.coupling import TransportMap
 from .fusion import (
     PlanDiagnostics,
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
 _ATTENTION = {"q": "query_heads", "k": "key_heads", "v": "value_heads", "o": RESIDUAL}  # where they write
 _ATTENTION_STEPS = frozenset({"heads", "values", "rotary"})
 _HEAD_SPACES = {"query_heads", "key_heads", "value_heads", "gate_heads", "head_entries"}
+
+
+#: elements of a weight that are transposed at once: they fit in the cache
+_TRANSPOSED = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +304,6 @@ class _Layer:
 
     def _neurons(self, space: str) -> tuple[Tensor, Tensor]:
         """A's and B's neurons, one a row: every weight that writes or reads them, scaled to the same mean norm."""
-        import torch
 
         parts = [s for s in self.specs.values() if s.in_space and space in _spaces(s) and not _makes_heads(s, space)]
         sides: list[Tensor] = []
@@ -310,13 +314,19 @@ class _Layer:
                 reads = spec.in_space == space
                 pair.append(self._read(side, spec.role).t() if reads else self._folded(side, spec.role))
             check_fit(spec.role, *pair)
-            mean = (pair[0].norm(dim=1).mean() + pair[1].norm(dim=1).mean()) / 2
             if not sides:  # one more column a weight, for biases
                 width = sum(1 + self.a[s.role].shape[0 if s.in_space == space else 1] for s in parts)
-                sides = [pair[0].new_zeros(len(pair[0]), width) for _ in pair]  # (f, e) each
-            for whole, weight in zip(sides, pair, strict=True):
-                torch.div(weight, mean.where(mean > 0, 1), out=whole[:, at : at + weight.shape[1]])
+                sides = [pair[0].new_empty(len(pair[0]), width) for _ in pair]  # (f, e) each
+            own = [whole[:, at : at + pair[0].shape[1]] for whole in sides]
+            for weight, place in zip(pair, own, strict=True):
+                for rows in row_blocks(*weight.shape, _TRANSPOSED):
+                    place[rows] = weight[rows].contiguous()
+            mean = (own[0].norm(dim=1).mean() + own[1].norm(dim=1).mean()) / 2
+            for place in own:
+                place.div_(mean.where(mean > 0, 1))
             at += pair[0].shape[1]
+        for whole in sides:
+            whole[:, at:] = 0
         self._check_finite()
         if self.options.unit_rows:
             for whole in sides:

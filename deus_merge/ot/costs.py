@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _CLOSE = {"torch.float32": 2.0**-7, "torch.float64": 2.0**-20}
 #: Close pairs recomputed at once: bounds the (pairs, d) buffer.
 _PAIRS = 2048
+#: Elements of the differences of single pairs computed at once: 1 MiB of float32.
+_DIFFERENCES = 1 << 18
 
 
 #: The costs a recipe can name.
@@ -141,6 +143,40 @@ class PointCost:
         if not self._keep_points and used == self.shape[0] * self.shape[1] * self.dtype.itemsize:
             self._points = self._centred = None
 
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Single entries of the cost from the differences of their points, added up in float64.
+
+        Args:
+            rows, columns: (q,) int64.
+
+        Returns:
+            (q,) float64.
+        """
+        return self._between(rows, columns).div_(self.scale)
+
+    def _between(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """`at` before scaling."""
+        import torch
+
+        x, y = self.points
+        found = self._norms[0].new_empty(len(rows), dtype=torch.float64)  # (q,)
+        parts = list(row_blocks(len(rows), x.shape[1], _DIFFERENCES))
+        most = max((part.stop - part.start for part in parts), default=0)
+        pair = x.new_empty(2, most, x.shape[1])  # one memory for all parts stays in the cache
+        for part in parts:
+            away, other = pair[:, : part.stop - part.start]  # (p, d) each
+            torch.index_select(x, 0, rows[part], out=away)
+            torch.index_select(y, 0, columns[part], out=other)
+            found[part] = torch.linalg.vector_norm(away.sub_(other), dim=1, dtype=torch.float64)
+        return found if self.name == "euclidean" else found.square_().mul_(0.5 if self.name == "cosine" else 1)
+
+    def _products(self, block: slice, out: Tensor) -> None:
+        """The inner products of some rows of x with all of y, (r, m)."""
+        import torch
+
+        assert self._centred is not None, "freed only when all blocks are stored"
+        torch.mm(self._centred[0][block], self._centred[1].t(), out=out)
+
     def _maximum(self) -> float:
         import torch
 
@@ -150,11 +186,10 @@ class PointCost:
         """Write the rows of one block before scaling into ``cost``, (r, m)."""
         import torch
 
-        assert self._points is not None and self._centred is not None, "freed only when all blocks are stored"
-        x, y = self._centred[0][block], self._centred[1]  # (r, d), (m, d)
+        assert self._points is not None, "freed only when all blocks are stored"
         x2, y2 = self._norms[0][block], self._norms[1]  # (r,), (m,)
-        torch.mm(x, y.t(), out=cost)
-        close, largest = _CLOSE[str(x.dtype)], y2.max()
+        self._products(block, cost)
+        close, largest = _CLOSE[str(self.dtype)], y2.max()
         for part in row_blocks(*cost.shape):
             rows, first = cost[part], block.start + part.start  # (p, m)
             scale = x2[part].unsqueeze(1) + y2  # (p, m)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .problem import OTProblem
+
 _MOVED_ROWS = 1024  # rows that a permutation moves at once in `TransportMap.row_blocks`
 
 
@@ -75,12 +77,13 @@ class Coupling:
         """The number of rows that a column's mass comes from: the mean over columns of exp(entropy)."""
         return effective_support(block for _, block in self.blocks())
 
-    def measures(self, a: Tensor, b: Tensor, cost: Iterable[tuple[slice, Tensor]]) -> Measures:
+    def measures(self, problem: OTProblem) -> Measures:
         """`marginal_error`, `transport_cost` and `effective_support`, with one read from the device."""
         import torch
 
         sums = column_sums(block for _, block in self.blocks())
-        read = [self._marginal_error(a, b), self._transport_cost(cost), *sums.mean_support()]
+        paid = self._transport_cost(problem.blocks())
+        read = [self._marginal_error(problem.a, problem.b), paid, *sums.mean_support()]
         error, paid, support, complete = torch.stack([x.double() for x in read]).tolist()
         return Measures(error, paid, support if complete else sums.mean_support_of_full())
 
@@ -204,10 +207,12 @@ class PermutationCoupling(Coupling):
     def effective_support(self) -> float:
         return 1.0
 
-    def measures(self, a: Tensor, b: Tensor, cost: Iterable[tuple[slice, Tensor]]) -> Measures:
+    def measures(self, problem: OTProblem) -> Measures:
         import torch
 
-        error, paid = torch.stack([self._marginal_error(a, b), self._transport_cost(cost)]).tolist()
+        columns = self.columns
+        paid = problem.at(torch.arange(len(columns), device=columns.device), columns).sum() / len(columns)
+        error, paid = torch.stack([self._marginal_error(problem.a, problem.b), paid]).tolist()
         return Measures(error, paid, 1.0)
 
     def scripted_rows(self, weight: Tensor) -> Tensor:

@@ -98,6 +98,12 @@ class OTProblem:
         """The cost in row blocks, in order: (rows, (r, m)). Read only, and valid until the next one is requested."""
         return self.cost.blocks() if isinstance(self.cost, PointCost) else matrix_blocks(self.cost)
 
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Single entries of the cost, exact: (q,), (q,) int64 -> (q,) float64."""
+        if isinstance(self.cost, PointCost):
+            return self.cost.at(rows, columns)
+        return self.cost[rows, columns].double()
+
     def with_cost(self, cost: Tensor | PointCost) -> OTProblem:
         """The same masses at another cost, (n, m)."""
         return OTProblem(cost, self.a, self.b, self.known)
@@ -204,7 +210,7 @@ class OTSolution:
             finished: False when the solver itself gave up.
             mass: The mass of a relaxed plan, for which ``finished`` alone decides whether it converged.
         """
-        error, paid, support = coupling.measures(problem.a, problem.b, problem.blocks())
+        error, paid, support = coupling.measures(problem)
         return cls(
             coupling=coupling,
             iterations=iterations,

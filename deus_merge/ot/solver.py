@@ -24,7 +24,7 @@ class OTSolver(ABC):
         reference: Where it was published.
         parameters: The solver's own options, as recipes set them. Their scope is ``block``; the names are shared with
             all solvers and methods, so they should begin with or hint at the solver's name.
-        needs_points: Whether it moves the points themselves: the cost must be a `PointCost` that keeps them.
+        needs_points: Whether it reads the points themselves: a `PointCost` must keep them.
         keeps_marginals: Whether its plans have the marginals a and b, to the tolerance. A solver with relaxed marginals
             sets `Coupling.unmatched`.
     """

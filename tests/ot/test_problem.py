@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from deus_merge.core.errors import SolverError
-from deus_merge.ot.blocks import matrix_blocks
 from deus_merge.ot.coupling import Coupling, ScriptedMap
 from deus_merge.ot.problem import OTProblem
 
@@ -71,6 +70,6 @@ def test_effective_support_leaves_empty_columns_out():
     plan = torch.zeros(8, 5)
     plan[:3, 1:] = 1 / 12
     assert Coupling(plan).effective_support() == pytest.approx(3, rel=1e-5)
-    measures = Coupling(plan).measures(plan.sum(1), plan.sum(0), matrix_blocks(torch.ones(8, 5)))
+    measures = Coupling(plan).measures(OTProblem(torch.ones(8, 5), plan.sum(1), plan.sum(0)))
     assert measures == pytest.approx((0, 1, 3), rel=1e-5, abs=1e-6)
     assert Coupling(torch.zeros(2, 2)).effective_support() == 0

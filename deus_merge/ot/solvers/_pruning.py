@@ -14,6 +14,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..blocks import row_blocks, tiny
+from ..lower_bounds import LowerBounds
 from ._steps import spread
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 _NEAREST = 12  # edges of least reduced cost that each row and each column retains; the search adds a few more
 _CROWD = 8 * _NEAREST  # edges a row above which those at the threshold, ties, are thinned
-_WORST = 8  # edges priced below 0 that are taken a row
+_LOWEST = 16  # edges of a part that are taken a row, of those priced lowest
+_OPEN = 96  # edges a row whose price bounds leave open, above which better bounds are cheaper
 _BUCKET = 64  # columns that are searched by their minimum, since few of many are wanted
 _GROUPS = 128  # of rows, likewise
 _FLOOR = -80.0  # smaller exponents are raised to this one: e^-80 is a normal number, and denormal ones are slow
@@ -45,10 +47,16 @@ class Edges(NamedTuple):
 
 
 class Passes:
-    """The passes over the cost of a square problem, which is read through `OTProblem.blocks` alone."""
+    """The passes over the cost of a square problem, which is read through `OTProblem.blocks` alone.
+
+    Args:
+        problem: Its cost may be `LowerBounds`: what is proved is then proved of the costs themselves.
+    """
 
     def __init__(self, problem: OTProblem):
         self.problem, self.n, self.count = problem, problem.cost.shape[0], 0
+        self.bounded = isinstance(problem.cost, LowerBounds)
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # first row of a part -> its entries found, and their costs
         self._bucket = max(1, min(_BUCKET, self.n // 32))
         self._buckets = -(-self.n // self._bucket)
         self._scratch: Tensor | None = None
@@ -150,39 +158,69 @@ class Passes:
         g = minima.amin(0)  # (n,)
         return g, minima.kthvalue(min(_NEAREST, len(minima)), dim=0).values - g
 
-    def price(self, f: Tensor, g: Tensor) -> tuple[Tensor, Edges]:
-        """Every row's least ``C - g``, and the edges it prices below f.
+    def price(self, f: Tensor, g: Tensor, near: float) -> tuple[Tensor, Edges, bool] | None:
+        """Every row's least ``C - g``, and the edges that potentials price lowest.
 
-        Prices that the cost's own dtype cannot distinguish from 0 are computed again in float64, so both results are
+        Prices that the cost's own dtype cannot distinguish from 0 are computed again in float64, so all results are
         exact to its rounding.
 
         Args:
             f, g: (n,) float64. Some edge of every row is priced at 0.
+            near: The price, by bounds if the cost has some, up to which edges are wanted.
 
         Returns:
             least: (n,) float64.
-            edges: The worst `_WORST` of every row.
+            edges: Those priced at most at ``near``; where they are many, the lowest `_LOWEST` of every row, exact.
+            proved: Whether no edge is priced below 0.
+            None where bounds leave open so many edges that their costs take longer than better bounds.
         """
         import torch
 
         low = g.to(self.problem.cost.dtype)  # (n,)
         # Edges that are priced near 0 cost about f + g, so that a few units of rounding of these bound their error.
         nothing = negligible(f, g)
-        slack = 4 * _epsilon(low) * (f.abs().max() + g.abs().max()) + nothing
+        slack = 4 * _epsilon(low) * (f.abs().max() + g.abs().max()) + nothing + near
         least = f.clone()  # (n,)
-        found = []
+        found, proved = [], True
         for rows, cost, x in self._parts():
             torch.sub(cost, low, out=x)
             r, s = self._at_most((f[rows] + slack).to(x.dtype), len(cost))
-            value = cost[r, s].double() - g[s]  # (q,)
+            if self.bounded and len(r) > _OPEN * len(cost):
+                return None
+            entries = self._entries(rows, r, s) if self.bounded else cost[r, s].double()  # (q,)
+            value = entries - g[s]  # (q,)
             mine = f[rows]
             least[rows] = mine.scatter_reduce(0, r, value, "amin", include_self=False)
             reduced = value - mine[r]
-            bad = (reduced < -nothing).nonzero().squeeze(1)
-            if len(bad):
-                bad = bad[_first_of_rows(r[bad], reduced[bad], _WORST)]
-                found.append((r[bad] + rows.start, s[bad], cost[r[bad], s[bad]].double()))
-        return least, _edges(found)
+            proved &= not bool((reduced < -nothing).any())
+            if len(r) > _LOWEST * len(cost):
+                lowest = _first_of_rows(r, reduced, _LOWEST)
+                r, s, entries = r[lowest], s[lowest], entries[lowest]
+            found.append((r + rows.start, s, entries))
+        return least, _edges(found), proved
+
+    def exact(self, edges: Edges) -> Edges:
+        """Edges with their costs in the place of bounds."""
+        import torch
+
+        r, s = (torch.from_numpy(x).to(self.problem.cost.device) for x in (edges.rows, edges.columns))
+        return edges._replace(cost=self.problem.at(r, s).cpu().numpy())
+
+    def _entries(self, rows: slice, r: Tensor, s: Tensor) -> Tensor:
+        """Costs of edges of one part, (q,), (q,) -> (q,) float64; those of the pass before are not computed again."""
+        import torch
+
+        keys = r * self.n + s  # (q,), ascending by rows
+        order = keys.argsort()
+        before, costs = self._known.get(rows.start, (keys[:0], self.problem.a.new_zeros(0).double()))
+        found = keys.new_zeros(len(keys), dtype=torch.float64)
+        at = torch.searchsorted(before, keys)
+        known = at < len(before)
+        known[known.clone()] = before[at[known]] == keys[known]
+        found[known] = costs[at[known]]
+        found[~known] = self.problem.at(r[~known] + rows.start, s[~known])
+        self._known[rows.start] = keys[order], found[order]
+        return found
 
     def entries(self, rows: Tensor, columns: Tensor) -> Edges:
         """All edges between some rows and columns, (p,) and (q,) int64, the rows ascending."""

@@ -26,22 +26,24 @@ class SparseMatching:
     Args:
         n: Rows, and columns.
         edges: The first ones.
+        exact: Whether their costs are exact, not estimates.
     """
 
-    def __init__(self, n: int, edges: Edges):
+    def __init__(self, n: int, edges: Edges, exact: bool = True):
         import numpy as np
 
         self.n = n
-        self._keys, self._cost = np.zeros(0, np.int64), np.zeros(0)
-        self.add(edges)
+        self._keys, self._cost, self._exact = np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool)
+        self.add(edges, exact)
 
-    def add(self, edges: Edges) -> None:
-        """Add edges; duplicates count once."""
+    def add(self, edges: Edges, exact: bool = True) -> None:
+        """Add edges; of duplicates the last one counts."""
         import numpy as np
 
-        keys = np.concatenate([self._keys, edges.rows * self.n + edges.columns])  # (q,)
+        keys = np.concatenate([edges.rows * self.n + edges.columns, self._keys])  # (q,)
         self._keys, first = np.unique(keys, return_index=True)
-        self._cost = np.concatenate([self._cost, edges.cost])[first]
+        self._cost = np.concatenate([edges.cost, self._cost])[first]
+        self._exact = np.concatenate([np.full(len(edges.cost), exact), self._exact])[first]
         self._rows, self._columns = (x.astype(np.int32) for x in (self._keys // self.n, self._keys % self.n))
         self._starts = np.searchsorted(self._rows, np.arange(self.n))  # (n,) of the rows
 
@@ -79,6 +81,24 @@ class SparseMatching:
             farthest = columns[np.bincount(match[match >= 0], minlength=self.n) == 0].max()
             f = f + np.maximum(farthest - rows, 0)
             g = g - np.maximum(farthest - columns, 0)
+
+    def shift(self, difference: float) -> None:
+        """Add to the costs that are estimates."""
+        self._cost[~self._exact] += difference
+
+    def estimated(self, f: ndarray, g: ndarray, limit: float) -> Edges:
+        """The edges with estimated costs that potentials (n,), (n,) price at most at a limit."""
+        reduced = self._cost - f[self._rows] - g[self._columns]  # (q,)
+        near = ~self._exact & (reduced <= limit + negligible(f, g))
+        keys = self._keys[near]
+        return Edges(keys // self.n, keys % self.n, self._cost[near])
+
+    def price_of(self, share: float, f: ndarray, g: ndarray) -> float:
+        """The price below which there are ``share`` edges a row."""
+        import numpy as np
+
+        reduced = self._cost - f[self._rows] - g[self._columns]  # (q,)
+        return float(np.partition(reduced, at)[at]) if (at := int(share * self.n)) < len(reduced) else 0.0
 
     def cost(self, match: ndarray) -> ndarray:
         """The cost of every row's edge in a matching, (n,)."""

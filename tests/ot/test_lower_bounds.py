@@ -1,0 +1,139 @@
+"""Bounds of costs in a fast precision: never above the costs, and the matching found through them is the exact one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from deus_merge.ot import lower_bounds
+from deus_merge.ot.costs import COSTS, PointCost
+from deus_merge.ot.lower_bounds import LowerBounds
+from deus_merge.ot.problem import OTProblem
+from deus_merge.ot.solvers import assignment
+from deus_merge.ot.solvers.assignment import SOLVER
+
+KINDS = ("random", "planted", "twins", "sizes", "few", "offset", "opposite", "tiny")
+
+
+def rows(kind: str, n: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, d, generator=g), torch.randn(n, d, generator=g)
+    if kind == "planted":
+        y = x[torch.randperm(n, generator=g)] + 0.05 * y
+    elif kind == "twins":
+        y = x[torch.randint(n, (n,), generator=g)]
+    elif kind == "sizes":
+        x, y = (z * torch.exp(3 * torch.randn(n, 1, generator=g)) for z in (x, y))
+    elif kind == "few":
+        x, y = (z.where(torch.rand(n, d, generator=g) < 0.1, 0) for z in (x, y))
+    elif kind == "offset":
+        x, y = x + 50, y + 50
+    elif kind == "opposite":  # many entries near the largest
+        x = x / x.norm(dim=1, keepdim=True)
+        y = -x + 1e-3 * y
+    elif kind == "tiny":
+        x, y = x * 1e-17, y * 1e-17
+    return x, y
+
+
+def exact(x: torch.Tensor, y: torch.Tensor, cost: str) -> torch.Tensor:
+    x, y = x.double(), y.double()
+    if cost == "cosine":
+        x, y = (z / z.norm(dim=1, keepdim=True).clamp_min(1e-300) for z in (x, y))
+    away = (x.unsqueeze(1) - y).square().sum(2)
+    return {"euclidean": away.sqrt(), "sqeuclidean": away, "cosine": away / 2}[cost]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 60),
+    d=st.integers(1, 70),
+    kind=st.sampled_from(KINDS),
+    cost=st.sampled_from(COSTS),
+    scale=st.sampled_from(["none", "max", "median"]),
+    low=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_bounds_are_below_the_cost_and_close(n, d, kind, cost, scale, low, seed):
+    x, y = rows(kind, n, d, seed)
+    bounds = LowerBounds(PointCost(x, y, cost=cost, cost_scale=scale), torch.bfloat16 if low else torch.float32)
+    want = exact(x, y, cost)
+    if scale == "max":
+        assert bounds.scale == pytest.approx(want.max().item() or 1.0, rel=1e-6)
+    want = want / bounds.scale
+    r, s = torch.arange(n).repeat_interleave(n), torch.arange(n).repeat(n)
+    found, entries = bounds.dense().double(), bounds.at(r, s).view(n, n)
+    size = x.double().norm(dim=1, keepdim=True) + y.double().norm(dim=1)  # (n, n)
+    assert torch.allclose(entries, want, rtol=2e-6, atol=1e-6 * (1 if cost == "cosine" else size.max().item()))
+    rounding = 1e-6 * (entries + entries.max())
+    assert (found <= entries + rounding).all()
+    if cost == "sqeuclidean":
+        compared = sum(
+            points.double().norm(dim=1).view(shape) for points, shape in zip(bounds._centred, ((-1, 1), (-1,)))
+        )
+        assert ((entries - found) * bounds.scale <= (0.03 if low else 1e-4) * compared.square() + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_matching_does_not_depend_on_the_precision(monkeypatch, kind):
+    monkeypatch.setattr(assignment, "_DENSE", 1)
+    x, y = rows(kind, 300, 40, 3)
+    plans = {}
+    for precision in (torch.bfloat16, None):
+        monkeypatch.setattr(assignment, "fast_precision", lambda cost, precision=precision: precision)
+        plans[precision] = SOLVER.solve(OTProblem.uniform(PointCost(x, y, cost_scale="max")))
+    found = exact(x, y, "euclidean")
+    best = found[linear_sum_assignment(found.numpy())].mean().item() / found.max().item()
+    for plan in plans.values():
+        assert plan.transport_cost == pytest.approx(best, rel=1e-6, abs=1e-9)
+        assert plan.gap is not None and plan.gap <= 1e-6
+    if kind != "twins":  # equal rows may change places
+        assert torch.equal(plans[torch.bfloat16].coupling.rows, plans[None].coupling.rows)
+
+
+def test_few_rounds_and_few_exact_costs(monkeypatch):
+    """Weak matches among many features: a round that added only the edges priced below 0 would be one of dozens."""
+    monkeypatch.setattr(assignment, "_ROUNDS", 4)
+    monkeypatch.setattr(assignment, "fast_precision", lambda cost: torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 1024, generator=g)
+    y = torch.randn(1500, 1024, generator=g) + 5 * x[torch.randperm(1500, generator=g)] / 50
+    computed = []
+    between = PointCost._between
+
+    def counted(self, r, s):
+        computed.append(len(r))
+        return between(self, r, s)
+
+    monkeypatch.setattr(PointCost, "_between", counted)
+    solution = SOLVER.solve(OTProblem.uniform(PointCost(x, y, cost_scale="max")))
+    assert solution.gap is not None and solution.gap <= 1e-9
+    assert 2 * 1500 < sum(computed) < 20 * 1500
+
+
+def test_points_in_doubt_get_better_bounds(monkeypatch):
+    """Rows so alike that bounds in bfloat16 leave all edges open; then the cost itself is read."""
+    monkeypatch.setattr(assignment, "_DENSE", 1)
+    monkeypatch.setattr(assignment, "fast_precision", lambda cost: torch.bfloat16)
+    read = []
+    make = LowerBounds.__init__
+    monkeypatch.setattr(LowerBounds, "__init__", lambda *a: (read.append(a[2]), make(*a))[1])
+    g = torch.Generator().manual_seed(1)
+    centres = torch.randn(2, 30, generator=g)
+    x, y = (centres.repeat(150, 1) + 0.2 * torch.randn(300, 30, generator=g) for _ in range(2))
+    solution = SOLVER.solve(OTProblem.uniform(PointCost(x, y)))
+    found = exact(x, y, "euclidean")
+    assert solution.transport_cost == pytest.approx(found[linear_sum_assignment(found.numpy())].mean().item(), rel=1e-6)
+    assert read[0] == torch.bfloat16
+
+
+def test_which_processors_are_fast(monkeypatch):
+    cost = PointCost(torch.randn(2048, 2), torch.randn(2048, 2))
+    for features, want in (({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16), ({}, None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
+        assert lower_bounds.fast_precision(cost) == want
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert lower_bounds.fast_precision(cost) is None
