@@ -319,7 +319,7 @@ class _Layer:
                 sides = [pair[0].new_empty(len(pair[0]), width) for _ in pair]  # (f, e) each
             own = [whole[:, at : at + pair[0].shape[1]] for whole in sides]
             for weight, place in zip(pair, own, strict=True):
-                for rows in row_blocks(*weight.shape, _TRANSPOSED):
+                for rows in row_blocks(*weight.shape, elements=_TRANSPOSED):
                     place[rows] = weight[rows].contiguous()
             mean = (own[0].norm(dim=1).mean() + own[1].norm(dim=1).mean()) / 2
             for place in own:

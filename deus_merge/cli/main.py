@@ -114,7 +114,12 @@ def cli():
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; the arguments are those of the process unless given."""
-    sys.exit(run_command(arguments))
+    code = run_command(arguments)
+    if code == 130:
+        # Where the interrupt went through code that was given as a string, as a library may have it, Python ends
+        # `python -m` by SIGINT after all, and not with this code. It forgets that when another string begins.
+        exec("")
+    sys.exit(code)
 
 
 def run_command(arguments: list[str] | None) -> int:
