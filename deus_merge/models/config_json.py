@@ -32,6 +32,18 @@ def with_section(config: Config, layers_path: Sequence[str], new: Config) -> dic
     return {**config, layers_path[0]: with_section(config[layers_path[0]], layers_path[1:], new)}
 
 
+def class_names(config: Config) -> tuple[str, ...]:
+    """The names of the model's classes in transformers, in order: ``architectures``, as far as it is a list of names."""
+    names = config.get("architectures")
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
+
+
+def dtype_named(config: Config) -> str | None:
+    """The name of the weights' dtype: ``dtype``, or ``torch_dtype`` of older versions; None where it is no name."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    return name if isinstance(name, str) else None
+
+
 def value_at(config: Config, path: Sequence[str]) -> Any:
     """The value under these keys; None where a key is missing."""
     value: Any = config

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ..checkpoint.quantized import is_cache_scale
 from ..core.errors import ArchitectureError
 from ..core.text import plural, some_of
-from .config_json import Config, section, value_at
+from .config_json import Config, class_names, section, value_at
 from .facts.text_types import names_of_type
 from .family import Family, families
 from .spec import TensorSpec
@@ -150,8 +150,8 @@ def view_model(config: Config, names: tuple[str, ...], where: object) -> ModelVi
         tuple(_rooted(_known(name, family, outside), family.layer_prefix, prefix, outside) for name in part)
         for part in (family.before, family.after, family.tied)
     )
-    classes = config.get("architectures")
-    headless = isinstance(classes, list) and classes and not any(_HAS_HEAD.search(str(name)) for name in classes)
+    classes = class_names(config)
+    headless = classes and not any(_HAS_HEAD.search(name) for name in classes)
     untied = config.get("tie_word_embeddings") is False and not headless
     for name in (*before, *after):
         if name not in outside and (untied or name not in tied):

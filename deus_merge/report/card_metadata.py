@@ -16,6 +16,7 @@ import yaml
 from ..checkpoint.header import read_small
 from ..checkpoint.hub import repository_of, split_adapter
 from ..core.errors import DeusMergeError
+from ..models.config_json import class_names
 from ..models.source import SourceModel
 from ..plan.documents import PlannedResult
 from ..plan.types import Plan
@@ -82,9 +83,8 @@ def front_matter(plan: Plan) -> dict[str, Any]:
     cards = {str(model.ref): _card(model) for model in sources}
     donor = next(iter(cards.values()), {})
     ids = list(dict.fromkeys(part for model in sources for part in _ids(model, cards[str(model.ref)])))
-    architecture = next(iter(plan.config.get("architectures") or ()), "")
     task = _text(donor.get("pipeline_tag"))
-    if task is None and str(architecture).endswith("ForCausalLM"):
+    if task is None and next(iter(class_names(plan.config)), "").endswith("ForCausalLM"):
         task = "text-generation"
     languages = [word for card in cards.values() for word in _texts(card.get("language"))]
     own = ["merge", "deus_merge", *(["depth-up-scaling"] if plan.new_layers else [])]

@@ -17,6 +17,7 @@ from ..core.errors import printable
 from ..core.tensors import Action
 from ..core.typed_json import parse
 from ..core.units import format_count
+from ..models.config_json import class_names
 from ..models.tokenizer.files import is_tokenizer_file
 from ..plan.types import Plan
 from .card_metadata import front_matter, join_card, licenses, unnamed
@@ -86,7 +87,7 @@ def _parameters(plan: Plan) -> str:
 
 def _loading(plan: Plan) -> list[str]:
     """Lines that load the model in transformers."""
-    architecture = str(next(iter(plan.config.get("architectures") or ()), ""))
+    architecture = next(iter(class_names(plan.config)), "")
     kind = "AutoModel"
     if architecture.endswith("ForCausalLM"):
         kind = "AutoModelForCausalLM"

@@ -19,6 +19,7 @@ from ..checkpoint.reader import TensorSource
 from ..core.tensors import CONSTANT, UNCHANGED, Action, WrittenTensor
 from ..core.typed_json import parse
 from ..methods.base import OutputTensor
+from ..models.config_json import dtype_named
 from ..models.config_rules import config_patch
 from ..models.layer_facts import expand, listed_keys, plain
 from ..plan.blocks import BlockPlan
@@ -84,7 +85,7 @@ def manifest_of(
         layer_prefix=donor.view.layer_prefix,
         sources=tuple(planned_source(s, name, depths.get(s)) for s, name in sources.items()),
         num_layers=plan.num_layers,
-        dtype=plan.config.get("dtype") or plan.config.get("torch_dtype"),
+        dtype=dtype_named(plan.config),
         layer_lists=listed_keys(plan.config, donor.view.layers_path, facts),
         layer_facts=plain(facts),
         function_preserving=plan.function_preserving,

@@ -17,7 +17,7 @@ from ..core.tensors import Action, StoredTensor
 from ..core.text import plural, some_of
 from ..core.units import dtype_name, promoted
 from ..core.urls import address_of
-from ..models.config_json import section
+from ..models.config_json import dtype_named, section
 from ..models.config_rules import check_config
 from ..models.layer_facts import expand, plain
 from ..models.modules import view_modules
@@ -179,7 +179,7 @@ class Output:
                 return False, f"config.json: {key} must be a list of {view.num_layers} entries, one for each layer"
         if wrong := self._wrong_fact(view):
             return False, wrong
-        dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+        dtype = dtype_named(checkpoint.config)
         if manifest.format > 1 and dtype != manifest.dtype and not manifest.trained:
             return False, f"config.json: dtype {dtype}, planned {manifest.dtype}"
         lists = f", lists: {', '.join(manifest.layer_lists)}" if manifest.layer_lists else ""

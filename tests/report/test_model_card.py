@@ -218,3 +218,13 @@ def test_no_card_was_wanted(run, toy):
     run("upscale", toy, "out", "--insert", "{after: [1]}", "--no-write-model-card")
     training.save_trained(training.prepare("out").model, "out", "saved")
     assert not os.path.exists("saved/README.md")
+
+
+@pytest.mark.parametrize("names", [3, {"a": 1}, "LlamaForCausalLM", [3, None], [], None, True])
+def test_class_names_and_dtypes_may_be_anything(run, tmp_path, names):
+    base = make_model(tmp_path / "base", layers=2)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": names, "dtype": names or 7}))
+    run("upscale", base, tmp_path / "out", "--insert", "all", "--preset", "llama_pro")
+    run("verify", tmp_path / "out", "--source", base, expect=None)
+    assert "AutoModel.from_pretrained" in (tmp_path / "out/README.md").read_text()
