@@ -33,7 +33,7 @@ def with_section(config: Config, layers_path: Sequence[str], new: Config) -> dic
 
 
 def class_names(config: Config) -> tuple[str, ...]:
-    """The names of the model's classes in transformers, in order: ``architectures``, as far as it is a list of names."""
+    """The names of the model's classes in transformers, in order: ``architectures``, where it is a list of names."""
     names = config.get("architectures")
     return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
