@@ -1,12 +1,13 @@
 """Lower bounds of a cost, close to it, from products in a fast precision: with them an exact solver finds the few edges
 that matter, and computes only their costs exactly.
 
-With rows x, y that are rounded to x̂, ŷ, and the product s that a processor finds in float32,
+With rows x, y of d elements that are rounded to x̂, ŷ, and the product s that a processor finds in float32,
 
-    |x·y - s| ≤ (r + r' + r r' + d u) |x| |y|,    r = max |x - x̂| / |x|,  r' likewise,  u = 2⁻²⁴,
+    |x·y - s| ≤ (r + r' + r r' + k u) |x| |y|,    r = max |x - x̂| / |x|,  r' likewise,  u = 2⁻²⁴,
 
 by the triangle and Cauchy-Schwarz inequalities and the usual bound of a sum's rounding (Higham 2002, Accuracy and
-Stability of Numerical Algorithms, 3.1); its storage in bfloat16 adds 2⁻⁹ |s|. Nothing is estimated, so that what
+Stability of Numerical Algorithms, 3.1). Sums of `_TERMS` elements are made first and then added up, so that k is about
+`_TERMS` + d / `_TERMS`. Where these come back in bfloat16, each adds 2⁻⁹ of its absolute value. Nothing is estimated: what
 follows from the bounds is proved.
 """
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+#: Elements of rows whose products are added up at once.
+_TERMS = 4096
 #: More candidates for the largest cost than this share of all entries: ties, which no bound tells apart.
 _TIED = 2.0**-8
 
@@ -42,7 +45,9 @@ class LowerBounds(PointCost):
         self._keep_points, self._stored, self._exact = True, {}, set()
         self._precision, self._rounded, self._buffer = precision, None, None
         assert self._centred is not None, "a cost that keeps its points"
-        terms = self._centred[0].shape[1] + 8  # of a sum; and the other steps to a squared distance
+        width = self._centred[0].shape[1]
+        self._parts = [slice(at, min(at + _TERMS, width)) for at in range(0, width, _TERMS)]
+        terms = min(width, _TERMS) + len(self._parts) + 8  # 8: the other steps to a squared distance
         self._relative = terms * torch.finfo(cost.dtype).eps / 2
         if self._low:
             x, y = (_relative_rounding(points, precision) for points in self._centred)
@@ -61,18 +66,21 @@ class LowerBounds(PointCost):
 
         assert self._centred is not None, "freed only when all blocks are stored"
         x, y = self._centred[0][block], self._centred[1]  # (r, d), (m, d)
+        out.zero_()
         if self._low:
             if self._rounded is None:
                 self._rounded = y.to(self._precision)
                 self._buffer = out.new_empty(out.shape, dtype=self._precision)
             assert self._buffer is not None, "made with the rounded rows"
-            found = torch.mm(x.to(self._precision), self._rounded.t(), out=self._buffer[: len(x)])  # (r, m)
-            half = torch.finfo(self._precision).eps / 2 * (1 + torch.finfo(self._precision).eps)
-            for part in row_blocks(*out.shape):
-                out[part] = found[part]
-                out[part].add_(found[part].abs(), alpha=half)
+            x, half = x.to(self._precision), torch.finfo(self._precision).eps / 2
+            for part in self._parts:
+                found = torch.mm(x[:, part], self._rounded[:, part].t(), out=self._buffer[: len(x)])  # (r, m)
+                for rows in row_blocks(*out.shape):
+                    out[rows] += found[rows]
+                    out[rows].add_(found[rows].abs(), alpha=half * (1 + 2 * half))
         else:
-            torch.mm(x, y.t(), out=out)
+            for part in self._parts:
+                out.addmm_(x[:, part], y[:, part].t())
         sizes = [norms.sqrt() for norms in (self._norms[0][block], self._norms[1])]  # (r,), (m,)
         out.addr_(*sizes, alpha=self._relative)
 
@@ -81,9 +89,10 @@ class LowerBounds(PointCost):
         import torch
 
         top = torch.stack([rows.max() for _, rows, _ in self._unscaled()]).max().item()
-        # squared distances are above squared bounds by at most this
+        # squared distances are above squared bounds by at most this; parts' sizes have products of at most the whole's
         stored = torch.finfo(self._precision).eps if self._low else 0.0
-        margin = 4 * (self._relative + stored) * math.prod(norms.max().sqrt().item() for norms in self._norms)
+        largest = math.prod(norms.max().sqrt().item() for norms in self._norms)
+        margin = 4 * (self._relative + stored) * largest
         power, factor = {"euclidean": (2, 1), "sqeuclidean": (1, 1), "cosine": (1, 2)}[self.name]
         least = max(0.0, factor * top**power - margin) ** (1 / power) / factor
         found, count = top, 0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _NEAREST = 12  # edges of least reduced cost that each row and each column retains; the search adds a few more
 _CROWD = 8 * _NEAREST  # edges a row above which those at the threshold, ties, are thinned
 _LOWEST = 16  # edges of a part that are taken a row, of those priced lowest
-_OPEN = 96  # edges a row whose price bounds leave open, above which better bounds are cheaper
+_OPEN = 96  # edges a row whose price bounds leave open, or a 64th of them: above that better bounds are cheaper
 _BUCKET = 64  # columns that are searched by their minimum, since few of many are wanted
 _GROUPS = 128  # of rows, likewise
 _FLOOR = -80.0  # smaller exponents are raised to this one: e^-80 is a normal number, and denormal ones are slow
@@ -185,7 +185,7 @@ class Passes:
         for rows, cost, x in self._parts():
             torch.sub(cost, low, out=x)
             r, s = self._at_most((f[rows] + slack).to(x.dtype), len(cost))
-            if self.bounded and len(r) > _OPEN * len(cost):
+            if self.bounded and len(r) > max(_OPEN, self.n // 64) * len(cost):
                 return None
             entries = self._entries(rows, r, s) if self.bounded else cost[r, s].double()  # (q,)
             value = entries - g[s]  # (q,)
