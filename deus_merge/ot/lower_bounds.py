@@ -6,8 +6,8 @@ With rows x, y of d elements that are rounded to x̂, ŷ, and the product s that
     |x·y - s| ≤ (r + r' + r r' + k u) |x| |y|,    r = max |x - x̂| / |x|,  r' likewise,  u = 2⁻²⁴,
 
 by the triangle and Cauchy-Schwarz inequalities and the usual bound of a sum's rounding (Higham 2002, Accuracy and
-Stability of Numerical Algorithms, 3.1). Sums of `_TERMS` elements are made first and then added up, so that k is about
-`_TERMS` + d / `_TERMS`. Where these come back in bfloat16, each adds 2⁻⁹ of its absolute value. Nothing is estimated: what
+Stability of Numerical Algorithms, 3.1). Sums of `_TERMS` elements are made first and then added up: k is about `_TERMS`
+plus d / `_TERMS`. Where these come back in bfloat16, each adds 2⁻⁹ of its absolute value. Nothing is estimated: what
 follows from the bounds is proved.
 """
 
