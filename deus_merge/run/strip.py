@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,14 +11,11 @@ from ..checkpoint.contents import contents_digest
 from ..checkpoint.dequantized import dequantized, float_shapes
 from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
-from ..checkpoint.quantized import quantization, with_quantization
 from ..core.errors import DeusMergeError, PlanError, VerifyError, json_text
 from ..core.tensors import UNCHANGED, StoredTensor
-from ..core.units import dtype_name, parse_size, promoted
+from ..core.units import parse_size, promoted
 from ..models.config_json import Config, patched
-from ..models.config_rules import LayerEntries, check_config, deeper_config
-from ..models.facts.quantization import SECTIONS
-from ..models.layer_facts import expand
+from ..models.config_rules import check_config
 from ..models.side_files import copied_files
 from ..models.stacks import depth_at
 from ..models.view import ModelView, prefix_of, view_model
@@ -28,6 +24,7 @@ from ..report.manifest_parts import ManifestLayer, WeightFile
 from ..report.plan_manifest import sha256
 from ..verify.weights import TensorCheck, examine
 from .preflight import check_apart
+from .strip_config import base_config, with_nulls
 
 
 @dataclass(frozen=True)
@@ -108,9 +105,9 @@ def strip(
     layers = _base_layers(record, view, checkpoint.config)
     sources = _renamed(checkpoint, view, layers)
     base = _original_base(record)
-    config = _base_config(checkpoint, view, layers, record, sources)
+    config = base_config(checkpoint, view, layers, record, sources)
     if base:
-        config = _with_nulls(config, base.config)
+        config = with_nulls(config, base.config)
     # in the base's order; else sorted by name, as safetensors and transformers write a file
     order = base.tensors if base and base.tensors.keys() == sources.keys() else sorted(sources)
     entries = [TensorEntry(name, sources[name].dtype, sources[name].shape) for name in order]
@@ -281,66 +278,6 @@ def _renamed(checkpoint: Checkpoint, view: ModelView, layers: Sequence[int]) -> 
         else:
             sources[new] = tensors[name]
     return sources
-
-
-def _base_config(
-    checkpoint: Checkpoint,
-    view: ModelView,
-    layers: Sequence[int],
-    manifest: Manifest,
-    sources: Mapping[str, StoredTensor],
-) -> dict:
-    """The checkpoint's config.json with the base's depth and lists, without the keys that the growth added."""
-    patch = manifest.donor_config or {}
-    origins = [LayerEntries(checkpoint.config, layer, str(checkpoint.folder), view.layers_path) for layer in layers]
-    config = deeper_config(checkpoint.config, view.layers_path, origins, None)
-    kept = copy.deepcopy(config)
-    _drop_added(config, patch)
-    _put_back(config, patch, checkpoint.config)
-    if expand(config, view.layers_path, view.model_type) != expand(kept, view.layers_path, view.model_type):
-        config = kept  # what the growth took the place of would now say something else
-    if quantization(checkpoint.config) is None:  # nor does it become quantised by losing layers
-        config = with_quantization(config, None)
-    for key in SECTIONS:  # the same layers under the same numbers
-        if key in config and isinstance(patch.get(key), Mapping):
-            config[key] = patched(checkpoint.config[key], patch[key])
-    stored = {dtype_name(info.dtype) for info in sources.values()}
-    for key in ("dtype", "torch_dtype"):
-        before = patch.get(key)
-        if key in config and before is not None and {before} == stored:  # not when the tensors were cast
-            config[key] = before
-    return config
-
-
-def _with_nulls(config: Mapping, base: Mapping) -> dict:
-    """A config with the nulls of another one, which a merge patch cannot express, where the rest is equal."""
-    nulls = {key for key, value in base.items() if value is None and key not in config}
-    inner = {
-        key: _with_nulls(value, base[key])
-        for key, value in config.items()
-        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
-    }
-    keys = [key for key in base if key in config or key in nulls]
-    keys += [key for key in config if key not in base]
-    return {key: None if key in nulls else inner.get(key, config.get(key)) for key in keys}
-
-
-def _drop_added(config: dict, patch: Mapping) -> None:
-    """Remove the keys that a merge patch removes, and leave all others as they are."""
-    for key, value in patch.items():
-        if value is None:
-            config.pop(key, None)
-        elif isinstance(value, Mapping) and isinstance(config.get(key), dict):
-            _drop_added(config[key], value)
-
-
-def _put_back(config: dict, patch: Mapping, grown: Mapping) -> None:
-    """Add the keys that the growth removed."""
-    for key, value in patch.items():
-        if isinstance(value, Mapping) and isinstance(config.get(key), dict) and isinstance(grown.get(key), Mapping):
-            _put_back(config[key], value, grown[key])
-        elif value is not None and key not in grown:
-            config.setdefault(key, copy.deepcopy(value))
 
 
 def _check_written(written: Checkpoint, sources: Mapping[str, StoredTensor]) -> None:
