@@ -96,7 +96,9 @@ def check_bucket_run(plan: Plan, out: Path, options: RunOptions) -> tuple[str, .
     _, run_record = computing(plan, options)
     warnings = check_memory(plan, options)
     check_in_bucket(plan, store, options)
-    if options.resume and is_complete(plan, store.out, run_record):
+    # a run that was stopped when the manifest was there goes on, too
+    goes_on = options.resume or (store.begun and not options.overwrite)
+    if goes_on and is_complete(plan, store.out, run_record):
         return warnings
     store.check(options.overwrite)
     return warnings
