@@ -24,9 +24,8 @@ def path_of(value: Any, name: str) -> Path:
     Raises:
         DeusMergeError: neither text nor a path, or an address without a bucket.
     """
-    if (
-        isinstance(value, str) and is_url(value) and split_url(value).place[:1] in ("", "/")
-    ):  # a Path would join slashes
+    # of s3:///model, a Path would make the bucket `model`
+    if isinstance(value, str) and is_url(value) and split_url(value).place[:1] in ("", "/"):
         raise DeusMergeError("no bucket in an address", where=name, expected="s3://bucket/model", got=public_url(value))
     if isinstance(value, str | os.PathLike) and str(value):
         return Path(value)
