@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ..checkpoint.staging import check_local
 from ..core.errors import DeusMergeError, RecipeError
 from ..core.located import locate
+from ..core.urls import is_url, public_url, split_url
 from ..recipe.calibrate import read_text
 from ..recipe.reader import parse_recipe, read_recipe, recipe_from
 from ..recipe.types import Recipe
@@ -21,8 +22,11 @@ def path_of(value: Any, name: str) -> Path:
     """A path.
 
     Raises:
-        DeusMergeError: neither text nor a path.
+        DeusMergeError: neither text nor a path, or an address without a bucket.
     """
+    # of s3:///model, a Path would make the bucket `model`
+    if isinstance(value, str) and is_url(value) and split_url(value).place[:1] in ("", "/"):
+        raise DeusMergeError("no bucket in an address", where=name, expected="s3://bucket/model", got=public_url(value))
     if isinstance(value, str | os.PathLike) and str(value):
         return Path(value)
     raise DeusMergeError("not a path", where=name, expected="text or a Path", got=_shown(value))

@@ -30,6 +30,7 @@ from .completion import (
 from .failures import report_bus_errors
 from .next_steps import show_next
 from .options import (
+    OutputPlace,
     ShareNumber,
     Size,
     mixed_machines,
@@ -46,7 +47,7 @@ from .recipes import load_recipe, recipe_options
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OutputPlace(exists=False))
 @recipe_options
 @click.option("--shard-of", type=ShareNumber(), metavar="K/N",
               help="Make the Kth of N shares of the output, next to it; finish puts it together.")  # fmt: skip
@@ -69,7 +70,7 @@ def merge(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str,
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path), shell_complete=complete_recipes)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OutputPlace(exists=False))
 @recipe_options
 @mixed_machines
 @run_options
@@ -89,7 +90,7 @@ def finish(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str
 
 @click.command()
 @click.argument("model", shell_complete=complete_models)
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OutputPlace(exists=False))
 @click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.",
               shell_complete=complete_presets)  # fmt: skip
 @click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...",

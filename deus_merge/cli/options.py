@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ..api.arguments import path_of
 from ..checkpoint.storage import DEFAULT_CACHE_SIZE
 from ..core.errors import DeusMergeError
 from ..core.units import parse_size
@@ -33,13 +34,18 @@ class Size(click.ParamType):
 
 
 class OutputPlace(click.Path):
-    """A folder of this machine, which must exist, or the address of an output in a bucket."""
+    """A folder of this machine, or the address of an output in a bucket.
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path, exists=True, file_okay=False)
+    Args:
+        exists: Whether the folder must exist.
+    """
+
+    def __init__(self, *, exists: bool = True) -> None:
+        super().__init__(path_type=Path, exists=exists, file_okay=not exists)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return Path(value) if address_of(value) else super().convert(value, param, ctx)
+        path = path_of(value, "OUT")
+        return path if address_of(path) else super().convert(value, param, ctx)
 
 
 class ShareNumber(click.ParamType):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -18,7 +19,7 @@ from ..core.units import ITEMSIZE, format_size
 from ..methods.base import CONCURRENT_OUTPUTS, OutputTensor
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
-from ..report.manifest_parts import BlockSeconds
+from ..report.manifest_parts import BlockSeconds, TensorDiagnostics
 from .compute import BlockComputer, Computed, Loaded
 from .device import choose_device
 from .document_results import document_results
@@ -40,15 +41,16 @@ class BlockRecord(TypedDict):
         seconds: What it took its time for.
     """
 
-    tensors: Sequence[Mapping[str, Any]]
+    tensors: Sequence[TensorDiagnostics]
     seconds: BlockSeconds
 
 
 def is_record(value: object) -> bool:
-    """Whether a JSON value is a `BlockRecord`."""
+    """Whether a JSON value is a `BlockRecord` that a manifest can hold: none of its numbers is NaN or infinite."""
     try:
         parse(BlockRecord, value)
-    except Misfit:
+        json.dumps(value, allow_nan=False)
+    except (Misfit, ValueError):
         return False
     return True
 
@@ -153,7 +155,7 @@ class _BlockRunner:
         """
         self._written = _fraction_counter(block, self._on_fraction)
         self._watch = self._watches[block.index]
-        diagnostics = self._make(block)
+        diagnostics: list[Any] = self._make(block)
         for result in self._results.values():
             diagnostics += result.take_diagnostics()
         return {"tensors": diagnostics, "seconds": self._watch.seconds}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..report.plan_manifest import manifest_of, plan_sources
 from ..verify import verify
 from .complete import is_complete
 from .engines import FinishedPieces
+from .events import OnEvent
 from .executor import Outcome, block_warnings, other_files, passed
 from .preflight import RunOptions, check_memory, computing, processes_of
 
@@ -96,28 +97,30 @@ def check_bucket_run(plan: Plan, out: Path, options: RunOptions) -> tuple[str, .
     _, run_record = computing(plan, options)
     warnings = check_memory(plan, options)
     check_in_bucket(plan, store, options)
-    if options.resume and is_complete(plan, store.out, run_record):
+    # a run that was stopped when the manifest was there goes on, too
+    goes_on = options.resume or (store.begun and not options.overwrite)
+    if goes_on and is_complete(plan, store.out, run_record):
         return warnings
     store.check(options.overwrite)
     return warnings
 
 
 @contextmanager
-def kept_pieces(store: BucketPieces, on_block: OnBlock) -> Iterator[OnBlock]:
-    """Whatever stops a run to a bucket once a block is finished, say how to go on.
+def kept_pieces(store: BucketPieces, on_event: OnEvent) -> Iterator[OnEvent]:
+    """Whatever stops a run to a bucket once a piece is finished, say how to go on.
 
     Yields:
-        ``on_block``, to be called in its place.
+        ``on_event``, to be called in its place.
     """
     finished = False
 
-    def counted(block: BlockPlan, resumed: bool) -> None:
+    def heard(event: Mapping[str, object]) -> None:
         nonlocal finished
-        finished = True
-        on_block(block, resumed)
+        finished = finished or event["event"] in ("piece done", "piece found")
+        on_event(event)
 
     try:
-        yield counted
+        yield heard
     except BaseException as error:
         if not finished:
             raise

@@ -168,12 +168,11 @@ def make_in_bucket(
     warnings = check_bucket_run(plan, out, options)
     if options.overwrite:
         store.claim(overwrite=True)
-    with kept_pieces(store, on_block) as counted:
+    with kept_pieces(store, on_event) as heard:
         if isinstance(options.workers, str):
-            make_pieces(plan, out, options, options.workers, on_block=counted, on_event=on_event)
+            make_pieces(plan, out, options, options.workers, on_block=on_block, on_event=heard)
         else:
-            told = {"on_fraction": on_fraction, "on_event": on_event}
-            make_share(plan, out, options, 1, 1, on_block=counted, **told)
+            make_share(plan, out, options, 1, 1, on_block=on_block, on_fraction=on_fraction, on_event=heard)
         outcome = finish(plan, out, options, lambda block, resumed: None)
     return replace(outcome, warnings=tuple(dict.fromkeys((*warnings, *outcome.warnings))))
 

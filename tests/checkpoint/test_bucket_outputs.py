@@ -109,6 +109,9 @@ def test_shares_and_finish(plan, out, local):
     assert content(objects(out)) == local
     assert api.make_share(plan, out, 1, 3, OPTIONS).complete
     assert api.finish(plan, out).warnings[-1].startswith("the output is already complete")
+    put(out, f".deus-pieces/{plan.hash[:16]}/begun.json", b"{}")  # stopped after the manifest: it goes on
+    assert api.merge(plan, out, OPTIONS).warnings[-1].startswith("the output is already complete")
+    assert content(objects(out)) == local
 
 
 def test_a_worker_that_is_lost(plan, out, local):
@@ -300,6 +303,9 @@ def test_refusals(run, models, out, tmp_path, monkeypatch):
     secret = run("merge", recipe, f"s3://me:{SECRET}@outputs/x", expect=2).err
     assert "has no user, password or query" in secret and SECRET not in secret
     assert "no empty parts" in run("merge", recipe, "s3://outputs/a/../b", expect=2).err
+    for address in ("s3://", "s3:///outputs", f"s3://me:{SECRET}@/outputs"):  # of a variable that is not set
+        refused = run("merge", recipe, address, expect=2).err + run("verify", address, expect=2).err
+        assert refused.count("no bucket in an address") == 2 and SECRET not in refused
     text = tmp_path / "text.txt"
     text.write_text("words " * 500)
     calibrated = run("upscale", models / "base", out, "--calibrate", text, expect=2)

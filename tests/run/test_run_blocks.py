@@ -14,6 +14,7 @@ from support import make_model, weights, write_recipe
 
 from deus_merge import api
 from deus_merge.core.errors import MachineError
+from deus_merge.run.block_runner import is_record
 from deus_merge.run.compute import BlockComputer
 from deus_merge.run.document_results import document_results
 from deus_merge.run.preflight import preflight
@@ -232,3 +233,18 @@ def test_not_a_number_is_refused_before_it_is_written(models, monkeypatch, tmp_p
     with pytest.raises(api.DeusMergeError, match="becomes NaN or infinity"):
         api.run_blocks(plan, range(len(plan.blocks)), notes, device=torch.device("cpu"))
     assert notes.missing["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seconds": {"read": float("nan"), "computed": 0.0, "wrote": 0.0, "waited": 0.0}},
+        {"tensors": [{"role": "up", "tensor": "x", "cost": float("inf")}]},
+        {"tensors": [{"tensor": "x"}]},
+        {"tensors": None},
+    ],
+)
+def test_records_that_no_manifest_can_hold_count_as_unfinished(wrong):
+    seconds = {"read": 0.1, "computed": 0.0, "wrote": 0.0, "waited": 0.0}
+    record = {"tensors": [{"role": "up", "tensor": "x", "cost": 0.5}], "seconds": seconds}
+    assert is_record(record) and not is_record(record | wrong)

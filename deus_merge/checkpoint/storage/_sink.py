@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import CheckpointError, MachineError
+from ...core.errors import MachineError
 from ..header import MAX_JSON
 from ..system import disk_errors
 from ._transfer import LONGEST_WAIT, Absent, Identity, Remote, _identity, _wait_or_end
@@ -54,7 +54,8 @@ class Sink(Remote):
         import obstore
 
         found = self._tried("", lambda store: obstore.list_with_delimiter(store, folder or None))
-        objects = {meta["path"].rpartition("/")[2]: _identity(meta) for meta in found["objects"]}
+        # consoles of buckets show a folder by an empty object, whose path is the folder's
+        objects = {m["path"].rpartition("/")[2]: _identity(m) for m in found["objects"] if m["path"] != folder}
         return objects, [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]]
 
     def read(self, name: str) -> bytes | None:
@@ -231,13 +232,3 @@ def _lacks_conditions(error: Exception) -> bool:
     from obstore.exceptions import NotSupportedError
 
     return isinstance(error, NotSupportedError) or "NotImplemented" in str(error) or "status code: 501" in str(error)
-
-
-def check_place(address: str) -> None:
-    """Check that an output can have this address: its folders have names.
-
-    Raises:
-        CheckpointError: one has none.
-    """
-    if any(part in ("", ".", "..") for part in address.partition("://")[2].rstrip("/").split("/")):
-        raise CheckpointError("an address of an output has no empty parts, '.' or '..'", where=address)

@@ -114,7 +114,7 @@ class Remote:
         import obstore
 
         found = self._tried("", lambda store: obstore.list_with_delimiter(store))
-        return {meta["path"].rpartition("/")[2]: meta["size"] for meta in found["objects"]}
+        return {meta["path"].rpartition("/")[2]: meta["size"] for meta in found["objects"] if meta["path"]}
 
     def whole(self, name: str, most: int) -> bytes:
         """A small file.

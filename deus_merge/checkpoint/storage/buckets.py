@@ -4,12 +4,13 @@ variables that obstore reads."""
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import quote
 
 from ...core.errors import CheckpointError
 from ...core.urls import public_url
 from ..tensor_source import TensorSource
 from ._remote import open_remote
-from ._sink import Sink, check_place
+from ._sink import Sink
 from ._transfer import Remote, check_installed
 from .base import LoadOptions
 
@@ -36,11 +37,10 @@ class Buckets:
         return open_remote(remote, options.spool, remote.list())
 
     def sink(self, ref: str) -> Sink:
-        check_place(ref)
         return Sink(*self._place(ref), credentials=_hint(ref))
 
     def _place(self, ref: str) -> tuple[str, str, Literal["bucket"]]:
-        """Address, name and kind of a folder.
+        """Address, name and kind of a folder, which has one name: ``%20`` in it is no space, and ``..`` is refused.
 
         Raises:
             CheckpointError: not an address of a bucket; or obstore is missing.
@@ -53,8 +53,10 @@ class Buckets:
                 expected=self.example,
                 hint=f"credentials are read from the environment: {_CREDENTIALS[_scheme(ref)]}",
             )
+        _check_place(name)
         check_installed(ref)
-        return name, name, "bucket"
+        scheme, _, place = name.partition("://")
+        return f"{scheme}://{quote(place)}", name, "bucket"
 
 
 def _hint(ref: str) -> str:
@@ -63,6 +65,16 @@ def _hint(ref: str) -> str:
 
 def _scheme(ref: str) -> str:
     return ref.partition("://")[0] if "://" in ref else ""
+
+
+def _check_place(name: str) -> None:
+    """Check that bucket and folders of an address have names.
+
+    Raises:
+        CheckpointError: one has none.
+    """
+    if any(part in ("", ".", "..") for part in name.partition("://")[2].split("/")):
+        raise CheckpointError("an address of a bucket has no empty parts, '.' or '..'", where=name)
 
 
 STORAGE = Buckets()
