@@ -50,6 +50,7 @@ class BucketOutput:
         address: Its address.
         plan_hash: The hash of the plan.
         names: The names of all files of the output.
+        sources: The names and ETags of sources' weights: such an object is never removed, whatever a source's address.
 
     Attributes:
         sink: The folder.
@@ -61,10 +62,11 @@ class BucketOutput:
         CheckpointError: not a valid address, or obstore is not installed.
     """
 
-    def __init__(self, address: str, plan_hash: str, names: Collection[str]):
+    def __init__(self, address: str, plan_hash: str, names: Collection[str], sources: Collection[tuple[str, str]] = ()):
         self.sink = open_sink(address)
         self.out = url_path(self.sink.name)
         self._plan_hash, self._names = plan_hash, frozenset(names)
+        self._sources = {(name, _plain(etag)) for name, etag in sources}
         self._plan = plan_hash[:_HASH_LETTERS]
         self._folder = f"{PIECES}/{self._plan}"
         self._done, self._begun = f"{self._folder}/done", f"{self._folder}/begun.json"
@@ -195,6 +197,13 @@ class BucketOutput:
                 where=self.out,
                 got=got or some_of(strange or sorted(found.objects)),
                 hint="choose another address, or replace what is there with --overwrite, which removes it first",
+            )
+        if ours := [n for n, identity in found.objects.items() if (n, _plain(identity.etag)) in self._sources]:
+            raise PlanError(
+                "a source of this output lies here, and would be removed",
+                where=self.out,
+                got=some_of(sorted(ours)),
+                hint="choose another address",
             )
         check_replaceable((*found.objects, *found.folders), self.out, unfinished=bool(found.plans))
         return True

@@ -61,6 +61,18 @@ class DeusMergeError(Exception):
         return "\n".join(lines + [f"  {label}{_brief(value)}" for label, value in details if value is not None])
 
 
+def add_hint(error: BaseException, hint: str) -> None:
+    """Add advice on how to go on to what stops a run: to the hint of an error of ours, or to the notes of another one.
+
+    A result that failed its verification is not one to go on with: that error gets a note.
+    """
+    if isinstance(error, DeusMergeError) and not isinstance(error, VerifyError):
+        error.hint = f"{error.hint}; {hint}" if error.hint else hint
+    else:
+        notes = [*getattr(error, "__notes__", ()), hint]  # BaseException.add_note came with Python 3.11
+        setattr(error, "__notes__", notes)  # noqa: B010
+
+
 class RecipeError(DeusMergeError):
     """The recipe is invalid."""
 

@@ -13,7 +13,7 @@ from ..checkpoint.index import INDEX
 from ..checkpoint.piece_store import PieceStore
 from ..checkpoint.scratch import check_scratch
 from ..checkpoint.staging import StagingArea
-from ..core.errors import DeusMergeError, PlanError, VerifyError
+from ..core.errors import PlanError, add_hint
 from ..core.urls import address_of
 from ..plan.blocks import BlockPlan
 from ..plan.pieces import pieces
@@ -49,7 +49,18 @@ def piece_store(plan: Plan, out: Path) -> PieceStore | BucketPieces:
     if address is None:
         return PieceStore(StagingArea(out), plan.hash)
     names = (*plan.files, *(shard.filename for shard in plan.shards), *RECIPES)
-    return BucketPieces(address, plan.hash, (*names, INDEX, "config.json", "README.md", MANIFEST))
+    names = (*names, INDEX, "config.json", "README.md", MANIFEST)
+    return BucketPieces(address, plan.hash, names, _tagged_weights(plan))
+
+
+def _tagged_weights(plan: Plan) -> set[tuple[str, str]]:
+    """The names and ETags of the files of weights that a plan reads from other machines."""
+    found = set()
+    for source in plan_sources(plan):
+        etags = source.provenance.get("etags")
+        if isinstance(etags, Mapping):
+            found |= {(path.name, etags[path.name]) for path in source.files if path.name in etags}
+    return found
 
 
 def check_in_bucket(plan: Plan, store: BucketPieces, options: RunOptions) -> None:
@@ -124,12 +135,9 @@ def kept_pieces(store: BucketPieces, on_event: OnEvent) -> Iterator[OnEvent]:
     except BaseException as error:
         if not finished:
             raise
-        hint = f"finished pieces are kept in {address_of(store.folder)}; run the same command again to continue"
-        if isinstance(error, DeusMergeError) and not isinstance(error, VerifyError):
-            error.hint = f"{error.hint}; {hint}" if error.hint else hint
-        else:
-            notes = [*getattr(error, "__notes__", ()), hint]  # BaseException.add_note came with Python 3.11
-            setattr(error, "__notes__", notes)  # noqa: B010
+        add_hint(
+            error, f"finished pieces are kept in {address_of(store.folder)}; run the same command again to continue"
+        )
         raise
 
 

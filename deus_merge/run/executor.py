@@ -13,7 +13,7 @@ from ..checkpoint.header import read_small
 from ..checkpoint.index import INDEX
 from ..checkpoint.layout import index_json
 from ..checkpoint.output_folder import OutputFolder
-from ..core.errors import CheckpointError, DeusMergeError, SolverError, TrainingError, VerifyError, json_text
+from ..core.errors import CheckpointError, SolverError, TrainingError, VerifyError, add_hint, json_text
 from ..core.text import some_of
 from ..plan.blocks import BlockPlan
 from ..plan.types import Plan
@@ -217,14 +217,9 @@ def _resume_hints(output: OutputFolder) -> Iterator[None]:
     except BaseException as error:
         # a resumed run would meet these again
         if output.resumable and isinstance(error, CheckpointError | SolverError | TrainingError):
-            start_over = "then start over with --overwrite"
-            error.hint = f"{error.hint}; {start_over}" if error.hint else start_over
+            add_hint(error, "then start over with --overwrite")
         elif hint := output.resume_hint:
-            if isinstance(error, DeusMergeError) and not isinstance(error, VerifyError):
-                error.hint = f"{error.hint}; {hint}" if error.hint else hint
-            else:
-                notes = [*getattr(error, "__notes__", ()), hint]  # BaseException.add_note came with Python 3.11
-                setattr(error, "__notes__", notes)  # noqa: B010
+            add_hint(error, hint)
         raise
 
 

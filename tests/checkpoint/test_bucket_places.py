@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from urllib.request import Request, urlopen
+
 import pytest
 from bucket_runs import put
+from support import make_model
 
 from deus_merge.checkpoint.bucket_pieces import BucketPieces
 from deus_merge.checkpoint.storage import LoadOptions, open_sink, open_source
@@ -50,3 +53,16 @@ def test_pieces_are_promised_once_there_are_any(out, event):
         heard({"event": event})
         raise MachineError("stopped")
     assert ("finished pieces are kept" in str(error.value)) is event.startswith("piece")
+
+
+def test_a_source_is_never_replaced_by_another_name_of_it(run, moto, out, tmp_path):
+    base = make_model(tmp_path / "base", layers=2)
+    source = out.replace("s3:/", moto.url)  # the same objects, for everybody
+    for file in base.iterdir():
+        headers = {"x-amz-acl": "public-read", "Content-Type": "application/octet-stream"}
+        urlopen(Request(f"{source}/{file.name}", file.read_bytes(), headers, method="PUT"), timeout=10).close()
+    before = open_sink(out).listed()
+    done = run("upscale", source, out, "--insert", "all", "--overwrite", expect=2)
+    assert "a source of this output lies here" in done.err and "model.safetensors" in done.err
+    assert open_sink(out).listed() == before
+    run("upscale", base, out, "--insert", "all", "--overwrite")  # a copy of it may be replaced

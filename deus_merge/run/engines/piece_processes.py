@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from subprocess import Popen
 
 from ...checkpoint.storage import divide_spools
 from ...checkpoint.system import keep_freed_memory
@@ -26,18 +25,16 @@ from ..events import OnEvent, unheard
 from ..piece_job import OnBlock, PieceJob
 from ..preflight import RunOptions
 from .base import OnFraction
-from .processes import device_of, ending, start_process
+from .children import Child, device_of, end_children, ending, start_child
 from .worker import fractions, listen, sendable, sender
 
 _DEATHS = 3  # of processes over the same piece
 
 
 @dataclass
-class _Worker:
-    """One process, its socket, the piece that it makes now, and those that it will get."""
+class _Worker(Child):
+    """A worker: the pieces that it will get, and the one that it makes now."""
 
-    process: Popen
-    connection: Connection
     share: deque[str]
     piece: str | None = None
 
@@ -67,12 +64,7 @@ class PieceProcesses:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for worker in self._workers:
-            worker.connection.close()  # ends it
-            with suppress(OSError):
-                worker.process.kill()
-        for worker in self._workers:
-            worker.process.wait()
+        end_children(self._workers)
 
     def make(
         self,
@@ -172,7 +164,7 @@ class PieceProcesses:
         self._tell_of_start(number)
 
     def _start(self, number: int, part: deque[str]) -> _Worker:
-        process, connection = start_process("piece_processes", self._threads)
+        process, connection = start_child("piece_processes", self._threads)
         options = replace(self._options, device=device_of(self._device, number) or self._options.device)
         with suppress(OSError):
             connection.send_bytes(self._setup)

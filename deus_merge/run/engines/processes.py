@@ -8,13 +8,8 @@ killed. A worker ends at once when this process does.
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import signal
-import socket
-import subprocess
-import sys
 from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -26,18 +21,16 @@ from ...core.units import format_size
 from ...plan.blocks import BlockPlan
 from ...plan.types import block_seconds
 from .base import Job, OnFinished
+from .children import Child, device_of, end_children, ending, start_child
 
 _DEATHS = 3  # of workers over the same block: then the block is to blame
 _BATCHES = 8  # into how many parts a share is cut, at most
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deus_merge.run.engines.{} import main; main()"
 
 
 @dataclass
-class _Worker:
-    """One process, its socket, the blocks that it will get, those that it has, and the last one that it began."""
+class _Worker(Child):
+    """A worker: the blocks that it will get, those that it has, and the last one that it began."""
 
-    process: subprocess.Popen
-    connection: Connection
     share: deque[int]
     batch: list[int] = field(default_factory=list)
     begun: int | None = None
@@ -91,12 +84,7 @@ class _Crew:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for worker in self._workers:
-            worker.connection.close()  # ends it
-            with suppress(OSError):
-                worker.process.kill()
-        for worker in self._workers:
-            worker.process.wait()
+        end_children(self._workers)
 
     def work(self, on_finished: OnFinished) -> None:
         """Hand out blocks until all are finished."""
@@ -196,45 +184,15 @@ class _Crew:
                 self._hand_out(other)
 
     def _start(self, number: int, share: deque[int]) -> _Worker:
-        process, connection = start_process("worker", self._job.threads)
+        process, connection = start_child("worker", self._job.threads)
         with suppress(OSError):
             connection.send_bytes(self._setup)
             connection.send(device_of(self._job.device, number))
         return _Worker(process, connection, share)
 
 
-def start_process(module: str, threads: int) -> tuple[subprocess.Popen, Connection]:
-    """A new process that runs ``main`` of a module of this folder, and the socket that leads to it: the last argument
-    is its descriptor there."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START.format(module), json.dumps(sys.path), str(theirs.fileno())],
-            env=os.environ | {"OMP_NUM_THREADS": str(max(1, threads))},  # 0: nothing is computed
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from the terminal is this process's business
-        )
-    return process, Connection(ours.detach())
-
-
 def _part(limit: int | None, count: int) -> int | None:
     return None if limit is None else limit // count
-
-
-def device_of(name: str | None, number: int) -> str | None:
-    """The device of a worker: with several GPUs, one after another."""
-    if name != "cuda":
-        return name
-    import torch
-
-    return f"cuda:{number % torch.cuda.device_count()}"
-
-
-def ending(code: int) -> str:
-    """How a process has ended, in words, by what `Popen.wait` gives."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _death(block: BlockPlan | None, code: int) -> MachineError:
