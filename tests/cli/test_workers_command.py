@@ -11,7 +11,7 @@ from support import make_model, weights
 
 from deus_merge.core.errors import PlanError
 from deus_merge.run.device import check_alike
-from deus_merge.run.engines import processes
+from deus_merge.run.engines import children
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,6 @@ def test_gpus_of_several_models_are_refused(monkeypatch):
 
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    names = [processes.device_of("cuda", number) for number in range(3)]
+    names = [children.device_of("cuda", number) for number in range(3)]
     assert names == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [processes.device_of(name, 1) for name in ("cpu", "cuda:1", None)] == ["cpu", "cuda:1", None]
+    assert [children.device_of(name, 1) for name in ("cpu", "cuda:1", None)] == ["cpu", "cuda:1", None]

@@ -17,7 +17,6 @@ from support import make_model, write_recipe
 
 from deus_merge import api
 from deus_merge.core.errors import MachineError, SolverError
-from deus_merge.run.engines import processes
 
 SIZE = 60_000  # several files
 ONE_THREAD = {"threads": 1}
@@ -178,7 +177,7 @@ WHILE = (
     [(BEFORE, ("before they can begin", "exit code 3", "--workers 1")), (WHILE, ("SIGKILL", "memory", "estimated at"))],
 )
 def test_workers_that_always_die(plan, monkeypatch, tmp_path, start, words):
-    monkeypatch.setattr(processes, "_START", start)
+    monkeypatch.setattr("deus_merge.run.engines.children._START", start)
     with pytest.raises(MachineError) as raised:
         api.merge(plan, tmp_path / "out", api.RunOptions(workers=2, **ONE_THREAD))
     assert all(word in str(raised.value) for word in words) and raised.value.exit_code == 1
