@@ -121,7 +121,7 @@ def verify(
 
     Raises:
         CheckpointError: there is no manifest, so nothing to compare with.
-        PlanError: ``places`` names a model that is no source.
+        PlanError: ``places`` names a model that is no source, or a place where that source is not.
     """
     folder = Path(folder)
     checks: list[Check] = []
@@ -143,7 +143,7 @@ def verify(
             finished(Check("manifest", False, str(error)))
     if manifest and places:
         manifest = _placed(manifest, places)
-    output = Output(folder, manifest, sources, received or {}, quick=quick) if manifest else None
+    output = Output(folder, manifest, sources, received or {}, quick=quick, named=places or ()) if manifest else None
     for name, check in wanted:
         if on_begin is not None:
             on_begin(name)

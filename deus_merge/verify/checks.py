@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,7 @@ class Output:
         received: Checksums of what was copied from other machines, by the name of the tensor.
         quick: Whether the pass over the weights does not look for NaN and infinity, and models on other machines are
             not opened again.
+        named: The ``model`` of the sources whose place the user has named: they must be there.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class Output:
         received: Mapping[str, str],
         *,
         quick: bool,
+        named: Collection[str] = (),
     ):
         self.folder, self.manifest, self.finite = folder, manifest, not quick
         self._files = output_files(folder)
         self.fresh = sources is not None
         self._received = received
-        self._sources: Sequence[TensorSource | str] = reopened(manifest, quick) if sources is None else list(sources)
+        self._sources = reopened(manifest, quick, named) if sources is None else list(sources)
         self._checkpoint: Checkpoint | None = None
         self._view: ModelView | None = None
         self._model: TensorSource | None = None  # its weights as a model in floating point has them

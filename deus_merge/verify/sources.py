@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..checkpoint.contents import contents_digest
 from ..checkpoint.dequantized import DequantizedSource
@@ -11,36 +11,54 @@ from ..checkpoint.gguf import GgufSource, is_gguf
 from ..checkpoint.hub import PRIVATE
 from ..checkpoint.reader import Checkpoint, TensorSource
 from ..checkpoint.storage import LoadOptions, open_source
-from ..core.errors import DeusMergeError
+from ..core.errors import DeusMergeError, PlanError
 from ..core.urls import public_url
 from ..models.built import state_depth
 from ..report.manifest import Manifest
 from ..report.manifest_parts import ManifestSource
 
 
-def reopened(manifest: Manifest, quick: bool) -> list[TensorSource | str]:
-    """The models an output was made from; for one that is not available, the reason."""
+def reopened(manifest: Manifest, quick: bool, named: Collection[str] = ()) -> list[TensorSource | str]:
+    """The models an output was made from; for one that is not available, the reason.
+
+    Args:
+        manifest: The manifest, with the places that the user has named.
+        quick: Read nothing from other machines.
+        named: The ``model`` of the sources whose place the user has named.
+
+    Raises:
+        PlanError: such a source is not there, or another model is.
+    """
     found: list[TensorSource | str] = []
-    options = LoadOptions(stream=True)
     for source in manifest.sources:
-        if source.url is not None and source.folder is None:  # not one that is somewhere else now
-            found.append(f"{_address(source)} is not read with --quick" if quick else _remote(source, options))
+        remote = source.url is not None and source.folder is None  # not one that is somewhere else now
+        if remote and quick:
+            found.append(f"{_address(source)} is not read with --quick")
             continue
-        if source.folder is None:
-            found.append(f"{source.model} is derived when it is read: it has no folder to compare with")
-            continue
-        if source.folder.startswith(PRIVATE):
-            found.append(f"the manifest does not name the folder of source {source.model}: {_how(source)}")
-            continue
-        try:
-            gguf = is_gguf(source.folder)
-            checkpoint = GgufSource.open(source.folder) if gguf else Checkpoint.open(source.folder)
-            state_depth(checkpoint.config)
-            changed = checkpoint.fingerprint != source.fingerprint
-            found.append(f"source {source.folder} has changed since" if changed else checkpoint)
-        except DeusMergeError as error:
-            found.append(f"source {source.folder} cannot be read: {error.message}; {_how(source)}")
-    return found
+        opened = _remote(source) if remote else _local(source)
+        if isinstance(opened, str) and source.model in named:
+            raise PlanError(opened, where=source.model, expected="the model that the output was made from")
+        found.append(opened)
+    return [f"{x}; {_how(s)}" if isinstance(x, _Unread) else x for x, s in zip(found, manifest.sources, strict=True)]
+
+
+class _Unread(str):
+    """Why a source could not be read: another place may help."""
+
+
+def _local(source: ManifestSource) -> TensorSource | str:
+    """A model on this machine; the reason where it is not what it was."""
+    if source.folder is None:
+        return f"{source.model} is derived when it is read: it has no folder to compare with"
+    if source.folder.startswith(PRIVATE):
+        return _Unread(f"the manifest does not name the folder of source {source.model}")
+    try:
+        gguf = is_gguf(source.folder)
+        checkpoint = GgufSource.open(source.folder) if gguf else Checkpoint.open(source.folder)
+        state_depth(checkpoint.config)
+    except DeusMergeError as error:
+        return _Unread(f"source {source.folder} cannot be read: {error.message}")
+    return checkpoint if checkpoint.fingerprint == source.fingerprint else f"source {source.folder} has changed since"
 
 
 def _address(source: ManifestSource) -> str:
@@ -49,14 +67,15 @@ def _address(source: ManifestSource) -> str:
     return public_url(source.url)
 
 
-def _remote(source: ManifestSource, options: LoadOptions) -> TensorSource | str:
+def _remote(source: ManifestSource) -> TensorSource | str:
     """A model on another machine, as it is stored; the reason where it is not what it was."""
     assert source.url is not None
     repository = "/".join(source.url.split("/")[-2:])
     try:
-        opened = open_source(f"{repository}@{source.revision}" if source.revision else source.url, options)
+        place = f"{repository}@{source.revision}" if source.revision else source.url
+        opened = open_source(place, LoadOptions(stream=True))
     except DeusMergeError as error:
-        return f"source {_address(source)} cannot be read: {error.message}; {_how(source)}"
+        return _Unread(f"source {_address(source)} cannot be read: {error.message}")
     stored = opened.stored if isinstance(opened, DequantizedSource) else opened
     same = stored.fingerprint == source.fingerprint and source.etags in (None, stored.provenance.get("etags"))
     return stored if same else f"source {_address(source)} has changed since"

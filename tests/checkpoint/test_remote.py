@@ -376,8 +376,8 @@ def test_verify_takes_addresses(run, server, local, tmp_path, models):
         assert "is not read with --quick" in " ".join(told.split()) and SECRET not in told
     other = run("verify", out, "--json", "--source", f"{server.url}/base={models}/base").json()["checks"]
     assert next(check for check in other if check["name"] == "copied tensors")["passed"] is True
-    wrong = run("verify", there, "--source", f"base={server.url}/missing?{SECRET}")
-    assert "cannot be read" in wrong.out and SECRET not in wrong.out
+    wrong = run("verify", there, "--source", f"base={server.url}/missing?{SECRET}", expect=2)
+    assert "cannot be read" in wrong.err and SECRET not in wrong.out + wrong.err
 
 
 def test_a_changed_output_is_found_by_the_checksums_that_came(server, tmp_path, models):

@@ -144,7 +144,9 @@ def test_a_source_that_the_manifest_does_not_name(base, run, tmp_path, monkeypat
     run("verify", "out", "--quick", "--strict", expect=3)
     run("verify", "out", "--quick", "--strict", "--source", "base=elsewhere")
     make_model(Path("wrong"), layers=5, seed=1)
-    assert "has changed since" in run("verify", "out", "--quick", "--source", "base=wrong").out
+    for place, reason in (("wrong", "has changed since"), ("nowhere", "cannot be read")):
+        named = run("verify", "out", "--quick", "--source", f"base={place}", expect=2).err
+        assert reason in named and "the model that the output was made from" in named and "=PLACE" not in named
     make_model(Path("alike"), seed=1)  # the same headers
     assert "differs from its source" in run("verify", "out", "--quick", "--source", "base=alike", expect=3).out
     for option, message in (("bass=elsewhere", "base"), ("base", "NAME=PLACE"), ("=x", "NAME=PLACE")):

@@ -140,7 +140,7 @@ def test_a_source_whose_folder_is_not_written(secret, run, tmp_path, monkeypatch
     assert run("strip", tmp_path / "out", tmp_path / "again", "--json").json()["equal_to_base"] > 0
     monkeypatch.setenv("DEUS_MERGE_CACHE", str(tmp_path / "another-machine"))
     found = run("verify", tmp_path / "out", "--quick").out
-    assert "the manifest does not name the folder of source base: --source base=PLACE says where it is" in " ".join(
+    assert "the manifest does not name the folder of source base; --source base=PLACE says where it is" in " ".join(
         found.split()
     )
 
