@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 os.environ["DEUS_MERGE_CACHE"] = tempfile.mkdtemp(prefix="deus-merge-cache-")
+atexit.register(shutil.rmtree, os.environ["DEUS_MERGE_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks beyond this machine
 os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: tables are as wide as in a pipe
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
