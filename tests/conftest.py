@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 os.environ["DEUS_MERGE_CACHE"] = tempfile.mkdtemp(prefix="deus-merge-cache-")
-atexit.register(shutil.rmtree, os.environ["DEUS_MERGE_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks beyond this machine
 os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: tables are as wide as in a pipe
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,6 +23,7 @@ from fuzz.workshop import Workshop
 from deus_merge.cli.main import run_command
 from deus_merge.models.demo import smollm2, tiny_model
 
+atexit.register(shutil.rmtree, os.environ["DEUS_MERGE_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # tests run side by side
 
 
