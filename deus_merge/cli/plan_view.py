@@ -13,7 +13,7 @@ from ..core.text import plural
 from ..core.units import dtype_name, format_count, format_seconds, format_size
 from ..core.urls import place_name
 from ..methods.registry import methods
-from ..plan.blocks import BlockPlan
+from ..plan.blocks import BlockPlan, actions_of
 from ..plan.fit import Fit
 from ..plan.training_memory import TrainingMemory, TrainingSettings
 from ..plan.types import Plan, quantized_of
@@ -122,11 +122,11 @@ def _layer_table(plan: Plan) -> None:
     for _, group in groupby(enumerate(plan.blocks), key=lambda item: _likeness(*item)):
         blocks = [block for _, block in group]
         one, other = blocks[0], blocks[-1]
-        title = one.title if len(blocks) == 1 else f"layers {one.layers[0]}-{other.layers[0]}"
+        title = one.part_of or (one.title if len(blocks) == 1 else f"layers {one.layers[0]}-{other.layers[0]}")
         ends = zip(one.sources, other.sources, strict=True)
         sources = [f"{letters[a.model]} {_span(a.layer, b.layer)}".strip() for a, b in ends]
         origin = f"{sources[0]} to {sources[-1]}" if methods()[one.method].learns else " + ".join(sources)
-        rows.append([title, origin, one.method, one.how, "new" if one.new else ""])
+        rows.append([title, origin, one.method, " + ".join(actions_of(blocks)), "new" if one.new else ""])
     table("", ["output", "from", "method", "how", ""], rows)
 
 
@@ -136,8 +136,10 @@ def _span(first: int | None, last: int | None) -> str:
 
 
 def _likeness(index: int, block: BlockPlan) -> tuple:
-    """What blocks of one row share: everything but the numbers of their layers, which rise by one. A block that is not
-    one layer has a row of its own."""
+    """What blocks of one row share: everything but the numbers of their layers, which rise by one; or the layers that
+    they make together. Any other block that is not one layer has a row of its own."""
+    if block.part_of:
+        return "roles", block.part_of
     if len(block.layers) != 1:
         return (index,)
     sources = tuple((s.model, None if s.layer is None else s.layer - index) for s in block.sources)

@@ -155,7 +155,8 @@ class FlatTensor(Protocol):
 
 
 class Block(Protocol):
-    """The inputs of one unit of work: a decoder layer (or several made at once), the embeddings, or the head.
+    """The inputs of one unit of work: a decoder layer (or several made at once, or one role of these), the embeddings,
+    or the head.
 
     Attributes:
         outputs: The tensors to be made.
@@ -217,8 +218,8 @@ class MergeMethod(ABC):
         tensorwise: Whether it computes each output from the inputs of its role alone, so that several can be computed
             at the same time.
         learns: Whether it inserts what it learns from all layers of a single source's model. These are then the sources
-            of its block, one a layer, and are read one after the other; the block makes every new layer that is
-            learned from them alike, a slot each.
+            of its blocks, one a layer, and are read one after the other; a block makes one role of every new layer that
+            is learned from them alike, a slot each.
     """
 
     name: str

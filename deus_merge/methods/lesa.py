@@ -77,22 +77,16 @@ class Lesa(MergeMethod):
         return ZEROS if writes and is_zeroed(output) else COMPUTE
 
     def merge(self, block):
-        """Role by role: weights are predicted; norms and biases are the mean of the neighbours'."""
-        roles: dict[str, list[OutputTensor]] = {}
+        """Weights are predicted; norms and biases are the mean of the neighbours'."""
+        if len(block.outputs[0].shape) == 2:
+            yield from self._predict(block, block.outputs)
+            return
         for output in block.outputs:
-            if output.computed:
-                roles.setdefault(output.role, []).append(output)
-        for role, outputs in roles.items():
-            read = partial(_read, block, role)
-            if len(outputs[0].shape) == 2:
-                yield from self._predict(block, outputs, read)
-            else:
-                for output in outputs:
-                    below, above = map(read, _neighbours(output))
-                    yield OutputChunk(role, (below + above) / 2, output.slot)
+            below, above = (_read(block, layer) for layer in _neighbours(output))
+            yield OutputChunk(output.role, (below + above) / 2, output.slot)
 
-    def _predict(self, block: Block, outputs: Sequence[OutputTensor], read) -> Iterator[OutputChunk]:
-        started = time.monotonic()
+    def _predict(self, block: Block, outputs: Sequence[OutputTensor]) -> Iterator[OutputChunk]:
+        started, read = time.monotonic(), partial(_read, block)
         role, p = outputs[0].role, outputs[0].parameters
         training = Training(p["epochs"], p["width"], p["learning_rate"], p["norm_weight"])
         hold = block.memory is None or block.memory >= self.workspace(outputs)
@@ -122,11 +116,11 @@ class Lesa(MergeMethod):
         return max(_memory(o, hold=False) for o in outputs)
 
 
-def _read(block: Block, role: str, layer: int) -> torch.Tensor:
-    """A role's tensor in one layer, in the arithmetic's dtype."""
+def _read(block: Block, layer: int) -> torch.Tensor:
+    """The tensor of the block's role in one layer, in the arithmetic's dtype."""
     import torch
 
-    p = next(o for o in block.outputs if o.role == role).parameters
+    role, p = block.outputs[0].role, block.outputs[0].parameters
     tensor = block.read(role, layer).to(getattr(torch, p["compute_dtype"]))
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise CheckpointError(f"layer {layer} holds NaN or infinity", where=role, expected="finite weights")

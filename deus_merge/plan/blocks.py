@@ -47,8 +47,8 @@ class BlockPlan:
 
     Attributes:
         index: Its place in `Plan.blocks`.
-        title: ``layer 17``, ``embeddings``, ``final norm and head``.
-        layers: Output layers it makes; empty for embeddings and head.
+        title: ``layer 17``, ``embeddings``, ``final norm and head``, ``layer 17, up``.
+        layers: Output layers that its tensors are of; empty for embeddings and head.
         method: The merge method's name.
         sources: In the recipe's order.
         base: Which source is the base model.
@@ -57,6 +57,7 @@ class BlockPlan:
         align: How its sources are aligned before the method sees them; None: they are not.
         module: Which module its layers are of; None where a recipe does not speak of modules, and for tensors that are
             in none of them.
+        part_of: Where it makes one role of its layers: their title, ``layer 17``. None: it makes all of their tensors.
     """
 
     index: int
@@ -69,6 +70,7 @@ class BlockPlan:
     new: bool = False
     align: AlignTo | None = None
     module: str | None = None
+    part_of: str | None = None
 
     def sources_of(self, slot: int) -> tuple[BlockSource, ...]:
         """The sources of the layer of a slot."""
@@ -85,7 +87,18 @@ class BlockPlan:
         layers, slot = self.layers + other.layers, len(self.layers)
         moved = tuple(replace(o, slot=slot + o.slot) for o in other.outputs)
         title = f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+        title = f"{self.module}, {title}" if self.module else title
         return replace(self, title=title, layers=layers, outputs=self.outputs + moved)
+
+    def roles(self) -> list[BlockPlan]:
+        """This block as blocks that make one role of its layers each."""
+        found: dict[str, list[OutputTensor]] = {}
+        for output in self.outputs:
+            found.setdefault(output.role, []).append(output)
+        return [
+            replace(self, title=f"{self.title}, {role}", outputs=tuple(outputs), part_of=self.title)
+            for role, outputs in found.items()
+        ]
 
     @cached_property
     def by_role(self) -> Mapping[tuple[str, int], OutputTensor]:
@@ -167,6 +180,34 @@ class BlockPlan:
         ]
 
 
+def actions_of(blocks: Iterable[BlockPlan]) -> tuple[Action, ...]:
+    """How the outputs of blocks come about, as `BlockPlan.actions`."""
+    found = {action for block in blocks for action in block.actions}
+    return tuple(action for action in Action if action in found)
+
+
+def by_layer(blocks: Iterable[BlockPlan]) -> dict[int, list[BlockPlan]]:
+    """The blocks that make each layer of a stack, by its number, the lowest first."""
+    found: dict[int, list[BlockPlan]] = {}
+    for block in blocks:
+        for layer in block.layers:
+            found.setdefault(layer, []).append(block)
+    return dict(sorted(found.items()))
+
+
+def are_identities(blocks: Sequence[BlockPlan]) -> bool:
+    """Whether all layers of these blocks add nothing to the residual stream, and scale nothing."""
+    layers = {(block.module, layer) for block in blocks for layer in block.layers}
+    zeroed = set()
+    for block, output in ((b, o) for b in blocks for o in b.outputs):
+        spec, action = output.spec, output.action
+        if spec and (spec.writes_residual and action is not Action.ZEROS or spec.one and action is not Action.ONES):
+            return False
+        if spec and spec.writes_residual:
+            zeroed.add((block.module, block.layers[output.slot]))
+    return zeroed == layers
+
+
 def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, OutputTensor], ...]:
     """Every tensor with its block, layers by their numbers: those of one block need not be neighbours."""
     first: dict[str | None, int] = {}  # module -> its first block of layers
@@ -185,8 +226,8 @@ def in_output_order(blocks: Sequence[BlockPlan]) -> tuple[tuple[BlockPlan, Outpu
 def file_groups(blocks: Sequence[BlockPlan]) -> list[list[TensorEntry]]:
     """The tensors of each block, blocks in the order of their first layer.
 
-    A file belongs to whole blocks, so any worker that has made these can write it. Layers that are made together
-    (learned ones) are together in the files, too.
+    A file belongs to whole blocks, so any worker that has made these can write it. Layers that are made together, role
+    by role (learned ones), are together in the files, too, in the same order.
     """
     groups: dict[int, list[TensorEntry]] = {}
     for block, output in in_output_order(blocks):
@@ -207,11 +248,13 @@ def mark_repeats(blocks: Iterable[BlockPlan]) -> list[BlockPlan]:
     return marked
 
 
-def join_learned(blocks: Iterable[BlockPlan]) -> list[BlockPlan]:
-    """New layers that are learned from the same layers with the same parameters are made in one block."""
+def learned_by_role(blocks: Iterable[BlockPlan]) -> list[BlockPlan]:
+    """New layers that are learned from the same layers with the same parameters are made together, and each of their
+    roles is a block: it is learned independently of the others."""
     joined: dict[object, BlockPlan] = {}
     for block in blocks:
         learned = block.module, block.method, block.sources, tuple(block.outputs[0].parameters.items())
         key = learned if methods()[block.method].learns else block.index
         joined[key] = joined[key].joined(block) if key in joined else block
-    return [replace(block, index=i) for i, block in enumerate(joined.values())]
+    parts = (part for b in joined.values() for part in (b.roles() if methods()[b.method].learns else (b,)))
+    return [replace(block, index=i) for i, block in enumerate(parts)]

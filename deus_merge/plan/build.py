@@ -26,7 +26,7 @@ from ..recipe.parameters import filters, resolve_setting
 from ..recipe.presets import MAX_LAYERS, expand
 from ..recipe.types import OutputSlice, Recipe, SliceSource
 from .block_builder import BlockBuilder
-from .blocks import BlockPlan, file_groups, join_learned, mark_repeats
+from .blocks import BlockPlan, file_groups, learned_by_role, mark_repeats
 from .calibration import plan_calibration
 from .compatibility import check_configs
 from .documents import PlannedResult, document_plans
@@ -116,7 +116,7 @@ class _Planner:
         builder.warnings += cache_warnings(config, donor.checkpoint.config)
         if builder.module is not None:
             self._add_other_modules()
-        blocks = builder.quantized.without_cache_scales(join_learned(mark_repeats(builder.blocks)))
+        blocks = learned_by_role(builder.quantized.without_cache_scales(mark_repeats(builder.blocks)))
         self._report_idle_filters(blocks)
         outside = [
             (o.name, [builder.models[s.model] for s in b.sources]) for b in blocks if not b.layers for o in b.outputs

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from ..methods.base import OutputTensor
 from ..methods.registry import methods
 from ..models.source import SourceModel
 from ..recipe.types import Recipe
-from .blocks import BlockPlan, in_output_order
+from .blocks import BlockPlan, actions_of, are_identities, by_layer, in_output_order
 from .display import html_text, short_text
 from .training_memory import ModelShape, TrainingMemory, TrainingSettings, training_memory
 from .training_shape import shape_of_plan
@@ -112,8 +113,7 @@ class Plan:
     @property
     def num_layers(self) -> int:
         """Of the main stack."""
-        planned = sum(len(b.layers) for b in self.main_blocks)
-        return planned or self.donor.view.num_layers
+        return len(by_layer(self.main_blocks)) or self.donor.view.num_layers
 
     @cached_property
     def outputs(self) -> tuple[tuple[BlockPlan, OutputTensor], ...]:
@@ -123,7 +123,7 @@ class Plan:
     @property
     def new_layers(self) -> tuple[int, ...]:
         """Of the main stack."""
-        return tuple(sorted(layer for b in self.main_blocks if b.new for layer in b.layers))
+        return tuple(by_layer(b for b in self.main_blocks if b.new))
 
     @property
     def quantized(self) -> dict[str, dict[str, float]]:
@@ -157,15 +157,14 @@ class Plan:
         A calibration comes after that."""
         if self.vocabulary and not self.vocabulary["kept"]:
             return False
+        if not are_identities([b for b in self.blocks if b.new]):
+            return False
         base = self.donor
         copied: dict[str | None, list[int | None]] = {}
-        for block in self.blocks:
-            if block.new:
-                if not _is_identity(block):
-                    return False
-            elif any(not _is_of_base(block, o) for o in block.outputs):
+        for block in (b for b in self.blocks if not b.new):
+            if any(not _is_of_base(block, o) for o in block.outputs):
                 return False
-            elif block.layers:
+            if block.layers:
                 copied.setdefault(block.module, []).append(block.sources[0].layer)
         depths = {name: (base.modules[name] if name else base.view).num_layers for name in self.modules}
         return all(copied.get(name) == list(range(depth)) for name, depth in depths.items())
@@ -222,7 +221,8 @@ class Plan:
     @property
     def _baseline_memory(self) -> int:
         """torch, and the cached blocks of documents."""
-        return _TORCH_BYTES + sum(d.cached_blocks * max(b.nbytes for b in d.plan.blocks) for d in self.documents)
+        sizes = ((d.cached_blocks, (d.plan.blocks[i].nbytes for i in d.runs)) for d in self.documents)
+        return _TORCH_BYTES + sum(sum(nlargest(cached, computed)) for cached, computed in sizes)
 
     def reading_memory(self, block: BlockPlan, minimum: bool = False) -> int:
         """Estimated bytes that reading one of a block's inputs takes, where that is more than mapping it."""
@@ -250,18 +250,20 @@ class Plan:
 
     def layer_map(self, blocks: Sequence[BlockPlan] | None = None) -> list[dict]:
         """One entry per output layer: where it comes from and how. Of the main stack, or of these blocks."""
-        entries = [
-            {
-                "layer": layer,
-                "new": block.new,
-                "actions": list(block.actions),
-                "method": block.method,
-                "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in block.sources_of(slot)],
-            }
-            for block in (self.main_blocks if blocks is None else blocks)
-            for slot, layer in enumerate(block.layers)
-        ]
-        return sorted(entries, key=lambda entry: entry["layer"])
+        entries = []
+        for layer, made_in in by_layer(self.main_blocks if blocks is None else blocks).items():
+            block = made_in[0]
+            sources = block.sources_of(block.layers.index(layer))
+            entries.append(
+                {
+                    "layer": layer,
+                    "new": block.new,
+                    "actions": list(actions_of(made_in)),
+                    "method": block.method,
+                    "sources": [{"model": str(self.models[s.model].ref), "layer": s.layer} for s in sources],
+                }
+            )
+        return entries
 
     def module_maps(self) -> dict[str, dict]:
         """``num_layers`` and ``layers``, as in the layer map, of every other module that the recipe names."""
@@ -355,13 +357,6 @@ def _describe_document(document: DocumentPlan) -> dict:
         "blocks_computed": sum(document.runs.values()),
         "blocks_cached": document.cached_blocks,
     }
-
-
-def _is_identity(block: BlockPlan) -> bool:
-    """Whether the layers of a block add nothing to the residual stream, and scale nothing."""
-    described = [(o, o.spec) for o in block.outputs if o.spec is not None]
-    writers = [o.action is Action.ZEROS for o, spec in described if spec.writes_residual]
-    return bool(writers) and all(writers) and all(o.action is Action.ONES for o, spec in described if spec.one)
 
 
 def _is_of_base(block: BlockPlan, output: OutputTensor) -> bool:

@@ -22,7 +22,7 @@ from ..methods.base import OutputTensor
 from ..models.config_json import dtype_named
 from ..models.config_rules import config_patch
 from ..models.layer_facts import expand, listed_keys, plain
-from ..plan.blocks import BlockPlan
+from ..plan.blocks import BlockPlan, by_layer
 from ..plan.types import Plan
 from .manifest import FORMAT, USER_FILES, Manifest
 from .manifest_parts import (
@@ -147,12 +147,13 @@ def sha256(content: bytes) -> str:
 def _layers(
     layer_map: Sequence[Mapping], blocks: Sequence[BlockPlan], diagnostics: Mapping[int, Sequence[Mapping]]
 ) -> tuple[ManifestLayer, ...]:
-    """A layer map with the diagnostics of the block of each layer."""
-    block_of = {layer: block.index for block in blocks for layer in block.layers}
-    return tuple(
-        parse(ManifestLayer, {**entry, "diagnostics": diagnostics.get(block_of[entry["layer"]], ())})
-        for entry in layer_map
-    )
+    """A layer map with the diagnostics of the blocks of each layer."""
+    blocks_of = by_layer(blocks)
+
+    def found(layer: int) -> list[Mapping]:
+        return [entry for block in blocks_of[layer] for entry in diagnostics.get(block.index, ())]
+
+    return tuple(parse(ManifestLayer, {**entry, "diagnostics": found(entry["layer"])}) for entry in layer_map)
 
 
 def _tensor(

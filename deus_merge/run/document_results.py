@@ -12,6 +12,7 @@ from ..checkpoint.tensor_source import FileStamp, TensorSource
 from ..core.errors import DeusMergeError
 from ..core.tensors import CONSTANT, Action, StoredTensor
 from ..core.units import torch_dtype
+from ..methods.registry import methods
 from ..plan.documents import PlannedResult, inputs_read
 from ..plan.types import Plan
 from .compute import BlockComputer, Computed
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class DocumentResult:
     """A document's result in one run (`TensorSource`): its blocks are computed when a tensor of theirs is read.
 
-    A block is computed as far as its method must go for that tensor. The values have the bytes that a file would have;
-    the few blocks that were read last stay in memory.
+    A block is computed as far as its method must go for that tensor, a learned one to its end. The values have the
+    bytes that a file would have; the few blocks that were read last stay in memory.
 
     Args:
         planned: The result as the plan describes it.
@@ -96,6 +97,8 @@ class DocumentResult:
         self._blocks.move_to_end(block.index)
         try:
             with during(COMPUTED):  # though it is read
+                if methods()[block.method].learns:  # what was learned is not kept for its last layer
+                    self._blocks[block.index].complete()
                 return self._blocks[block.index].tensor(name)
         except DeusMergeError as error:
             error.where = f"{self._planned.where}: {error.where}" if error.where else self._planned.where
@@ -115,6 +118,11 @@ class _PartialBlock:
         while name not in self._tensors or self._missing[name]:
             self._add(next(self._computing))
         return self._tensors[name]
+
+    def complete(self) -> None:
+        """Compute all of the block."""
+        for computed in self._computing:
+            self._add(computed)
 
     def _add(self, computed: Computed) -> None:
         import torch
