@@ -116,8 +116,8 @@ def test_families(run, tmp_path, family):
     assert set(diagnostics(tmp_path / "out")) == {n for n, t in a.items() if t.dim() == 2}
 
 
-def test_one_block_makes_every_layer_alike(run, tmp_path):
-    """Slices share a network, a mixed recipe keeps its order, and files belong to whole blocks."""
+def test_slices_share_the_networks_of_their_roles(run, tmp_path):
+    """A role of all their layers is a block, a mixed recipe keeps its order, and files belong to whole blocks."""
     base = make_model(tmp_path / "base", layers=9)
     recipe = write_recipe(
         tmp_path / "recipe.yml",
@@ -139,13 +139,21 @@ slices:
     assert [s["layer"] for s in plan["layers"][12]["sources"]] == [7, 8]
     run("merge", recipe, tmp_path / "out")
     shown = run("plan", recipe).out
-    assert "3 layers, 1 to 9" in shown and "layer 12 " in shown and "A 0 to A 8" in shown
+    rows = [line.split("  ")[0] for line in shown.splitlines() if " lesa " in line]
+    assert rows == ["3 layers, 1 to 9", "layer 12"] and "A 0 to A 8" in shown  # one for all roles
     record = json.loads((tmp_path / "out/deus_merge.json").read_text())
     data = (tmp_path / "out/model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     stored = sorted(header.keys() - {"__metadata__"}, key=lambda n: header[n]["data_offsets"])
-    layers = list(dict.fromkeys(int(n.split(".")[2]) for n in stored if ".layers." in n))
-    assert layers == [0, 1, 3, 9, 2, *range(4, 9), *range(10, 14)]  # layers of one block are together in their file
+    numbers = [int(n.split(".")[2]) for n in stored if ".layers." in n]
+    tensors = numbers.count(0)
+    order = [[0] * tensors, [1, 3, 9] * tensors]  # layers that are made together are together in their file, by role
+    assert numbers == sum(order + [[layer] * tensors for layer in (2, *range(4, 9), *range(10, 14))], [])
+    made = [block["block"] for block in record["blocks"]]
+    roles = [title.removeprefix("layer 12, ") for title in made if title.startswith("layer 12, ")]
+    first = made.index("layer 0") + 1
+    assert made[first : first + tensors] == [f"3 layers, 1 to 9, {role}" for role in roles]
+    assert len(roles) == tensors and {"q", "down"} < set(roles)
     assert sorted(stored) == sorted(record["tensors"])
     told = [int(n.split(".")[2]) for n in record["tensors"] if ".layers." in n]
     assert told == sorted(told)  # and in layer order in the manifest

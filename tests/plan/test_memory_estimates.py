@@ -9,6 +9,7 @@ from support import make_model, write_recipe
 from deus_merge import api
 from deus_merge.core.tensors import Action
 from deus_merge.plan.blocks import CAST_BYTES
+from deus_merge.run.document_results import document_results
 
 TUNED = (
     "name: tuned\nmerge_method: linear\nmodels:\n- {model: a, parameters: {weight: 0.3}}\n"
@@ -25,6 +26,9 @@ RECIPES = {
     "a document's layers at once": f"{TUNED}---\nmerge_method: linear\nparameters: {{weight: 1}}\nslices:\n- sources:\n"
     "  - {model: tuned, layer_range: [0, 2]}\n  - {model: tuned, layer_range: [1, 3]}\n"
     "  - {model: tuned, layer_range: [2, 4]}\n",
+    "a learned document": "name: deep\nbase_model: a\nupscale: {preset: lesa, insert: all, parameters: {epochs: 1}}\n"
+    "---\nmerge_method: slerp\nparameters: {t: 0.5}\nbase_model: a\nslices:\n- sources:\n"
+    "  - {model: a, layer_range: [0, 4]}\n  - {model: deep, layer_range: [3, 7]}\n",
     "a cast document": f"{TUNED}---\nbase_model: tuned\ndtype: bfloat16\nupscale: {{preset: copy_next, insert: all}}\n",
 }
 
@@ -67,17 +71,27 @@ def test_a_block_gets_what_a_limit_leaves(plan_of, name):
 
 
 def test_finished_blocks_of_documents_are_counted(plan_of):
-    """As many as one block of the recipe reads at once, and never less than two: a new layer has two neighbours."""
-    for name, count in (("document", 2), ("a document's layers at once", 3)):
+    """As many as one block of the recipe reads at once, and never less than two: a new layer has two neighbours. Each
+    role of a learned layer is one."""
+    for name, count in (("document", 2), ("a document's layers at once", 3), ("a learned document", 9)):
         plan = plan_of(name)
         (document,) = plan.documents
         assert document.cached_blocks == count
-        largest = max(block.nbytes for block in document.plan.blocks)
+        largest = sorted(document.plan.blocks[i].nbytes for i in document.runs)[-count:]
         computing = max(block.workspace() + plan.reading_memory(block) for block in plan.blocks)
-        assert plan.peak_memory >= 330_000_000 + count * largest + computing
+        assert plan.peak_memory >= 330_000_000 + sum(largest) + computing
         assert max(plan.reading_memory(block) for block in plan.blocks) >= max(
             block.workspace() for block in document.plan.blocks
         )
+
+
+def test_a_learned_block_of_a_document_is_computed_to_its_end(plan_of):
+    """Else what every role has learned would be in memory at once."""
+    plan = plan_of("a learned document")
+    (result,) = document_results(plan, torch.device("cpu"), 0, limited=False).values()
+    result.read("model.layers.1.mlp.up_proj.weight")
+    (block,) = result._blocks.values()
+    assert block._tensors.keys() == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in (1, 3, 5)}
 
 
 def test_a_cast_takes_its_stored_and_its_written_bytes(plan_of):

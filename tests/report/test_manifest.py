@@ -232,12 +232,14 @@ def test_sources_of_copied_and_derived_tensors(run, tmp_path):
 
 
 def test_diagnostics_are_those_of_the_layer(run, tmp_path):
-    """Learned layers are computed in one block, with others between them: each layer has the diagnostics of its own
-    block, and copied ones have none."""
+    """Learned layers are computed together, role by role, with others between them: each layer has the diagnostics of
+    all its blocks, and copied ones have none."""
     base = make_model(tmp_path / "base", layers=5)
     run("upscale", base, tmp_path / "out", "--preset", "lesa", "--insert", "{after: [0, 2]}")
     manifest = read_manifest(tmp_path / "out")
     assert [layer.layer for layer in manifest.layers if layer.diagnostics] == list(manifest.new_layers) == [1, 4]
+    roles = ["q", "k", "v", "o", "gate", "up", "down"]
+    assert all([line["role"] for line in manifest.layers[i].diagnostics] == roles for i in manifest.new_layers)
 
 
 def test_the_model_card_is_the_users(run, tiny, tmp_path):

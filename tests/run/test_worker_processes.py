@@ -75,6 +75,32 @@ def test_the_bytes_are_those_of_one_process(recipe, tmp_path):
     assert not children()
 
 
+def test_workers_share_the_roles_of_learned_layers(base, tmp_path):
+    """Also those that a stopped run has left: it goes on after the last role that it had finished."""
+    learned = "{preset: lesa, insert: {after: [1, 3]}, parameters: {epochs: 1}}"
+    recipe = write_recipe(tmp_path / "r.yml", f"base_model: {base}\nupscale: {learned}\n")
+    planned = api.plan(recipe, max_shard_size=SIZE)
+    api.merge(planned, tmp_path / "whole", api.RunOptions(**ONE_THREAD))
+    roles = [block for block in planned.blocks if block.new]
+    assert [block.layers for block in roles] == [(2, 5)] * 9 and planned.new_layers == (2, 5)
+    out, found, shares = tmp_path / "out", [], []
+
+    def stop(block, resumed):
+        if block is roles[2]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.merge(planned, out, api.RunOptions(**ONE_THREAD), on_block=stop)
+    api.merge(
+        planned, out, api.RunOptions(resume=True, workers=2, **ONE_THREAD),
+        on_block=lambda block, resumed: found.append(block.index) if resumed else None,
+        on_event=lambda event: shares.append(event["blocks"]) if event["event"] == "worker started" else None,
+    )  # fmt: skip
+    assert found == list(range(roles[2].index + 1))
+    assert all({block.title for block in roles} & set(share) for share in shares) and len(shares) == 2
+    assert content(out) == content(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_workers_are_killed(plan, whole, tmp_path):
     """At random moments; another one takes over what was not finished."""
