@@ -44,7 +44,8 @@ def fuse_layer(
 
     chosen = symmetry if options.alignment == "symmetry" else transport_flow
     packing = Packing(specs, shapes or {}, options.heads)
-    inner = replace(options, zero=packing.roles(options.zero))
+    whole = options.whole or any(spec.layout for spec in packing.stored.values())
+    inner = replace(options, zero=packing.roles(options.zero), whole=whole)
     sides = packing.unpack(a), packing.unpack(b)
     matched = experts.match(*sides, packing.specs, inner)
     if matched is not None:

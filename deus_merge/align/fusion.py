@@ -4,60 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
 from ..core.tensors import Diagnostics, OutputChunk
-from ..ot.problem import OTProblem, OTSolution
+from ..core.units import all_finite
+from ..ot.blocks import row_blocks
+from ..ot.points import dense, parts, row_norms
+from ..ot.problem import OTProblem
+from .diagnostics import PlanDiagnostics
 from .options import AlignOptions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..ot.coupling import Coupling
+    from ..ot.points import Points
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanDiagnostics(Diagnostics):
-    """Statistics of one plan, and how similar it makes the two sides; the solver's fields are those of `OTSolution`.
-
-    Attributes:
-        cosine: Mean cosine between the matched rows of A, moved to B's order, and those of B, before the fusion.
-        cosine_before: That of the same rows of B and the rows of A that have their numbers: as stored, before any
-            alignment. None where A has another number of rows.
-        fused: How many rows (neurons) are fused; fewer than all of them under ``match: partial``, or where a plan with
-            relaxed marginals left rows of B unmatched.
-    """
-
-    solver: str
-    iterations: int
-    marginal_error: float
-    transport_cost: float
-    reg: float | None
-    effective_support: float
-    converged: bool
-    seconds: float
-    gap: float | None = None
-    cosine: float | None = None
-    cosine_before: float | None = None
-    fused: int | None = None
-
-    @classmethod
-    def of(cls, role: str, solver: str, solution: OTSolution) -> PlanDiagnostics:
-        """The statistics of a solution."""
-        return cls(
-            role=role,
-            solver=solver,
-            iterations=solution.iterations,
-            marginal_error=solution.marginal_error,
-            transport_cost=solution.transport_cost,
-            reg=solution.reg,
-            effective_support=solution.effective_support,
-            converged=solution.converged,
-            seconds=solution.seconds,
-            gap=solution.gap,
-        )
+#: elements of a weight that are fused at once
+_FUSED = 1 << 22
 
 
 def chunks(role: str, tensors: Sequence[Tensor], diagnostics: Diagnostics | None = None) -> Iterator[OutputChunk]:
@@ -67,6 +35,26 @@ def chunks(role: str, tensors: Sequence[Tensor], diagnostics: Diagnostics | None
         yield OutputChunk(role, None, diagnostics=diagnostics)
     for slot, tensor in enumerate(tensors):
         yield OutputChunk(role, tensor, slot, diagnostics=diagnostics if slot == 0 else None)
+
+
+def chunks_of_rows(
+    role: str, runs: Iterable[tuple[slice, Sequence[Tensor]]], diagnostics: Diagnostics | None
+) -> Iterator[OutputChunk]:
+    """One role as runs of rows: for each its place, and a tensor (r, d) for each value of t."""
+    for rows, tensors in runs:
+        for slot, tensor in enumerate(tensors):
+            yield OutputChunk(role, tensor, slot, rows.start * tensor.shape[1], diagnostics)
+            diagnostics = None
+
+
+def joined(runs: Iterable[tuple[slice, Sequence[Tensor]]], shape: Sequence[int]) -> list[Tensor]:
+    """Runs of rows as tensors of a shape, one for each value of t."""
+    wholes: list[Tensor] = []
+    for rows, tensors in runs:
+        wholes = wholes or [tensor.new_empty(shape) for tensor in tensors]
+        for whole, some in zip(wholes, tensors, strict=True):
+            whole[rows] = some
+    return wholes
 
 
 #: bytes; where torch itself puts tensors
@@ -80,8 +68,16 @@ def read(layer: Mapping[str, Tensor], role: str, options: AlignOptions) -> Tenso
     Raises:
         SolverError: it has more than two axes.
     """
-    import torch
+    tensor = read_stored(layer, role).to(options.dtype)
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
+
+def read_stored(layer: Mapping[str, Tensor], role: str) -> Tensor:
+    """One role in its stored dtype.
+
+    Raises:
+        SolverError: it has more than two axes.
+    """
     tensor = layer[role]
     if tensor.ndim > 2:
         raise SolverError(
@@ -90,8 +86,17 @@ def read(layer: Mapping[str, Tensor], role: str, options: AlignOptions) -> Tenso
             got=f"shape {tuple(tensor.shape)}",
             hint="presets that copy a layer (copy_next, llama_pro) take such tensors",
         )
-    tensor = tensor.to(getattr(torch, options.compute_dtype))
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+    return tensor
+
+
+def finite_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`core.units.all_finite` of a stored tensor in another dtype, (), some of it at a time."""
+    import torch
+
+    if not tensor.is_floating_point() or torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return all_finite(tensor)
+    flat = tensor.reshape(-1)
+    return torch.stack([all_finite(flat[part].to(dtype)) for part in row_blocks(len(flat), 1)]).all()
 
 
 def check_finite(flags: Iterable[tuple[str, Tensor]]) -> None:
@@ -120,11 +125,20 @@ def check_fit(role: str, wa: Tensor, wb: Tensor) -> None:
         raise SolverError("layers do not fit", where=role, expected=tuple(wa.shape), got=tuple(wb.shape))
 
 
-def plan_between(role: str, x: Tensor, y: Tensor, options: AlignOptions) -> tuple[Coupling, PlanDiagnostics]:
+def plan_between(role: str, x: Points, y: Points, options: AlignOptions) -> tuple[Coupling, PlanDiagnostics]:
     """The plan between the rows of A, (n, d), and of B, (m, d). The cost is freed on return."""
     from ..ot.costs import PointCost
 
-    solver = options.chosen_solver
+    solver, settings = options.chosen_solver, options.solver_options
+    if solver.lazy_points and settings.memory is not None:
+        # In memory the same numbers are read faster, but a cost needs the room more.
+        points = options.dtype.itemsize * x.shape[1] * (len(x) + len(y))
+        in_memory = settings.memory >= points + options.dtype.itemsize * len(x) * len(y)
+        settings = replace(settings, memory=settings.memory - in_memory * points)
+    else:
+        in_memory = True
+    if in_memory:
+        x, y = dense(x), dense(y)
     try:
         cost = PointCost(
             x,
@@ -134,18 +148,24 @@ def plan_between(role: str, x: Tensor, y: Tensor, options: AlignOptions) -> tupl
             cost_scale=options.cost_scale,
             keep_points=solver.needs_points,
         )
-        solution = solver.solve(OTProblem.uniform(cost), options.solver_options)
+        solution = solver.solve(OTProblem.uniform(cost), settings)
     except SolverError as error:
         error.where = error.where or role
         raise
     return solution.coupling, PlanDiagnostics.of(role, solver.name, solution)
 
 
-def cosines(x: Tensor, y: Tensor) -> Tensor:
+def cosines(x: Points, y: Points) -> Tensor:
     """Cosine of each row of A with the same row of B, 0 where a row is zero: (n, d), (n, d) -> (n,)."""
-    norms = x.norm(dim=1) * y.norm(dim=1)  # (n,)
-    dots = (x.unsqueeze(1) @ y.unsqueeze(2)).flatten()  # (n,)
-    return dots / norms.where(norms > 0, 1)
+    import torch
+
+    found = []
+    for part, rows in parts(x):
+        other = y[part]  # (r, d)
+        norms = row_norms(rows) * row_norms(other)  # (r,)
+        dots = (rows.unsqueeze(1) @ other.unsqueeze(2)).flatten()  # (r,)
+        found.append(dots / norms.where(norms > 0, 1))
+    return torch.cat(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,6 +274,30 @@ def mix(
     return tuple(mixed)
 
 
+def mix_permuted(
+    a: Tensor, b: Tensor, order: Tensor, axis: int, options: AlignOptions, fused: Tensor | None, scale: float
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """`mix` where A's rows or columns only change places, some rows at a time; restores norms of rows, or none.
+
+    Args:
+        a, b: The weights as they are stored, (n, d).
+        order: The row (axis 0) or column (axis 1) of A in place of each of B's.
+        fused: A bool mask of B's rows or columns.
+        scale: Factor of the result.
+    """
+    for rows in row_blocks(*b.shape, elements=_FUSED):
+        norm_a, mask = None, fused
+        if axis:
+            moved = a[rows].to(options.dtype)
+            norm_a = row_norms(moved).unsqueeze(1)  # as they are stored: sums of reordered columns round otherwise
+            moved = moved.index_select(1, order)
+        else:
+            moved = a[order[rows]].to(options.dtype)
+            mask = None if fused is None else fused[rows]
+        wb = b[rows].to(options.dtype)
+        yield rows, mix(moved, wb, options, norm_a=norm_a, fused=along(mask, wb, axis), scale=scale)
+
+
 def along(mask: Tensor | None, weight: Tensor, axis: int) -> Tensor | None:
     """A mask of the rows (axis 0) or columns (axis 1) of a weight, so that it broadcasts to the weight."""
     return mask.unsqueeze(1) if mask is not None and weight.ndim == 2 and axis == 0 else mask
@@ -267,4 +311,4 @@ def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 def _norm(weight: Tensor, per_row: bool, matched: Tensor | None) -> Tensor:
     """(n, 1) or ()"""
     weight = weight if matched is None else weight.where(matched, 0)
-    return weight.norm(dim=1, keepdim=True) if per_row else weight.norm()
+    return row_norms(weight).unsqueeze(1) if per_row else weight.norm()

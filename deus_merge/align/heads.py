@@ -22,9 +22,15 @@ from typing import TYPE_CHECKING
 from ..core.errors import SolverError
 from ..core.units import is_finite
 from ..models.spec import Heads
+from ..ot.blocks import row_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
+
+#: Elements of a product, or of heads in float64, that are in memory at once: 128 MiB of float32.
+ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +126,12 @@ def align_heads(
     value_cosine, query_key_cosine, value_before, query_key_before = torch.stack(
         [x.mean() for x in (*matched, *unmatched)]
     ).tolist()
-    side_a, side_b = _split(a, heads), _split(b, heads)
-    taken = {role: _take(side_a[role], queries if role in ("q", "o") else groups) for role in side_a}
+    pairs = _Pairs(_split(a, heads), _split(b, heads), groups, queries)
     return AttentionAlignment(
         groups,
         queries,
-        _procrustes(taken, side_b, g) if "values" in steps else None,
-        _turns(taken, side_b, heads) if "rotary" in steps and heads.rotary != "none" else None,
+        _procrustes(pairs) if "values" in steps else None,
+        _turns(pairs, heads) if "rotary" in steps and heads.rotary != "none" else None,
         (matched[0] + matched[1]).view(g, per_group).mean(1) / 2,
         value_cosine,
         query_key_cosine,
@@ -187,13 +192,20 @@ def _split(side: Mapping[str, Tensor], heads: Heads) -> dict[str, Tensor]:
 
 def _value_scores(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads) -> Tensor:
     """Cosine of ``o_i v_i`` of A with ``o_j v_j`` of B as linear maps, for every pair of query heads: (H, H)."""
+    import torch
+
     per_group, h = heads.query // heads.key_value, heads.values
 
     def inner(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
-        outputs = (x["o"].t() @ y["o"]).view(heads.query, h, heads.query, h)
         values = (x["v"] @ y["v"].t()).view(heads.key_value, h, heads.key_value, h)
-        wide = values.repeat_interleave(per_group, 0).repeat_interleave(per_group, 2)  # (H, h, H, h)
-        return (outputs * wide).sum((1, 3))
+        found = []
+        for part in row_blocks(heads.query, h * heads.query * h, ELEMENTS):
+            own = x["o"][:, part.start * h : part.stop * h]  # (d, p·h)
+            outputs = (own.t() @ y["o"]).view(-1, h, heads.query, h)  # (p, h, H, h)
+            groups = torch.arange(part.start, part.stop, device=values.device) // per_group  # (p,)
+            wide = values[groups].repeat_interleave(per_group, 2)  # (p, h, H, h)
+            found.append((outputs * wide).sum((1, 3)))
+        return torch.cat(found)
 
     own_a, own_b = _own_value_norms(a, heads), _own_value_norms(b, heads)  # (H,) each
     return _over_norms(inner(a, b), own_a, own_b)
@@ -201,8 +213,10 @@ def _value_scores(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads
 
 def _own_value_norms(side: Mapping[str, Tensor], heads: Heads) -> Tensor:
     """‖o_i v_i‖ of each query head, (H,)."""
+    import torch
+
     split = _split(side, heads)
-    outputs = split["o"].transpose(1, 2) @ split["o"]  # (H, h, h)
+    outputs = torch.cat([o.transpose(1, 2) @ o for o in map(split["o"].__getitem__, _few(split["o"]))])  # (H, h, h)
     values = (split["v"] @ split["v"].transpose(1, 2)).repeat_interleave(heads.query // heads.key_value, 0)  # (H, h, h)
     return (outputs * values).sum((1, 2)).clamp_min(0).sqrt()
 
@@ -238,7 +252,10 @@ def _query_key_scores(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: H
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:
     """x yᵀ over the inputs, of each component: (n, c, e), (m, c, e) -> (c, n, m)."""
-    return x.transpose(0, 1) @ y.permute(1, 2, 0)
+    import torch
+
+    x, y = x.transpose(0, 1), y.permute(1, 2, 0)  # (c, n, e), (c, e, m)
+    return torch.cat([x[some] @ y[some] for some in _few(x)])
 
 
 def _over_norms(inner: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
@@ -275,27 +292,53 @@ def best_order(scores: Tensor, groups: int) -> tuple[int, ...]:
     return _match(scores, groups, len(scores) // groups)[1]
 
 
-def _procrustes(a: Mapping[str, Tensor], b: Mapping[str, Tensor], g: int) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """The heads of both sides that belong together.
+
+    Attributes:
+        a, b: By role, as `_split` gives them.
+        groups, queries: A's for each of B's.
+    """
+
+    a: Mapping[str, Tensor]
+    b: Mapping[str, Tensor]
+    groups: tuple[int, ...]
+    queries: tuple[int, ...]
+
+    def few(self, role: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The heads of A and of B in float64, in order, some at a time."""
+        order = self.queries if role in ("q", "o") else self.groups
+        for some in _few(self.b[role]):
+            yield _take(self.a[role], order[some]).double(), self.b[role][some].double()
+
+
+def _few(heads: Tensor) -> list[slice]:
+    """The first axis in parts of at most `ELEMENTS` elements; (n, ..), n may be 0."""
+    return list(row_blocks(len(heads), heads[:1].numel(), ELEMENTS)) or [slice(0, 0)]
+
+
+def _procrustes(pairs: _Pairs) -> Tensor:
     """R of each group: the orthogonal matrix nearest to ``v_B v_Aᵀ + Σ_j o_B,jᵀ o_A,j``, in float64; (G, h, h)."""
     import torch
 
-    outputs = b["o"].double().transpose(1, 2) @ a["o"].double()  # (H, h, h)
-    moment = b["v"].double() @ a["v"].double().transpose(1, 2) + outputs.view(g, -1, *outputs.shape[1:]).sum(1)
-    left, _, right = torch.linalg.svd(moment)
+    outputs = torch.cat([b.transpose(1, 2) @ a for a, b in pairs.few("o")])  # (H, h, h)
+    moment = torch.cat([b @ a.transpose(1, 2) for a, b in pairs.few("v")])  # (G, h, h)
+    left, _, right = torch.linalg.svd(moment + outputs.view(len(moment), -1, *outputs.shape[1:]).sum(1))
     return left @ right
 
 
-def _turns(a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Heads) -> Tensor:
+def _turns(pairs: _Pairs, heads: Heads) -> Tensor:
     """The turn of each pair that brings A's queries and keys closest to B's; (G, r/2) complex128."""
     import torch
 
     def moment(x: Tensor, y: Tensor) -> Tensor:
         """Σ y conj x over the inputs, of each head and pair: (n, h, e), (n, h, e) -> (n, r/2) complex."""
-        (x1, x2), (y1, y2) = rotary_pairs(x.double(), heads), rotary_pairs(y.double(), heads)  # (n, r/2, e)
+        (x1, x2), (y1, y2) = rotary_pairs(x, heads), rotary_pairs(y, heads)  # (n, r/2, e)
         return torch.complex((x1 * y1 + x2 * y2).sum(2), (x1 * y2 - x2 * y1).sum(2))
 
-    queries = moment(a["q"], b["q"]).unflatten(0, (heads.key_value, -1)).sum(1)  # (G, r/2)
-    total = queries + moment(a["k"], b["k"])
+    queries, keys = (torch.cat([moment(a, b) for a, b in pairs.few(role)]) for role in ("q", "k"))
+    total = queries.unflatten(0, (heads.key_value, -1)).sum(1) + keys  # (G, r/2)
     if heads.rotary == "signs":
         total = torch.complex(total.real, torch.zeros_like(total.real))
     return torch.where(total == 0, 1, total / total.abs())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..core.errors import SolverError, nearest
 from ..models.spec import Heads
 from ..ot.problem import DEFAULT_OPTIONS, SolverOptions
 from ..ot.registry import solver
 from ..ot.solver import OTSolver
+
+if TYPE_CHECKING:
+    import torch
 
 #: The alignments a recipe can name: name -> (summary, reference).
 ALIGNMENTS = {
@@ -49,6 +52,7 @@ class AlignOptions:
         zero: Roles that will be zeros: they are not fused, and are read only where a plan depends on them.
         output_scale: Factor of the roles that write to the residual stream and are not zero.
         compute_dtype: ``float32`` or ``float64``.
+        whole: Whether every result is a tensor; otherwise large ones may come as runs of rows, in less memory.
     """
 
     alignment: str = "transport_flow"
@@ -68,6 +72,7 @@ class AlignOptions:
     zero: frozenset[str] = frozenset({"o", "down"})
     output_scale: float = 1.0
     compute_dtype: Literal["float32", "float64"] = "float32"
+    whole: bool = True
 
     def __post_init__(self) -> None:
         choices = {
@@ -86,6 +91,13 @@ class AlignOptions:
     def ts(self) -> tuple[float, ...]:
         """The t of each new layer."""
         return tuple(self.t) if isinstance(self.t, Sequence) else (self.t,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic."""
+        import torch
+
+        return getattr(torch, self.compute_dtype)
 
     @property
     def chosen_solver(self) -> OTSolver:

@@ -27,56 +27,39 @@ from ..core.errors import SolverError
 from ..core.tensors import Diagnostics, OutputChunk
 from ..core.units import all_finite
 from ..models.spec import RESIDUAL, Heads, TensorSpec
-from ..ot.blocks import row_blocks
+from ..ot.costs import unit_points
 from ..ot.coupling import TransportMap
+from .diagnostics import HeadDiagnostics, PlanDiagnostics
 from .fusion import (
-    PlanDiagnostics,
     along,
     both,
     check_finite,
     check_fit,
     choose,
     chunks,
+    chunks_of_rows,
     cosines,
+    finite_as,
+    joined,
     mix,
+    mix_permuted,
     plan_between,
     read,
+    read_stored,
 )
 from .heads import AttentionAlignment, align_heads
 from .held import HeldLayer
+from .neurons import Folded, Neurons, mean_size, turned
 from .options import AlignOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..ot.points import Points
+
 _ATTENTION = {"q": "query_heads", "k": "key_heads", "v": "value_heads", "o": RESIDUAL}  # where they write
 _ATTENTION_STEPS = frozenset({"heads", "values", "rotary"})
 _HEAD_SPACES = {"query_heads", "key_heads", "value_heads", "gate_heads", "head_entries"}
-
-
-#: elements of a weight that are transposed at once: they fit in the cache
-_TRANSPOSED = 1 << 18
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadDiagnostics(Diagnostics):
-    """Which of A's heads replace which of B's, and how similar the matched ones are (1 is the same function).
-
-    Attributes:
-        groups: A's key-value group in place of each of B's.
-        queries: A's query head in place of each of B's.
-        value_cosine, query_key_cosine: Mean over query heads, of the value and the query-key path.
-        value_cosine_before, query_key_cosine_before: Those of heads that have the same number, before the alignment.
-        fused: How many groups are fused.
-    """
-
-    groups: tuple[int, ...]
-    queries: tuple[int, ...]
-    value_cosine: float
-    query_key_cosine: float
-    value_cosine_before: float
-    query_key_cosine_before: float
-    fused: int
 
 
 def missing_for_symmetry(specs: Sequence[TensorSpec], steps: frozenset[str], heads: Heads | None) -> str | None:
@@ -93,8 +76,8 @@ def fuse(
 ) -> Iterator[OutputChunk]:
     """Align layer A to layer B by the symmetries of its function and fuse them; see `align.fuse_layer`.
 
-    Memory: for the attention its weights, for the MLP the neurons of both sides side by side, (f, 3d) each, and what
-    the solver takes.
+    Memory: for the attention its weights in the dtype of the arithmetic, a few times; for the MLP what the solver takes
+    and, of the weights that read neurons, a copy as it is stored.
 
     Raises:
         SolverError: the layers lack roles that the steps need, or the heads do not divide.
@@ -151,6 +134,8 @@ class _Layer:
         if role in options.zero:
             self._drop(spec)
             return chunks(role, (), diagnostics)
+        if space in self.neurons and self._fused_by_rows(spec, self.neurons[space]):
+            return self._fuse_by_rows(spec, space, diagnostics)
         wa, wb = self._read(self.a, role), self._read(self.b, role)
         self._check_finite()
         check_fit(role, wa, wb)
@@ -161,6 +146,32 @@ class _Layer:
         fused, matched = (along(mask, wb, moved.axis) for mask in (moved.fused, moved.matched))
         mixed = mix(moved.weight, wb, options, norm_a=moved.norm_a, fused=fused, matched=matched, scale=scale)
         return chunks(role, mixed, diagnostics)
+
+    def _fused_by_rows(self, spec: TensorSpec, plan: TransportMap) -> bool:
+        """Whether some rows of a weight that reads or writes neurons can be fused without the others."""
+        matrix = spec.in_space is not None and spec.out_space not in _HEAD_SPACES
+        return matrix and plan.permutation is not None and self.options.restore_norm != "tensor"
+
+    def _fuse_by_rows(self, spec: TensorSpec, space: str, diagnostics: Diagnostics | None) -> Iterator[OutputChunk]:
+        """A weight that reads or writes permuted neurons, fused some rows at a time."""
+        a, b = (self._stored(side, spec.role) for side in (self.a, self.b))
+        self._check_finite()
+        check_fit(spec.role, a, b)
+        self._drop(spec)
+        order, fused = self.neurons[space].permutation, self.fused_neurons[space]  # (f,) each
+        assert order is not None, "checked by _fused_by_rows"
+        scale = self.options.output_scale if spec.writes_residual else 1.0
+        runs = mix_permuted(a, b, order, int(spec.in_space == space), self.options, fused, scale)
+        if self.options.whole:
+            return chunks(spec.role, joined(runs, b.shape), diagnostics)
+        return chunks_of_rows(spec.role, runs, diagnostics)
+
+    def _stored(self, side: HeldLayer, role: str) -> Tensor:
+        """One role as it is stored; its values in the compute dtype are checked by the next `_check_finite`."""
+        tensor = read_stored(side, role)
+        if role not in side.checked:
+            side.unchecked[role] = finite_as(tensor, self.options.dtype)
+        return tensor
 
     def _read(self, side: HeldLayer, role: str) -> Tensor:
         """One role in the compute dtype; its values are checked by the next `_check_finite`."""
@@ -245,7 +256,7 @@ class _Layer:
     def _align_attention(self, role: str) -> HeadDiagnostics:
         roles = {name: self._role(name) for name in _ATTENTION}
         sides = [
-            {name: self._folded(side, r) if name != "o" else self._read(side, r) for name, r in roles.items()}
+            {name: self._folded(side, r)[:] if name != "o" else self._read(side, r) for name, r in roles.items()}
             for side in (self.a, self.b)
         ]
         self._check_finite()
@@ -270,24 +281,21 @@ class _Layer:
     def _role(self, name: str) -> str:
         return next(s.role for s in self.specs.values() if _attention_role(s) == name)
 
-    def _folded(self, side: HeldLayer, role: str) -> Tensor:
+    def _folded(self, side: HeldLayer, role: str) -> Folded:
         """A weight as it acts on the normed input: input norm and per-head norm folded in, bias as a last column."""
-        import torch
-
-        weight = self._read(side, role)  # (n, d)
-        if (norm := self.specs[role].norm) in self.specs:
-            weight = weight * (self.specs[norm].offset + self._read(side, norm))  # (n, d)
-        if side is self.a and (plan := self.neurons.get(self.specs[role].in_space or "")):
-            weight = plan.to_columns(weight)
+        weight, norm = self._stored(side, role), self.specs[role].norm  # (n, d)
+        follows: list[Tensor] = []
         for spec in self.specs.values():
             if spec.follows == role:
                 vector = self._read(side, spec.role)
                 if len(weight) % len(vector) == 0 and spec.multiplies:
                     vector = vector + spec.offset
-                    weight = weight * vector.repeat(len(weight) // len(vector)).unsqueeze(1)
+                    follows.append(vector.repeat(len(weight) // len(vector)).unsqueeze(1))
                 elif len(weight) == len(vector):
-                    weight = torch.cat((weight, vector.unsqueeze(1)), dim=1)  # (n, d + 1)
-        return weight
+                    follows.append(vector)
+        factor = self.specs[norm].offset + self._read(side, norm) if norm in self.specs else None  # (d,)
+        plan = self.neurons.get(self.specs[role].in_space or "") if side is self.a else None
+        return Folded(weight, self.options.dtype, factor, plan, follows)
 
     # neurons -----------------------------------------------------------------------------------------------------
 
@@ -302,37 +310,24 @@ class _Layer:
         self.fused_neurons[space] = choice.chosen
         return replace(diagnostics, cosine=choice.cosine, cosine_before=choice.before, fused=choice.count)
 
-    def _neurons(self, space: str) -> tuple[Tensor, Tensor]:
+    def _neurons(self, space: str) -> tuple[Points, Points]:
         """A's and B's neurons, one a row: every weight that writes or reads them, scaled to the same mean norm."""
-
-        parts = [s for s in self.specs.values() if s.in_space and space in _spaces(s) and not _makes_heads(s, space)]
-        sides: list[Tensor] = []
-        at = 0
-        for spec in parts:
+        weights, sizes = [], []
+        for spec in self.specs.values():
+            if not spec.in_space or space not in _spaces(spec) or _makes_heads(spec, space):
+                continue
             pair = []
             for side in (self.a, self.b):
-                reads = spec.in_space == space
-                pair.append(self._read(side, spec.role).t() if reads else self._folded(side, spec.role))
+                if spec.in_space == space:
+                    pair.append(Folded(turned(self._stored(side, spec.role)), self.options.dtype))
+                else:
+                    pair.append(self._folded(side, spec.role))
             check_fit(spec.role, *pair)
-            if not sides:  # one more column a weight, for biases
-                width = sum(1 + self.a[s.role].shape[0 if s.in_space == space else 1] for s in parts)
-                sides = [pair[0].new_empty(len(pair[0]), width) for _ in pair]  # (f, e) each
-            own = [whole[:, at : at + pair[0].shape[1]] for whole in sides]
-            for weight, place in zip(pair, own, strict=True):
-                for rows in row_blocks(*weight.shape, elements=_TRANSPOSED):
-                    place[rows] = weight[rows].contiguous()
-            mean = (own[0].norm(dim=1).mean() + own[1].norm(dim=1).mean()) / 2
-            for place in own:
-                place.div_(mean.where(mean > 0, 1))
-            at += pair[0].shape[1]
-        for whole in sides:
-            whole[:, at:] = 0
+            weights.append(pair)
+            sizes.append(mean_size(*pair))
         self._check_finite()
-        if self.options.unit_rows:
-            for whole in sides:
-                norm = whole.norm(dim=1, keepdim=True)  # (f, 1)
-                whole.div_(norm.where(norm > 0, 1))
-        return sides[0], sides[1]
+        x, y = (Neurons(own, sizes) for own in zip(*weights, strict=True))
+        return (unit_points(x), unit_points(y)) if self.options.unit_rows else (x, y)
 
 
 def _spaces(spec: TensorSpec) -> tuple[str | None, str | None]:

@@ -98,6 +98,7 @@ class OtFuse(MergeMethod):
             solver_memory(parameters, first, block.memory),
             t=tuple(share_of_b(o) for o in block.outputs if o.role == first[0].role),
             zero=frozenset(o.role for o in first if spec_of(o).writes_residual and is_zeroed(o)),
+            whole=False,
             **{key: parameters[key] for key in _FUSION},
         )
         sides, shapes = (SourceLayer(block, 0), SourceLayer(block, 1)), {o.role: o.shape for o in first}

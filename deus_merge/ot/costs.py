@@ -7,11 +7,12 @@ there, they are computed again from ``x - y``. A planted permutation therefore h
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..core.errors import SolverError, nearest
-from ..core.units import all_finite
+from ..core.on_disk import matrix_on_disk
 from .blocks import product_blocks, row_blocks
+from .points import LazyPoints, Transformed, dense, norms_of, panels, parts, row_norms, taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .points import Points
+
 #: Squared distances below this share of ``|x|² + |y|²`` are computed again, by dtype.
 _CLOSE = {"torch.float32": 2.0**-7, "torch.float64": 2.0**-20}
 #: Close pairs recomputed at once: bounds the (pairs, d) buffer.
 _PAIRS = 2048
+#: Entries of a cost from which on disks are faster than computing it again.
+_LARGE = 1 << 24
 #: Elements of the differences of single pairs computed at once: 1 MiB of float32.
 _DIFFERENCES = 1 << 18
 
@@ -34,10 +39,11 @@ COST_SCALES = ("none", "max", "median")
 
 
 class PointCost:
-    """The cost between the rows of two matrices, computed in row blocks: stored, or computed again on every pass.
+    """The cost between the rows of two matrices, computed in row blocks: stored, in memory or on the disk, or computed
+    again on every pass.
 
     Args:
-        x, y: (n, d), (m, d), float32 or float64, finite.
+        x, y: (n, d), (m, d), float32 or float64, finite: tensors, or points whose rows are made when they are needed.
         cost: ``euclidean`` ‖x_r - y_s‖₂, ``sqeuclidean`` its square, or ``cosine`` 1 - cos(x_r, y_s).
         unit: Scale rows to norm 1 first.
         cost_scale: Divide by the matrix's maximum or median; one of `COST_SCALES`.
@@ -49,53 +55,56 @@ class PointCost:
 
     def __init__(
         self,
-        x: Tensor,
-        y: Tensor,
+        x: Points,
+        y: Points,
         *,
         cost: str = "euclidean",
         unit: bool = False,
         cost_scale: str = "none",
         keep_points: bool = True,
     ):
-        import torch
-
         for key, got, known in (("cost", cost, COSTS), ("cost_scale", cost_scale, COST_SCALES)):
             if got not in known:
                 raise SolverError(f"unknown {key}", expected=" | ".join(known), got=got, hint=nearest(got, known))
         _check(x, y)
         self.name, self._cost_scale = cost, cost_scale
         self.shape, self.dtype, self.device = (len(x), len(y)), x.dtype, x.device
-        finite = all_finite(x) & all_finite(y)  # ()
         if unit or cost == "cosine":
-            x, y = unit_rows(x), unit_rows(y)
-        self._points: tuple[Tensor, Tensor] | None = (x, y)
-        self._centred: tuple[Tensor, Tensor] | None = _centred(x, y, finite)
-        self._norms = tuple(p.norm(dim=1).square_() for p in self._centred)  # (n,), (m,)
-        largest = max(torch.stack([norms.max() for norms in self._norms]).tolist())
-        if not math.isfinite(4 * largest):  # 4 times: the largest sum that is computed
-            raise SolverError(
-                f"the cost overflows {str(x.dtype).removeprefix('torch.')}",
-                expected="distances whose square is a finite number",
-                got=f"values up to {max(points.abs().max().item() for points in (x, y)):.3g}",
-                hint="set unit_rows: true, or compute_dtype: float64; or correct the checkpoint",
-            )
+            x, y = unit_points(x), unit_points(y)
+        self._points: tuple[Points, Points] | None = (x, y)
+        centred, norms = _centred(x, y)
+        self._centred: tuple[Points, Points] | None = centred
+        self._norms = tuple(sizes.square() for sizes in norms)  # (n,), (m,)
         self._scale = None if cost_scale != "none" else 1.0
-        self._keep_points, self._limit = keep_points, math.inf
+        self._keep_points, self._limit, self._disk = keep_points, math.inf, False
         self._stored: dict[int, Tensor] = {}  # first row of a block -> the block
+        self._used = 0  # bytes of those that are in memory
         self._exact: set[int] = set()  # first rows of the parts that have no close pairs
 
     @property
     def points(self) -> tuple[Tensor, Tensor]:
-        """The rows as they are compared, (n, d) and (m, d)."""
+        """The rows as they are compared, (n, d) and (m, d), in memory."""
+        x, y = self._rows
+        return dense(x), dense(y)
+
+    @property
+    def _rows(self) -> tuple[Points, Points]:
         if self._points is None:
             raise SolverError("the points of this cost are gone", hint="keep_points=True keeps them")
         return self._points
 
-    def keep(self, nbytes: float | None) -> None:
-        """Store at most this many bytes of the cost in memory (None: all of it); the rest is computed on each pass."""
-        self._limit = math.inf if nbytes is None else nbytes
-        if sum(rows.nbytes for rows in self._stored.values()) > self._limit:
+    def keep(self, nbytes: float | None, disk: bool = False) -> None:
+        """Store at most this many bytes of the cost in memory (None: all of it).
+
+        Args:
+            nbytes: The limit.
+            disk: Whether to store the rest on the disk, if it is large and there is room; otherwise it is computed on
+                each pass.
+        """
+        self._limit, self._disk = math.inf if nbytes is None else nbytes, disk
+        if self._used > self._limit:
             self._stored.clear()
+            self._used = 0
 
     @property
     def scale(self) -> float:
@@ -126,22 +135,32 @@ class PointCost:
 
     def _unscaled(self) -> Iterator[tuple[slice, Tensor, bool]]:
         """Row blocks as they are stored, or new and not yet scaled: (rows, (r, m), whether they are new)."""
-        used, scratch = sum(rows.nbytes for rows in self._stored.values()), None
-        for block in product_blocks(*self.shape):
+        scratch, missing = None, 0
+        for block in self._row_blocks():
             rows = self._stored.get(block.start)
             new = rows is None
             if rows is None:
-                shape = block.stop - block.start, self.shape[1]
-                if used + shape[0] * shape[1] * self.dtype.itemsize <= self._limit:
-                    rows = self._stored[block.start] = self._norms[0].new_empty(shape)  # (r, m)
-                    used += rows.nbytes
+                count = block.stop - block.start
+                rows = self._new_block(count)
+                if rows is not None:
+                    self._stored[block.start] = rows  # (r, m)
                 else:
-                    scratch = self._norms[0].new_empty(shape) if scratch is None else scratch[: shape[0]]
+                    missing += count
+                    scratch = self._norms[0].new_empty(count, self.shape[1]) if scratch is None else scratch[:count]
                     rows = scratch
                 self._compute(block, rows)
             yield block, rows, new
-        if not self._keep_points and used == self.shape[0] * self.shape[1] * self.dtype.itemsize:
+        if not self._keep_points and not missing:
             self._points = self._centred = None
+
+    def _new_block(self, count: int) -> Tensor | None:
+        """A tensor (count, m) for a block to be stored in; None where there is room for none."""
+        nbytes = count * self.shape[1] * self.dtype.itemsize
+        if self._used + nbytes <= self._limit:
+            self._used += nbytes
+            return self._norms[0].new_empty(count, self.shape[1])
+        large = self._disk and self.device.type == "cpu" and self.shape[0] * self.shape[1] >= _LARGE
+        return matrix_on_disk(count, self.shape[1], self.dtype) if large else None
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Single entries of the cost from the differences of their points, added up in float64.
@@ -158,16 +177,15 @@ class PointCost:
         """`at` before scaling."""
         import torch
 
-        x, y = self.points
+        x, y = self._rows
         found = self._norms[0].new_empty(len(rows), dtype=torch.float64)  # (q,)
-        parts = list(row_blocks(len(rows), x.shape[1], _DIFFERENCES))
-        most = max((part.stop - part.start for part in parts), default=0)
-        pair = x.new_empty(2, most, x.shape[1])  # one memory for all parts stays in the cache
-        for part in parts:
+        some = list(row_blocks(len(rows), x.shape[1], _DIFFERENCES))
+        most = max((part.stop - part.start for part in some), default=0)
+        pair = self._norms[0].new_empty(2, most, x.shape[1])  # one memory for all parts stays in the cache
+        for part in some:
             away, other = pair[:, : part.stop - part.start]  # (p, d) each
-            torch.index_select(x, 0, rows[part], out=away)
-            torch.index_select(y, 0, columns[part], out=other)
-            found[part] = torch.linalg.vector_norm(away.sub_(other), dim=1, dtype=torch.float64)
+            away = taken(x, rows[part], away).sub_(taken(y, columns[part], other))
+            found[part] = row_norms(away, torch.float64)
         return found if self.name == "euclidean" else found.square_().mul_(0.5 if self.name == "cosine" else 1)
 
     def _products(self, block: slice, out: Tensor) -> None:
@@ -175,7 +193,14 @@ class PointCost:
         import torch
 
         assert self._centred is not None, "freed only when all blocks are stored"
-        torch.mm(self._centred[0][block], self._centred[1].t(), out=out)
+        x, y = self._centred
+        rows = x[block]  # (r, d)
+        for panel in panels(y):
+            torch.mm(rows, y[panel].t(), out=out[:, panel])
+
+    def _row_blocks(self) -> Iterator[slice]:
+        """The blocks of rows that are computed, stored and read as one."""
+        return product_blocks(*self.shape)
 
     def _maximum(self) -> float:
         import torch
@@ -205,12 +230,13 @@ class PointCost:
                 rows.mul_(0.5)
 
 
-def _recompute_close(rows: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> None:
+def _recompute_close(rows: Tensor, x: Tensor, y: Points, scale: Tensor) -> None:
     """Squared distances far below ``|x|² + |y|²`` again; ``rows`` and ``scale`` (p, m)."""
     few = 4 * max(rows.shape)
     pairs = (rows < _CLOSE[str(x.dtype)] * scale).nonzero()  # (q, 2)
     if len(pairs) > few:  # many rows alike: one product in float64 is cheaper, and leaves few or exact copies
-        rows.copy_(_sqeuclidean_float64(x.double(), y.double()))
+        for panel in panels(y):
+            rows[:, panel] = _sqeuclidean_float64(x.double(), y[panel].double())
         pairs = (rows < 2.0**-36 * scale).nonzero()
         if len(pairs) > few:
             return
@@ -252,31 +278,71 @@ def cost_matrix(
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows scaled to norm 1; zero rows stay zero. (n, d) -> (n, d)"""
-    norm = x.norm(dim=1, keepdim=True)  # (n, 1)
-    return x / norm.where(norm > 0, 1)
+    return x / _divisors(x)
 
 
-def _centred(x: Tensor, y: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without their common offset, which costs digits; as they are where it is small.
+def unit_points(x: Points) -> Points:
+    """`unit_rows` of points of any kind."""
+    return Transformed(x, sizes=_divisors(x)) if isinstance(x, LazyPoints) else unit_rows(x)
+
+
+def _divisors(x: Points) -> Tensor:
+    """Norms of rows, or 1 where they are 0; (n, 1)."""
+    norm = norms_of(x).unsqueeze(1)  # (n, 1)
+    return norm.where(norm > 0, 1)
+
+
+def _centred(x: Points, y: Points) -> tuple[tuple[Points, Points], tuple[Tensor, Tensor]]:
+    """Both without their common offset, which costs digits, as they are where it is small; and their rows' norms, (n,)
+    and (m,).
 
     Raises:
-        SolverError: ``finite``, (), is false. It is read together with the sizes.
+        SolverError: values that are not finite, or too large to square.
     """
     import torch
 
-    if not len(x) or not len(y):
-        return x, y
-    mean = (x.mean(0) + y.mean(0)) / 2  # (d,)
-    sizes = [p.norm() / math.sqrt(len(p)) for p in (x, y)]  # root mean square norms of rows
-    offset, *rms, points_are_finite = torch.stack([t.double() for t in (mean.norm(), *sizes, finite)]).tolist()
-    if not points_are_finite:
+    norms = norms_of(x), norms_of(y)
+    mean = ((_mean(x) + _mean(y)) / 2).to(x.dtype)  # (d,)
+    rms = [sizes.double().square().mean().sqrt() for sizes in norms]  # root mean square norms of rows
+    largest = [sizes.max().double() for sizes in norms]
+    offset, *sizes = torch.stack([mean.norm().double(), *rms, *largest]).tolist()
+    if math.isfinite(sum(sizes)) and offset >= 0.5 * min(sizes[:2]):
+        x, y = (Transformed(p, offset=mean) if isinstance(p, LazyPoints) else p - mean for p in (x, y))
+        norms = norms_of(x), norms_of(y)
+        sizes[2:] = torch.stack([sizes.max() for sizes in norms]).tolist()
+    if not 4 * max(sizes[2:]) ** 2 <= torch.finfo(x.dtype).max:  # 4 times: the largest sum that is computed
+        _refuse(x, y)
+    return (x, y), norms
+
+
+def _mean(points: Points) -> Tensor:
+    """(d,) float64"""
+    import torch
+
+    total = torch.zeros(points.shape[1], dtype=torch.float64, device=points.device)
+    for _, rows in parts(points):
+        total += rows.sum(0, dtype=torch.float64)
+    return total / len(points)
+
+
+def _refuse(x: Points, y: Points) -> NoReturn:
+    """Say why norms are not finite."""
+    import torch
+
+    most = torch.stack([rows.abs().max() for points in (x, y) for _, rows in parts(points)]).max().item()
+    if not math.isfinite(most):
         raise SolverError(
             "the cost is not finite",
             expected="finite weights",
             got="NaN or infinity",
             hint="look for broken weights",
         )
-    return (x, y) if offset < 0.5 * min(rms) else (x - mean, y - mean)
+    raise SolverError(
+        f"the cost overflows {str(x.dtype).removeprefix('torch.')}",
+        expected="distances whose square is a finite number",
+        got=f"values up to {most:.3g}",
+        hint="set unit_rows: true, or compute_dtype: float64; or correct the checkpoint",
+    )
 
 
 def _sqeuclidean_float64(x: Tensor, y: Tensor) -> Tensor:
@@ -284,8 +350,8 @@ def _sqeuclidean_float64(x: Tensor, y: Tensor) -> Tensor:
     return cost.add_(x.square().sum(1, keepdim=True)).add_(y.square().sum(1)).clamp_min_(0)
 
 
-def _check(x: Tensor, y: Tensor) -> None:
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+def _check(x: Points, y: Points) -> None:
+    if len(x.shape) != 2 or len(y.shape) != 2 or x.shape[1] != y.shape[1]:
         raise SolverError("rows of different length", got=f"{tuple(x.shape)} and {tuple(y.shape)}")
     if x.dtype != y.dtype or str(x.dtype) not in _CLOSE:
         raise SolverError("costs are computed in float32 or float64", got=f"{x.dtype} and {y.dtype}")

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..core.errors import SolverError
 from .blocks import column_sums, effective_support, matrix_blocks, product_blocks, row_blocks, tiny
+from .points import dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
+    from .points import Points
     from .problem import OTProblem
-
-_MOVED_ROWS = 1024  # rows that a permutation moves at once in `TransportMap.row_blocks`
 
 
 class Measures(NamedTuple):
@@ -39,10 +39,14 @@ class Coupling:
     Args:
         matrix: T (n, m).
         unmatched: (m,) bool, the columns that the solver left without mass; None if every column has mass.
+
+    Attributes:
+        permutation: (n,) int64: the row whose mass goes to each column, where it is all that goes there; else None.
     """
 
     shape: tuple[int, int]
     unmatched: Tensor | None
+    permutation: Tensor | None = None
 
     def __init__(self, matrix: Tensor, unmatched: Tensor | None = None):
         self._matrix = matrix
@@ -117,9 +121,9 @@ class Coupling:
         """W T over the mass (m,) of the columns: (d, n) -> (d, m)."""
         return self.scripted_columns(weight).div_(mass)
 
-    def mean_row_blocks(self, weight: Tensor, mass: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def mean_row_blocks(self, weight: Points, mass: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`mean_rows` in row blocks: (rows, (r, d))."""
-        yield slice(0, self.shape[1]), self.mean_rows(weight, mass)
+        yield slice(0, self.shape[1]), self.mean_rows(dense(weight), mass)
 
     def _marginal_error(self, a: Tensor, b: Tensor) -> Tensor:
         """() float64, on the device."""
@@ -180,7 +184,8 @@ class PermutationCoupling(Coupling):
     """
 
     def __init__(self, rows: Tensor, like: Tensor):
-        self.rows, self._like, self.unmatched = rows, like, None
+        self.rows = self.permutation = rows
+        self._like, self.unmatched = like, None
         self.shape = (len(rows), len(rows))
 
     @property
@@ -227,9 +232,8 @@ class PermutationCoupling(Coupling):
     def mean_columns(self, weight: Tensor, mass: Tensor) -> Tensor:
         return weight.index_select(1, self.rows)
 
-    def mean_row_blocks(self, weight: Tensor, mass: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(self.rows), _MOVED_ROWS):
-            rows = slice(start, min(start + _MOVED_ROWS, len(self.rows)))
+    def mean_row_blocks(self, weight: Points, mass: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for rows in row_blocks(len(self.rows), weight.shape[1]):
             yield rows, weight[self.rows[rows]]
 
     def _marginal_error(self, a: Tensor, b: Tensor) -> Tensor:
@@ -274,12 +278,16 @@ class TransportMap:
     Args:
         coupling: The plan.
         column_mass: (m,) divides the columns when the map is applied, so that a coupling needs no scaled copy.
+
+    Attributes:
+        permutation: See `Coupling`: the map then puts rows into another order.
     """
 
     def __init__(self, coupling: Coupling, column_mass: Tensor):
         self._coupling = coupling
         self.shape: tuple[int, int] = coupling.shape
         self.unmatched: Tensor | None = coupling.unmatched
+        self.permutation: Tensor | None = coupling.permutation
         self._mass = column_mass.clamp_min(tiny(column_mass))
 
     @property
@@ -297,7 +305,7 @@ class TransportMap:
         _check_size(self.shape[0], weight.shape[1])
         return self._coupling.mean_columns(weight, self._mass)
 
-    def row_blocks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def row_blocks(self, weight: Points) -> Iterator[tuple[slice, Tensor]]:
         """`to_rows` in row blocks, (rows, (r, d)), without a copy of all rows where the plan is a permutation."""
         _check_size(self.shape[0], weight.shape[0])
         return self._coupling.mean_row_blocks(weight, self._mass)

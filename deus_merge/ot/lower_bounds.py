@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING
 
 from .blocks import row_blocks
 from .costs import PointCost
+from .points import PANEL_ROWS, parts, row_norms
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from torch import Tensor
 
+    from .points import Points
+
 #: Elements of rows whose products are added up at once.
 _TERMS = 4096
+#: Bytes of rounded rows that are kept from one block to the next; more than that are rounded again.
+KEPT = 1 << 30
 #: More candidates for the largest cost than this share of all entries: ties, which no bound tells apart.
 _TIED = 2.0**-8
 
@@ -42,10 +49,11 @@ class LowerBounds(PointCost):
 
         vars(self).update(vars(cost))
         self._source, self._low = cost, precision != cost.dtype
-        self._keep_points, self._stored, self._exact = True, {}, set()
-        self._precision, self._rounded, self._buffer = precision, None, None
+        self._keep_points, self._used, self._stored, self._exact = True, 0, {}, set()
         assert self._centred is not None, "a cost that keeps its points"
-        width = self._centred[0].shape[1]
+        self._precision, width = precision, self._centred[0].shape[1]
+        self._rounded: dict[int, Tensor] = {}  # first row of a panel of y -> the panel
+        self._room = self.shape[1] * width * precision.itemsize <= KEPT
         self._parts = [slice(at, min(at + _TERMS, width)) for at in range(0, width, _TERMS)]
         terms = min(width, _TERMS) + len(self._parts) + 8  # 8: the other steps to a squared distance
         self._relative = terms * torch.finfo(cost.dtype).eps / 2
@@ -60,42 +68,56 @@ class LowerBounds(PointCost):
             self._source.keep(0)
         return super().scale
 
+    def _row_blocks(self) -> Iterator[slice]:
+        """Blocks of so many rows that it does not matter how long it takes to make and to round those of y."""
+        return row_blocks(self.shape[0], 1, PANEL_ROWS)
+
     def _products(self, block: slice, out: Tensor) -> None:
         """Upper bounds of the inner products."""
         import torch
 
         assert self._centred is not None, "freed only when all blocks are stored"
-        x, y = self._centred[0][block], self._centred[1]  # (r, d), (m, d)
-        out.zero_()
-        if self._low:
-            if self._rounded is None:
-                self._rounded = y.to(self._precision)
-                self._buffer = out.new_empty(out.shape, dtype=self._precision)
-            assert self._buffer is not None, "made with the rounded rows"
-            x, half = x.to(self._precision), torch.finfo(self._precision).eps / 2
+        x = _rounded(self._centred[0], block, self._precision)  # (r, d)
+        half = torch.finfo(self._precision).eps / 2
+        for panel in row_blocks(self.shape[1], 1, PANEL_ROWS):
+            y = self._panel(panel)  # (p, d)
+            upper = out[:, panel].zero_()  # (r, p)
             for part in self._parts:
-                found = torch.mm(x[:, part], self._rounded[:, part].t(), out=self._buffer[: len(x)])  # (r, m)
-                for rows in row_blocks(*out.shape):
-                    out[rows] += found[rows]
-                    out[rows].add_(found[rows].abs(), alpha=half * (1 + 2 * half))
-        else:
-            for part in self._parts:
-                out.addmm_(x[:, part], y[:, part].t())
+                if self._low:
+                    found = x[:, part] @ y[:, part].t()  # (r, p)
+                    for rows in row_blocks(*found.shape):
+                        upper[rows] += found[rows]
+                        upper[rows].add_(found[rows].abs_(), alpha=half * (1 + 2 * half))
+                else:
+                    upper.addmm_(x[:, part], y[:, part].t())
         sizes = [norms.sqrt() for norms in (self._norms[0][block], self._norms[1])]  # (r,), (m,)
         out.addr_(*sizes, alpha=self._relative)
 
+    def _panel(self, panel: slice) -> Tensor:
+        """Some rows of y in the precision of products."""
+        assert self._centred is not None, "freed only when all blocks are stored"
+        rows = self._rounded.get(panel.start)
+        if rows is None:
+            rows = _rounded(self._centred[1], panel, self._precision)
+            if self._room:
+                self._rounded[panel.start] = rows
+        return rows
+
     def _maximum(self) -> float:
-        """The largest entry itself, among those that can be it."""
+        """The largest entry itself, among those that can be it: whose upper bound is above one that is known."""
         import torch
 
-        top = torch.stack([rows.max() for _, rows, _ in self._unscaled()]).max().item()
+        highest = []  # () of each block
+        for block, rows, _ in self._unscaled():
+            highest.append(rows.argmax() + block.start * self.shape[1])
+        places = torch.stack(highest)
+        found, count = self._between(places // self.shape[1], places % self.shape[1]).max().item(), 0
         # squared distances are above squared bounds by at most this; parts' sizes have products of at most the whole's
         stored = torch.finfo(self._precision).eps if self._low else 0.0
         largest = math.prod(norms.max().sqrt().item() for norms in self._norms)
         margin = 4 * (self._relative + stored) * largest
         power, factor = {"euclidean": (2, 1), "sqeuclidean": (1, 1), "cosine": (1, 2)}[self.name]
-        least = max(0.0, factor * top**power - margin) ** (1 / power) / factor
-        found, count = top, 0
+        least = max(0.0, factor * found**power - margin) ** (1 / power) / factor
         for block, rows, _ in self._unscaled():
             r, s = (rows >= least).nonzero().unbind(1)
             count += len(r)
@@ -107,13 +129,25 @@ class LowerBounds(PointCost):
         return found
 
 
-def _relative_rounding(points: Tensor, precision: torch.dtype) -> float:
+def _rounded(points: Points, which: slice, precision: torch.dtype) -> Tensor:
+    """Some rows in another precision, (r, d), a few of them at a time."""
+    import torch
+
+    if isinstance(points, torch.Tensor) and points.dtype == precision:
+        return points[which]
+    count, width = which.stop - which.start, points.shape[1]
+    rounded = torch.empty(count, width, dtype=precision, device=points.device)
+    for part in row_blocks(count, width):
+        rounded[part] = points[which.start + part.start : which.start + part.stop]
+    return rounded
+
+
+def _relative_rounding(points: Points, precision: torch.dtype) -> float:
     """The largest distance of a row to its rounded self, over its norm; (n, d)."""
     largest = 0.0
-    for part in row_blocks(*points.shape):
-        rows = points[part]  # (r, d)
-        norms = rows.norm(dim=1)  # (r,)
-        away = (rows - rows.to(precision)).norm(dim=1)
+    for _, rows in parts(points):  # (r, d)
+        norms = row_norms(rows)  # (r,)
+        away = row_norms(rows - rows.to(precision))
         largest = max(largest, float((away / norms.where(norms > 0, 1)).max()))
     return largest * (1 + 2.0**-10)  # the norms themselves are rounded
 

@@ -112,10 +112,10 @@ class OTProblem:
         """The same problem with its cost as one matrix."""
         return self.with_cost(self.cost.dense()) if isinstance(self.cost, PointCost) else self
 
-    def keep(self, nbytes: int | None) -> None:
-        """Limit how many bytes of a `PointCost` stay in memory; a matrix is in memory already."""
+    def keep(self, nbytes: int | None, disk: bool = False) -> None:
+        """`PointCost.keep`; a matrix is in memory already."""
         if isinstance(self.cost, PointCost):
-            self.cost.keep(nbytes)
+            self.cost.keep(nbytes, disk)
 
     @property
     def is_uniform_square(self) -> bool:
@@ -144,8 +144,8 @@ class SolverOptions:
         max_iterations: Maximum number of passes over the kernel; exact solvers ignore it.
         tolerance: L1 marginal error, rows plus columns, at which to stop.
         target_support: See ``reg``.
-        memory: Bytes that n x m buffers may take; None for no limit. Solvers that are able to compute such buffers
-            again in row blocks do so instead; the plan is the same bit for bit.
+        memory: Bytes that n x m buffers may take; None for no limit. Solvers that are able to put such buffers
+            on the disk, or to compute them again in row blocks, do so instead; the plan is the same bit for bit.
     """
 
     reg: float | Literal["auto"] = "auto"

@@ -25,6 +25,8 @@ class OTSolver(ABC):
         parameters: The solver's own options, as recipes set them. Their scope is ``block``; the names are shared with
             all solvers and methods, so they should begin with or hint at the solver's name.
         needs_points: Whether it reads the points themselves: a `PointCost` must keep them.
+        lazy_points: Whether it takes no longer where their rows are made when they are needed (`points.LazyPoints`);
+            others get them in memory.
         keeps_marginals: Whether its plans have the marginals a and b, to the tolerance. A solver with relaxed marginals
             sets `Coupling.unmatched`.
     """
@@ -34,6 +36,7 @@ class OTSolver(ABC):
     reference: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     needs_points: ClassVar[bool] = False
+    lazy_points: ClassVar[bool] = False
     keeps_marginals: ClassVar[bool] = True
 
     @abstractmethod

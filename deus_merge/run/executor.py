@@ -29,6 +29,7 @@ from ..report.plan_manifest import manifest_of, plan_sources
 from ..report.shareable import shared_path, shared_recipe
 from ..verify import Verification, verify
 from .block_runner import BlockRecord, is_record
+from .device import threads_kept
 from .engines import FinishedPieces, Job, OnFraction, engine_of
 from .events import OnEvent, unheard
 from .preflight import Calibrator, RunOptions, preflight, processes_of
@@ -54,6 +55,7 @@ class Outcome:
     times: BlockSeconds | None = None
 
 
+@threads_kept()
 def execute(
     plan: Plan,
     out: Path,

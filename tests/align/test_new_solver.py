@@ -14,6 +14,7 @@ from support import make_model, weights, write_recipe
 from deus_merge.align.memory import alignment_memory
 from deus_merge.align.parameters import PARAMETERS, align_options
 from deus_merge.core.errors import SolverError
+from deus_merge.core.tensors import StoredTensor
 from deus_merge.methods.registry import methods
 from deus_merge.models.spec import RESIDUAL, Heads, TensorSpec
 from deus_merge.ot.registry import solver, solver_parameters, solvers
@@ -118,6 +119,7 @@ class Role:
     shape: tuple[int, ...]
     spec: TensorSpec
     heads: Heads | None = None
+    inputs: tuple[StoredTensor, ...] = ()
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "float64"])

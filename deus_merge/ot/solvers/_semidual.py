@@ -75,7 +75,7 @@ class Kernel:
     def move(self, problem: OTProblem) -> None:
         """Continue with another problem of the same size; the next call must be `build`."""
         self.problem, self.a, self.b = problem, problem.a, problem.b  # (n,), (m,)
-        problem.keep(None if self.matrix is not None else int(self._room))
+        problem.keep(None if self.matrix is not None else int(self._room), disk=True)
         self.g, self.reg = self.b, 1.0  # of the kernel, set by `build`
 
     @property

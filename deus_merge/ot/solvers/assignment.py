@@ -47,7 +47,7 @@ class Assignment(OTSolver):
     """The solver ``assignment``; ``reg`` and ``max_iterations`` do not apply."""
 
     name = "assignment"
-    needs_points = True
+    needs_points = lazy_points = True
     summary = "exact one-to-one matching for uniform square problems, proved optimal; n to 28672, any device"
     reference = "Crouse 2016, IEEE TAES 52(4); primal-dual, pruned: Kuhn 1955; Schmitzer 2019, arXiv 1610.06519"
 
@@ -72,7 +72,7 @@ class Assignment(OTSolver):
         if len(problem.a) > _DENSE:
             for cost in _costs(problem.cost):
                 problem = problem.with_cost(cost)
-                problem.keep(options.memory)
+                problem.keep(options.memory, disk=True)
                 passes = Passes(problem)
                 for attempt in _ATTEMPTS:
                     found = found or _sparse(passes, *attempt)

@@ -20,6 +20,7 @@ from ...core.errors import DeusMergeError
 from ...core.text import plural
 from ...report.manifest import check_belongs
 from ...report.manifest_parts import Calibration
+from ...run.device import threads_kept
 from ..freeze import read_training
 from .job import OnLayer, calibrate_layers, prepare
 from .options import CalibrationOptions, read_windows
@@ -55,6 +56,7 @@ class Calibrated:
         return {"folder": str(self.folder), **facts, "notes": list(self.notes), "seconds": round(self.seconds, 3)}
 
 
+@threads_kept()
 def calibrate(
     folder: Path | str,
     out: Path | str,

@@ -20,7 +20,7 @@ from ...models.reference import ModelRef
 from ...models.source import SourceModel
 from ...models.streamed import CannotStream
 from ...models.view import ModelView
-from ...run.device import choose_device, set_threads
+from ...run.device import choose_device, set_threads, threads_kept
 from .fit import Statistics
 from .job import refusal
 from .layer_runner import LayerRunner
@@ -50,6 +50,7 @@ class GapScore:
         return asdict(self)
 
 
+@threads_kept()
 def score_gaps(
     model: str | Path,
     text: str,

@@ -17,7 +17,7 @@ from ...core.text import some_of
 from ...plan.build import build_plan
 from ...plan.types import Plan
 from ...report.shareable import shared_name
-from ...run.device import choose_device, set_threads
+from ...run.device import choose_device, set_threads, threads_kept
 from ...run.preflight import check_apart
 from ..reading import load_tokenizer
 from .candidates import Candidate, Fixed, Job, recipe_of
@@ -219,7 +219,6 @@ class _Comparing:
 def _pool(options: CompareOptions) -> Iterator[Callable[[Job, str], Future]]:
     """Yields what starts a run: in this process, or in one of several."""
     if options.workers == 1:
-        threads = set_threads(options.threads)
 
         def here(job: Job, device: str) -> Future:
             future: Future = Future()
@@ -229,8 +228,9 @@ def _pool(options: CompareOptions) -> Iterator[Callable[[Job, str], Future]]:
                 future.set_exception(error)
             return future
 
-        yield here
-        set_threads(threads)
+        with threads_kept():
+            set_threads(options.threads)
+            yield here
         return
     import multiprocessing
 
