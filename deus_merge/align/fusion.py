@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..core.errors import SolverError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..ot.points import Points
 
 
+#: bytes of points that are made once, where there is room; more are made again whenever they are needed
+HELD_POINTS = 1 << 32
 #: elements of a weight that are fused at once
 _FUSED = 1 << 22
 
@@ -130,15 +132,11 @@ def plan_between(role: str, x: Points, y: Points, options: AlignOptions) -> tupl
     from ..ot.costs import PointCost
 
     solver, settings = options.chosen_solver, options.solver_options
-    if solver.lazy_points and settings.memory is not None:
-        # In memory the same numbers are read faster, but a cost needs the room more.
-        points = options.dtype.itemsize * x.shape[1] * (len(x) + len(y))
-        in_memory = settings.memory >= points + options.dtype.itemsize * len(x) * len(y)
-        settings = replace(settings, memory=settings.memory - in_memory * points)
-    else:
-        in_memory = True
-    if in_memory:
+    points, entries = (options.dtype.itemsize * n for n in (x.shape[1] * (len(x) + len(y)), len(x) * len(y)))
+    if not solver.lazy_points:
         x, y = dense(x), dense(y)
+    elif points <= HELD_POINTS and (less := settings.with_room(points, beside=entries)):
+        x, y, settings = dense(x), dense(y), less  # the same numbers, read faster; a cost needs the room more
     try:
         cost = PointCost(
             x,
@@ -157,15 +155,20 @@ def plan_between(role: str, x: Points, y: Points, options: AlignOptions) -> tupl
 
 def cosines(x: Points, y: Points) -> Tensor:
     """Cosine of each row of A with the same row of B, 0 where a row is zero: (n, d), (n, d) -> (n,)."""
+    return cosines_of(parts(x), y)
+
+
+def cosines_of(x: Iterable[tuple[slice, Tensor]], y: Points) -> Tensor:
+    """`cosines` of rows that are given some at a time."""
     import torch
 
-    found = []
-    for part, rows in parts(x):
+    found = torch.empty(len(y), dtype=y.dtype, device=y.device)  # (n,)
+    for part, rows in x:
         other = y[part]  # (r, d)
         norms = row_norms(rows) * row_norms(other)  # (r,)
         dots = (rows.unsqueeze(1) @ other.unsqueeze(2)).flatten()  # (r,)
-        found.append(dots / norms.where(norms > 0, 1))
-    return torch.cat(found)
+        found[part] = dots / norms.where(norms > 0, 1)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from ..ot.lower_bounds import KEPT
 from ..ot.points import PANEL_ROWS
 from ..ot.registry import solver
 from ..ot.solver import OTSolver
+from .fusion import HELD_POINTS
 from .heads import ELEMENTS
 from .options import default_solver
 from .packing import part_shapes
@@ -134,7 +135,7 @@ def _symmetry(
             others.append(math.prod(shape))
     scores = max((max(shape) ** 2 for spec, shape in matrices if _reads_heads(spec)), default=0)
     moved = max(others) if by_rows and chosen.lazy_points else max(math.prod(shape) for _, shape in matrices)
-    full = minimum = max(2 * width * sum(others) + 8 * width * min(scores, ELEMENTS), 5 * width * moved)
+    full = minimum = max(2 * width * sum(others) + 10 * width * min(scores, ELEMENTS), 5 * width * moved)
     for space, weights in spaces.items():
         features, count = sum(n for _, _, n in weights), max(n for _, n, _ in weights)
         matrix, stored = width * count**2, chosen.stored_bytes(width) * count**2
@@ -143,7 +144,9 @@ def _symmetry(
             panel = width * min(PANEL_ROWS, count) * (count + 2 * features // count)
             least = 2 * turned + panel + min(width * features, KEPT) + _EDGES * count
             more = 0 if by_rows else 3 * width * max(n for _, _, n in weights)
-            minimum, full = max(minimum, least, turned + more), max(full, least + matrix, turned + more)
+            points = 2 * width * features
+            minimum = max(minimum, least, turned + more)
+            full = max(full, minimum, least + matrix + (points if points <= HELD_POINTS else 0))
         else:
             held, largest = 2 * width * features, width * max(n for _, _, n in weights)
             least = held + max(2 * largest, largest + stored)

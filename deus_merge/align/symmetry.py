@@ -39,6 +39,7 @@ from .fusion import (
     chunks,
     chunks_of_rows,
     cosines,
+    cosines_of,
     finite_as,
     joined,
     mix,
@@ -300,12 +301,10 @@ class _Layer:
     # neurons -----------------------------------------------------------------------------------------------------
 
     def _align_neurons(self, role: str, space: str) -> PlanDiagnostics:
-        import torch
-
         x, y = self._neurons(space)  # (f, e) each
         coupling, diagnostics = plan_between(role, x, y, replace(self.options, unit_rows=False))
         plan = self.neurons[space] = coupling.transport_map()
-        scores = torch.cat([cosines(moved, y[rows]) for rows, moved in plan.row_blocks(x)])  # (f,)
+        scores = cosines_of(plan.row_blocks(x), y)  # (f,)
         choice = choose(scores, "neuron", role, self.options, before=cosines(x, y), unmatched=plan.unmatched)
         self.fused_neurons[space] = choice.chosen
         return replace(diagnostics, cosine=choice.cosine, cosine_before=choice.before, fused=choice.count)

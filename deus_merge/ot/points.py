@@ -95,7 +95,11 @@ def norms_of(points: Points) -> Tensor:
     """Euclidean norms of all rows, (n,)."""
     import torch
 
-    return torch.cat([row_norms(rows) for _, rows in parts(points)])
+    # Not a list of them: small results among large temporary ones keep the memory of these from being used again.
+    norms = torch.empty(len(points), dtype=points.dtype, device=points.device)
+    for part, rows in parts(points):
+        norms[part] = row_norms(rows)
+    return norms
 
 
 def row_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:

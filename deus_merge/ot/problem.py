@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..core.errors import SolverError
@@ -153,6 +153,17 @@ class SolverOptions:
     tolerance: float = 1e-4
     target_support: float = 2.0
     memory: int | None = None
+
+    def with_room(self, nbytes: int, beside: int) -> SolverOptions | None:
+        """These options with less memory; None where the rest would be too little.
+
+        Args:
+            nbytes: Bytes that are taken.
+            beside: Bytes that must be left.
+        """
+        if self.memory is None:
+            return self
+        return replace(self, memory=self.memory - nbytes) if self.memory >= nbytes + beside else None
 
 
 DEFAULT_OPTIONS = SolverOptions()
