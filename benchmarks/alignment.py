@@ -5,7 +5,8 @@
 2. Every layer is aligned to its upper neighbour and nothing is fused: how far the model's logits move, in float64.
 3. How much closer neighbouring layers come, and how long that takes.
 4. Two random bfloat16 layers of 8B shape (d 4096, f 14336, 32 heads, 8 key-value heads) are up-scaled to three: time
-   and memory of the whole command (``--pair``: only this; ``--no-pair``: without it).
+   and memory of the whole command (``--pair``: only this; ``--no-pair``: without it). ``--large``: instead two layers
+   of a 405B model with ``--max-memory 7GB``, once: 45 GB of disk, half an hour.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from common import (
 )  # fmt: skip
 
 PAIR = Shape(layers=2, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocabulary=1024)
+LARGE = Shape(layers=2, hidden=16384, intermediate=53248, heads=128, kv_heads=8, vocabulary=1024)
+TINY = Shape(layers=2, hidden=256, intermediate=704, heads=8, kv_heads=2, vocabulary=512)
 TEXT = "The layers of a network have no order of neurons of their own: any permutation computes the same function."
 ALIGNMENTS = ("symmetry", "transport_flow", "none")
 
@@ -41,9 +44,11 @@ def main() -> None:
     options.add_argument("--model", type=Path, help="a converted SmolLM2; by default one is made in the scratch folder")
     options.add_argument("--layers", type=int, nargs="*", default=[2, 14, 26], help="layers that symmetries go into")
     options.add_argument("--pair", action="store_true", help="only the pair of 8B-shaped layers")
+    options.add_argument("--large", action="store_true", help="only a pair of 405B-shaped layers")
     options.add_argument("--no-pair", action="store_true", help="without it")
     options = options.parse_args()
     figures, details = [], {}
+    options.pair |= options.large
     if not options.pair:
         if options.model is None:
             from deus_merge.models.demo import smollm2
@@ -198,23 +203,22 @@ def neighbours(model: Layers, layers: list[int], details: dict) -> list[Figure]:
 
 
 def pair(options, details: dict) -> list[Figure]:
-    """Two layers of an 8B model become three."""
-    shape = (
-        Shape(layers=2, hidden=256, intermediate=704, heads=8, kv_heads=2, vocabulary=512) if options.small else PAIR
-    )
+    """Two layers of an 8B or a 405B model become three."""
+    shape = TINY if options.small else LARGE if options.large else PAIR
     base = random_checkpoint(options.scratch, shape)
     out = options.scratch.resolve() / "pair-out"
     runs = []
-    for _ in range(1 if options.small else options.runs):
+    limit = ("--max-memory", "7GB") if options.large else ()
+    for _ in range(1 if options.small or options.large else options.runs):
         shutil.rmtree(out, ignore_errors=True)
         settle(base)
-        runs.append(run(deus_merge("upscale", base, out, "--insert", "all", "--quiet")))
+        runs.append(run(deus_merge("upscale", base, out, "--insert", "all", "--quiet", *limit)))
     shutil.rmtree(out, ignore_errors=True)
     details["pair"] = spread(runs)
     what = f"pair of layers, d {shape.hidden}, f {shape.intermediate}, random bfloat16, opt_deus: "
     return [
-        at_most(what + "time of the command", seconds(runs), "s", 240),
-        at_most(what + "peak anonymous memory", megabytes(runs), "MB", 6000),
+        at_most(what + "time of the command", seconds(runs), "s", 3600 if options.large else 60),
+        at_most(what + "peak anonymous memory", megabytes(runs), "MB", 8000 if options.large else 4000),
     ]
 
 

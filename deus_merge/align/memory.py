@@ -142,6 +142,7 @@ def _symmetry(
         if chosen.lazy_points:
             turned = numbers.stored * sum(n for spec, _, n in weights if spec.in_space == space)
             panel = width * min(PANEL_ROWS, count) * (count + 2 * features // count)
+            panel *= 1 if width * features <= KEPT else 2
             least = 2 * turned + panel + min(width * features, KEPT) + _EDGES * count
             more = 0 if by_rows else 3 * width * max(n for _, _, n in weights)
             points = 2 * width * features

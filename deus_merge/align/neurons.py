@@ -28,7 +28,7 @@ class Folded(LazyPoints):
     Args:
         weight: (n, d), as stored.
         dtype: Of the arithmetic.
-        norm: (d,) the input norm, which is folded in; None for none.
+        factor: Of its columns, (d,) or (): the input norm, which is folded in; None for none.
         plan: The map that brings the weight's columns into B's order; None for weights that are in it.
         follows: What is applied to its outputs, in order: factors (n, 1), and biases (n,), which become one more
             column.
@@ -38,20 +38,26 @@ class Folded(LazyPoints):
         self,
         weight: Tensor,
         dtype: torch.dtype,
-        norm: Tensor | None = None,
+        factor: Tensor | None = None,
         plan: RowMap | None = None,
         follows: Sequence[Tensor] = (),
     ):
         biases = sum(vector.ndim == 1 for vector in follows)
         self.shape, self.dtype, self.device = (len(weight), weight.shape[1] + biases), dtype, weight.device
-        self._weight, self._norm, self._plan, self._follows = weight, norm, plan, follows
+        self._weight, self._factor, self._plan, self._follows = weight, factor, plan, follows
+
+    def over(self, size: Tensor) -> Folded:
+        """The same divided by a number, ()."""
+        factor = 1 / size if self._factor is None else self._factor / size
+        follows = [vector if vector.ndim == 2 else vector / size for vector in self._follows]
+        return Folded(self._weight, self.dtype, factor, self._plan, follows)
 
     def __getitem__(self, which: slice | Tensor) -> Tensor:
         import torch
 
         rows = self._weight[which].to(self.dtype, copy=isinstance(which, slice))  # (r, d), never the weight itself
-        if self._norm is not None:
-            rows = rows * self._norm
+        if self._factor is not None:
+            rows.mul_(self._factor)
         if self._plan is not None:
             rows = self._plan.to_columns(rows)
         for vector in self._follows:
@@ -61,29 +67,22 @@ class Folded(LazyPoints):
 
 
 class Neurons(LazyPoints):
-    """The neurons of one side, (f, e): every weight that writes or reads them, side by side, each over a number.
+    """The neurons of one side, (f, e): every weight that writes or reads them, side by side.
 
     Args:
         weights: (f, d) each.
-        sizes: The number that each is divided by, () each.
     """
 
-    def __init__(self, weights: Sequence[LazyPoints], sizes: Sequence[Tensor]):
+    def __init__(self, weights: Sequence[Folded]):
         first = weights[0]
         self.shape = len(first), sum(weight.shape[1] for weight in weights)
         self.dtype, self.device = first.dtype, first.device
-        self._weights, self._sizes = weights, sizes
+        self._weights = weights
 
     def __getitem__(self, which: slice | Tensor) -> Tensor:
         import torch
 
-        count = len(range(*which.indices(len(self)))) if isinstance(which, slice) else len(which)
-        rows = torch.empty(count, self.shape[1], dtype=self.dtype, device=self.device)  # (r, e)
-        at = 0
-        for weight, size in zip(self._weights, self._sizes, strict=True):
-            torch.div(weight[which], size, out=rows[:, at : at + weight.shape[1]])
-            at += weight.shape[1]
-        return rows
+        return torch.cat([weight[which] for weight in self._weights], dim=1)
 
 
 def mean_size(a: LazyPoints, b: LazyPoints) -> Tensor:

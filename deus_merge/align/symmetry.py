@@ -311,7 +311,7 @@ class _Layer:
 
     def _neurons(self, space: str) -> tuple[Points, Points]:
         """A's and B's neurons, one a row: every weight that writes or reads them, scaled to the same mean norm."""
-        weights, sizes = [], []
+        sides: tuple[list[Folded], list[Folded]] = [], []
         for spec in self.specs.values():
             if not spec.in_space or space not in _spaces(spec) or _makes_heads(spec, space):
                 continue
@@ -322,10 +322,11 @@ class _Layer:
                 else:
                     pair.append(self._folded(side, spec.role))
             check_fit(spec.role, *pair)
-            weights.append(pair)
-            sizes.append(mean_size(*pair))
+            size = mean_size(*pair)
+            for whole, weight in zip(sides, pair, strict=True):
+                whole.append(weight.over(size))
         self._check_finite()
-        x, y = (Neurons(own, sizes) for own in zip(*weights, strict=True))
+        x, y = map(Neurons, sides)
         return (unit_points(x), unit_points(y)) if self.options.unit_rows else (x, y)
 
 

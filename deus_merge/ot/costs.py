@@ -179,7 +179,7 @@ class PointCost:
 
         x, y = self._rows
         found = self._norms[0].new_empty(len(rows), dtype=torch.float64)  # (q,)
-        some = list(row_blocks(len(rows), x.shape[1], _DIFFERENCES))
+        some = list(row_blocks(len(rows), x.shape[1], max(_DIFFERENCES, 16 * x.shape[1])))
         most = max((part.stop - part.start for part in some), default=0)
         pair = self._norms[0].new_empty(2, most, x.shape[1])  # one memory for all parts stays in the cache
         for part in some:

@@ -52,6 +52,7 @@ class LowerBounds(PointCost):
         self._keep_points, self._used, self._stored, self._exact = True, 0, {}, set()
         assert self._centred is not None, "a cost that keeps its points"
         self._precision, width = precision, self._centred[0].shape[1]
+        self._largest = 0.0  # that the absolute values of a product's parts add up to
         self._rounded: dict[int, Tensor] = {}  # first row of a panel of y -> the panel
         self._room = self.shape[1] * width * precision.itemsize <= KEPT
         self._parts = [slice(at, min(at + _TERMS, width)) for at in range(0, width, _TERMS)]
@@ -70,7 +71,7 @@ class LowerBounds(PointCost):
 
     def _row_blocks(self) -> Iterator[slice]:
         """Blocks of so many rows that it does not matter how long it takes to make and to round those of y."""
-        return row_blocks(self.shape[0], 1, PANEL_ROWS)
+        return row_blocks(self.shape[0], 1, PANEL_ROWS * (1 if self._room else 2))
 
     def _products(self, block: slice, out: Tensor) -> None:
         """Upper bounds of the inner products."""
@@ -81,15 +82,17 @@ class LowerBounds(PointCost):
         half = torch.finfo(self._precision).eps / 2
         for panel in row_blocks(self.shape[1], 1, PANEL_ROWS):
             y = self._panel(panel)  # (p, d)
-            upper = out[:, panel].zero_()  # (r, p)
+            upper, largest = out[:, panel].zero_(), 0.0  # (r, p)
             for part in self._parts:
                 if self._low:
                     found = x[:, part] @ y[:, part].t()  # (r, p)
                     for rows in row_blocks(*found.shape):
                         upper[rows] += found[rows]
                         upper[rows].add_(found[rows].abs_(), alpha=half * (1 + 2 * half))
+                    largest += float(found.max())
                 else:
                     upper.addmm_(x[:, part], y[:, part].t())
+            self._largest = max(self._largest, largest)
         sizes = [norms.sqrt() for norms in (self._norms[0][block], self._norms[1])]  # (r,), (m,)
         out.addr_(*sizes, alpha=self._relative)
 
@@ -112,10 +115,9 @@ class LowerBounds(PointCost):
             highest.append(rows.argmax() + block.start * self.shape[1])
         places = torch.stack(highest)
         found, count = self._between(places // self.shape[1], places % self.shape[1]).max().item(), 0
-        # squared distances are above squared bounds by at most this; parts' sizes have products of at most the whole's
-        stored = torch.finfo(self._precision).eps if self._low else 0.0
-        largest = math.prod(norms.max().sqrt().item() for norms in self._norms)
-        margin = 4 * (self._relative + stored) * largest
+        # squared distances are above squared bounds by at most this
+        norms = math.prod(norms.max().sqrt().item() for norms in self._norms)
+        margin = 4 * (self._relative * norms + torch.finfo(self._precision).eps * self._largest)
         power, factor = {"euclidean": (2, 1), "sqeuclidean": (1, 1), "cosine": (1, 2)}[self.name]
         least = max(0.0, factor * found**power - margin) ** (1 / power) / factor
         for block, rows, _ in self._unscaled():

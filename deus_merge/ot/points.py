@@ -112,7 +112,10 @@ def row_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def taken(points: Points, which: Tensor, out: Tensor) -> Tensor:
-    """Some rows, (r,) -> (r, d), of a tensor in ``out``."""
+    """Some rows, (r,) -> (r, d), those of a tensor in ``out``. Equal neighbours are made once."""
     import torch
 
-    return torch.index_select(points, 0, which, out=out) if isinstance(points, torch.Tensor) else points[which]
+    if isinstance(points, torch.Tensor):
+        return torch.index_select(points, 0, which, out=out)
+    once, places = which.unique_consecutive(return_inverse=True)
+    return points[once][places]

@@ -11,10 +11,12 @@ import transformers
 from support import make_model
 from symmetries import random_symmetry
 
-from deus_merge.align import align_layer
+from deus_merge.align import align_layer, fuse_layer, fusion
 from deus_merge.align.options import STEPS, AlignOptions
 from deus_merge.models.family import families
 from deus_merge.models.spec import Heads
+from deus_merge.ot.problem import SolverOptions
+from deus_merge.ot.solvers import assignment
 
 H, G, SIZE, D, F = 8, 4, 6, 24, 40  # query heads, key-value groups, head size, hidden size, neurons
 OPTIONS = AlignOptions(alignment="symmetry", compute_dtype="float64", zero=frozenset())
@@ -126,3 +128,46 @@ def test_aligned_a_computes_what_a_computes(family, steps, tmp_path):
         got = model(ids).logits
     assert (moved > 1) == bool(set(steps) - {"experts"})
     assert (got - want).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("restore_norm", ["none", "row", "tensor"])
+@pytest.mark.parametrize("match", ["full", "partial"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_little_memory_changes_no_bit(family, match, restore_norm, monkeypatch):
+    """Neurons made when they are compared, weights fused some rows at a time and heads compared in parts, as a layer of
+    a large model is: the tensors of a layer whose rows are all in memory at once."""
+    at = heads(family)
+    a, b = (layer(family, at, seed, torch.bfloat16) for seed in (0, 1))
+    options = AlignOptions(
+        alignment="symmetry", zero=frozenset({"o"}), heads=at, unit_rows=True, cost_scale="max", t=(0.25, 0.75),
+        match=match, restore_norm=restore_norm, output_scale=0.5,
+    )  # fmt: skip
+    monkeypatch.setattr(assignment, "_DENSE", 1)
+    whole = {(c.role, c.slot): c.values for c in fuse_layer(a, b, specs(family, a), options) if c.values is not None}
+    monkeypatch.setattr(fusion, "_FUSED", 100)  # four rows of gate and up, two of down
+    monkeypatch.setattr("deus_merge.ot.blocks.BLOCK_ELEMENTS", 300)
+    little = replace(options, whole=False, solver_options=SolverOptions(memory=0))
+    parts: dict[tuple[str, int], list] = {}
+    for chunk in fuse_layer(a, b, specs(family, a), little):
+        if chunk.values is not None:
+            parts.setdefault((chunk.role, chunk.slot), []).append(chunk)
+    assert parts.keys() == whole.keys()
+    for key, chunks in parts.items():
+        filled = 0
+        for chunk in chunks:
+            assert (chunk.start or 0) == filled
+            filled += chunk.values.numel()
+        got = torch.cat([chunk.values.flatten() for chunk in chunks]).view_as(whole[key])
+        assert torch.equal(got, whole[key]), key
+        assert (len(chunks) > 1) == (key[0] in ("gate", "up", "down") and restore_norm != "tensor")
+
+
+def test_heads_in_parts_are_the_same_alignment(monkeypatch):
+    at = heads("llama")
+    a, b = (layer("llama", at, seed) for seed in (3, 4))
+    options = replace(OPTIONS, heads=at)
+    whole = aligned("llama", a, b, options)
+    monkeypatch.setattr("deus_merge.align.heads.ELEMENTS", 2 * SIZE * D)  # two heads
+    got = aligned("llama", a, b, options)
+    for role in ("q", "k", "v", "o"):
+        assert (got[role] - whole[role]).abs().max() < 1e-12, role
