@@ -115,6 +115,16 @@ def test_few_rounds_and_few_exact_costs(monkeypatch):
     assert 2 * 1500 < sum(computed) < 20 * 1500
 
 
+def test_the_largest_cost_is_found_among_few(monkeypatch):
+    computed, between = [], PointCost._between
+    monkeypatch.setattr(PointCost, "_between", lambda self, r, s: (computed.append(len(r)), between(self, r, s))[1])
+    g = torch.Generator().manual_seed(2)
+    x, y = (torch.nn.functional.normalize(torch.randn(1500, 4500, generator=g)) for _ in range(2))
+    bounds = LowerBounds(PointCost(x, y, cost_scale="max"), torch.bfloat16)
+    assert bounds.scale == pytest.approx(torch.cdist(x.double(), y.double()).max().item(), rel=1e-9)
+    assert sum(computed) < 1500  # of more than two million
+
+
 def test_points_in_doubt_get_better_bounds(monkeypatch):
     """Rows so alike that bounds in bfloat16 leave all edges open; then the cost itself is read."""
     monkeypatch.setattr(assignment, "_DENSE", 1)
