@@ -39,8 +39,8 @@ from planning import DEEPSEEK, deepseek_layer, make
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 NETWORK = 1.25e9  # bytes a second of one worker: 10 Gbit/s
-PAIR = 42.0, 14336  # seconds of an 8B-shaped pair of layers on two cores, and the width of its MLP
-EXPONENT = 2.4  # measured between 1B and 8B shapes
+PAIR = 30.0, 14336  # seconds of an 8B-shaped pair of layers on two cores, and the width of its MLP
+EXPONENT = 3.0  # measured between 8B and 405B shapes (alignment.py --pair and --large)
 
 LLAMA_405B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 126, "hidden_size": 16384,
