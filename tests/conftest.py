@@ -24,7 +24,6 @@ from deus_merge.cli.main import run_command
 from deus_merge.models.demo import smollm2, tiny_model
 
 atexit.register(shutil.rmtree, os.environ["DEUS_MERGE_CACHE"], ignore_errors=True)
-torch.set_num_threads(1)  # tests run side by side
 
 
 @dataclass
@@ -37,6 +36,12 @@ class Done:
 
     def json(self):
         return json.loads(self.out)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products round otherwise on several threads, and libraries change how many there are."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from .targets import TARGETS
 
 #: cases of each target: together a good minute and a half of processor time
 CASES = {
-    "header": 72_000, "index": 22_000, "config": 1_500, "recipe": 1_500, "side_files": 500, "places": 500,
-    "whole": 2_000, "merge": 500, "manifest": 500, "modules": 500, "adapter": 700, "pickle": 400,
+    "header": 80_000, "index": 16_000, "config": 1_200, "recipe": 1_200, "side_files": 400, "places": 400,
+    "whole": 1_500, "merge": 300, "manifest": 300, "modules": 300, "adapter": 400, "pickle": 300,
 }  # fmt: skip
 BATCHES = [(t, range(i, min(i + 5_000, n))) for t, n in CASES.items() for i in range(0, n, 5_000)]
 
