@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,7 +93,9 @@ def save(folder: Path, model: transformers.PreTrainedModel) -> None:
 @functools.cache
 def shared(kind: str, seed: int = 0) -> Path:
     """A tiny model that no test changes."""
-    return make(Path(tempfile.mkdtemp(prefix=f"deus-{type_of(kind)}-")), kind, seed)
+    folder = Path(tempfile.mkdtemp(prefix=f"deus-{type_of(kind)}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make(folder, kind, seed)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
