@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _CLOSE = {"torch.float32": 2.0**-7, "torch.float64": 2.0**-20}
 #: Close pairs recomputed at once: bounds the (pairs, d) buffer.
 _PAIRS = 2048
-#: Entries of a cost from which on disks are faster than computing it again.
+#: Entries from which on a disk is faster than computing a cost again.
 _LARGE = 1 << 24
 #: Elements of the differences of single pairs computed at once: 1 MiB of float32.
 _DIFFERENCES = 1 << 18
@@ -310,7 +310,8 @@ def _centred(x: Points, y: Points) -> tuple[tuple[Points, Points], tuple[Tensor,
         x, y = (Transformed(p, offset=mean) if isinstance(p, LazyPoints) else p - mean for p in (x, y))
         norms = norms_of(x), norms_of(y)
         sizes[2:] = torch.stack([sizes.max() for sizes in norms]).tolist()
-    if not 4 * max(sizes[2:]) ** 2 <= torch.finfo(x.dtype).max:  # 4 times: the largest sum that is computed
+    # 4 times: the largest sum that is computed. Neither NaN nor infinity passes.
+    if not all(4 * size * size <= torch.finfo(x.dtype).max for size in sizes[2:]):
         _refuse(x, y)
     return (x, y), norms
 
