@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from ..core.tensors import StoredTensor
 from ..core.units import ITEMSIZE
 from ..models.spec import RESIDUAL, Heads, TensorSpec
-from ..ot.lower_bounds import KEPT
 from ..ot.points import PANEL_ROWS
+from ..ot.products import KEPT
 from ..ot.registry import solver
 from ..ot.solver import OTSolver
 from .fusion import HELD_POINTS

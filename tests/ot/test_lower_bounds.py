@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from deus_merge.ot import lower_bounds
+from deus_merge.ot import products
 from deus_merge.ot.costs import COSTS, PointCost
 from deus_merge.ot.lower_bounds import LowerBounds
 from deus_merge.ot.problem import OTProblem
 from deus_merge.ot.solvers import assignment
 from deus_merge.ot.solvers.assignment import SOLVER
 
-KINDS = ("random", "planted", "twins", "sizes", "few", "offset", "opposite", "tiny")
+KINDS = ("random", "planted", "twins", "sizes", "few", "offset", "opposite", "tiny", "outliers", "equal")
+PRECISIONS = (torch.int8, torch.bfloat16, torch.float32)
 
 
 def rows(kind: str, n: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +41,11 @@ def rows(kind: str, n: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tens
         y = -x + 1e-3 * y
     elif kind == "tiny":
         x, y = x * 1e-17, y * 1e-17
+    elif kind == "outliers":  # steps of 8 bits are large
+        x[::3, ::9] *= 100
+        y[:, 0] *= 100
+    elif kind == "equal":
+        y = x
     return x, y
 
 
@@ -54,14 +64,15 @@ def exact(x: torch.Tensor, y: torch.Tensor, cost: str) -> torch.Tensor:
     kind=st.sampled_from(KINDS),
     cost=st.sampled_from(COSTS),
     scale=st.sampled_from(["none", "max", "median"]),
-    low=st.booleans(),
+    precision=st.sampled_from(PRECISIONS),
     seed=st.integers(0, 2**16),
 )
-def test_bounds_are_below_the_cost_and_close(n, d, kind, cost, scale, low, seed):
+def test_bounds_are_below_the_cost_and_close(n, d, kind, cost, scale, precision, seed):
+    assume(precision != torch.int8 or d > 1)  # see exact_integers
     x, y = rows(kind, n, d, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lower_bounds, "_TERMS", 32)
-        bounds = LowerBounds(PointCost(x, y, cost=cost, cost_scale=scale), torch.bfloat16 if low else torch.float32)
+        patch.setattr(products, "_TERMS", 32)
+        bounds = LowerBounds(PointCost(x, y, cost=cost, cost_scale=scale), precision)
     want = exact(x, y, cost)
     if scale == "max":
         assert bounds.scale == pytest.approx(want.max().item() or 1.0, rel=1e-6)
@@ -75,7 +86,15 @@ def test_bounds_are_below_the_cost_and_close(n, d, kind, cost, scale, low, seed)
     if cost == "sqeuclidean":
         one, other = (points.double().norm(dim=1) for points in bounds._centred)
         compared = one.unsqueeze(1) + other  # (n, n)
-        assert ((entries - found) * bounds.scale <= (0.03 if low else 1e-4) * compared.square() + 1e-30).all()
+        # The largest element of a row, of which a step is a part, can be the row's norm.
+        most = {torch.int8: 0.1 + 0.2 * d**-0.5, torch.bfloat16: 0.03, torch.float32: 1e-4}[precision]
+        assert ((entries - found) * bounds.scale <= most * compared.square() + 1e-30).all()
+
+
+def use(monkeypatch, precision: torch.dtype | None) -> None:
+    """Read bounds in this precision, tight or not; None: in the cost's own."""
+    made = (lambda cost: LowerBounds(cost, precision)) if precision else lambda cost: None
+    monkeypatch.setattr(assignment, "fast_bounds", made)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,8 +102,8 @@ def test_the_matching_does_not_depend_on_the_precision(monkeypatch, kind):
     monkeypatch.setattr(assignment, "_DENSE", 1)
     x, y = rows(kind, 300, 40, 3)
     plans = {}
-    for precision in (torch.bfloat16, None):
-        monkeypatch.setattr(assignment, "fast_precision", lambda cost, precision=precision: precision)
+    for precision in (torch.int8, torch.bfloat16, None):
+        use(monkeypatch, precision)
         plans[precision] = SOLVER.solve(OTProblem.uniform(PointCost(x, y, cost_scale="max")))
     found = exact(x, y, "euclidean")
     best = found[linear_sum_assignment(found.numpy())].mean().item() / found.max().item()
@@ -92,13 +111,15 @@ def test_the_matching_does_not_depend_on_the_precision(monkeypatch, kind):
         assert plan.transport_cost == pytest.approx(best, rel=1e-6, abs=1e-9)
         assert plan.gap is not None and plan.gap <= 1e-6
     if kind != "twins":  # equal rows may change places
-        assert torch.equal(plans[torch.bfloat16].coupling.rows, plans[None].coupling.rows)
+        for precision in (torch.int8, torch.bfloat16):
+            assert torch.equal(plans[precision].coupling.rows, plans[None].coupling.rows)
 
 
-def test_few_rounds_and_few_exact_costs(monkeypatch):
+@pytest.mark.parametrize("precision", [torch.int8, torch.bfloat16])
+def test_few_rounds_and_few_exact_costs(monkeypatch, precision):
     """Weak matches among many features: a round that added only the edges priced below 0 would be one of dozens."""
     monkeypatch.setattr(assignment, "_ROUNDS", 4)
-    monkeypatch.setattr(assignment, "fast_precision", lambda cost: torch.bfloat16)
+    use(monkeypatch, precision)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1500, 1024, generator=g)
     y = torch.randn(1500, 1024, generator=g) + 5 * x[torch.randperm(1500, generator=g)] / 50
@@ -125,10 +146,11 @@ def test_the_largest_cost_is_found_among_few(monkeypatch):
     assert sum(computed) < 1500  # of more than two million
 
 
-def test_points_in_doubt_get_better_bounds(monkeypatch):
+@pytest.mark.parametrize("precision", [torch.int8, torch.bfloat16])
+def test_points_in_doubt_get_better_bounds(monkeypatch, precision):
     """Rows so alike that bounds in bfloat16 leave all edges open; then the cost itself is read."""
     monkeypatch.setattr(assignment, "_DENSE", 1)
-    monkeypatch.setattr(assignment, "fast_precision", lambda cost: torch.bfloat16)
+    use(monkeypatch, precision)
     read = []
     make = LowerBounds.__init__
     monkeypatch.setattr(LowerBounds, "__init__", lambda *a: (read.append(a[2]), make(*a))[1])
@@ -138,13 +160,60 @@ def test_points_in_doubt_get_better_bounds(monkeypatch):
     solution = SOLVER.solve(OTProblem.uniform(PointCost(x, y)))
     found = exact(x, y, "euclidean")
     assert solution.transport_cost == pytest.approx(found[linear_sum_assignment(found.numpy())].mean().item(), rel=1e-6)
-    assert read[0] == torch.bfloat16
+    assert read[0] == precision
 
 
 def test_which_processors_are_fast(monkeypatch):
-    cost = PointCost(torch.randn(2048, 2), torch.randn(2048, 2))
-    for features, want in (({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16), ({}, None)):
+    x = torch.randn(8, 2)
+    monkeypatch.setattr(products, "exact_integers", lambda width: True)
+    for features, want in (
+        ({"amx_bf16": True, "amx_int8": True}, [torch.int8, torch.bfloat16]),
+        ({"avx512_bf16": True, "avx512_vnni": True}, [torch.int8, torch.bfloat16]),
+        ({"avx512_vnni": True}, [torch.int8]),
+        ({"avx512_bf16": True}, [torch.bfloat16]),
+        ({}, []),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
-        assert lower_bounds.fast_precision(cost) == want
+        assert products.fast_precisions(x) == want
+        assert products.fast_precisions(x.double()) == []
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert lower_bounds.fast_precision(cost) is None
+    assert products.fast_precisions(x) == []
+
+
+@pytest.mark.parametrize("isa", ["AVX2", ""])
+def test_integers_that_saturate_are_not_used(isa):
+    """Older processors' instructions, in a process of their own: products are refused, or they are exact."""
+    code = """
+import torch
+from deus_merge.ot.products import exact_integers
+g = torch.Generator().manual_seed(0)
+x, y = (torch.randint(-126, 128, (70, 900), generator=g, dtype=torch.int8) for _ in range(2))
+exact = bool((torch.ops.aten._int_mm(x, y.t()).double() == x.double() @ y.double().t()).all())
+print(exact_integers(900), exact, exact_integers(1 << 18))
+"""
+    environment = os.environ | ({"ONEDNN_MAX_CPU_ISA": isa} if isa else {})
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    used, exact, too_wide = ran.stdout.split()
+    assert (used, too_wide) in {(exact, "False"), ("False", "False")}
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_dithered_products_are_as_exact_as_is_proved(monkeypatch, equal):
+    """The bound is reached nearly, where it may fail as often as not; and no product is off in one direction."""
+    monkeypatch.setattr(products, "_FAILURE", 0.5)
+    monkeypatch.setattr(products, "PANEL_ROWS", 200)
+    g = torch.Generator().manual_seed(7)
+    x = torch.randn(600, 2048, generator=g) * torch.rand(600, 1, generator=g)
+    y = x if equal else torch.randn(500, 2048, generator=g)
+    made = products.products(x, y, (x.norm(dim=1), y.norm(dim=1)), torch.int8)
+    upper = torch.full((600, len(y)), torch.nan)
+    for block in made.blocks():
+        made.upper(block, upper[block])
+    error = (made.left @ made.right).double()
+    off = upper.double() - error - x.double() @ y.double().t()
+    assert 0.7 < (off.abs() / error).max() <= 1
+    relative = off / (x.norm(dim=1, keepdim=True) * y.norm(dim=1))
+    assert made.error == pytest.approx((error / (x.norm(dim=1, keepdim=True) * y.norm(dim=1))).mean().item(), rel=0.1)
+    assert abs(relative.mean()) < made.error / 20
+    if equal:
+        assert abs(relative.diagonal().mean()) < made.error / 40

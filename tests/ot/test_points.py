@@ -35,9 +35,9 @@ def blocks(monkeypatch):
     """Several blocks, panels and parts of each, none of which divides the others."""
     monkeypatch.setattr("deus_merge.ot.blocks.PRODUCT_ELEMENTS", 3000)
     monkeypatch.setattr("deus_merge.ot.blocks.BLOCK_ELEMENTS", 800)
-    for module in ("points", "lower_bounds"):
+    for module in ("points", "products"):
         monkeypatch.setattr(f"deus_merge.ot.{module}.PANEL_ROWS", 64)
-    monkeypatch.setattr("deus_merge.ot.lower_bounds._TERMS", 16)
+    monkeypatch.setattr("deus_merge.ot.products._TERMS", 16)
 
 
 def pair(n: int = 150, d: int = 40, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def pair(n: int = 150, d: int = 40, offset: float = 0.0) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("offset", [0.0, 20.0])
 @pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("low", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", [None, torch.float32, torch.bfloat16, torch.int8])
 def test_lazy_points_have_the_cost_of_those_in_memory(blocks, cost, offset, low):
     x, y = pair(offset=offset)
     made = Made(x), Made(y)

@@ -55,7 +55,7 @@ class Passes:
 
     def __init__(self, problem: OTProblem):
         self.problem, self.n, self.count = problem, problem.cost.shape[0], 0
-        self.bounded = isinstance(problem.cost, LowerBounds)
+        self.bounded, self._margin = isinstance(problem.cost, LowerBounds), 0.0
         self._known: dict[int, tuple[Tensor, Tensor]] = {}  # first row of a part -> its entries found, and their costs
         self._bucket = max(1, min(_BUCKET, self.n // 32))
         self._buckets = -(-self.n // self._bucket)
@@ -166,7 +166,7 @@ class Passes:
 
         Args:
             f, g: (n,) float64. Some edge of every row is priced at 0.
-            near: The price, by bounds if the cost has some, up to which edges are wanted.
+            near: The price up to which edges are wanted, as far as bounds let them be known.
 
         Returns:
             least: (n,) float64.
@@ -179,7 +179,7 @@ class Passes:
         low = g.to(self.problem.cost.dtype)  # (n,)
         # Edges that are priced near 0 cost about f + g, so that a few units of rounding of these bound their error.
         nothing = negligible(f, g)
-        slack = 4 * _epsilon(low) * (f.abs().max() + g.abs().max()) + nothing + near
+        slack = 4 * _epsilon(low) * (f.abs().max() + g.abs().max()) + nothing + max(0.0, near - self._margin)
         least = f.clone()  # (n,)
         found, proved = [], True
         for rows, cost, x in self._parts():
@@ -199,8 +199,18 @@ class Passes:
             found.append((r + rows.start, s, entries))
         return least, _edges(found), proved
 
+    def estimated(self, edges: Edges) -> Edges:
+        """Edges with estimates of their costs in the place of bounds."""
+        import torch
+
+        if not isinstance(cost := self.problem.cost, LowerBounds):
+            return edges
+        estimates = cost.estimates(*(torch.from_numpy(x).to(cost.device) for x in edges)).cpu().numpy()  # (q,)
+        self._margin = float((estimates - edges.cost).mean())
+        return edges._replace(cost=estimates)
+
     def exact(self, edges: Edges) -> Edges:
-        """Edges with their costs in the place of bounds."""
+        """Edges with their costs in the place of bounds or estimates."""
         import torch
 
         r, s = (torch.from_numpy(x).to(self.problem.cost.device) for x in (edges.rows, edges.columns))

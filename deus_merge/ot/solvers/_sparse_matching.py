@@ -82,10 +82,6 @@ class SparseMatching:
             f = f + np.maximum(farthest - rows, 0)
             g = g - np.maximum(farthest - columns, 0)
 
-    def shift(self, difference: float) -> None:
-        """Add to the costs that are estimates."""
-        self._cost[~self._exact] += difference
-
     def estimated(self, f: ndarray, g: ndarray, limit: float) -> Edges:
         """The edges with estimated costs that potentials (n,), (n,) price at most at a limit."""
         reduced = self._cost - f[self._rows] - g[self._columns]  # (q,)

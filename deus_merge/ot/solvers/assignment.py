@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from ...core.errors import SolverError
 from ..costs import PointCost
 from ..coupling import PermutationCoupling
-from ..lower_bounds import LowerBounds, fast_precision
+from ..lower_bounds import LowerBounds, fast_bounds
 from ..problem import DEFAULT_OPTIONS, OTProblem, OTSolution, SolverOptions
 from ..solver import OTSolver
 from ._pruning import Passes
@@ -90,8 +90,8 @@ class Assignment(OTSolver):
 def _costs(cost: Tensor | PointCost) -> Iterator[Tensor | PointCost]:
     """What to read instead of the cost, the cheapest first; for points, bounds that leave near ties to exact costs."""
     if isinstance(cost, PointCost):
-        if precision := fast_precision(cost):
-            yield LowerBounds(cost, precision)
+        if bounds := fast_bounds(cost):
+            yield bounds
         yield LowerBounds(cost, cost.dtype)
     yield cost
 
@@ -111,24 +111,23 @@ def _sparse(passes: Passes, factor: float, steps: int) -> tuple[Tensor, float] |
     n, device = passes.n, passes.problem.cost.device
     g, edges = passes.prune(*passes.potentials(factor, steps))  # (n,)
     g = g.double().cpu().numpy()
-    graph = SparseMatching(n, edges, exact=not passes.bounded)
+    graph = SparseMatching(n, passes.estimated(edges), exact=not passes.bounded)
     rows, columns = graph.unmatched()
     if len(rows) ** 2 > 16 * n:
         return None
     if len(rows):
         more = passes.entries(*(torch.from_numpy(x).to(device) for x in (rows, columns)))
-        graph.add(more, exact=not passes.bounded)
-    shift = 0.0
+        graph.add(passes.estimated(more), exact=not passes.bounded)
     if passes.bounded:
         if (solved := graph.solve(g)) is None:
             return None
         _, f, g = solved
-        shift = _estimates(graph, passes, f, g)
+        _correct(graph, passes, f, g)
     for _ in range(_ROUNDS):
         if (solved := _solve(graph, passes, g)) is None:
             return None
         match, f, g = solved  # (n,) each
-        near = max(0.0, graph.price_of(_NEAR, f, g) - shift)
+        near = graph.price_of(_NEAR, f, g)
         priced = passes.price(*(torch.from_numpy(x).to(device) for x in (f, g)), near=near)
         if priced is None:
             return None
@@ -142,18 +141,12 @@ def _sparse(passes: Passes, factor: float, steps: int) -> tuple[Tensor, float] |
     return None
 
 
-def _estimates(graph: SparseMatching, passes: Passes, f: ndarray, g: ndarray) -> float:
-    """Turn a graph's bounds into estimates; by how much they rise.
-
-    Bounds are below costs by nearly the same everywhere. The edges of the best matching tell by how much, and how much
-    that varies; all edges that may be in a better matching by these numbers get exact costs.
-    """
+def _correct(graph: SparseMatching, passes: Passes, f: ndarray, g: ndarray) -> None:
+    """Give exact costs to the edges that may be in a better matching, by how far those of the best one are off."""
     tight = graph.estimated(f, g, 0.0)
-    errors = passes.exact(tight).cost - tight.cost  # (q,)
-    shift = float(errors.mean())
-    graph.shift(shift)
-    graph.add(passes.exact(graph.estimated(f + shift, g, 2 * float(abs(errors - shift).max()))))
-    return shift
+    exact = passes.exact(tight)
+    graph.add(exact)
+    graph.add(passes.exact(graph.estimated(f, g, 2 * float(abs(exact.cost - tight.cost).max(initial=0.0)))))
 
 
 def _solve(graph: SparseMatching, passes: Passes, g: ndarray) -> tuple[ndarray, ndarray, ndarray] | None:
