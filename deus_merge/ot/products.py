@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _TERMS = 4096
 #: Bytes of rounded rows that are kept from one block to the next; more than that are rounded again.
 KEPT = 1 << 30
-#: The probability that any bound of 8-bit products is none.
+#: The probability that some bound of 8-bit products does not hold.
 _FAILURE = 1e-12
 #: The largest integer that a row is scaled to: the dither adds less than one.
 _STEPS = 126

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from ..checkpoint.layout import ShardLayout
 from ..core.errors import PlanError
 from .blocks import BlockPlan
-from .types import Plan, block_seconds
+from .timing import block_seconds
+from .types import Plan
 
 _START_SECONDS = 0.01  # of every piece: its files are created
 

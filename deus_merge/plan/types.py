@@ -23,11 +23,11 @@ from ..core.errors import CheckpointError
 from ..core.garbage import collector_paused
 from ..core.tensors import Action
 from ..methods.base import OutputTensor
-from ..methods.registry import methods
 from ..models.source import SourceModel
 from ..recipe.types import Recipe
 from .blocks import BlockPlan, actions_of, are_identities, by_layer, in_output_order
 from .display import html_text, short_text
+from .timing import block_seconds
 from .training_memory import ModelShape, TrainingMemory, TrainingSettings, training_memory
 from .training_shape import shape_of_plan
 
@@ -41,8 +41,6 @@ FORMAT = 2
 _TORCH_BYTES = 330_000_000  # anonymous memory of a process that has imported torch
 _PYTHON_BYTES = 50_000_000
 _TOKEN_BYTES = 2500  # of one token, while tokenizers are united
-_COPY_RATE = 1e9  # bytes/s, a guess for the time estimate
-_MERGE_RATE = 3e8
 
 
 @dataclass(frozen=True)
@@ -329,15 +327,6 @@ class Plan:
             **({"vocabulary": {**self.vocabulary, "tokenizer": None}} if self.vocabulary else {}),
             **({"calibrate": self.calibration.identity} if self.calibration else {}),
         }
-
-
-def block_seconds(block: BlockPlan) -> float:
-    """A rough estimate of the time that a block takes on a CPU."""
-    weights = dict.fromkeys(Action, 1.0) | {Action.COPY: 0.0, Action.ZEROS: 0.0}
-    if methods()[block.method].inserts:
-        weights[Action.COMPUTE] = 40.0
-    read = sum(weights[o.action] * o.nbytes_read for o in block.outputs)
-    return block.nbytes / _COPY_RATE + read / _MERGE_RATE
 
 
 def quantized_of(model: SourceModel) -> dict[str, dict[str, float]]:
