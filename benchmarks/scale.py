@@ -39,7 +39,7 @@ from planning import DEEPSEEK, deepseek_layer, make
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 NETWORK = 1.25e9  # bytes a second of one worker: 10 Gbit/s
-PAIR = 30.0, 14336  # seconds of an 8B-shaped pair of layers on two cores, and the width of its MLP
+PAIR = 21.0, 14336  # seconds of an 8B-shaped pair of layers on two cores, and the width of its MLP
 EXPONENT = 3.0  # measured between 8B and 405B shapes (alignment.py --pair and --large)
 
 LLAMA_405B = {

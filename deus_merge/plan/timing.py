@@ -15,9 +15,10 @@ _ALIGN_SECONDS, _PRODUCT_RATE = 4.5e-8, 7e11  # seconds an element and FLOP a se
 def block_seconds(block: BlockPlan) -> float:
     """The time in seconds that a block takes."""
     method = methods()[block.method]
+    aligned = method.inserts and not method.learns and block.merges
     seconds = block.nbytes / _COPY_RATE
     for output in block.outputs:
-        if method.inserts and not method.learns:  # also weights that become zero: neurons are compared by them
+        if aligned:  # also weights that become zero: neurons are compared by them
             elements = math.prod(output.shape)
             seconds += elements * (_ALIGN_SECONDS + 2 * max(output.shape, default=0) / _PRODUCT_RATE)
         elif output.action not in (Action.COPY, Action.ZEROS):

@@ -16,6 +16,7 @@ from deus_merge import api
 from deus_merge.checkpoint.header import MAX_JSON
 from deus_merge.core.errors import PlanError
 from deus_merge.plan.pieces import share
+from deus_merge.plan.timing import block_seconds
 from deus_merge.report.plan_manifest import manifest_of
 
 
@@ -60,6 +61,18 @@ def test_shares_are_neighbours_and_all_together_everything(plans, index, total):
     most = max(piece.seconds for piece in found)
     work = sum(piece.seconds for piece in found)
     assert all(sum(p.seconds for p in one) <= work / total + most + 1e-9 for one in shares)
+
+
+def test_alignment_takes_time_and_copies_do_not(tmp_path):
+    """New layers that are copies are worth as much as layers of the base; wider ones more than in proportion."""
+    worth = {}
+    for preset, width in (("copy_next", 64), ("opt_deus", 64), ("opt_deus", 4096)):
+        base = make_model(tmp_path / f"{preset}-{width}", layers=2, intermediate_size=width)
+        plan = api.plan(write_recipe(tmp_path / "r.yml", f"base_model: {base}\nupscale: {{preset: {preset}}}\n"))
+        old, new = (next(b for b in plan.main_blocks if b.layers and b.new == is_new) for is_new in (False, True))
+        worth[preset, width] = block_seconds(new) / block_seconds(old)
+    assert worth["copy_next", 64] <= 1.01
+    assert 10 < worth["opt_deus", 64] < worth["opt_deus", 4096]
 
 
 @pytest.mark.parametrize(("number", "total"), [(0, 3), (4, 3), (-1, 2), (1, 0)])
