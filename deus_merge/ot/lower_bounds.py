@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Bounds are tight whose products are on average off by less than this, as a share of their rows' norms.
 _TIGHT = 0.005
 #: Entries from which fast products save time.
-_MANY = 1 << 22
+_MANY = 1 << 20
 #: More candidates for the largest cost than this share of all entries: ties, which no bound tells apart.
 _TIED = 2.0**-8
 #: Of each cost, the power and the factor that make it a squared distance.
