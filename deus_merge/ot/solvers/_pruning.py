@@ -181,15 +181,20 @@ class Passes:
         nothing = negligible(f, g)
         slack = 4 * _epsilon(low) * (f.abs().max() + g.abs().max()) + nothing + max(0.0, near - self._margin)
         least = f.clone()  # (n,)
-        found, proved = [], True
+        found, proved, crowded = [], True, False
         for rows, cost, x in self._parts():
             torch.sub(cost, low, out=x)
-            r, s = self._at_most((f[rows] + slack).to(x.dtype), len(cost))
-            if self.bounded and len(r) > max(_OPEN, self.n // 64) * len(cost):
-                return None
+            mine = f[rows]
+            r, s = self._at_most((mine + slack).to(x.dtype), len(cost))
+            if self.bounded:
+                equal = (cost[r, s] == 0) & (mine[r] + g[s] <= nothing)  # no cost is below 0
+                r, s = r[~equal], s[~equal]
+                if len(r) > max(_OPEN, self.n // 64) * len(cost):
+                    crowded = True  # by bounds or by potentials? Costs of a few edges tell.
+                    lowest = _first_of_rows(r, x[r, s], _LOWEST)
+                    r, s = r[lowest], s[lowest]
             entries = self._entries(rows, r, s) if self.bounded else cost[r, s].double()  # (q,)
             value = entries - g[s]  # (q,)
-            mine = f[rows]
             least[rows] = mine.scatter_reduce(0, r, value, "amin", include_self=False)
             reduced = value - mine[r]
             proved &= not bool((reduced < -nothing).any())
@@ -197,7 +202,7 @@ class Passes:
                 lowest = _first_of_rows(r, reduced, _LOWEST)
                 r, s, entries = r[lowest], s[lowest], entries[lowest]
             found.append((r + rows.start, s, entries))
-        return least, _edges(found), proved
+        return None if crowded and proved else (least, _edges(found), proved)
 
     def estimated(self, edges: Edges) -> Edges:
         """Edges with estimates of their costs in the place of bounds."""
