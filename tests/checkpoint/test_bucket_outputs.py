@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from bucket_runs import KILLED, RECIPES, content, files_of, objects, put, recipe_of
+from bucket_servers import SECRET
 from makers import fp8
-from s3_server import SECRET
 from support import make_model, train_tokenizer, write_recipe
 
 from deus_merge import api

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from s3_server import SECRET
+from bucket_servers import SECRET
 from support import make_model
 
 from deus_merge import api

@@ -19,7 +19,7 @@ from typing import Any
 from ...core.errors import MachineError
 from ..header import MAX_JSON
 from ..system import disk_errors
-from ._transfer import LONGEST_WAIT, Absent, Identity, Remote, _identity, _wait_or_end
+from ._transfer import LONGEST_WAIT, Absent, Identity, Remote, _identity, _wait_or_end, is_without_bucket
 
 PART = 8 << 20  # bytes of one part of a file
 _MOST_PARTS = 9000  # of a file: S3 takes 10 000
@@ -191,18 +191,21 @@ class Sink(Remote):
         """
         import obstore
 
+        def remove(store: Any, batch: list[str]) -> None:
+            try:
+                obstore.delete(store, batch)
+            except FileNotFoundError as error:
+                if is_without_bucket(error):
+                    raise
+                # Google and Azure say that one was not there, and leave others
+                half = len(batch) // 2
+                for part in (batch[:half], batch[half:]) if half else ():
+                    remove(store, part)
+
         names = list(names)
         for at in range(0, len(names), _DELETED):
             batch = names[at : at + _DELETED]
-
-            def remove(store: Any, batch: list[str] = batch) -> None:
-                try:
-                    obstore.delete(store, batch)
-                except FileNotFoundError as error:
-                    if "NoSuchBucket" in str(error):
-                        raise
-
-            self._tried("", remove)
+            self._tried("", lambda store, batch=batch: remove(store, batch))
 
 
 def _watched(function: Callable[[], None], check: Callable[[], None], stopped: threading.Event) -> None:

@@ -22,6 +22,7 @@ LONGEST_WAIT = 15.0  # seconds between two tries
 STALLED = 30  # seconds without a byte after which a request is given up, and made again
 _WHOLE_ANSWERS = 3  # whole files in place of ranges, after which the server is taken for one that has no ranges
 _STATUS = re.compile(r"status code: (\d{3})[^:<{]*")
+_NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|FilesystemNotFound")  # as S3 and Google, and as Azure say it
 _PASSING = frozenset({408, 425, 429})  # answers of 4xx after which it is worth trying again
 _NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|credential|Missing (account|key)", re.IGNORECASE)
 #: beginnings of the names of environment variables, and of options of connections that follow them
@@ -283,7 +284,8 @@ class Remote:
             self._reached = True
             if known:
                 self._refuse_changed(name)
-            what = "no such bucket" if "NoSuchBucket" in text else "no such file" if name else "no such folder"
+            bucket = "no such container" if self.url.startswith("az:") else "no such bucket"
+            what = bucket if is_without_bucket(error) else "no such file" if name else "no such folder"
             raise Absent(what, where=where, hint="check the address") from None
         denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
         if not denied and code not in (401, 403) and _NO_CREDENTIALS.search(text):
@@ -339,6 +341,11 @@ def _client_options() -> dict[str, Any]:
         elif name.startswith(_PREFIXES) and option in _SETTINGS:
             found[option] = value
     return found
+
+
+def is_without_bucket(error: Exception) -> bool:
+    """Whether an error of obstore says that the bucket is not there."""
+    return _NO_BUCKET.search(str(error)) is not None
 
 
 def _reason(error: Exception) -> str:

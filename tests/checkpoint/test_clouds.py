@@ -1,0 +1,147 @@
+"""Azure and Google, as their emulators speak: what the tests of S3 look at in more detail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bucket_runs import KILLED, content, files_of, objects, put
+from bucket_servers import ROOT, Azurite, FakeGcs, Google, Server
+from support import make_model, write_recipe
+
+from deus_merge import api
+from deus_merge.checkpoint.storage import LoadOptions, _sink, open_sink, open_source
+from deus_merge.core.errors import CheckpointError
+
+pytest.importorskip("obstore.store")
+pytestmark = pytest.mark.xdist_group("buckets")
+OPTIONS = ("--insert", "all", "--max-shard-size", 60_000, "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "base", layers=2, max_shard_size="60KB")
+
+
+@pytest.fixture(scope="module")
+def local(base, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a local run."""
+    folder = tmp_path_factory.mktemp("local") / "out"
+    api.merge(api.plan(recipe_of(str(base)), max_shard_size=60_000), folder, api.RunOptions(threads=1))
+    return files_of(folder)
+
+
+@pytest.fixture(scope="module", params=[Azurite, Google], ids=["azure", "google"])
+def server(request, tmp_path_factory):
+    with request.param.running(tmp_path_factory.mktemp("server")) as server, server.used():
+        server.make_bucket("box")
+        yield server
+
+
+@pytest.fixture
+def place(server, tmp_path) -> str:
+    return f"{server.scheme}://box/{tmp_path.name}"
+
+
+@pytest.fixture
+def source(server, base, place) -> str:
+    """The model in a bucket."""
+    for file in base.iterdir():
+        put(f"{place}/base", file.name, file.read_bytes())
+    return f"{place}/base"
+
+
+def recipe_of(model: str) -> str:
+    return f"base_model: {model}\nupscale: {{preset: opt_deus, insert: all}}\n"
+
+
+def weights(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name.endswith((".safetensors", "config.json"))}
+
+
+def test_from_a_bucket_to_a_bucket(run, server, source, place, local, tmp_path):
+    """Inspect, plan, a local output, an output beside the model, verify; nothing that is written or said has a key."""
+    out = f"{place}/out"
+    shown = [run("inspect", source), run("plan", "opt_deus", "--model", source)]
+    shown += [run("upscale", source, tmp_path / "out", *OPTIONS), run("upscale", source, out, *OPTIONS)]
+    assert weights(files_of(tmp_path / "out")) == weights(local) == weights(objects(out))
+    shown += [run("verify", out), run("verify", tmp_path / "out"), run("inspect", out)]
+    shown += [run("upscale", source, out, *OPTIONS, expect=2), run("upscale", source, out, *OPTIONS, "--resume")]
+    assert "the output is not empty" in shown[-2].err and "already complete" in shown[-1].err
+    shown += [run("upscale", source, out, *OPTIONS, "--overwrite")]
+    said = "".join(done.out + done.err for done in shown).encode()
+    files = objects(out)
+    assert weights(files) == weights(local)
+    manifest = json.loads(files["deus_merge.json"])
+    assert manifest["sources"][0]["url"] == source and len(manifest["sources"][0]["etags"]) > 1
+    assert server.secret.encode() not in b"".join([said, *files.values(), *files_of(tmp_path).values()])
+
+
+def test_shares_and_finish(run, server, base, place, local, tmp_path):
+    out, recipe = f"{place}/out", write_recipe(tmp_path / "r.yml", recipe_of(str(base)))
+    options = ("--max-shard-size", 60_000, "--threads", 1)
+    run("merge", recipe, out, *options, "--shard-of", "2/2")
+    assert "missing" in run("finish", recipe, out, *options, expect=2).err
+    assert "config.json" not in objects(out)
+    run("merge", recipe, out, *options, "--shard-of", "1/2")
+    run("finish", recipe, out, *options)
+    assert content(objects(out)) == content(local)  # and nothing else is left
+
+
+def test_a_killed_run_goes_on(run, server, place, tmp_path, monkeypatch):
+    """With a file of several parts, which are never an object; then two workers."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    model, out = make_model(tmp_path / "wide", layers=1, vocab_size=25_000, hidden_size=64), f"{place}/out"
+    text = f"base_model: {model}\nslices: [{{sources: [{{model: {model}, layer_range: [0, 1]}}]}}]\n"
+    recipe = write_recipe(tmp_path / "r.yml", text + "merge_method: passthrough\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, recipe, out, "5"], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [name for name in objects(out) if "/done/" in name] and "deus_merge.json" not in objects(out)
+    assert len(server.unfinished("box")) == 1
+    options = ("--max-shard-size", 6_000_000, "--threads", 1, "--workers", 2)
+    run("merge", recipe, out, *options, "--resume")
+    run("merge", recipe, tmp_path / "out", *options[:-2])
+    assert content(objects(out)) == content(files_of(tmp_path / "out"))
+
+
+def test_a_source_that_changes(run, source, place, monkeypatch):
+    """By its ETag, while the first file of the output is uploaded."""
+    upload = _sink.Sink.upload
+    name = next(name for name in objects(source) if name.endswith(".safetensors"))
+
+    def changing(self, *arguments):
+        put(source, name, objects(source)[name][:-1] + b"x")
+        return upload(self, *arguments)
+
+    monkeypatch.setattr(_sink.Sink, "upload", changing)
+    done = run("upscale", source, f"{place}/out", *OPTIONS, expect=2)
+    assert f"{source}/{name}: the file has changed since it was opened" in done.err
+    assert "deus_merge.json" not in objects(f"{place}/out")
+
+
+def test_names_and_small_objects(server, place):
+    sink = open_sink(place)
+    assert sink.put("x", b"1", create=True) and sink.put("x", b"1", create=True)
+    assert not sink.put("x", b"2", create=True) and sink.read("x") == b"1"
+    assert sink.put("x", b"2") and sink.read("x") == b"2" and sink.read("y") is None
+    for name in ("a%20b", "a+b", "\u00e9 [1]*", "100%"):
+        assert open_sink(f"{place}/{name}").put("x", name.encode())
+        assert open_sink(f"{place}/{name}").read("x") == name.encode() and name in sink.listed()[1]
+
+
+def test_refusals(run, server, base, source, place, monkeypatch):
+    """One message with exit code 2, without a key."""
+    bucket = "container" if server.scheme == "az" else "bucket"
+    nobody = f"{server.scheme}://nobody/x"
+    for command in (("inspect", nobody), ("upscale", base, nobody, *OPTIONS), ("verify", nobody)):
+        assert f"no such {bucket}" in run(*command, expect=2).err
+    with pytest.raises(CheckpointError, match=f"no such {bucket}"):
+        open_sink(nobody).delete(["x"])
+    assert "there are no files under this address" in run("inspect", f"{place}/nothing", expect=2).err
+    assert "no user, password or query" in run("inspect", f"{source}?sig={server.secret}", expect=2).err
