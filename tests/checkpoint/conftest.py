@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import random_tensors, write_model
 from bucket_servers import Moto
+from checkpoint_files import random_tensors, write_model
 
 
 @pytest.fixture

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from bucket_runs import KILLED, content, files_of, objects, put
-from bucket_servers import ROOT, Azurite, FakeGcs, Google, Server
+from bucket_servers import ROOT, Azurite, FakeGcs, Google
 from support import make_model, write_recipe
 
 from deus_merge import api
@@ -204,3 +207,26 @@ def test_fake_gcs_server(run, fake, local, tmp_path):
     names = list(objects("gs://box/base"))
     open_sink("gs://box/base").delete(["missing", names[0], "absent", *names[2:]])
     assert list(objects("gs://box/base")) == [names[1]]
+
+
+def test_two_uploads_of_one_file(server, place, tmp_path, monkeypatch):
+    """Azure knows parts by their file alone: the upload that is finished first takes those of the other one away."""
+    monkeypatch.setattr(_sink, "PART", 5 << 20)
+    file = tmp_path / "big"
+    file.write_bytes(bytes(range(256)) * (28 << 10))
+    overtaken = []
+
+    class Overtaken(io.FileIO):
+        def read(self, size):
+            if self.tell() and not overtaken:
+                overtaken.append(1)
+                time.sleep(0.3)  # the first part is there
+                other = threading.Thread(target=open_sink(place).upload, args=("big", file, lambda: None))
+                other.start()
+                other.join()
+            return super().read(size)
+
+    monkeypatch.setattr(_sink, "open", Overtaken, raising=False)
+    open_sink(place).upload("big", file, lambda: None)
+    assert overtaken and objects(place) == {"big": file.read_bytes()}
+    assert not [name for name in server.unfinished("box") if name.startswith(tmp_path.name)]

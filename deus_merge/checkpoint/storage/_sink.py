@@ -19,7 +19,8 @@ from typing import Any
 from ...core.errors import MachineError
 from ..header import MAX_JSON
 from ..system import disk_errors
-from ._transfer import LONGEST_WAIT, Absent, Identity, Remote, _identity, _wait_or_end, is_without_bucket
+from ._answers import is_without_bucket, is_without_conditions
+from ._transfer import LONGEST_WAIT, Absent, Identity, Remote, _identity, _wait_or_end
 
 PART = 8 << 20  # bytes of one part of a file
 _MOST_PARTS = 9000  # of a file: S3 takes 10 000
@@ -109,7 +110,7 @@ class Sink(Remote):
             except exceptions.AlreadyExistsError:
                 return False
             except exceptions.BaseError as error:
-                if not create or not _lacks_conditions(error):
+                if not create or not is_without_conditions(error):
                     raise
                 if self.identity(name) is not None:
                     return False
@@ -228,10 +229,3 @@ def _watched(function: Callable[[], None], check: Callable[[], None], stopped: t
         stopped.set()
         raise
     future.result()
-
-
-def _lacks_conditions(error: Exception) -> bool:
-    """Whether a store cannot create an object only where there is none."""
-    from obstore.exceptions import NotSupportedError
-
-    return isinstance(error, NotSupportedError) or "NotImplemented" in str(error) or "status code: 501" in str(error)
