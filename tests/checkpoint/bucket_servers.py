@@ -202,7 +202,10 @@ class FakeGcs(Server):
     only through that of JSON, and it knows no conditions."""
 
     scheme = "gs"
-    program = next(Moto.program.parents[1].glob("lib/*/site-packages/fake_gcs*/**/fake-gcs-server-*"), Path("missing"))
+    program = next(
+        Moto.program.parents[1].glob("lib/*/site-packages/fake_gcs*/**/fake-gcs-server-*"),
+        Moto.program.with_name("fake-gcs-server"),  # it is missing
+    )
 
     @classmethod
     @contextmanager

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bucket_runs import KILLED, content, files_of, objects, put
+from bucket_runs import KILLED, RECIPES, content, files_of, objects, put, written
 from bucket_servers import ROOT, Azurite, FakeGcs, Google
 from support import make_model, write_recipe
 
@@ -35,7 +35,8 @@ def base(tmp_path_factory) -> Path:
 def local(base, tmp_path_factory) -> dict[str, bytes]:
     """The files of a local run."""
     folder = tmp_path_factory.mktemp("local") / "out"
-    api.merge(api.plan(recipe_of(str(base)), max_shard_size=60_000), folder, api.RunOptions(threads=1))
+    recipe = written(RECIPES["ot_fuse"], base.parent, folder.parent)
+    api.merge(api.plan(recipe, max_shard_size=60_000), folder, api.RunOptions(threads=1))
     return files_of(folder)
 
 
@@ -57,10 +58,6 @@ def source(server, base, place) -> str:
     for file in base.iterdir():
         put(f"{place}/base", file.name, file.read_bytes())
     return f"{place}/base"
-
-
-def recipe_of(model: str) -> str:
-    return f"base_model: {model}\nupscale: {{preset: opt_deus, insert: all}}\n"
 
 
 def weights(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -86,7 +83,7 @@ def test_from_a_bucket_to_a_bucket(run, server, source, place, local, tmp_path):
 
 
 def test_shares_and_finish(run, server, base, place, local, tmp_path):
-    out, recipe = f"{place}/out", write_recipe(tmp_path / "r.yml", recipe_of(str(base)))
+    out, recipe = f"{place}/out", written(RECIPES["ot_fuse"], base.parent, tmp_path)
     options = ("--max-shard-size", 60_000, "--threads", 1)
     run("merge", recipe, out, *options, "--shard-of", "2/2")
     assert "missing" in run("finish", recipe, out, *options, expect=2).err
