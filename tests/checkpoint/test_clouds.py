@@ -163,6 +163,7 @@ WRONG_KEYS = {
         ({"GOOGLE_BEARER_TOKEN": None, "GOOGLE_SKIP_SIGNATURE": "true"}, "no right to read"),
         ({"GOOGLE_BEARER_TOKEN": None, "GOOGLE_SERVICE_ACCOUNT": "/missing/key.json"}, "/missing/key.json"),
         ({"GOOGLE_BEARER_TOKEN": None, "GOOGLE_SERVICE_ACCOUNT_KEY": '{"private_key": "hunter2"}'}, "private_key_id"),
+        ({"GOOGLE_ALLOW_HTTP": None}, "GOOGLE_ALLOW_HTTP=true"),
     ],
 }
 
