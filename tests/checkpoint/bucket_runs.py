@@ -1,4 +1,4 @@
-"""What tests of outputs in a bucket run, and what they look at."""
+"""What tests of models and outputs elsewhere run, and what they look at."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 
 from support import write_recipe
 
+#: MODEL, OTHER and FP8 are addresses
 RECIPES = {
-    "ot_fuse": "base_model: BASE\nupscale: {preset: opt_deus, insert: all}\n",
+    "ot_fuse": "base_model: MODEL\nupscale: {preset: opt_deus, insert: all}\n",
     "documents": """
 name: mean
 merge_method: linear
 parameters: {weight: 1}
-models: [{model: BASE}, {model: OTHER}]
+models: [{model: MODEL}, {model: OTHER}]
 ---
-base_model: BASE
+base_model: MODEL
 slices:
-- {merge_method: slerp, parameters: {t: 0.5}, sources: [{model: BASE}, {model: mean}]}
+- {merge_method: slerp, parameters: {t: 0.5}, sources: [{model: MODEL}, {model: mean}]}
 tokenizer_source: union
 """,
     "quantised": "base_model: FP8\nupscale: {preset: opt_deus, insert: {count: 1}}\n",
@@ -49,11 +50,11 @@ api.merge(api.plan(sys.argv[1], max_shard_size=6_000_000), sys.argv[2], api.RunO
 """
 
 
-def recipe_of(name: str, models: Path, folder: Path) -> Path:
-    text = RECIPES[name]
-    for word, model in (("BASE", "base"), ("OTHER", "other"), ("FP8", "fp8")):
-        text = text.replace(word, str(models / model))
-    return write_recipe(folder / f"{name}.yml", text)
+def written(text: str, root: Path | str, folder: Path) -> Path:
+    """A recipe in a folder, whose models are in another one or at an address."""
+    for word, model in (("MODEL", "base"), ("OTHER", "other"), ("FP8", "fp8")):
+        text = text.replace(word, f"{root}/{model}")
+    return write_recipe(folder / "recipe.yml", text)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

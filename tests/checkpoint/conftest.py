@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bucket_servers import Moto
 from checkpoint_files import random_tensors, write_model
-from s3_server import Moto, running
 
 
 @pytest.fixture
@@ -22,5 +22,5 @@ def model(tmp_path, tensors) -> Path:
 @pytest.fixture(scope="session")
 def moto(tmp_path_factory) -> Iterator[Moto]:
     """An S3 server for all tests."""
-    with running(tmp_path_factory.mktemp("moto")) as server:
+    with Moto.running(tmp_path_factory.mktemp("moto")) as server:
         yield server

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bucket_runs import KILLED, RECIPES, content, files_of, objects, put, recipe_of
+from bucket_runs import KILLED, RECIPES, content, files_of, objects, put, written
+from bucket_servers import SECRET
 from makers import fp8
-from s3_server import SECRET
 from support import make_model, train_tokenizer, write_recipe
 
 from deus_merge import api
@@ -61,21 +61,21 @@ def out(request, tmp_path, monkeypatch) -> str:
 
 @pytest.fixture
 def plan(models, tmp_path):
-    return api.plan(recipe_of("ot_fuse", models, tmp_path), max_shard_size=SIZE)
+    return api.plan(written(RECIPES["ot_fuse"], models, tmp_path), max_shard_size=SIZE)
 
 
 @pytest.fixture(scope="module")
 def local(models, tmp_path_factory):
     """The content of a local run of `plan`."""
     folder = tmp_path_factory.mktemp("local")
-    api.merge(api.plan(recipe_of("ot_fuse", models, folder), max_shard_size=SIZE), folder / "out", OPTIONS)
+    api.merge(api.plan(written(RECIPES["ot_fuse"], models, folder), max_shard_size=SIZE), folder / "out", OPTIONS)
     return content(files_of(folder / "out"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_files_of_a_local_run(run, models, out, tmp_path, name):
     """The command line, from the run to verify, with one process and with two: the same bytes, and nothing is left."""
-    recipe, options = recipe_of(name, models, tmp_path), ("--max-shard-size", SIZE, "--threads", 1)
+    recipe, options = written(RECIPES[name], models, tmp_path), ("--max-shard-size", SIZE, "--threads", 1)
     run("merge", recipe, tmp_path / "out", *options)
     done = run("merge", recipe, out, *options, "--workers", 2 if name == "documents" else 1)
     assert f"{out}: 2 -> " in done.err and f"deus-merge verify {out}" in done.err
@@ -218,7 +218,7 @@ def test_two_workers_at_one_piece(plan, out, local, monkeypatch):
 
 
 def test_pieces_that_do_not_fit_their_records_are_made_again(models, out, tmp_path):
-    plan = api.plan(recipe_of("ot_fuse", models, tmp_path), max_shard_size=20_000)
+    plan = api.plan(written(RECIPES["ot_fuse"], models, tmp_path), max_shard_size=20_000)
     made = api.make_share(plan, out, 1, 1, OPTIONS).made
     there, sink = objects(out), open_sink(out)
     records = sorted(name for name in there if "/done/" in name)
@@ -256,7 +256,7 @@ def test_files_that_change_before_the_manifest(plan, out, monkeypatch):
 
 def test_overwrite(models, plan, out, local, tmp_path, monkeypatch):
     """The old model goes first: a run that stops leaves nothing that looks like one."""
-    old = api.plan(recipe_of("documents", models, tmp_path))
+    old = api.plan(written(RECIPES["documents"], models, tmp_path))
     api.merge(old, out, OPTIONS)
     before = objects(out)
     for call in (lambda: api.merge(plan, out, OPTIONS), lambda: api.make_share(plan, out, 1, 2, OPTIONS)):
@@ -298,7 +298,7 @@ def test_what_is_not_ours_stays(plan, out, name, overwrite):
 
 
 def test_refusals(run, models, out, tmp_path, monkeypatch):
-    recipe = recipe_of("ot_fuse", models, tmp_path)
+    recipe = written(RECIPES["ot_fuse"], models, tmp_path)
     assert "s3://nobody/out: no such bucket" in run("merge", recipe, "s3://nobody/out", expect=2).err
     secret = run("merge", recipe, f"s3://me:{SECRET}@outputs/x", expect=2).err
     assert "has no user, password or query" in secret and SECRET not in secret
@@ -338,7 +338,7 @@ def test_a_bucket_that_vanishes(run, s3, models, tmp_path, monkeypatch):
         return upload(self, *arguments)
 
     monkeypatch.setattr(_sink.Sink, "upload", removing)
-    done = run("merge", recipe_of("ot_fuse", models, tmp_path), "s3://vanishing/out", expect=2)
+    done = run("merge", written(RECIPES["ot_fuse"], models, tmp_path), "s3://vanishing/out", expect=2)
     assert "no such bucket" in done.err and "Traceback" not in done.err
 
 

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from s3_server import SECRET
+from bucket_servers import SECRET
 from support import make_model
 
 from deus_merge import api
+from deus_merge.checkpoint.storage._transfer import Remote
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("obstore.store")
@@ -111,3 +112,19 @@ def test_other_buckets_name_what_they_need(run, monkeypatch):
         monkeypatch.delenv(name)
     done = run("inspect", "az://container/model", expect=2)
     assert "AZURE_STORAGE_ACCOUNT_NAME" in done.err
+
+
+def test_tokens_and_answers_about_lists():
+    """As obstore words what no emulator says. A token that cannot be renewed in mid-run is asked for again."""
+    told = "Generic GCS error: Error performing token request: Error performing GET http://a/b in 1ms - "
+    lost = obstore.exceptions.GenericError(f"{told}HTTP error: error sending request")
+    denied = obstore.exceptions.GenericError("Bulk delete request failed for key x: Not permitted. (code: 403)")
+    missing = FileNotFoundError(f"{told}Server returned non-2xx status code: 404 Not Found: ")
+    remote = Remote("gs://bucket/model", "gs://bucket/model", "bucket", credentials="set GOOGLE_...")
+    for error, got in ((lost, "error sending request"), (missing, "HTTP 404 Not Found")):
+        with pytest.raises(api.DeusMergeError, match=f"(?s)no valid credentials were found.*{got}.*set GOOGLE_"):
+            remote._judge("", error, False)
+    with pytest.raises(api.DeusMergeError, match="no right to read it"):
+        remote._judge("", denied, False)
+    remote._reached = True
+    remote._judge("", lost, False)

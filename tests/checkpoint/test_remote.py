@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from bucket_runs import RECIPES as SHARED
+from bucket_runs import written
 from makers import fp8
 from range_server import COMMIT, serving
 from safetensors.torch import load_file
@@ -39,25 +41,7 @@ merge_method: linear
 base_model: MODEL
 models: [{model: MODEL, parameters: {weight: 0.75}}, {model: OTHER, parameters: {weight: 0.25}}]
 """,
-    "ot_fuse": """
-base_model: MODEL
-upscale: {preset: opt_deus, insert: all}
-""",
-    "documents": """
-name: mean
-merge_method: linear
-parameters: {weight: 1}
-models: [{model: MODEL}, {model: OTHER}]
----
-base_model: MODEL
-slices:
-- {merge_method: slerp, parameters: {t: 0.5}, sources: [{model: MODEL}, {model: mean}]}
-tokenizer_source: union
-""",
-    "quantised": """
-base_model: FP8
-upscale: {preset: opt_deus, insert: all}
-""",
+    **SHARED,
 }
 SECRET = "hunter2-and-a-half"
 ROOT = str(Path(__file__).parents[2])
@@ -90,14 +74,6 @@ def small_cells(monkeypatch):
     """Files of 100 kB in many parts."""
     monkeypatch.setattr("deus_merge.checkpoint.storage._spool.CELL", 4096)
     monkeypatch.setattr("deus_merge.checkpoint.storage._spool.PART", 16384)
-
-
-def written(text: str, root: str, folder: Path) -> Path:
-    path = folder / "recipe.yml"
-    path.write_text(
-        text.replace("MODEL", f"{root}/base").replace("OTHER", f"{root}/other").replace("FP8", f"{root}/fp8")
-    )
-    return path
 
 
 def weights(folder: Path) -> dict[str, bytes]:

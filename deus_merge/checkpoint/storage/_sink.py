@@ -19,6 +19,7 @@ from typing import Any
 from ...core.errors import MachineError
 from ..header import MAX_JSON
 from ..system import disk_errors
+from ._answers import is_without_bucket, is_without_conditions
 from ._transfer import LONGEST_WAIT, Absent, Identity, Remote, _identity, _wait_or_end
 
 PART = 8 << 20  # bytes of one part of a file
@@ -109,7 +110,7 @@ class Sink(Remote):
             except exceptions.AlreadyExistsError:
                 return False
             except exceptions.BaseError as error:
-                if not create or not _lacks_conditions(error):
+                if not create or not is_without_conditions(error):
                     raise
                 if self.identity(name) is not None:
                     return False
@@ -191,18 +192,21 @@ class Sink(Remote):
         """
         import obstore
 
+        def remove(store: Any, batch: list[str]) -> None:
+            try:
+                obstore.delete(store, batch)
+            except FileNotFoundError as error:
+                if is_without_bucket(error):
+                    raise
+                # Google and Azure say that one was not there, and leave others
+                half = len(batch) // 2
+                for part in (batch[:half], batch[half:]) if half else ():
+                    remove(store, part)
+
         names = list(names)
         for at in range(0, len(names), _DELETED):
             batch = names[at : at + _DELETED]
-
-            def remove(store: Any, batch: list[str] = batch) -> None:
-                try:
-                    obstore.delete(store, batch)
-                except FileNotFoundError as error:
-                    if "NoSuchBucket" in str(error):
-                        raise
-
-            self._tried("", remove)
+            self._tried("", lambda store, batch=batch: remove(store, batch))
 
 
 def _watched(function: Callable[[], None], check: Callable[[], None], stopped: threading.Event) -> None:
@@ -225,10 +229,3 @@ def _watched(function: Callable[[], None], check: Callable[[], None], stopped: t
         stopped.set()
         raise
     future.result()
-
-
-def _lacks_conditions(error: Exception) -> bool:
-    """Whether a store cannot create an object only where there is none."""
-    from obstore.exceptions import NotSupportedError
-
-    return isinstance(error, NotSupportedError) or "NotImplemented" in str(error) or "status code: 501" in str(error)

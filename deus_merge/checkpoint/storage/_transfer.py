@@ -6,7 +6,6 @@ obstore is imported when a store is opened: it is the extra ``remote``.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,16 +13,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, NoReturn
 
-from ...core.errors import CheckpointError, DeusMergeError, MachineError
-from ...core.urls import is_url, public_url, redacted
+from ...core.errors import CheckpointError, MachineError
+from ...core.urls import is_url, public_url
+from ._answers import is_denied, is_missing, is_refused, is_without_bucket, is_without_credentials, reason
 
 FIRST_CONTACT = 20.0  # seconds of patience with a store that has never answered: its name may be wrong
 LONGEST_WAIT = 15.0  # seconds between two tries
 STALLED = 30  # seconds without a byte after which a request is given up, and made again
 _WHOLE_ANSWERS = 3  # whole files in place of ranges, after which the server is taken for one that has no ranges
-_STATUS = re.compile(r"status code: (\d{3})[^:<{]*")
-_PASSING = frozenset({408, 425, 429})  # answers of 4xx after which it is worth trying again
-_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|credential|Missing (account|key)", re.IGNORECASE)
 #: beginnings of the names of environment variables, and of options of connections that follow them
 _PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
 _SWITCHES = frozenset({"allow_http", "allow_invalid_certificates"})
@@ -246,7 +243,7 @@ class Remote:
         try:
             return open_(self.url, client_options=client, retry_config=retry)
         except (BaseError, ValueError) as error:
-            got, hint = _reason(error), self.credentials or None
+            got, hint = reason(error), self.credentials or None
             raise CheckpointError("the address cannot be opened", where=self.name, got=got, hint=hint) from None
 
     def _tried(self, name: str, get: Callable[[Any], Any], known: bool = False) -> Any:
@@ -275,38 +272,36 @@ class Remote:
         from obstore import exceptions
 
         where = f"{self.name}/{name}" if name else self.name
-        text, status = str(error), _STATUS.search(str(error))
         if isinstance(error, exceptions.PreconditionError | exceptions.NotModifiedError):
             self._refuse_changed(name)
-        code = int(status[1]) if status else 0
-        if isinstance(error, FileNotFoundError) or code in (404, 410):
+        hint = self.credentials or None
+        if is_missing(error):
             self._reached = True
             if known:
                 self._refuse_changed(name)
-            what = "no such bucket" if "NoSuchBucket" in text else "no such file" if name else "no such folder"
-            raise Absent(what, where=where, hint="check the address") from None
-        denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
-        if not denied and code not in (401, 403) and _NO_CREDENTIALS.search(text):
-            raise CheckpointError("no credentials were found", where=where, hint=self.credentials or None) from None
-        if denied or code in (401, 403):
-            raise Absent(self._no_right, where=where, got=_reason(error), hint=self.credentials) from None
-        if "builder error" in text:
-            raise CheckpointError("the address cannot be opened", where=where, hint=self.credentials or None) from None
-        if "Content-Length" in text:
+            bucket = "no such container" if self.url.startswith("az:") else "no such bucket"
+            what = bucket if is_without_bucket(error) else "no such file" if name else "no such folder"
+            raise Absent(what, where=where, hint="check the address")
+        # once the store has answered there are credentials: what fails then is a request for new ones
+        if not self._reached and is_without_credentials(error):
+            raise CheckpointError("no valid credentials were found", where=where, got=reason(error), hint=hint)
+        if is_denied(error):
+            raise Absent(self._no_right, where=where, got=reason(error), hint=hint)
+        if "builder error" in str(error):
+            raise CheckpointError("the address cannot be opened", where=where, hint=hint)
+        if "Content-Length" in str(error):
             hint = "it may compress files as it sends them: download the model and name the folder"
-            raise CheckpointError("the server does not tell how long the file is", where=where, hint=hint) from None
-        if 400 <= code < 500 and code not in _PASSING:
-            raise CheckpointError("the server refuses the request", where=where, got=_reason(error)) from None
+            raise CheckpointError("the server does not tell how long the file is", where=where, hint=hint)
+        if is_refused(error):
+            raise CheckpointError("the server refuses the request", where=where, got=reason(error))
 
     def _give_up(self, name: str, error: Exception, seconds: float) -> NoReturn:
-        where, got = f"{self.name}/{name}" if name else self.name, _reason(error)
+        where, got = f"{self.name}/{name}" if name else self.name, reason(error)
         if not self._reached:
             hint = "check the address and the connection"
             raise CheckpointError("the server cannot be reached", where=where, got=got, hint=hint) from None
-        failed: DeusMergeError = MachineError(
-            "the connection is lost", where=where, got=f"{got}, and no answer for {seconds:.0f} s of trying"
-        )
-        raise failed from None
+        got = f"{got}, and no answer for {seconds:.0f} s of trying"
+        raise MachineError("the connection is lost", where=where, got=got) from None
 
 
 def _wait_or_end(seconds: float) -> None:
@@ -339,14 +334,6 @@ def _client_options() -> dict[str, Any]:
         elif name.startswith(_PREFIXES) and option in _SETTINGS:
             found[option] = value
     return found
-
-
-def _reason(error: Exception) -> str:
-    """An error of obstore in a few words: the first line holds the address twice, the others are for its developers."""
-    line = (str(error).splitlines() or [""])[0]
-    status = _STATUS.search(line)
-    text = f"HTTP {status[0].partition(': ')[2].strip()}" if status else line.rpartition(" - ")[2]
-    return redacted(text)[:200] or type(error).__name__
 
 
 def check_installed(ref: str) -> None:
