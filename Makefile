@@ -119,9 +119,9 @@ NEWER := $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3
 
 trainers: $(AXOLOTL)/.ready $(if $(NEWER),$(FACTORY)/.ready)  ## the environments of tests/training/test_other_trainers.py
 
-cluster: $(VENV)/.test  ## the tests of Ray clusters: 90 MB to download
+cluster: $(VENV)/.test buckets  ## the tests of Ray clusters: 90 MB to download
 	$(BIN)/python -m pip --disable-pip-version-check --quiet install --target $(RAY) $(RAY_PIN)
-	PYTHONPATH=$(RAY) $(BIN)/python -m pytest tests/run/test_ray.py
+	PYTHONPATH=$(RAY) $(BIN)/python -m pytest tests/run/test_ray.py tests/checkpoint/test_bucket_cluster.py
 
 $(AXOLOTL)/.ready: PINS = $(AXOLOTL_PINS)
 $(FACTORY)/.ready: PINS = $(FACTORY_PINS)
