@@ -19,7 +19,7 @@ from deus_merge.ot.problem import OTProblem
 from deus_merge.ot.solvers import assignment
 from deus_merge.ot.solvers.assignment import SOLVER
 
-KINDS = ("random", "planted", "twins", "sizes", "few", "offset", "opposite", "tiny", "outliers", "equal")
+KINDS = ("random", "planted", "twins", "sizes", "few", "offset", "opposite", "tiny", "outliers", "equal", "dead")
 PRECISIONS = (torch.int8, torch.bfloat16, torch.float32)
 
 
@@ -46,6 +46,8 @@ def rows(kind: str, n: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tens
         y[:, 0] *= 100
     elif kind == "equal":
         y = x
+    elif kind == "dead":
+        x, y = (z * (torch.rand(n, 1, generator=g) < 0.7) for z in (x, y))
     return x, y
 
 
@@ -110,7 +112,7 @@ def test_the_matching_does_not_depend_on_the_precision(monkeypatch, kind):
     for plan in plans.values():
         assert plan.transport_cost == pytest.approx(best, rel=1e-6, abs=1e-9)
         assert plan.gap is not None and plan.gap <= 1e-6
-    if kind != "twins":  # equal rows may change places
+    if kind not in ("twins", "dead"):  # equal rows may change places
         for precision in (torch.int8, torch.bfloat16):
             assert torch.equal(plans[precision].coupling.rows, plans[None].coupling.rows)
 
@@ -144,6 +146,19 @@ def test_the_largest_cost_is_found_among_few(monkeypatch):
     bounds = LowerBounds(PointCost(x, y, cost_scale="max"), torch.bfloat16)
     assert bounds.scale == pytest.approx(torch.cdist(x.double(), y.double()).max().item(), rel=1e-9)
     assert sum(computed) < 1500  # of more than two million
+
+
+@pytest.mark.parametrize("alive", [0.5, 0.95])
+def test_dead_rows_are_settled_by_bounds(monkeypatch, alive):
+    """Rows of zeros are all alike, and the nearest of all others: no better bounds help."""
+    use(monkeypatch, torch.int8)
+    read, make = [], LowerBounds.__init__
+    monkeypatch.setattr(LowerBounds, "__init__", lambda *a: (read.append(a[2]), make(*a))[1])
+    g = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(1500, 400, generator=g) * (torch.rand(1500, 1, generator=g) < alive) for _ in range(2))
+    solution = SOLVER.solve(OTProblem.uniform(PointCost(x, y)))
+    assert read == [torch.int8]
+    assert solution.gap is not None and solution.gap <= 1e-9
 
 
 @pytest.mark.parametrize("precision", [torch.int8, torch.bfloat16])

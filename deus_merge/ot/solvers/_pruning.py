@@ -29,6 +29,7 @@ _NEAREST = 12  # edges of least reduced cost that each row and each column retai
 _CROWD = 8 * _NEAREST  # edges a row above which those at the threshold, ties, are thinned
 _LOWEST = 16  # edges of a part that are taken a row, of those priced lowest
 _OPEN = 96  # edges a row whose price bounds leave open, or a 64th of them: above that better bounds are cheaper
+_TRIES = 4  # rounds that may leave more open, since potentials were far off
 _BUCKET = 64  # columns that are searched by their minimum, since few of many are wanted
 _GROUPS = 128  # of rows, likewise
 _FLOOR = -80.0  # smaller exponents are raised to this one: e^-80 is a normal number, and denormal ones are slow
@@ -55,7 +56,8 @@ class Passes:
 
     def __init__(self, problem: OTProblem):
         self.problem, self.n, self.count = problem, problem.cost.shape[0], 0
-        self.bounded, self._margin = isinstance(problem.cost, LowerBounds), 0.0
+        self.bounded = isinstance(problem.cost, LowerBounds)
+        self._margin, self._crowded = 0.0, 0  # mean of estimates less bounds; rounds that leave many edges open
         self._known: dict[int, tuple[Tensor, Tensor]] = {}  # first row of a part -> its entries found, and their costs
         self._bucket = max(1, min(_BUCKET, self.n // 32))
         self._buckets = -(-self.n // self._bucket)
@@ -202,7 +204,8 @@ class Passes:
                 lowest = _first_of_rows(r, reduced, _LOWEST)
                 r, s, entries = r[lowest], s[lowest], entries[lowest]
             found.append((r + rows.start, s, entries))
-        return None if crowded and proved else (least, _edges(found), proved)
+        self._crowded += crowded
+        return None if crowded and (proved or self._crowded > _TRIES) else (least, _edges(found), proved)
 
     def estimated(self, edges: Edges) -> Edges:
         """Edges with estimates of their costs in the place of bounds."""
