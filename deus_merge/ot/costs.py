@@ -77,6 +77,7 @@ class PointCost:
         self._norms = tuple(sizes.square() for sizes in norms)  # (n,), (m,)
         self._scale = None if cost_scale != "none" else 1.0
         self._keep_points, self._limit, self._disk = keep_points, math.inf, False
+        self._lower = False  # whether entries may be too low, but not too high
         self._stored: dict[int, Tensor] = {}  # first row of a block -> the block
         self._used = 0  # bytes of those that are in memory
         self._exact: set[int] = set()  # first rows of the parts that have no close pairs
@@ -221,7 +222,7 @@ class PointCost:
             torch.sub(scale, rows, alpha=2, out=rows).clamp_min_(0)
             if first not in self._exact:  # what was read once is not read from the device again
                 if bool((rows.amin(1) < close * (x2[part] + largest)).any()):
-                    _recompute_close(rows, self._points[0][block][part], self._points[1], scale)
+                    _recompute_close(rows, self._points[0][block][part], self._points[1], scale, self._lower)
                 else:
                     self._exact.add(first)
             if self.name == "euclidean":
@@ -230,13 +231,16 @@ class PointCost:
                 rows.mul_(0.5)
 
 
-def _recompute_close(rows: Tensor, x: Tensor, y: Points, scale: Tensor) -> None:
-    """Squared distances far below ``|x|² + |y|²`` again; ``rows`` and ``scale`` (p, m)."""
+def _recompute_close(rows: Tensor, x: Tensor, y: Points, scale: Tensor, lower: bool) -> None:
+    """Squared distances far below ``|x|² + |y|²`` again, or lower bounds of them; ``rows`` and ``scale`` (p, m)."""
     few = 4 * max(rows.shape)
     pairs = (rows < _CLOSE[str(x.dtype)] * scale).nonzero()  # (q, 2)
     if len(pairs) > few:  # many rows alike: one product in float64 is cheaper, and leaves few or exact copies
         for panel in panels(y):
-            rows[:, panel] = _sqeuclidean_float64(x.double(), y[panel].double())
+            found = _sqeuclidean_float64(x.double(), y[panel].double())  # (p, r)
+            if lower:
+                found.sub_(scale[:, panel], alpha=2.0**-52 * x.shape[1]).clamp_min_(0)
+            rows[:, panel] = found
         pairs = (rows < 2.0**-36 * scale).nonzero()
         if len(pairs) > few:
             return

@@ -38,8 +38,8 @@ class LowerBounds(PointCost):
         vars(self).update(vars(cost))
         self._source, self._keep_points, self._used, self._stored, self._exact = cost, True, 0, {}, set()
         assert self._centred is not None, "a cost that keeps its points"
-        norms = self._norms[0].sqrt(), self._norms[1].sqrt()
-        self._fast = products(*self._centred, norms, precision)
+        self._lower, self._fast = True, products(*self._centred, precision)
+        self._norms = tuple(norms.square() for norms in self._fast.norms)
 
     @property
     def tight(self) -> bool:

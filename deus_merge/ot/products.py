@@ -33,7 +33,7 @@ from .blocks import row_blocks
 from .points import PANEL_ROWS, parts, row_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
     from torch import Tensor
@@ -46,6 +46,10 @@ _TERMS = 4096
 KEPT = 1 << 30
 #: The probability that some bound of 8-bit products does not hold.
 _FAILURE = 1e-12
+#: Of the dither: no small number, with which somebody may have drawn the very weights.
+_SEED = 0x2F5A_83D1_9C47_6E0B
+#: Rows all shorter than this lose digits in bfloat16: processors take the smallest numbers for 0.
+_SHORTEST = 1e-15
 #: The largest integer that a row is scaled to: the dither adds less than one.
 _STEPS = 126
 #: Rounding to integers moves numbers by at most so many steps more: float32's own rounding of x / t + δ.
@@ -61,20 +65,21 @@ class Products(ABC):
 
     Args:
         x, y: (n, d), (m, d) float32 or float64, finite.
-        norms: Of their rows, (n,) and (m,).
         precision: Of the multiplication.
 
     Attributes:
+        norms: Of the rows, (n,) and (m,), added up in float64.
         left, right: (n, q), (q, m): bounds are within ``2 left @ right`` of the products, which are about the middle.
         slack: How much further bounds can be off.
         error: About the mean error of a product of rows of norm 1.
     """
 
+    norms: tuple[Tensor, Tensor]
     left: Tensor
     right: Tensor
     error: float
 
-    def __init__(self, x: Points, y: Points, norms: tuple[Tensor, Tensor], precision: torch.dtype):
+    def __init__(self, x: Points, y: Points, precision: torch.dtype):
         self._points, self.precision, self.slack = (x, y), precision, 0.0
         self._panels: dict[int, Any] = {}  # first row of a panel of y -> its rounded rows
         self._room = len(y) * y.shape[1] * precision.itemsize <= KEPT
@@ -107,20 +112,24 @@ class Products(ABC):
 class FloatProducts(Products):
     """Products of rows in a floating-point format: bfloat16, or the points' own."""
 
-    def __init__(self, x: Points, y: Points, norms: tuple[Tensor, Tensor], precision: torch.dtype):
+    def __init__(self, x: Points, y: Points, precision: torch.dtype):
         import torch
 
-        super().__init__(x, y, norms, precision)
+        super().__init__(x, y, precision)
         width = x.shape[1]
         self._parts = [slice(at, min(at + _TERMS, width)) for at in range(0, width, _TERMS)]
         self._half = torch.finfo(precision).eps / 2
         self._low = precision != x.dtype
         terms = min(width, _TERMS) + len(self._parts) + 8  # 8: the other steps to a squared distance
         self.error = terms * torch.finfo(x.dtype).eps / 2
+        (size, r), (other, s) = (_sizes(points, _rounding(precision)) for points in (x, y))  # (n,) or (m,) each
+        self.norms = size, other
         if self._low:
-            r, s = (_relative_rounding(points, precision) for points in (x, y))
+            r, s = ((1 + 2.0**-10) * float(rounding.max()) for rounding in (r, s))
             self.error += r + s + r * s
-        self.left, self.right = self.error * norms[0].unsqueeze(1), norms[1].unsqueeze(0)  # (n, 1), (1, m)
+        self.left, self.right = self.error * size.unsqueeze(1), other.unsqueeze(0)  # (n, 1), (1, m)
+        if self._low and min(float(size.max()), float(other.max())) < _SHORTEST:
+            self.error = math.inf
 
     def _rounded(self, side: int, which: slice) -> Tensor:
         import torch
@@ -166,15 +175,17 @@ class _Steps(NamedTuple):
 class IntegerProducts(Products):
     """Products of rows in steps of their own, 8-bit integers with subtractive dither."""
 
-    def __init__(self, x: Points, y: Points, norms: tuple[Tensor, Tensor], precision: torch.dtype):
+    def __init__(self, x: Points, y: Points, precision: torch.dtype):
         import torch
 
-        super().__init__(x, y, norms, precision)
-        width, g = x.shape[1], torch.Generator().manual_seed(0)
+        super().__init__(x, y, precision)
+        width, g = x.shape[1], torch.Generator().manual_seed(_SEED)
         self._dither = [torch.rand(width, generator=g) for _ in (x, y)]  # (d,) each
         self._both = torch.dot(*(dither.double() - 0.5 for dither in self._dither)).item()
-        steps = self._steps = [_largest(points).clamp_min_(_SMALLEST) / _STEPS for points in (x, y)]  # (n,), (m,)
-        lengths = [size + math.sqrt(width) * step for size, step in zip(norms, steps, strict=True)]  # of rounded rows
+        (size, most), (other_size, other_most) = (_sizes(points, _largest) for points in (x, y))  # (n,) or (m,) each
+        self.norms = size, other_size
+        steps = self._steps = [largest.clamp_min(_SMALLEST) / _STEPS for largest in (most, other_most)]
+        lengths = [norms + math.sqrt(width) * step for norms, step in zip(self.norms, steps, strict=True)]  # of x̂, ŷ
         # tau sqrt(own² + other²), with own = step / length, is at most tau (own² + other²) / 2 c + tau c / 2 for any c.
         own, other = (step / length for step, length in zip(steps, lengths, strict=True))  # (n,), (m,)
         means = [float(step.sum() / length.sum()) for step, length in zip(steps, lengths, strict=True)]
@@ -211,10 +222,10 @@ class IntegerProducts(Products):
             rows.sub_(x.dither[part]).sub_(offset).mul_(y.size.t()).mul_(x.size[part])
 
 
-def products(x: Points, y: Points, norms: tuple[Tensor, Tensor], precision: torch.dtype) -> Products:
+def products(x: Points, y: Points, precision: torch.dtype) -> Products:
     """The products of a precision: a floating-point dtype, or ``torch.int8``."""
     kind = FloatProducts if precision.is_floating_point else IntegerProducts
-    return kind(x, y, norms, precision)
+    return kind(x, y, precision)
 
 
 def fast_precisions(x: Points) -> list[torch.dtype]:
@@ -242,25 +253,36 @@ def exact_integers(width: int) -> bool:
     if not available or width > _WIDEST:
         return False
     x = torch.full((32, width), 127, dtype=torch.int8)
-    x[:, ::3] = -127
-    return bool((torch.ops.aten._int_mm(x, x.t()) == width * 127**2).all())
+    y = x.clone()
+    y[:, ::3] = -127
+    found = (torch.ops.aten._int_mm(rows, rows.t()) for rows in (x, y))
+    return all(bool((product == width * 127**2).all()) for product in found)
 
 
-def _largest(points: Points) -> Tensor:
-    """The largest absolute value of each row, (n,)."""
+def _sizes(points: Points, measure: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The norm of each row, and what else is measured of rows, (r, d) -> (r,), in one pass; (n,) each."""
     import torch
 
-    largest = torch.empty(len(points), dtype=points.dtype, device=points.device)
+    norms, measured = torch.empty(2, len(points), dtype=points.dtype, device=points.device)
     for part, rows in parts(points):
-        largest[part] = torch.maximum(rows.amax(1), -rows.amin(1))
-    return largest
+        norms[part], measured[part] = row_norms(rows, torch.float64), measure(rows)
+    return norms, measured
 
 
-def _relative_rounding(points: Points, precision: torch.dtype) -> float:
-    """The largest distance of a row to its rounded self, over its norm; (n, d)."""
-    largest = 0.0
-    for _, rows in parts(points):  # (r, d)
+def _largest(rows: Tensor) -> Tensor:
+    """The largest absolute value of each row, (r, d) -> (r,)."""
+    import torch
+
+    return torch.maximum(rows.amax(1), -rows.amin(1))
+
+
+def _rounding(precision: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The distances of rows to their rounded selves over their norms, (r, d) -> (r,)."""
+
+    def measure(rows: Tensor) -> Tensor:
+        if rows.dtype == precision:
+            return rows.new_zeros(len(rows))
         norms = row_norms(rows)  # (r,)
-        away = row_norms(rows - rows.to(precision))
-        largest = max(largest, float((away / norms.where(norms > 0, 1)).max()))
-    return largest * (1 + 2.0**-10)  # the norms themselves are rounded
+        return row_norms(rows - rows.to(precision)) / norms.where(norms > 0, 1)
+
+    return measure

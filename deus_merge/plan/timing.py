@@ -19,8 +19,8 @@ def block_seconds(block: BlockPlan) -> float:
     seconds = block.nbytes / _COPY_RATE
     for output in block.outputs:
         if aligned:  # also weights that become zero: neurons are compared by them
-            elements = math.prod(output.shape)
-            seconds += elements * (_ALIGN_SECONDS + 2 * max(output.shape, default=0) / _PRODUCT_RATE)
+            rows = max(output.shape) if len(output.shape) > 1 else 0
+            seconds += math.prod(output.shape) * (_ALIGN_SECONDS + 2 * rows / _PRODUCT_RATE)
         elif output.action not in (Action.COPY, Action.ZEROS):
             learned = output.computed and method.learns
             seconds += output.nbytes_read / (_LEARN_RATE if learned else _MERGE_RATE)

@@ -197,7 +197,7 @@ class Passes:
                     r, s = r[lowest], s[lowest]
             entries = self._entries(rows, r, s) if self.bounded else cost[r, s].double()  # (q,)
             value = entries - g[s]  # (q,)
-            least[rows] = mine.scatter_reduce(0, r, value, "amin", include_self=False)
+            least[rows] = mine.scatter_reduce(0, r, value, "amin")
             reduced = value - mine[r]
             proved &= not bool((reduced < -nothing).any())
             if len(r) > _LOWEST * len(cost):
