@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 @click.argument("models", nargs=-1, type=click.Choice(list(MODELS)))
 @click.option("--suite", "suites", multiple=True, type=click.Choice(list(SUITES)), default=["grid"], show_default=True)
 @click.option("--init", "inits", multiple=True, help="Only these.")
+@click.option("--insert", "inserts", multiple=True, type=json.loads, help='Only these: {"count": 4, "where": "top"}.')
 @click.option("--optimizer", "optimizers", multiple=True, help="Only these.")
 @click.option("--seeds", type=int, help="Another number of seeds.")
 @click.option("--tokens", type=int, help="Another number of tokens.")
@@ -41,11 +42,13 @@ HERE = Path(__file__).parent
 @click.option("--docs", multiple=True, default=["stdlib-docs"], help="The same: like the text of the tiny model.")
 @click.option("--scratch", type=click.Path(path_type=Path), default=".bench/inits", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
-def main(models, suites, inits, optimizers, seeds, tokens, budget, workers, device, scratch, out, **texts) -> None:
+def main(
+    models, suites, inits, inserts, optimizers, seeds, tokens, budget, workers, device, scratch, out, **texts
+) -> None:
     for name in models:
         for suite_name in suites:
             model, suite = MODELS[name], SUITES[suite_name]
-            chosen = {"inits": inits, "optimizers": optimizers, "seeds": seeds, "tokens": tokens}
+            chosen = {"inits": inits, "inserts": inserts, "optimizers": optimizers, "seeds": seeds, "tokens": tokens}
             options = replace(
                 suite.options(model),
                 **{key: value for key, value in chosen.items() if value},

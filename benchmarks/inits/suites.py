@@ -80,7 +80,8 @@ def _long(model: Model) -> api.CompareOptions:
 
 
 def _places(model: Model) -> api.CompareOptions:
-    inserts = ("top_half", "all", *({"count": 3, "where": where} for where in PLACES))
+    count = model.insert["count"] if isinstance(model.insert, dict) else 3
+    inserts = ("top_half", "all", *({"count": count, "where": where} for where in PLACES))
     return _options(model, inits=("llama_pro", "opt_deus"), inserts=inserts, optimizers=("adamw", "muon"))
 
 
