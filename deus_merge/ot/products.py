@@ -69,7 +69,7 @@ class Products(ABC):
 
     Attributes:
         norms: Of the rows, (n,) and (m,), added up in float64.
-        left, right: (n, q), (q, m): bounds are within ``2 left @ right`` of the products, which are about the middle.
+        left, right: (n, q), (q, m): bounds are above the products by ``left @ right``, give or take as much.
         slack: How much further bounds can be off.
         error: About the mean error of a product of rows of norm 1.
     """

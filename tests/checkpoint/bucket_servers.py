@@ -14,6 +14,7 @@ import subprocess
 import sysconfig
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from email.utils import formatdate
@@ -30,7 +31,7 @@ _VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")  # what obstore reads
 _RUNNING = "DEUS_MERGE_BUCKET_SERVER"  # the environment variable that processes have whose ancestor started a server
 
 
-class Server:
+class Server(ABC):
     """A running server.
 
     Args:
@@ -52,9 +53,9 @@ class Server:
         self.url, self.log = url, log
 
     @property
+    @abstractmethod
     def variables(self) -> Mapping[str, str]:
         """The environment from which obstore takes its address and credentials."""
-        raise NotImplementedError
 
     def make_bucket(self, name: str) -> None:
         self._ask(name, "PUT")
@@ -87,6 +88,7 @@ class Server:
         assert name not in started, f"{name} is running already"
         if not cls.program.exists():
             reason = f"no {cls.program}: run `make {cls.make}`"
+            # CI installs what `make buckets` does; Azurite is too large for it
             pytest.fail(reason) if os.environ.get("CI") and cls.make == "buckets" else pytest.skip(reason)
         command = ["sh", "-c", _ENDING, "sh", *cls.interpreter, cls.program, *cls.arguments]
         with open(folder / "log", "wb") as log, pytest.MonkeyPatch.context() as patch:
