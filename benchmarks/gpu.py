@@ -76,6 +76,8 @@ def main() -> int:
     options = parser(__doc__, runs=2)
     options.add_argument("--device", default="cuda", help="as for deus-merge (cuda)")
     options.add_argument("--minutes", type=float, default=10, help="when these are over, what is left is left out (10)")
+    options.add_argument("--no-tests", action="store_true", help="leave the device tests out")
+    options.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their names")
     options.add_argument("--out", type=Path, default=HERE, help="where gpu.json and GPU.md go (benchmarks/)")
     options = options.parse_args()
     if not has_device(options.device):
@@ -83,11 +85,12 @@ def main() -> int:
 
         print(f"gpu: torch {torch.__version__} finds no device {options.device}; needs a CUDA GPU", file=sys.stderr)
         return 2
-    bench = _Bench(options)
-    bench.device_tests()
-    for case in CASES:
+    bench, cases = _Bench(options), [case for case in CASES if options.only in case.name]
+    if not options.no_tests:
+        bench.device_tests()
+    for case in cases:
         bench.on_device(case)
-    for case in CASES:
+    for case in cases:
         bench.against_cpu(case)
     return bench.finish()
 
@@ -120,7 +123,9 @@ class _Bench:
     def device_tests(self) -> None:
         """tests/device with this device: all of them, or a few when the script is only tried."""
         results = self.scratch / "gpu-tests.xml"
+        workers = min(8, len(os.sched_getaffinity(0)))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
+        command += ["-n", str(workers)]
         command += ["tests/device", "--ignore=tests/device/test_gpu_script.py"]
         if self.options.small:
             command += ["-k", "test_every_output_dtype"]

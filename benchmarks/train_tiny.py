@@ -301,11 +301,11 @@ def train(
     ]
     few = held_out[: 32 * CONTEXT]  # a glance for the curve; the final figure takes all
     curve: list[tuple[int, float, float]] = []
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
     for step in range(1, steps + 1):
         starts = torch.randint(len(ids) - CONTEXT, (batch,), generator=draw)  # (b,)
-        windows = ids[starts[:, None] + torch.arange(CONTEXT)]  # (b, t)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        windows = ids[starts[:, None] + torch.arange(CONTEXT)].to(model.device)  # (b, t)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
             loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -313,9 +313,9 @@ def train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if step % max(1, steps // 10) == 0 or step == steps:
-            curve.append((step, sum(losses) / len(losses), held_out_loss(model, few)))
+            curve.append((step, torch.stack(losses).mean().item(), held_out_loss(model, few)))
             print("step {}: training {:.3f}, held out {:.3f}".format(*curve[-1]), flush=True)
             losses.clear()
     return curve
@@ -364,7 +364,8 @@ def orthogonalised(x: torch.Tensor) -> torch.Tensor:
 def held_out_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Mean loss over whole windows that do not overlap, in nats per token."""
     windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)  # (w, t)
-    losses = [model(input_ids=chunk, labels=chunk).loss.float() * len(chunk) for chunk in windows.split(BATCH)]
+    chunks = (chunk.to(model.device) for chunk in windows.split(BATCH))
+    losses = [model(input_ids=chunk, labels=chunk).loss.float() * len(chunk) for chunk in chunks]
     return (torch.stack(losses).sum() / len(windows)).item()
 
 

@@ -1,11 +1,12 @@
 """The estimate of the memory that training new layers takes, against the memory that a training step took.
 
     python benchmarks/training_memory.py
+    python benchmarks/training_memory.py --device cuda --large
 
 A random model of each shape is made deeper, loaded in bfloat16, and frozen but for its new layers, which are float32.
 Then it makes steps under bfloat16 autocast: forward, backward, AdamW; without and with gradient checkpointing. Measured
-is torch's own accounting on the CPU: the bytes of all weights and optimizer states, and on top of them the highest sum
-of what torch's allocator gave and took back during one step (the profiler's memory events). Memory that libraries take
+is torch's own accounting: the bytes of all weights and optimizer states, and on top of them the most that torch's
+allocator gave at the same time during one step (on the CPU by the profiler's memory events). Memory that libraries take
 without torch, and the fixed overhead of the estimate, are in neither figure.
 """
 
@@ -15,7 +16,7 @@ import gc
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,46 +74,62 @@ CASES = (
 )
 
 
+LLAMA_8B = (32, 4096, 14_336, 32, 8, 128_256)
+UNTIED = {"tie_word_embeddings": False}
+LARGE = (
+    Case("Llama 1B", "LlamaConfig", 16, 2048, 8192, 32, 8, 128_256, "top_half", 2, 2048, {}),
+    Case("Llama 8B", "LlamaConfig", *LLAMA_8B, {"count": 4, "where": "even"}, 1, 2048, UNTIED),
+    Case("Llama 8B", "LlamaConfig", *LLAMA_8B, {"count": 4, "where": "top"}, 1, 2048, UNTIED),
+)
+
+
 def main() -> None:
-    options = parser(__doc__, runs=1).parse_args()
+    options = parser(__doc__, runs=1)
+    options.add_argument("--device", default="cpu", help="where a step is made (cpu)")
+    options.add_argument("--large", action="store_true", help="models of 1 and 8 billion parameters: for a GPU")
+    options = options.parse_args()
     warnings.simplefilter("ignore")
     figures, details = [], {}
-    for number, case in enumerate(CASES[:1] if options.small else CASES):
-        for checkpointing in (False, True):
-            figure, detail = compare(case, checkpointing, options.scratch / f"training-memory-{number}")
+    cases = LARGE if options.large else CASES
+    for number, case in enumerate(cases[:1] if options.small else cases):
+        scratch = options.scratch / f"training-memory-{number}"
+        for figure, detail in compare(case, scratch, options.device):
             figures.append(figure)
             details[figure.what] = detail
             print(f"{figure.what}: estimated {figure.ours:.0f} MB, measured {figure.peer:.0f} MB", flush=True)
     report("Training memory: estimate against measurement", figures, options, details)
 
 
-def compare(case: Case, checkpointing: bool, scratch: Path) -> tuple[Figure, dict]:
-    """One line of the table, and its details in MB."""
+def compare(case: Case, scratch: Path, device: str) -> Iterator[tuple[Figure, dict]]:
+    """Lines of the table, without and with checkpointing, and their details in MB."""
     from deus_merge import api
 
-    settings = api.TrainingSettings(case.batch, case.length, case.optimizer, checkpointing, case.base)
     base, out = scratch / "base", scratch / "out"
     shutil.rmtree(scratch, ignore_errors=True)
-    _random_model(case, base)
+    _random_model(case, base, device)
     plan = api.plan(api.upscale_recipe(base, preset="llama_pro", insert=case.insert))
     api.merge(plan, out, api.RunOptions(verify=False))
-    estimate = plan.training_memory(settings)
-    assert estimate is not None
-    stored, step = _measured(out, settings)
+    shutil.rmtree(base)
+    for checkpointing in (False, True):
+        settings = api.TrainingSettings(case.batch, case.length, case.optimizer, checkpointing, case.base)
+        estimate = plan.training_memory(settings)
+        assert estimate is not None
+        stored, step = _measured(out, settings, device)
+        estimated, measured = (estimate.peak - estimate.overhead) / 1e6, (stored + step) / 1e6
+        how = f"{case.batch} x {case.length} tokens" + (", checkpointing" if checkpointing else "")
+        special = "".join(f", {v}" for v in (case.optimizer, case.base) if v not in ("adamw", "bfloat16"))
+        what = (
+            f"training {case.name} {plan.shape.parameters / 1e6:.0f} M, {len(plan.new_layers)} new layers{special}, "
+            f"{how}"
+        )
+        met = abs(estimated / measured - 1) <= TOLERANCE
+        bar = f"within {TOLERANCE:.0%}"
+        detail = {"phase": estimate.phase, "stored": stored / 1e6, "step": step / 1e6, "estimate": estimate.describe()}
+        yield Figure(what, estimated, "MB", bar, met, measured, "measured"), detail
     shutil.rmtree(scratch)
-    estimated, measured = (estimate.peak - estimate.overhead) / 1e6, (stored + step) / 1e6
-    how = f"{case.batch} x {case.length} tokens" + (", checkpointing" if checkpointing else "")
-    special = "".join(f", {v}" for v in (case.optimizer, case.base) if v not in ("adamw", "bfloat16"))
-    what = (
-        f"training {case.name} {plan.shape.parameters / 1e6:.0f} M, {len(plan.new_layers)} new layers{special}, {how}"
-    )
-    met = abs(estimated / measured - 1) <= TOLERANCE
-    bar = f"within {TOLERANCE:.0%}"
-    detail = {"phase": estimate.phase, "stored": stored / 1e6, "step": step / 1e6, "estimate": estimate.describe()}
-    return Figure(what, estimated, "MB", bar, met, measured, "measured"), detail
 
 
-def _random_model(case: Case, folder: Path) -> None:
+def _random_model(case: Case, folder: Path, device: str) -> None:
     import torch
     import transformers
 
@@ -122,17 +139,19 @@ def _random_model(case: Case, folder: Path) -> None:
         "tie_word_embeddings": True,
     }  # fmt: skip
     config = getattr(transformers, case.kind)(**{**sizes, **case.more})
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
 
 
-def _measured(out: Path, settings: Any) -> tuple[int, int]:
+def _measured(out: Path, settings: Any, device: str) -> tuple[int, int]:
     """The bytes of weights and optimizer states, and the most that a step takes on top."""
     import torch
     import transformers
 
     from deus_merge import training
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=getattr(torch, settings.base))
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=getattr(torch, settings.base)).to(device)
     training.freeze_base(model, out)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
@@ -141,10 +160,10 @@ def _measured(out: Path, settings: Any) -> tuple[int, int]:
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizers = _optimizers(settings.optimizer, trained)
-    tokens = torch.randint(0, model.config.vocab_size, (settings.batch, settings.length))  # (B, L)
+    tokens = torch.randint(0, model.config.vocab_size, (settings.batch, settings.length), device=device)  # (B, L)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         for optimizer in optimizers:
@@ -155,7 +174,7 @@ def _measured(out: Path, settings: Any) -> tuple[int, int]:
     states = [t for o in optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t)]
     stored = sum(t.nbytes for t in (*model.parameters(), *states))
     gc.collect()
-    return stored, _peak(step)
+    return stored, _peak_of_gpu(step) if torch.device(device).type == "cuda" else _peak(step)
 
 
 def _optimizers(name: str, trained: list) -> list:
@@ -166,6 +185,16 @@ def _optimizers(name: str, trained: list) -> list:
         others = [p for p in trained if p.ndim != 2]
         return [torch.optim.Muon([p for p in trained if p.ndim == 2]), torch.optim.AdamW(others, foreach=True)]
     return [torch.optim.AdamW(trained, foreach=True)]
+
+
+def _peak_of_gpu(action: Callable[[], None]) -> int:
+    """The most that torch's CUDA allocator held at the same time, on top of what it held before the action."""
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    action()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _peak(action: Callable[[], None]) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from deus_merge import api
+from deus_merge.run.device import choose_device
 from deus_merge.training.comparison import parse_budget
 from deus_merge.training.comparison.result import Comparison
 
@@ -32,6 +33,8 @@ HERE = Path(__file__).parent
 @click.option("--init", "inits", multiple=True, help="Only these.")
 @click.option("--insert", "inserts", multiple=True, type=json.loads, help='Only these: {"count": 4, "where": "top"}.')
 @click.option("--optimizer", "optimizers", multiple=True, help="Only these.")
+@click.option("--without-growing", multiple=True, help="Only these: all, top, lora.")
+@click.option("--lr", "rates", multiple=True, type=float, help="Only these rates; otherwise they are searched.")
 @click.option("--seeds", type=int, help="Another number of seeds.")
 @click.option("--tokens", type=int, help="Another number of tokens.")
 @click.option("--budget", help="Of each suite: 30min, 2M ...")
@@ -39,16 +42,15 @@ HERE = Path(__file__).parent
 @click.option("--device", default="auto", show_default=True)
 @click.option("--prose", multiple=True, default=["stdlib-docs"], help="Text files or folders.")
 @click.option("--code", multiple=True, default=["stdlib"], help="The same.")
-@click.option("--docs", multiple=True, default=["stdlib-docs"], help="The same: like the text of the tiny model.")
+@click.option("--docs", multiple=True, default=["stdlib-docs"], help="The same: like the text of tiny and large.")
 @click.option("--scratch", type=click.Path(path_type=Path), default=".bench/inits", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
-def main(
-    models, suites, inits, inserts, optimizers, seeds, tokens, budget, workers, device, scratch, out, **texts
-) -> None:
+def main(models, suites, budget, workers, device, scratch, out, prose, code, docs, **chosen) -> None:
+    texts = {"prose": prose, "code": code, "docs": docs}
+    device = str(choose_device(device))
     for name in models:
         for suite_name in suites:
             model, suite = MODELS[name], SUITES[suite_name]
-            chosen = {"inits": inits, "inserts": inserts, "optimizers": optimizers, "seeds": seeds, "tokens": tokens}
             options = replace(
                 suite.options(model),
                 **{key: value for key, value in chosen.items() if value},
@@ -57,11 +59,11 @@ def main(
                 device=device,
             )
             learned = model.near if suite.near else model.far
-            known = texts[model.near] if model.own and not suite.near else ()
+            known = () if suite.near else texts[model.near]
             work, kept = scratch / f"{name}-{suite_name}", out / f"{name}-{suite_name}"
             _copy(kept, work)
             found = api.compare(
-                base.provide(name, scratch, texts["prose"]),
+                base.provide(name, scratch, texts[model.near], device),
                 work,
                 text_files(texts[learned], scratch),
                 options,

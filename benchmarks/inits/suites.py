@@ -30,25 +30,29 @@ class Model:
     Attributes:
         summary: What it is.
         far, near: Texts unlike and like its own: ``code``, ``prose`` or ``docs``.
-        own: Whether it was trained on the near one, so that what it forgets of that is measured.
         insert: Where its new layers go.
+        half: The layers that ``top_half`` adds.
         tokens: Training tokens of a run.
+        batch: Windows of a step.
         held_out: Windows on which losses are measured.
     """
 
     summary: str
     far: str
     near: str
-    own: bool
     insert: object
+    half: int
     tokens: int
+    batch: int
     held_out: int
 
 
+EVEN = {"count": 4, "where": "even"}
 MODELS = {
-    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", True, "top_half", 49_152, 16),
-    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", True, "top_half", 32_768, 16),
-    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", False, {"count": 4, "where": "top"}, 20_480, 8),
+    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", "top_half", 3, 49_152, 2, 16),
+    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", "top_half", 6, 32_768, 2, 16),
+    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", EVEN, 15, 81_920, 8, 16),
+    "large": Model("trained here on the documentation, 521 M parameters", "code", "docs", EVEN, 14, 81_920, 8, 16),
 }
 
 
@@ -81,12 +85,14 @@ def _long(model: Model) -> api.CompareOptions:
 
 def _places(model: Model) -> api.CompareOptions:
     count = model.insert["count"] if isinstance(model.insert, dict) else 3
-    inserts = ("top_half", "all", *({"count": count, "where": where} for where in PLACES))
+    few = ({"count": count, "where": where} for where in PLACES)
+    inserts = ("top_half", {"count": model.half, "where": "even"}, "all", *few)
     return _options(model, inits=("llama_pro", "opt_deus"), inserts=inserts, optimizers=("adamw", "muon"))
 
 
 def _options(model: Model, **more) -> api.CompareOptions:
-    usual = {"inserts": (model.insert,), "optimizers": OPTIMIZERS, "tokens": model.tokens, "held_out": model.held_out}
+    usual = {"inserts": (model.insert,), "optimizers": OPTIMIZERS, "tokens": model.tokens}
+    usual |= {"batch": model.batch, "held_out": model.held_out}
     return api.CompareOptions(**(usual | more))
 
 

@@ -59,7 +59,8 @@ class Stacked:
 def decompose(read: Callable[[int], torch.Tensor], layers: int) -> Stacked:
     """Decompose the weights of ``layers`` layers, each (n, m). Directions without weight are left out.
 
-    Products are added up and decomposed in float64: squares of singular values need twice their digits.
+    Products are added up and decomposed in float64: squares of singular values need twice their digits. The largest
+    entry of each column of U is positive, since the sign of an eigenvector is the library's choice.
     """
     import torch
 
@@ -73,8 +74,9 @@ def decompose(read: Callable[[int], torch.Tensor], layers: int) -> Stacked:
     del products
     noise = values[-1] * max(len(values), layers * first.shape[1]) * torch.finfo(values.dtype).eps
     rank = min(int((values > noise).sum()), layers * first.shape[1])
-    u = vectors[:, len(values) - rank :].to(first.dtype).flip(1)  # (n, r)
-    return Stacked(read, layers, u, values[len(values) - rank :].sqrt().to(first.dtype).flip(0))
+    u = vectors[:, len(values) - rank :].flip(1)  # (n, r)
+    u *= u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    return Stacked(read, layers, u.to(first.dtype), values[len(values) - rank :].sqrt().to(first.dtype).flip(0))
 
 
 def group_size(layers: int, columns: int) -> int:
