@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 @click.option("--lr", "rates", multiple=True, type=float, help="Only these rates; otherwise they are searched.")
 @click.option("--seeds", type=int, help="Another number of seeds.")
 @click.option("--tokens", type=int, help="Another number of tokens.")
+@click.option("--batch", type=int, help="Another number of windows of a step.")
 @click.option("--budget", help="Of each suite: 30min, 2M ...")
 @click.option("--workers", default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True)

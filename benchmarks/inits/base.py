@@ -61,9 +61,9 @@ TRAININGS = {
             "initializer_range": 0.02,
         },
         vocabulary=16_384,
-        steps=220,
-        batch=128,
-        lr=4e-3,
+        steps=360,
+        batch=64,
+        lr=2e-3,
     ),
 }
 FACTS = "training.json"  # beside a model that was trained here

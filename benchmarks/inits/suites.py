@@ -51,8 +51,8 @@ EVEN = {"count": 4, "where": "even"}
 MODELS = {
     "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", "top_half", 3, 49_152, 2, 16),
     "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", "top_half", 6, 32_768, 2, 16),
-    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", EVEN, 15, 81_920, 8, 16),
-    "large": Model("trained here on the documentation, 521 M parameters", "code", "docs", EVEN, 14, 81_920, 8, 16),
+    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", EVEN, 15, 40_960, 4, 16),
+    "large": Model("trained here on the documentation, 521 M parameters", "code", "docs", EVEN, 14, 40_960, 4, 16),
 }
 
 

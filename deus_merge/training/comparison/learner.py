@@ -17,6 +17,7 @@ from ...core.errors import TrainingError
 from ...core.text import some_of
 from ...models.silence import no_progress_bars
 from .candidates import Job
+from .flops import flop_counter
 from .prefix import FrozenPrefix, layer_list
 from .setup import narrow, prepare
 from .text import tokens_of
@@ -175,7 +176,6 @@ class _Learner:
         """The memory that training takes, in bytes (weights, gradients, states of the optimizer, what the backward pass
         keeps), and the floating-point operations of a step. Nothing is changed."""
         import torch
-        from torch.utils.flop_counter import FlopCounterMode
 
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
@@ -186,7 +186,7 @@ class _Learner:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self._first_loss(windows)
             activations = sum(kept.values())
