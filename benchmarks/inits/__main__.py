@@ -60,7 +60,7 @@ def main(models, suites, budget, workers, device, scratch, out, prose, code, doc
                 device=device,
             )
             learned = model.near if suite.near else model.far
-            known = () if suite.near else texts[model.near]
+            known = texts[model.near] if model.watched and not suite.near else ()
             work, kept = scratch / f"{name}-{suite_name}", out / f"{name}-{suite_name}"
             _copy(kept, work)
             found = api.compare(

@@ -74,14 +74,14 @@ def provide(name: str, scratch: Path, text: Sequence[str], device: str = "cpu") 
     """The folder of a base model, which is trained or fetched when it is not there.
 
     Args:
-        name: ``tiny`` (ships in the package), ``smollm2``, or one of `TRAININGS`.
+        name: Of `suites.MODELS`: ``tiny`` ships in the package, SmolLM2 is fetched, those of `TRAININGS` are trained.
         scratch: Where it is kept.
         text: What one that is trained here learns; see `texts.text_files`.
         device: Where it is trained.
     """
     if name == "tiny":
         return str(demo_models.tiny_model())
-    if name == "smollm2":
+    if name.startswith("smollm2"):
         return str(demo_models.smollm2(scratch))
     training, held_out, fingerprint = split(text_files(tuple(text), scratch))
     folder = scratch / f"{name}-base-{fingerprint}"

@@ -30,6 +30,7 @@ class Model:
     Attributes:
         summary: What it is.
         far, near: Texts unlike and like its own: ``code``, ``prose`` or ``docs``.
+        watched: Whether it is measured how much of the near one is forgotten.
         insert: Where its new layers go.
         half: The layers that ``top_half`` adds.
         tokens: Training tokens of a run.
@@ -40,6 +41,7 @@ class Model:
     summary: str
     far: str
     near: str
+    watched: bool
     insert: object
     half: int
     tokens: int
@@ -47,12 +49,14 @@ class Model:
     held_out: int
 
 
-EVEN = {"count": 4, "where": "even"}
+TOP, EVEN = {"count": 4, "where": "top"}, {"count": 4, "where": "even"}
+_SMOLLM2, _LARGE = "SmolLM2-135M-Instruct", "trained here on technical documentation, 521 M parameters"
 MODELS = {
-    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", "top_half", 3, 49_152, 2, 16),
-    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", "top_half", 6, 32_768, 2, 16),
-    "smollm2": Model("SmolLM2-135M-Instruct", "code", "prose", EVEN, 15, 40_960, 4, 16),
-    "large": Model("trained here on the documentation, 521 M parameters", "code", "docs", EVEN, 14, 40_960, 4, 16),
+    "tiny": Model("the model of the package, 0.8 M parameters", "prose", "docs", True, "top_half", 3, 49_152, 2, 16),
+    "small": Model("trained here on the prose, 10.5 M parameters", "code", "prose", True, "top_half", 6, 32_768, 2, 16),
+    "smollm2": Model(_SMOLLM2, "code", "prose", False, TOP, 15, 20_480, 2, 8),
+    "smollm2-40k": Model(_SMOLLM2, "code", "prose", True, EVEN, 15, 40_960, 4, 16),
+    "large": Model(_LARGE, "code", "docs", True, EVEN, 14, 40_960, 4, 16),
 }
 
 

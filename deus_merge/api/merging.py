@@ -289,7 +289,7 @@ def fit(
     load_options: LoadOptions | None = None,
     **more: Any,
 ) -> Fit:
-    """Choose as many new layers as can be trained on a card, from the top of the model down to its middle.
+    """Choose as many new layers as can be trained on a card: evenly spread, or from the top down where none fits so.
 
     Args:
         model: A folder or ``org/name[@revision]``.
@@ -310,11 +310,17 @@ def fit(
     training, limit = instance(training, TrainingSettings, "training"), parse_size(memory)
     if preset in PRESETS and PRESETS[preset].parameters is None:
         raise PlanError(f"preset {preset} repeats layers", where="--fit", expected="a preset that puts in new layers")
-    recipe = upscale_recipe(model, preset=preset, insert="top_half" if insert is None else insert, **more)
-    planned = plan(recipe, load_options=load_options)
+
+    def planned(places: Plain) -> Plan:
+        return plan(upscale_recipe(model, preset=preset, insert=places, **more), load_options=load_options)
+
     if insert is not None:
-        return check(planned.shape, limit, training, insert)
-    return choose(planned.shape, limit, training, planned.donor.view.num_layers // 2)
+        return check(planned(insert).shape, limit, training, insert)
+    try:
+        model_plan, spread = planned("all"), True
+    except PlanError:  # layers of two kinds are neighbours somewhere
+        model_plan, spread = planned("top_half"), False
+    return choose(model_plan.shape, limit, training, model_plan.donor.view.num_layers // 2, spread=spread)
 
 
 def strip(

@@ -125,8 +125,8 @@ def upscale(
     Copies with zeroed outputs (llama_pro, copy_next) learn as fast as opt_deus in our measurements; deus-merge compare
     measures it on your model and text.
 
-    With --fit the new layers are put in from the top down, at most in the top half; with --insert too, it is only
-    checked that they fit. An error says what would have to change.
+    With --fit the new layers are spread evenly, half as many as MODEL has at most; where not one fits so, they are put
+    in from the top down. With --insert too, it is only checked that they fit. An error says what would have to change.
 
     \b
     Example:

@@ -1,18 +1,20 @@
 """How many new layers can be trained on a card, and what would have to change where none can.
 
-New layers at the top cost the least: nothing below the lowest one keeps activations. So they fill the gaps from the top
-down, at most those of the top half, where `opt_deus` puts them.
+They are spread evenly, where they learned most in our benchmark (docs/does-it-help.md, Places), and are half as many as
+the base has layers at most. Layers at the top cost the least, since nothing below the lowest new one keeps activations:
+where not even one layer in the middle fits, they fill the gaps from the top down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.errors import PlanError
 from ..core.located import Plain
 from ..core.units import format_size
+from ..recipe.presets import evenly
 from .training_memory import BASES, ModelShape, TrainingMemory, TrainingSettings, training_memory
 
 _SHORTEST = 128  # the shortest length that is proposed, in tokens
@@ -41,14 +43,15 @@ class Fit:
         return {"memory": self.memory, "insert": self.insert, "layers": self.layers, "most": self.most}
 
 
-def choose(model: ModelShape, memory: int, settings: TrainingSettings, gaps: int) -> Fit:
-    """The largest number of gaps, from the top down, whose new layers can be trained.
+def choose(model: ModelShape, memory: int, settings: TrainingSettings, most: int, *, spread: bool = True) -> Fit:
+    """The largest number of gaps whose new layers can be trained: evenly spread, or else from the top down.
 
     Args:
-        model: The model with new layers in the topmost ``gaps`` gaps, as many in each.
+        model: The model with new layers in all gaps that may have some, as many in each.
         memory: The memory of the card in bytes.
         settings: How they are trained.
-        gaps: The number of these gaps.
+        most: The largest number of gaps.
+        spread: Whether the gaps may be spread; else they are the topmost ones.
 
     Returns:
         The choice.
@@ -56,17 +59,30 @@ def choose(model: ModelShape, memory: int, settings: TrainingSettings, gaps: int
     Raises:
         PlanError: the new layers of the topmost gap do not fit, or cannot be trained.
     """
-    in_gap = len(model.new_layers) // gaps
-    fitting, beyond = 0, gaps + 1  # bisection: more layers never take less
+    gaps = model.filled_gaps
+    in_gap = len(model.new_layers) // len(gaps)
+    ways: dict[str, Callable[[int], Sequence[int]]] = {"top": lambda count: gaps[-count:]}
+    if spread:
+        ways = {"even": lambda count: evenly(gaps, count), **ways}
+    fitting = {where: _fitting(model, places, most, memory, settings) for where, places in ways.items()}
+    where = next((where for where, count in fitting.items() if count), "top")
+    count = max(1, fitting[where])
+    insert: Plain = {"count": count, "where": where}
+    return check(model.with_gaps(ways[where](count)), memory, settings, insert, most=most * in_gap)
+
+
+def _fitting(
+    model: ModelShape, places: Callable[[int], Sequence[int]], most: int, memory: int, settings: TrainingSettings
+) -> int:
+    """The largest number of gaps whose new layers can be trained, 0 to ``most``, by bisection: more never take less."""
+    fitting, beyond = 0, most + 1
     while beyond - fitting > 1:
         middle = (fitting + beyond) // 2
-        if _needed(model.with_top(middle * in_gap), settings).peak <= memory:
+        if _needed(model.with_gaps(places(middle)), settings).peak <= memory:
             fitting = middle
         else:
             beyond = middle
-    chosen = model.with_top(max(1, fitting) * in_gap)
-    insert: Plain = {"count": max(1, fitting), "where": "top"}
-    return check(chosen, memory, settings, insert, most=len(model.new_layers))
+    return fitting
 
 
 def check(model: ModelShape, memory: int, settings: TrainingSettings, insert: Plain, most: int | None = None) -> Fit:

@@ -43,7 +43,7 @@ training anatomy" in the documentation of transformers, which measures 1.3 GB of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -157,15 +157,26 @@ class ModelShape:
         """Their places among the layers."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.new)
 
-    def with_top(self, count: int) -> ModelShape:
-        """The model with no more than its topmost new layers.
+    @property
+    def filled_gaps(self) -> tuple[int, ...]:
+        """The base layers that new ones follow, counted from the lowest base layer."""
+        return tuple(dict.fromkeys(gap for gap, layer in self._with_gaps() if layer.new))
+
+    def with_gaps(self, gaps: Collection[int]) -> ModelShape:
+        """The model without the new layers of other gaps.
 
         Args:
-            count: How many new layers are kept.
+            gaps: Some of `filled_gaps`.
         """
-        new = self.new_layers
-        dropped = set(new[: len(new) - count])
-        return replace(self, layers=tuple(layer for i, layer in enumerate(self.layers) if i not in dropped))
+        kept = tuple(layer for gap, layer in self._with_gaps() if not layer.new or gap in gaps)
+        return replace(self, layers=kept)
+
+    def _with_gaps(self) -> Iterator[tuple[int, LayerShape]]:
+        """Every layer, with the number of the last base layer so far."""
+        gap = -1
+        for layer in self.layers:
+            gap += not layer.new
+            yield gap, layer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ LLaMA Pro, arXiv 2401.02415; SOLAR, arXiv 2312.15166; G_stack, arXiv 2405.15319.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,9 +228,14 @@ def _count(insert: Located, gaps: list[int]) -> list[int]:
         "top": gaps[total - m :],
         "bottom": gaps[:m],
         "middle": gaps[start : start + m],
-        "even": [int((j + 0.5) * total / m) for j in range(m)],
+        "even": evenly(gaps, m),
         "sandwich": gaps[: m // 2] + gaps[total - (m - m // 2) :],
     }[where]
+
+
+def evenly(gaps: Sequence[int], count: int) -> list[int]:
+    """Some gaps, as far apart as they can be, with half of the distance at either end."""
+    return [gaps[int((j + 0.5) * len(gaps) / count)] for j in range(count)]
 
 
 def _filled_slices(

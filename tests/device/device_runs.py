@@ -4,7 +4,7 @@ The device is ``sim:0`` (`simulated`) unless the environment variable DEUS_MERGE
 ``cuda:0``. The simulated device must give the CPU's bytes. CUDA adds in another order, so there every tensor must come
 within `tolerance` of the CPU's; transfers are only counted on the simulated device.
 
-Not run on CUDA so far: no machine with a GPU was available. The tolerances are estimates.
+Last run on CUDA with an NVIDIA H200 and torch 2.11: all tests passed but the one of calibration, which is newer.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ IS_SIMULATED = simulated.DEVICE == DEVICE
 
 #: relative error of a tensor, in the Frobenius norm, on a device that adds in another order than the CPU
 TOLERANCE = 1e-3
-#: where more must be allowed. lesa starts from eigenvectors, whose signs are the library's choice: it learns another
-#: network then, so that only the size of what it predicts can be compared
+#: where more must be allowed: lesa learns, which makes differences larger, from eigenvectors, of which those to nearly
+#: the same eigenvalue can be turned
 TOLERANCES = {"lesa": 1.0}
 
 
@@ -92,7 +92,7 @@ def run_recipe(recipe: Path, out: Path, device: str, seed: int = 0, minimum_memo
             plan,
             range(len(plan.blocks)),
             writer,
-            device=_torch_device(device),
+            device=torch_device(device),
             seed=seed,
             max_memory=plan.minimum_memory if minimum_memory else None,
             on_block=lambda block, record: result.diagnostics.extend(
@@ -121,7 +121,7 @@ def read_ahead(recipe: Path, out: Path, device: str, patience: float = 20.0) -> 
         seen.append((len(transfers.uploads), wanted))
 
     with simulated.recording() as transfers, _writer(plan, out, result) as writer:
-        run_blocks(plan, range(len(plan.blocks)), writer, device=_torch_device(device), on_block=finished)
+        run_blocks(plan, range(len(plan.blocks)), writer, device=torch_device(device), on_block=finished)
     return seen
 
 
@@ -137,7 +137,7 @@ def solve_points(solver: str, rows: int, columns: int, device: str) -> tuple[lis
         The row that goes to each column most of all, the transport cost, and what crossed between host and device.
     """
     random = torch.Generator().manual_seed(0)
-    place = _torch_device(device)
+    place = torch_device(device)
     x, y = (torch.randn(rows, columns, generator=random).to(place) for _ in range(2))  # (n, d) each
     with simulated.recording() as transfers:
         cost = PointCost(x, y)
@@ -178,7 +178,8 @@ def _writer(plan: Plan, out: Path, result: Result) -> Iterator[ShardWriter]:
     writer.close()
 
 
-def _torch_device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """The device of a name, the simulated one among them."""
     return simulated.register() if name == simulated.DEVICE else torch.device(name)
 
 

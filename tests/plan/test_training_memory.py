@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support import make_model
+from tiny_models import shared
 
 from deus_merge import api, training
 from deus_merge.core.errors import PlanError, TrainingError
@@ -18,6 +19,7 @@ from deus_merge.models.spec import Heads
 from deus_merge.plan.activations import LayerShape, Weight
 from deus_merge.plan.fit import check, choose
 from deus_merge.plan.training_memory import OVERHEAD, ModelShape, TrainingSettings, training_memory
+from deus_merge.recipe.presets import evenly
 
 GB = 10**9
 SIZES = {
@@ -140,22 +142,40 @@ def test_what_autograd_keeps(tmp_path, name):
 MANY = replace(SHAPE, layers=tuple(layer(new, scale=200) for _ in range(6) for new in (False, True)), hidden=1600)
 
 
-def test_a_larger_card_gets_no_fewer_layers():
+@pytest.mark.parametrize("where", ["even", "top"])
+def test_a_larger_card_gets_no_fewer_layers(where):
     """The choice fits, one more layer would not, and the choice grows with the card up to all that may be put in."""
-    settings, counts = TrainingSettings(2, 512), []
-    sizes = [training_memory(MANY.with_top(count), settings).peak for count in range(1, 7)]  # type: ignore
+    settings, counts, spread = TrainingSettings(2, 512), [], where == "even"
+    places = [evenly(range(6), n) if spread else range(6 - n, 6) for n in range(1, 7)]
+    sizes = [training_memory(MANY.with_gaps(gaps), settings).peak for gaps in places]  # type: ignore
     for memory in range(sizes[0], sizes[-1] + GB, GB // 16):
-        found = choose(MANY, memory, settings, 6)
-        assert found.needed.peak <= memory and found.insert == {"count": found.layers, "where": "top"}
+        found = choose(MANY, memory, settings, 6, spread=spread)
+        assert found.needed.peak <= memory and found.insert == {"count": found.layers, "where": where}
         assert found.needed.peak == sizes[found.layers - 1]
         assert found.layers == 6 or sizes[found.layers] > memory
         counts.append(found.layers)
     assert counts == sorted(counts) and {1, 2, 5, 6} <= set(counts)
-    assert choose(MANY, sizes[3], settings, 3).layers == 4  # two in each gap
+    assert choose(MANY, sizes[5], settings, 2, spread=spread).layers == 2  # no more than were asked for
+
+
+def test_several_layers_in_a_gap():
+    """They are kept or left out together."""
+    twice = replace(MANY, layers=tuple(x for y in MANY.layers for x in ((y, y) if y.new else (y,))))
+    assert twice.filled_gaps == tuple(range(6)) and len(twice.with_gaps([1, 4]).new_layers) == 4
+    found = choose(twice, 1 << 60, TrainingSettings(2, 512), 3)
+    assert found.layers == found.most == 6 and found.insert == {"count": 3, "where": "even"}
+
+
+def test_the_top_where_the_middle_does_not_fit():
+    settings = TrainingSettings(8, 1024)
+    top, middle = (training_memory(MANY.with_gaps([gap]), settings).peak for gap in (5, 3))  # type: ignore
+    assert top < middle
+    assert choose(MANY, middle - 1, settings, 6).insert == {"count": 1, "where": "top"}
+    assert choose(MANY, middle, settings, 6).insert == {"count": 1, "where": "even"}
 
 
 FITTING = {
-    "one": (MANY.with_top(1), lambda memory, how: choose(MANY, memory, how, 6)),
+    "one": (MANY.with_gaps([5]), lambda memory, how: choose(MANY, memory, how, 6)),
     "all": (MANY, lambda memory, how: check(MANY, memory, how, "all")),
 }
 
@@ -194,8 +214,8 @@ def test_upscale_fits(run, tmp_path):
     how = ("--batch", 4, "--length", 256, "--optimizer", "muon", "--checkpointing")
     arguments = ("upscale", base, tmp_path / "out", *how, "--json")
     most = run(*arguments, "--fit", "24GB", "--dry-run").json()
-    assert most["fit"] == {"memory": 24 * GB, "insert": {"count": 4, "where": "top"}, "layers": 4, "most": 4}
-    assert most["new_layers"] == [4, 6, 8, 10] and not (tmp_path / "out").exists()
+    assert most["fit"] == {"memory": 24 * GB, "insert": {"count": 4, "where": "even"}, "layers": 4, "most": 4}
+    assert most["new_layers"] == [1, 4, 7, 10] and not (tmp_path / "out").exists()
     less = run(*arguments, "--fit", most["training_memory"]["peak"] - 1, "--dry-run").json()
     assert less["fit"]["layers"] == len(less["new_layers"]) == 3
     assert less["training_memory"]["peak"] < most["training_memory"]["peak"]
@@ -214,6 +234,13 @@ def test_upscale_fits(run, tmp_path):
     assert said["fit"]["layers"] == 3 and said["new_layers"] == [2, 5, 8]
     text = run(*arguments[:-1], "--fit", "24GB", "--dry-run").out
     assert "4 new layers of at most 4 fit into 24.00 GB" in text and "training the new layers: about 1.0" in text
+
+
+def test_the_top_half_where_not_every_gap_can_have_a_layer():
+    """The lowest layer of RWKV has a norm more than the others."""
+    found = api.fit(shared("rwkv"), "24GB", preset="llama_pro")
+    assert found.insert["where"] == "top" and found.layers == found.most
+    api.plan(api.upscale_recipe(shared("rwkv"), preset="llama_pro", insert=found.insert))
 
 
 def test_what_cannot_be_fitted(run, tmp_path, tiny):
