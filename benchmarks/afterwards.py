@@ -59,7 +59,7 @@ def _strip(options) -> list[Run]:
     runs = []
     try:
         shutil.rmtree(deeper, ignore_errors=True)
-        run(deus_merge("upscale", options.model, deeper, "--quiet"))
+        run(deus_merge("upscale", options.model, deeper, "--insert", "top_half", "--quiet"))
         for _ in range(options.runs):
             shutil.rmtree(base, ignore_errors=True)
             settle(deeper)

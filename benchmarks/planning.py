@@ -131,7 +131,7 @@ def main() -> None:
             count = make(Path(folder), config, layer)
             for preset in ("opt_deus", "llama_pro", "solar"):
                 recipe = Path(folder, f"{preset}.yml")
-                recipe.write_text(f"base_model: {folder}\nupscale: {{preset: {preset}}}\n")
+                recipe.write_text(f"base_model: {folder}\nupscale: {{preset: {preset}, insert: top_half}}\n")
                 times = []
                 for _ in range(options.runs):
                     started = time.perf_counter()

@@ -121,7 +121,7 @@ def giants(options, details: dict) -> list[Figure]:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), config, layer)
             began = time.process_time()
-            plan = api.plan({"base_model": folder, "upscale": {"preset": preset}})
+            plan = api.plan({"base_model": folder, "upscale": {"preset": preset, "insert": "top_half"}})
             found = api.pieces(plan)
             cpu = time.process_time() - began
             figures.append(at_most(f"{name}: planning and pieces, CPU", cpu, "s", 15))

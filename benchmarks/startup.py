@@ -12,7 +12,7 @@ def main() -> None:
     options = parser(__doc__, runs=9).parse_args()
     base = random_checkpoint(options.scratch, SMALL)
     recipe = options.scratch.resolve() / "startup.yml"
-    recipe.write_text(f"base_model: {str(base)!r}\nupscale: {{preset: opt_deus}}\n")
+    recipe.write_text(f"base_model: {str(base)!r}\nupscale: {{preset: opt_deus, insert: top_half}}\n")
     arms = {
         "help": deus_merge("--help"),
         "plan": deus_merge("plan", recipe),

@@ -4,7 +4,7 @@
 
     import deus_merge as dm
 
-    dm.upscale("HuggingFaceTB/SmolLM2-135M-Instruct", "deeper", insert="top_half")
+    dm.upscale("HuggingFaceTB/SmolLM2-135M-Instruct", "deeper", insert="even")
     dm.verify("deeper")
 
 The functions are those of `deus_merge.api`, which is imported when one of them is first used. Four of them have the

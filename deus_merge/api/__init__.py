@@ -4,7 +4,7 @@
 
     import deus_merge as dm
 
-    recipe = dm.upscale_recipe("HuggingFaceTB/SmolLM2-135M-Instruct", preset="opt_deus", insert="top_half")
+    recipe = dm.upscale_recipe("HuggingFaceTB/SmolLM2-135M-Instruct", preset="opt_deus", insert="even")
     print(dm.plan(recipe).describe()["new_layers"])
     dm.merge(recipe, "deeper")
     dm.verify("deeper", check=True)

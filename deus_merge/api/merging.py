@@ -252,7 +252,7 @@ def upscale_recipe(
     Args:
         model: A folder or ``org/name[@revision]``.
         preset: A name in `presets.PRESETS`.
-        insert: The places of new layers, as in a recipe: ``"top_half"``, ``{"every": 4}`` ...; None for the preset's.
+        insert: The places of new layers, as in a recipe: ``"even"``, ``{"every": 4}`` ...; None for the preset's.
         dtype: The output's dtype; None for the model's.
         parameters: Parameters of the preset's method, which take precedence over the preset's own.
         quantize_new: Write new layers in the format of a quantised base, not in floating point.

@@ -56,7 +56,7 @@ _TEXTS = {"multiple": True, "type": click.Path(path_type=Path, exists=True)}
     "inserts",
     multiple=True,
     shell_complete=complete_inserts,
-    default=["top_half"],
+    default=["even"],
     show_default=True,
     help="Places of new layers, as for upscale.",
 )

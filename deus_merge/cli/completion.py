@@ -166,4 +166,4 @@ def complete_dtypes(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 
 complete_devices = words("auto", "cpu", "cuda")
-complete_inserts = words("top_half", "bottom_half", "all")
+complete_inserts = words("even", "top_half", "bottom_half", "all")

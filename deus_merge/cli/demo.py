@@ -23,7 +23,7 @@ _PROMPTS = {False: ("The capital of France is", 16), True: ("Return True if", 5)
 @click.argument("out", type=click.Path(path_type=Path), default="demo")
 @click.option("--tiny", is_flag=True, help="Use the tiny trained model in the package: no download.")
 @click.option("--preset", default="opt_deus", show_default=True, shell_complete=complete_presets)
-@click.option("--insert", default="top_half", show_default=True, shell_complete=complete_inserts)
+@click.option("--insert", default="even", show_default=True, shell_complete=complete_inserts)
 def demo(out: Path, tiny: bool, preset: str, insert: str):
     """Up-scale a small real model into the folder OUT, verify the result, let both models continue a sentence,
     and write the report.

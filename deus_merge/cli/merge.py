@@ -93,7 +93,7 @@ def finish(recipe: Path, out: Path, models: tuple[str, ...], settings: tuple[str
 @click.argument("out", type=OutputPlace(exists=False))
 @click.option("--preset", default="opt_deus", show_default=True, help="The kind of new layers: deus-merge methods.",
               shell_complete=complete_presets)  # fmt: skip
-@click.option("--insert", help="Their places: top_half, all, bottom_half, '{every: 4}', '{count: 8, where: even}' ...",
+@click.option("--insert", help="Their places: even, top_half, all, '{every: 4}', '{count: 8, where: even}' ...",
               shell_complete=complete_inserts)  # fmt: skip
 @click.option("--param", "-p", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the method.")
 @click.option("--dtype", help="The output's dtype: bfloat16, float16, float32; by default the model's.",
@@ -130,7 +130,7 @@ def upscale(
 
     \b
     Example:
-      deus-merge upscale ./SmolLM2-135M ./SmolLM2-45-layers --preset opt_deus --insert top_half
+      deus-merge upscale ./SmolLM2-135M ./SmolLM2-45-layers --preset opt_deus --insert even
     """
     parameters = {}
     for item in params:

@@ -51,7 +51,7 @@ PRESETS: Mapping[str, Preset] = {
         "two neighbours fused after one was aligned by symmetries that keep its function: our best settings",
         _PAPER,
         True,
-        "top_half",
+        "even",
     ),
     "opt_deus_paper": Preset(
         "as the paper's text: barycentric plans, reg 0.06, cost as it is, stable solver",
@@ -76,7 +76,7 @@ PRESETS: Mapping[str, Preset] = {
         after_last=True,
     ),
     "copy_next": Preset(
-        "copy of the layer above, output projections zero", "baseline", True, "top_half", {**_PLAIN, "t": 1.0}
+        "copy of the layer above, output projections zero", "baseline", True, "even", {**_PLAIN, "t": 1.0}
     ),
     "average": Preset(
         "mean of two neighbours, outputs not zero",
@@ -86,7 +86,7 @@ PRESETS: Mapping[str, Preset] = {
         {**_PLAIN, "t": 0.5, "zero_init": False},
     ),
     "average_zero": Preset(
-        "mean of two neighbours, output projections zero", "baseline", True, "top_half", {**_PLAIN, "t": 0.5}
+        "mean of two neighbours, output projections zero", "baseline", True, "even", {**_PLAIN, "t": 0.5}
     ),
     "lesa": Preset(
         "predicted from two neighbours by a network that learned from all layers of the model, outputs not zero",
@@ -111,8 +111,8 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 
-_FORMS = "top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
-_NAMED = ("top_half", "bottom_half", "all")
+_FORMS = "even | top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
+_NAMED = ("even", "top_half", "bottom_half", "all")
 MAX_LAYERS = 5000  # of an output
 _WHERE = ("top", "middle", "bottom", "even", "sandwich")
 
@@ -182,7 +182,9 @@ def _places(insert: Located, n: int, after_last: bool) -> list[int]:
     gaps = list(range(n - 1))
     form: Any = insert.value  # `_check_form` has seen it
     if isinstance(form, str):
-        places = {"all": gaps, "top_half": gaps[n - 1 - n // 2 :], "bottom_half": gaps[: n // 2]}[form]
+        half = n // 2
+        top, bottom = gaps[n - 1 - half :], gaps[:half]
+        places = {"even": evenly(gaps, half), "top_half": top, "bottom_half": bottom, "all": gaps}[form]
     elif "every" in form:
         step = insert.mapping(("every",))["every"].integer(1)
         places = [i for i in range(step - 1, n, step) if after_last or i < n - 1]

@@ -184,7 +184,7 @@ def _of_source(name: str) -> Schema:
 def _upscale() -> Schema:
     """The ``upscale:`` section."""
     places = [
-        {"enum": ["all", "top_half", "bottom_half"]},
+        {"enum": ["even", "top_half", "bottom_half", "all"]},
         mapping({"every": whole_number(1)}, ["every"]),
         mapping({"after": {"type": "array", "items": whole_number(), "minItems": 1}}, ["after"]),
         mapping({"count": whole_number(1), "where": _WHERE}, ["count"]),

@@ -137,14 +137,14 @@ def test_a_recipe_is_whatever_describes_it(tiny, tmp_path):
 
 def test_upscale_fits_a_memory(tiny, tmp_path):
     result = dm.upscale(tiny, tmp_path / "deeper", memory="24GB", preset="copy_next")
-    assert result.plan.new_layers == dm.plan(dm.upscale_recipe(tiny, preset="copy_next", insert="top_half")).new_layers
+    assert result.plan.new_layers == dm.plan(dm.upscale_recipe(tiny, preset="copy_next", insert="even")).new_layers
     with pytest.raises(dm.DeusMergeError, match="fit"):
         dm.upscale(tiny, tmp_path / "other", memory="1MB")
     assert not (tmp_path / "other").exists()
 
 
 def test_results_are_short_in_a_terminal_and_tables_in_a_notebook(tiny, tmp_path):
-    recipe = dm.upscale_recipe(tiny, preset="copy_next")
+    recipe = dm.upscale_recipe(tiny, preset="copy_next", insert="top_half")
     plan = dm.plan(recipe)
     assert repr(recipe) == f"Recipe(upscale copy_next of {tiny})"
     assert repr(plan) == ("Plan(6 -> 9 layers, 3 new; 1.08 M parameters, 295.49 k new; writes 2.18 MB in 1 file)")

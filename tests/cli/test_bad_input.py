@@ -169,7 +169,7 @@ RECIPES = {
     "reg": (parameter("reg: -1"), "upscale.parameters.reg (line 4): not a value of reg", "a number above 0, or auto"),
     "reg nothing": (parameter("reg:"), "upscale.parameters.reg (line 4)", "got:      nothing"),
     "solver": (parameter("solver: sinkhron"), "not a value of solver", "| sinkhorn", "did you mean 'sinkhorn'?"),
-    "zero_init": (parameter("zero_init: [q]"), "upscale.parameters.zero_init (line 4), layer 2 of the output",
+    "zero_init": (parameter("zero_init: [q]"), "upscale.parameters.zero_init (line 4), layer 1 of the output",
                   "'q' does not write to the residual stream; these do: o, down"),
     "no layers per gap": (parameter("layers_per_gap: 0"), "layers_per_gap (line 4)", "a whole number from 1 to 64"),
     "layers per gap list": (parameter("layers_per_gap: [1, 2]"), "layers_per_gap takes no gradient", "whole number"),
@@ -269,7 +269,7 @@ RECIPES = {
     "layers of another kind": (
         f"{PASS}slices:\n  - sources: [{{model: base}}]\n  - sources: [{{model: qwen3, layer_range: [1, 2]}}]\n",
         "slices[1].sources[0] (line 4): models do not match", "the layers of base", "layer 1 of qwen3 has also q_norm"),
-    "undescribed family": (upscale("{}", "mystery"), "upscale (line 2), layer 2 of the output: ot_fuse does not know",
+    "undescribed family": (upscale("{}", "mystery"), "upscale (line 2), layer 1 of the output: ot_fuse does not know",
                            "a described family (deus-merge methods lists them)", "model_type mystery"),
     "layers differ": (upscale("{insert: all}", "extra"), "ot_fuse does not know what 'mlp.strange.weight' does"),
     "integers": (upscale("{}", "integers"), "integers/model.safetensors", "int8, which cannot be merged", "quantised"),

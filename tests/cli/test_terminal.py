@@ -165,7 +165,7 @@ def test_lines_have_the_blocks_own_time_and_its_fraction(run, tiny, tmp_path, mo
     assert len({match[2] for match in ended}) == 11
     assert sum(float(match[4]) for match in ended) <= workers * float(ended[-1][5]) + 11 * 0.05
     if workers == 1:
-        fractions = [int(match[1]) for x in lines if (match := re.search(r"layer 3: (\d+)% in", x))]
+        fractions = [int(match[1]) for x in lines if (match := re.search(r"layer 4: (\d+)% in", x))]
         assert len(fractions) > 3 and fractions == sorted(fractions) and fractions[0] > 0 and fractions[-1] < 100
     assert lines[lines.index("next:") - 2].endswith("7 checks passed")
 

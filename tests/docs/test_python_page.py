@@ -29,7 +29,7 @@ def test_examples_of_the_page_run_in_order(tiny, tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(block, scope)
     out = capsys.readouterr().out
-    assert "MergeResult(deeper: 6 -> 9 layers, 3 new; 7 checks passed" in out and "(3, 5, 7)" in out
+    assert "MergeResult(deeper: 6 -> 9 layers, 3 new; 7 checks passed" in out and "(1, 4, 7)" in out
     assert "Plan(6 -> 7 layers, 1 new; " in out and "[3/9] layer 1: copy" in out
     assert "0 pieces are left" in out and Path("shared/deus_merge.json").is_file()
     assert "Recipe(upscale opt_deus of base)" in out and "did you mean 'opt_deus'?" in out

@@ -68,7 +68,7 @@ def outputs(root: Path) -> dict[str, Path]:
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "tiny")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.add_(0.01 * name.startswith("model.layers.3."))
+            parameter.add_(0.01 * name.startswith("model.layers.4."))
     model.save_pretrained(root / "trained")
     carry_manifest(root / "tiny", root / "trained")
     return {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "deus_merge.json").is_file()}

@@ -263,7 +263,7 @@ def test_the_model_card_is_the_users(run, tiny, tmp_path):
 
 def test_outputs_of_old_formats_are_verified_stripped_and_reported(run, tiny, tmp_path):
     """As the version before wrote them, model card and all."""
-    run("upscale", tiny, tmp_path / "new")
+    run("upscale", tiny, tmp_path / "new", "--insert", "top_half")
     for version in (1, 2):
         out = Path(shutil.copytree(tmp_path / "new", tmp_path / f"format{version}"))
         data = data_of(out) | {"format": version}

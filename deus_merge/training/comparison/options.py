@@ -79,7 +79,7 @@ class CompareOptions:
     """
 
     inits: tuple[str, ...] = ("llama_pro", "copy_next", "opt_deus")
-    inserts: tuple[Plain, ...] = ("top_half",)
+    inserts: tuple[Plain, ...] = ("even",)
     optimizers: tuple[str, ...] = ("adamw",)
     without_growing: tuple[str, ...] = ()
     tokens: int = 65_536
