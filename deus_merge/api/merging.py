@@ -208,6 +208,7 @@ def preflight(
     options: RunOptions | None = None,
     *,
     finishing: bool = False,
+    sharing: bool = False,
     mixed_machines: bool = False,
 ) -> tuple[str, ...]:
     """Check everything that can be known to go wrong with a run, a calibration included; writes nothing.
@@ -217,6 +218,7 @@ def preflight(
         out: The output folder, or its address in a bucket.
         options: As for `merge`.
         finishing: Check what `finish` would do: whether all pieces are there, and fit together.
+        sharing: Check what `make_share` would do: pieces of other workers, or the finished output, are no obstacle.
         mixed_machines: As for `finish`.
 
     Returns:
@@ -231,6 +233,7 @@ def preflight(
     target, made = path_of(out, "out"), None
     if finishing:
         made, _ = finished_pieces(plan, target, options, mixed_machines=mixed_machines)
+    if finishing or (sharing and not options.overwrite):
         options = replace(options, resume=True)
     if address_of(target):
         return check_bucket_run(plan, target, options)

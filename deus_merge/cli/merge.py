@@ -225,7 +225,8 @@ def _run(
     if planned.calibration:
         quiet_transformers()
     if dry_run:
-        warnings = api.preflight(planned, out, run, finishing=finishing, mixed_machines=mixed_machines)
+        how = {"finishing": finishing, "sharing": shard_of is not None, "mixed_machines": mixed_machines}
+        warnings = api.preflight(planned, out, run, **how)
         if as_json:
             emit_json(planned.describe(training) | ({"fit": fitted.describe()} if fitted else {}))
         else:

@@ -9,7 +9,7 @@ from string import Template
 
 import pytest
 
-INSERT = "top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
+INSERT = "even | top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
 
 # fmt: off
 # A model folder, and the fragments; all begin with `base_model (line 1): <folder>`.

@@ -9,7 +9,7 @@ import pytest
 
 PASS = "merge_method: passthrough\n"
 SLICE = "slices:\n  - sources:\n      - {model: base, layer_range: [0, 2]}\n"
-INSERT = "top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
+INSERT = "even | top_half | bottom_half | all | {every: k} | {after: [i, ...]} | {count: m, where: ...}"
 
 
 def source(keys: str, method: str = PASS) -> str:

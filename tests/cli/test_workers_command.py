@@ -44,6 +44,7 @@ def test_shares_and_what_they_say(run, place):
     assert done.json()["verification"]["passed"] and done.json()["num_layers"] == 9
     assert sorted(os.listdir(place)) == ["base", "out"]
     assert "out is complete" in run("merge", *COMMON, "--shard-of", "1/2").err
+    assert "checked, nothing written" in run("merge", *COMMON, "--shard-of", "1/2", "--dry-run").err
     assert run("verify", "out", "--json").json()["passed"]
     alone = run("merge", "copy_next", "alone", *COMMON[2:], "--json")
     told = [(event["event"], event["index"]) for event in events(alone.err)]

@@ -230,7 +230,7 @@ def placed(preset: str, insert: object, n: int) -> list:
 
 def forms(n: int, last: int):
     """Insert forms and the number of new layers that each must give; ``last`` is the last layer that one may follow."""
-    yield from [("all", n - 1), ("top_half", n // 2), ("bottom_half", n // 2)]
+    yield from [("all", n - 1), ("top_half", n // 2), ("bottom_half", n // 2), ("even", n // 2)]
     yield from [({"every": k}, (last + 1) // k) for k in range(1, n + 1)]
     yield from [({"after": list(range(i, last + 1, 3))}, len(range(i, last + 1, 3))) for i in range(last + 1)]
     for where in ("top", "middle", "bottom", "even", "sandwich"):
@@ -265,6 +265,16 @@ def test_the_papers_placement(preset, n, total):
     assert layers[:half] == list(range(half))
     assert [at for at, x in enumerate(layers) if isinstance(x, tuple)] == list(range(half, total - 1, 2))
     assert layers[half::2] == [(i, i + 1) for i in range(half - 1, n - 1)]
+
+
+@pytest.mark.parametrize("n", range(2, 41))
+def test_even_places(n):
+    """Half as many as layers, as far apart as they can be; the default."""
+    layers = placed("opt_deus", "even", n)
+    assert layers == placed("opt_deus", None, n) == placed("opt_deus", {"count": n // 2, "where": "even"}, n)
+    places = [x[0] for x in layers if isinstance(x, tuple)]
+    assert {b - a for a, b in itertools.pairwise(places)} <= {1, 2}
+    assert places[0] in (0, 1) and places[-1] in (n - 3, n - 2)
 
 
 @pytest.mark.parametrize("where", ["top", "middle", "bottom", "even", "sandwich"])
