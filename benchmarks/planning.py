@@ -129,9 +129,9 @@ def main() -> None:
     for name, (config, layer) in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             count = make(Path(folder), config, layer)
-            for preset in ("opt_deus", "llama_pro", "solar"):
+            for preset, places in (("opt_deus", ", insert: top_half"), ("llama_pro", ""), ("solar", "")):
                 recipe = Path(folder, f"{preset}.yml")
-                recipe.write_text(f"base_model: {folder}\nupscale: {{preset: {preset}, insert: top_half}}\n")
+                recipe.write_text(f"base_model: {folder}\nupscale: {{preset: {preset}{places}}}\n")
                 times = []
                 for _ in range(options.runs):
                     started = time.perf_counter()

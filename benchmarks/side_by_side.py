@@ -16,6 +16,7 @@ from common import SMALL, Figure, Shape, parser, report
 
 DEEPER = Shape(layers=34, hidden=576, intermediate=1536, heads=9, kv_heads=3, vocabulary=49_152)
 WARM_UP, BATCH, LENGTH = 3, 2, 256
+PATIENCE = 300  # seconds, in which others start, too
 
 
 def main() -> None:
@@ -38,10 +39,10 @@ def steps_a_second(count: int, options: Namespace) -> float:
     barrier = context.Barrier(count)
     queue = context.Queue()
     settings = (SMALL if options.small else DEEPER, options.device, options.seconds, barrier, queue)
-    processes = [context.Process(target=train, args=settings) for _ in range(count)]
+    processes = [context.Process(target=train, args=settings, daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
-    rates = [queue.get() for _ in processes]
+    rates = [queue.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
         process.join()
     return sum(rates)
@@ -73,7 +74,7 @@ def train(shape: Shape, device: str, seconds: float, barrier, queue) -> None:
 
     for _ in range(WARM_UP):
         step()
-    barrier.wait()
+    barrier.wait(PATIENCE)
     began, steps = time.monotonic(), 0
     while time.monotonic() - began < seconds:
         step()

@@ -15,8 +15,8 @@ from ..core.units import parse_size
 from ..core.urls import address_of
 from ..plan.blocks import BlockPlan
 from ..plan.build import DEFAULT_SHARD_SIZE, build_plan
-from ..plan.fit import Fit, check, choose
-from ..plan.training_memory import TrainingSettings
+from ..plan.fit import Fit, check, choose, within
+from ..plan.training_memory import ModelShape, TrainingSettings
 from ..plan.types import Plan
 from ..recipe.presets import PRESETS, check_upscale
 from ..recipe.reader import recipe_from
@@ -319,11 +319,21 @@ def fit(
 
     if insert is not None:
         return check(planned(insert).shape, limit, training, insert)
+
+    def one_by_one(places: Mapping[str, Plain]) -> ModelShape | None:
+        try:
+            return planned(dict(places)).shape
+        except PlanError:
+            return None
+
     try:
-        model_plan, spread = planned("all"), True
-    except PlanError:  # layers of two kinds are neighbours somewhere
-        model_plan, spread = planned("top_half"), False
-    return choose(model_plan.shape, limit, training, model_plan.donor.view.num_layers // 2, spread=spread)
+        whole = planned("all")
+    except PlanError:  # some gap can have no new layer
+        copied = {"merge_method": "passthrough", "models": [{"model": model_of(model)}]}
+        half = plan(copied, load_options=load_options).num_layers // 2
+        spread = one_by_one({"count": half, "where": "even"}) is not None
+        return choose(one_by_one, limit, training, half, ("even", "top") if spread else ("top", "even"))
+    return choose(within(whole.shape), limit, training, whole.donor.view.num_layers // 2)
 
 
 def strip(

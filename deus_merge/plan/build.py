@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 from ..checkpoint.layout import plan_shards
 from ..checkpoint.reader import TensorSource
 from ..checkpoint.storage import LoadOptions
-from ..core.errors import nearest
+from ..core.errors import PlanError, nearest
 from ..core.garbage import collector_paused
+from ..core.located import locate
 from ..core.text import plural
 from ..core.units import parse_size
 from ..methods.registry import methods
@@ -23,7 +24,7 @@ from ..models.tokenizer.blocks import plan_vocabulary
 from ..models.tokenizer.files import is_tokenizer_file
 from ..models.view import ModelView
 from ..recipe.parameters import filters, resolve_setting
-from ..recipe.presets import MAX_LAYERS, expand
+from ..recipe.presets import MAX_LAYERS, PRESETS, expand
 from ..recipe.types import OutputSlice, Recipe, SliceSource
 from .block_builder import BlockBuilder
 from .blocks import BlockPlan, file_groups, learned_by_role, mark_repeats
@@ -71,9 +72,9 @@ def _planned(recipe: Recipe, size: int, load_options: LoadOptions, copy_tokenize
         if document.calibrate:
             place = document.calibrate.place
             place.fail("only the last document is written", expected="calibrate in the last document, without a name")
-        results.append(PlannedResult(_Planner(document, known, load_options).plan(size)))
+        results.append(PlannedResult(_planned_document(document, known, load_options, size)))
         known[results[-1].name] = results[-1]
-    plan = _Planner(recipe, known, load_options).plan(size, copy_tokenizer)
+    plan = _planned_document(recipe, known, load_options, size, copy_tokenizer)
     warnings = [f"{r.where}: {warning}" for r in results for warning in r.plan.warnings]
     return replace(
         plan,
@@ -82,6 +83,26 @@ def _planned(recipe: Recipe, size: int, load_options: LoadOptions, copy_tokenize
         warnings=(*warnings, *plan.warnings),
         documents=document_plans(plan, results),
     )
+
+
+def _planned_document(
+    recipe: Recipe, known: dict[str, TensorSource], load_options: LoadOptions, size: int, copy_tokenizer: bool = True
+) -> Plan:
+    """The plan of one document. New layers whose places the recipe does not name are in the top half of a model that
+    refuses them elsewhere."""
+    try:
+        return _Planner(recipe, known, load_options).plan(size, copy_tokenizer)
+    except PlanError as refused:
+        upscale = recipe.upscale
+        if upscale is None or upscale.insert is not None or PRESETS[upscale.preset].insert != "even":
+            raise
+        top = replace(recipe, upscale=replace(upscale, insert=locate("top_half", "upscale.insert")))
+        try:
+            plan = _Planner(top, known, load_options).plan(size, copy_tokenizer)
+        except PlanError:
+            raise refused from None
+        warning = f"new layers are in the top half, since the model refuses them elsewhere: {refused.message}"
+        return replace(plan, warnings=(*plan.warnings, warning))
 
 
 class _Planner:

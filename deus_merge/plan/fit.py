@@ -2,12 +2,12 @@
 
 They are spread evenly, where they learned most in our benchmark (docs/does-it-help.md, Places), and are half as many as
 the base has layers at most. Layers at the top cost the least, since nothing below the lowest new one keeps activations:
-where not even one layer in the middle fits, they fill the gaps from the top down.
+where not even one layer in the middle fits, or can stand, they fill the gaps from the top down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,15 +43,21 @@ class Fit:
         return {"memory": self.memory, "insert": self.insert, "layers": self.layers, "most": self.most}
 
 
-def choose(model: ModelShape, memory: int, settings: TrainingSettings, most: int, *, spread: bool = True) -> Fit:
+#: the model with new layers in these places, as in a recipe; None where it can have none there
+ShapeOf = Callable[[Mapping[str, Any]], "ModelShape | None"]
+
+
+def choose(
+    shape_of: ShapeOf, memory: int, settings: TrainingSettings, most: int, ways: Sequence[str] = ("even", "top")
+) -> Fit:
     """The largest number of gaps whose new layers can be trained: evenly spread, or else from the top down.
 
     Args:
-        model: The model with new layers in all gaps that may have some, as many in each.
+        shape_of: The model with new layers in some gaps.
         memory: The memory of the card in bytes.
         settings: How they are trained.
         most: The largest number of gaps.
-        spread: Whether the gaps may be spread; else they are the topmost ones.
+        ways: How gaps are chosen, the preferred way first.
 
     Returns:
         The choice.
@@ -59,30 +65,29 @@ def choose(model: ModelShape, memory: int, settings: TrainingSettings, most: int
     Raises:
         PlanError: the new layers of the topmost gap do not fit, or cannot be trained.
     """
-    gaps = model.filled_gaps
-    in_gap = len(model.new_layers) // len(gaps)
-    ways: dict[str, Callable[[int], Sequence[int]]] = {"top": lambda count: gaps[-count:]}
-    if spread:
-        ways = {"even": lambda count: evenly(gaps, count), **ways}
-    fitting = {where: _fitting(model, places, most, memory, settings) for where, places in ways.items()}
-    where = next((where for where, count in fitting.items() if count), "top")
-    count = max(1, fitting[where])
-    insert: Plain = {"count": count, "where": where}
-    return check(model.with_gaps(ways[where](count)), memory, settings, insert, most=most * in_gap)
+    layers, smallest = 0, None
+    for where in ways:
+        for count in range(most, 0, -1):  # fewer layers elsewhere may take more, where layers differ
+            insert: dict[str, Any] = {"count": count, "where": where}
+            if (model := shape_of(insert)) is None:
+                continue
+            smallest, layers = (model, insert), max(layers, len(model.new_layers))
+            if _needed(model, settings).peak <= memory:
+                return check(model, memory, settings, insert, most=layers)
+    if smallest is None:
+        raise PlanError("there is no place for a new layer", where="--fit", hint="upscale without --fit says why")
+    return check(smallest[0], memory, settings, smallest[1], most=layers)
 
 
-def _fitting(
-    model: ModelShape, places: Callable[[int], Sequence[int]], most: int, memory: int, settings: TrainingSettings
-) -> int:
-    """The largest number of gaps whose new layers can be trained, 0 to ``most``, by bisection: more never take less."""
-    fitting, beyond = 0, most + 1
-    while beyond - fitting > 1:
-        middle = (fitting + beyond) // 2
-        if _needed(model.with_gaps(places(middle)), settings).peak <= memory:
-            fitting = middle
-        else:
-            beyond = middle
-    return fitting
+def within(whole: ModelShape) -> ShapeOf:
+    """The shapes that are part of a model with new layers in all gaps."""
+    gaps = whole.filled_gaps
+
+    def shape_of(insert: Mapping[str, Any]) -> ModelShape:
+        count = insert["count"]
+        return whole.with_gaps(evenly(gaps, count) if insert["where"] == "even" else gaps[-count:])
+
+    return shape_of
 
 
 def check(model: ModelShape, memory: int, settings: TrainingSettings, insert: Plain, most: int | None = None) -> Fit:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_contract import align, opened, stored_layers
 from tiny_models import COMPOSITES, MODEL_TYPES, config_of, load, logits, make, save, shared, type_of, values_of
 
+from deus_merge import api
 from deus_merge.models.family import families
 from deus_merge.models.head_layout import layer_heads
 from deus_merge.models.view import ModelView
@@ -262,6 +263,20 @@ def test_layers_that_vision_features_enter_after_keep_their_numbers(run, tmp_pat
     assert torch.equal(seen(tmp_path / "out"), seen(base))
     message = run("merge", recipe(tmp_path, base, "llama_pro", "all"), tmp_path / "no", expect=2).err
     assert "deepstack_visual_indexes" in message
+
+
+def test_the_default_places_are_the_top_half_where_the_model_refuses_others(run, tmp_path):
+    """A warning says so. Places that are named are not changed."""
+    base = make(tmp_path / "base", "qwen3_vl_text", deepstack=[0, 1, 2])
+    said = run("upscale", base, tmp_path / "out", "--preset", "copy_next", "--verify").err
+    assert "in the top half" in said and "deepstack_visual_indexes" in said
+    assert torch.equal(seen(tmp_path / "out"), seen(base))
+    for named in ("even", "{count: 3, where: even}"):
+        message = run("upscale", base, tmp_path / "no", "--preset", "copy_next", "--insert", named, expect=2).err
+        assert "deepstack_visual_indexes" in message
+    assert api.fit(base, "24GB").insert["where"] == "top"
+    base = shared("gemma3n_text")  # which can have no new layer anywhere
+    assert "AltUp" in run("upscale", base, tmp_path / "no", expect=2).err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])

@@ -17,7 +17,7 @@ from deus_merge.core.errors import PlanError, TrainingError
 from deus_merge.models.families._pieces import llama_layer
 from deus_merge.models.spec import Heads
 from deus_merge.plan.activations import LayerShape, Weight
-from deus_merge.plan.fit import check, choose
+from deus_merge.plan.fit import check, choose, within
 from deus_merge.plan.training_memory import OVERHEAD, ModelShape, TrainingSettings, training_memory
 from deus_merge.recipe.presets import evenly
 
@@ -142,27 +142,32 @@ def test_what_autograd_keeps(tmp_path, name):
 MANY = replace(SHAPE, layers=tuple(layer(new, scale=200) for _ in range(6) for new in (False, True)), hidden=1600)
 
 
+def top_of(insert):
+    """Places at the top alone."""
+    return within(MANY)(insert) if insert["where"] == "top" else None
+
+
 @pytest.mark.parametrize("where", ["even", "top"])
 def test_a_larger_card_gets_no_fewer_layers(where):
     """The choice fits, one more layer would not, and the choice grows with the card up to all that may be put in."""
-    settings, counts, spread = TrainingSettings(2, 512), [], where == "even"
-    places = [evenly(range(6), n) if spread else range(6 - n, 6) for n in range(1, 7)]
+    settings, counts, shape_of = TrainingSettings(2, 512), [], within(MANY) if where == "even" else top_of
+    places = [evenly(range(6), n) if where == "even" else range(6 - n, 6) for n in range(1, 7)]
     sizes = [training_memory(MANY.with_gaps(gaps), settings).peak for gaps in places]  # type: ignore
     for memory in range(sizes[0], sizes[-1] + GB, GB // 16):
-        found = choose(MANY, memory, settings, 6, spread=spread)
+        found = choose(shape_of, memory, settings, 6)
         assert found.needed.peak <= memory and found.insert == {"count": found.layers, "where": where}
         assert found.needed.peak == sizes[found.layers - 1]
         assert found.layers == 6 or sizes[found.layers] > memory
         counts.append(found.layers)
     assert counts == sorted(counts) and {1, 2, 5, 6} <= set(counts)
-    assert choose(MANY, sizes[5], settings, 2, spread=spread).layers == 2  # no more than were asked for
+    assert choose(shape_of, sizes[5], settings, 2).layers == 2  # no more than were asked for
 
 
 def test_several_layers_in_a_gap():
     """They are kept or left out together."""
     twice = replace(MANY, layers=tuple(x for y in MANY.layers for x in ((y, y) if y.new else (y,))))
     assert twice.filled_gaps == tuple(range(6)) and len(twice.with_gaps([1, 4]).new_layers) == 4
-    found = choose(twice, 1 << 60, TrainingSettings(2, 512), 3)
+    found = choose(within(twice), 1 << 60, TrainingSettings(2, 512), 3)
     assert found.layers == found.most == 6 and found.insert == {"count": 3, "where": "even"}
 
 
@@ -170,12 +175,25 @@ def test_the_top_where_the_middle_does_not_fit():
     settings = TrainingSettings(8, 1024)
     top, middle = (training_memory(MANY.with_gaps([gap]), settings).peak for gap in (5, 3))  # type: ignore
     assert top < middle
-    assert choose(MANY, middle - 1, settings, 6).insert == {"count": 1, "where": "top"}
-    assert choose(MANY, middle, settings, 6).insert == {"count": 1, "where": "even"}
+    assert choose(within(MANY), middle - 1, settings, 6).insert == {"count": 1, "where": "top"}
+    assert choose(within(MANY), middle, settings, 6).insert == {"count": 1, "where": "even"}
+
+
+def test_more_layers_may_take_less():
+    """Of a model of unlike layers: two new layers stand at other places than three."""
+    settings, sizes = TrainingSettings(2, 512), {1: 1, 2: 3, 3: 2}
+    shapes = {count: MANY.with_gaps(range(6 - size, 6)) for count, size in sizes.items()}
+    memory = training_memory(shapes[3], settings).peak  # type: ignore
+    assert choose(lambda insert: shapes[insert["count"]], memory, settings, 3).insert["count"] == 3
+
+
+def test_no_place():
+    with pytest.raises(PlanError, match="no place for a new layer"):
+        choose(lambda insert: None, 1 << 60, TrainingSettings(2, 512), 3)
 
 
 FITTING = {
-    "one": (MANY.with_gaps([5]), lambda memory, how: choose(MANY, memory, how, 6)),
+    "one": (MANY.with_gaps([5]), lambda memory, how: choose(within(MANY), memory, how, 6)),
     "all": (MANY, lambda memory, how: check(MANY, memory, how, "all")),
 }
 
@@ -201,7 +219,7 @@ def test_a_refusal_says_what_would_fit(layers, share):
 
 def test_a_refusal_without_advice():
     with pytest.raises(PlanError, match="even with .*--batch 1 .*only more memory or a smaller base helps"):
-        choose(MANY, OVERHEAD, TrainingSettings(8, 1024), 6)
+        choose(within(MANY), OVERHEAD, TrainingSettings(8, 1024), 6)
 
 
 def setting(name: str, value: str = "") -> tuple[str, object]:
@@ -236,11 +254,14 @@ def test_upscale_fits(run, tmp_path):
     assert "4 new layers of at most 4 fit into 24.00 GB" in text and "training the new layers: about 1.0" in text
 
 
-def test_the_top_half_where_not_every_gap_can_have_a_layer():
-    """The lowest layer of RWKV has a norm more than the others."""
-    found = api.fit(shared("rwkv"), "24GB", preset="llama_pro")
-    assert found.insert["where"] == "top" and found.layers == found.most
-    api.plan(api.upscale_recipe(shared("rwkv"), preset="llama_pro", insert=found.insert))
+@pytest.mark.parametrize("kind", ["rwkv", "hy_v4", "glm_moe_dsa"])
+def test_what_fits_can_be_planned_where_not_every_gap_can_have_a_layer(kind):
+    """The first layer of RWKV is unlike all others, for example."""
+    found = api.fit(shared(kind), "24GB", preset="llama_pro")
+    plan = api.plan(api.upscale_recipe(shared(kind), preset="llama_pro", insert=found.insert))
+    assert len(plan.new_layers) == found.layers <= found.most
+    with pytest.raises(PlanError):
+        api.plan(api.upscale_recipe(shared(kind), preset="llama_pro", insert="all"))
 
 
 def test_what_cannot_be_fitted(run, tmp_path, tiny):
