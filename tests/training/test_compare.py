@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,6 +193,21 @@ def test_recipes_and_several_workers(run, tiny, text, tmp_path):
     run(*command, "--out", tmp_path / "two", "--workers", 2)
     one, two = (sorted(timeless(lines_of(tmp_path / n)), key=lambda r: r["seed"]) for n in ("one", "two"))
     assert one == two and one[0]["new_layers"] == [2] and one[0]["insert"] == ""
+
+
+def test_workers_end_with_a_killed_command(tiny, text, tmp_path):
+    """In the middle of a run, which would keep a GPU's memory until its end."""
+    arguments = ["compare", tiny, "--text", text, "--out", tmp_path / "out", "--workers", 2, "--init", "llama_pro"]
+    command = [sys.executable, "-m", "deus_merge", *map(str, arguments), "--tokens", "100000", "--seeds", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        workers: list[psutil.Process] = []
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out/work/hidden").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            workers = psutil.Process(process.pid).children()
+        process.kill()
+    assert len(workers) >= 2
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -273,9 +274,19 @@ def _begin(threads: int) -> None:
     from transformers.utils import logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     set_threads(threads)
     keep_freed_memory()
     logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as its parent is gone, however that ended: a run may take an hour."""
+    import multiprocessing
+
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _base_folder(plan: Plan, needed: bool) -> Path:
