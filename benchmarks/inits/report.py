@@ -46,6 +46,7 @@ def write(results: Path, file: Path) -> None:
                 f"![Losses and differences](results/{folder.name}/curves.svg)",
                 "",
             ]
-            if (folder / "curves.svg").exists() and suite == "grid" and (pictures := file.parents[2] / "docs").is_dir():
-                shutil.copy(folder / "curves.svg", pictures / f"inits-{model}.svg")
+            picture = file.parent.parent.parent / "docs" / f"inits-{model}.svg"  # of a page
+            if suite == "grid" and picture.exists() and (folder / "curves.svg").exists():
+                shutil.copy(folder / "curves.svg", picture)
     file.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
