@@ -192,7 +192,7 @@ def test_fused_layers_compute_more_of_what_their_parents_do(run, base, tmp_path,
 
 def test_norms_behind_zeros_make_any_first_step_large(run, base, tmp_path, windows):
     """Why the zeroed tensors of gemma2 need a small learning rate: with a usual one the loss leaps, whatever it is."""
-    out = grown(run, base, tmp_path / "out", "opt_deus")
+    out = grown(run, base, tmp_path / "out", "opt_deus", "top_half")
     own, after = loss(load(base), windows), []
     for zeroed_lr in (1e-5, 1e-3, 1e-2):
         model = load(out)
@@ -211,7 +211,7 @@ def test_norms_behind_zeros_make_any_first_step_large(run, base, tmp_path, windo
 
 def test_new_layers_learn_and_are_taken_out_again(run, base, tmp_path, windows):
     """Only they train, in a few steps below the base's loss; what was saved is verified; stripped it is the base."""
-    out = grown(run, base, tmp_path / "out", "opt_deus")
+    out = grown(run, base, tmp_path / "out", "opt_deus", "top_half")
     model, own = load(out), loss(load(base), windows)
     trainable = training.freeze_base(model, out)
     assert len(trainable.layers) == 3 and loss(model, windows) == own

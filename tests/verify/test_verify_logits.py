@@ -70,7 +70,7 @@ def test_verify_compares_logits(run, tiny, tmp_path):
     run("upscale", tiny, tmp_path / "other", "--preset", "average")
     other = compared(tmp_path / "other")
     assert other["passed"] and "largest difference" in other["detail"] and other["facts"]["largest_difference"] > 0
-    file, begin, _ = places(tmp_path / "same")["model.layers.1.mlp.up_proj.weight"]
+    file, begin, _ = places(tmp_path / "same")["model.layers.2.mlp.up_proj.weight"]
     with file.open("r+b") as stream:
         stream.seek(begin + 1)
         stream.write(b"\x40")
