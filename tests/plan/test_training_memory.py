@@ -152,7 +152,7 @@ def test_a_larger_card_gets_no_fewer_layers(where):
     """The choice fits, one more layer would not, and the choice grows with the card up to all that may be put in."""
     settings, counts, shape_of = TrainingSettings(2, 512), [], within(MANY) if where == "even" else top_of
     places = [evenly(range(6), n) if where == "even" else range(6 - n, 6) for n in range(1, 7)]
-    sizes = [training_memory(MANY.with_gaps(gaps), settings).peak for gaps in places]  # type: ignore
+    sizes = [estimate(MANY.with_gaps(gaps), **vars(settings)).peak for gaps in places]
     for memory in range(sizes[0], sizes[-1] + GB, GB // 16):
         found = choose(shape_of, memory, settings, 6)
         assert found.needed.peak <= memory and found.insert == {"count": found.layers, "where": where}
@@ -173,7 +173,7 @@ def test_several_layers_in_a_gap():
 
 def test_the_top_where_the_middle_does_not_fit():
     settings = TrainingSettings(8, 1024)
-    top, middle = (training_memory(MANY.with_gaps([gap]), settings).peak for gap in (5, 3))  # type: ignore
+    top, middle = (estimate(MANY.with_gaps([gap]), **vars(settings)).peak for gap in (5, 3))
     assert top < middle
     assert choose(within(MANY), middle - 1, settings, 6).insert == {"count": 1, "where": "top"}
     assert choose(within(MANY), middle, settings, 6).insert == {"count": 1, "where": "even"}
@@ -183,7 +183,7 @@ def test_more_layers_may_take_less():
     """Of a model of unlike layers: two new layers stand at other places than three."""
     settings, sizes = TrainingSettings(2, 512), {1: 1, 2: 3, 3: 2}
     shapes = {count: MANY.with_gaps(range(6 - size, 6)) for count, size in sizes.items()}
-    memory = training_memory(shapes[3], settings).peak  # type: ignore
+    memory = estimate(shapes[3], **vars(settings)).peak
     assert choose(lambda insert: shapes[insert["count"]], memory, settings, 3).insert["count"] == 3
 
 
