@@ -36,35 +36,22 @@ class Training:
     lr: float
 
 
+def _llama(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, deviation: float
+) -> dict[str, object]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "initializer_range": deviation,
+    }
+
+
 TRAININGS = {
-    "small": Training(
-        {
-            "hidden_size": 256,
-            "intermediate_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "initializer_range": 0.05,
-        },
-        vocabulary=4096,
-        steps=1000,
-        batch=16,
-        lr=1e-2,
-    ),
-    "large": Training(
-        {
-            "hidden_size": 1280,
-            "intermediate_size": 3584,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 20,
-            "num_key_value_heads": 5,
-            "initializer_range": 0.02,
-        },
-        vocabulary=16_384,
-        steps=360,
-        batch=64,
-        lr=2e-3,
-    ),
+    "small": Training(_llama(256, 768, 12, 8, 4, 0.05), vocabulary=4096, steps=1000, batch=16, lr=1e-2),
+    "large": Training(_llama(1280, 3584, 28, 20, 5, 0.02), vocabulary=16_384, steps=360, batch=64, lr=2e-3),
 }
 FACTS = "training.json"  # beside a model that was trained here
 _TOKENIZED = 12_000_000  # characters that a tokenizer is trained on

@@ -44,7 +44,7 @@ class Fit:
 
 
 #: the model with new layers in these places, as in a recipe; None where it can have none there
-ShapeOf = Callable[[Mapping[str, Any]], "ModelShape | None"]
+ShapeOf = Callable[[Mapping[str, Any]], ModelShape | None]
 
 
 def choose(
@@ -63,20 +63,22 @@ def choose(
         The choice.
 
     Raises:
-        PlanError: the new layers of the topmost gap do not fit, or cannot be trained.
+        PlanError: no new layers fit, or they cannot be trained.
     """
-    layers, smallest = 0, None
+    layers, tried = 0, list[tuple[int, ModelShape, dict[str, Any]]]()
     for where in ways:
         for count in range(most, 0, -1):  # fewer layers elsewhere may take more, where layers differ
             insert: dict[str, Any] = {"count": count, "where": where}
             if (model := shape_of(insert)) is None:
                 continue
-            smallest, layers = (model, insert), max(layers, len(model.new_layers))
-            if _needed(model, settings).peak <= memory:
+            layers, peak = max(layers, len(model.new_layers)), _needed(model, settings).peak
+            if peak <= memory:
                 return check(model, memory, settings, insert, most=layers)
-    if smallest is None:
+            tried.append((peak, model, insert))
+    if not tried:
         raise PlanError("there is no place for a new layer", where="--fit", hint="upscale without --fit says why")
-    return check(smallest[0], memory, settings, smallest[1], most=layers)
+    _, model, insert = min(tried, key=lambda one: one[0])
+    return check(model, memory, settings, insert, most=layers)  # which refuses it
 
 
 def within(whole: ModelShape) -> ShapeOf:

@@ -1,4 +1,4 @@
-"""The floating-point operations of a step, also of grouped-query attention, which torch before 2.12 does not count."""
+"""The floating-point operations of a step, also of attention, which torch counts in part or refuses to count."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention",
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context manager that counts what is computed in it (``get_total_flops``)."""
+    """A context manager that counts what is computed in it (``get_total_flops``).
+
+    The formulas are ours: torch 2.11 stops at grouped queries, and 2.13 does not count the kernel of the CPU.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
